@@ -1,0 +1,29 @@
+"""Every exception a user can meet. A message says what is wrong, the value seen, and what to do about it."""
+
+
+class TropdError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ConfigError(TropdError, ValueError):
+    """A configuration (file, override, method option, layout) cannot be used."""
+
+
+class DataError(TropdError, ValueError):
+    """A prompt file, recorded rollout or teacher signal on disk cannot be used."""
+
+
+class TokenizerError(TropdError, ValueError):
+    """A tokenizer is missing, unusable, or not the one the other model uses."""
+
+
+class CheckpointError(TropdError, RuntimeError):
+    """A checkpoint (Hugging Face or our own) is missing, torn, or of another model."""
+
+
+class SelfCheckError(TropdError, RuntimeError):
+    """A launch-time self check found that something which must be equal is not."""
+
+
+class EngineError(TropdError, RuntimeError):
+    """Training cannot go on: a loss or gradient is not finite, a rank disagrees."""

@@ -1,0 +1,210 @@
+"""The nouns that travel between rooms. Everything here is frozen and has (nearly) no behaviour.
+
+Dimension legend, used as name suffixes everywhere in the package:
+
+    T  tokens of one packed stream      V  full vocabulary     v  this rank's vocabulary shard
+    K  candidates per token (support)   D  hidden size         E  hidden size of the teacher
+    S  sequences in a pack              L  tokens of one sequence
+
+Alignment: position ``t`` of a pack holds the input token ``token_T[t]``; everything that is *about a
+prediction* (target, region, log-probs, uniforms, losses) is stored at the position that makes the prediction,
+so ``target_T[t]`` is the next token of the same sequence and ``region_T[t]`` is the region of that target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+class Region(IntEnum):
+    """Which part of a sequence a predicted token belongs to. Only PREFIX and CONTINUATION carry loss."""
+
+    PROMPT = 0
+    PREFIX = 1
+    CONTINUATION = 2
+    PAD = 3
+
+
+# --------------------------------------------------------------------------- prompts and rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of the training or evaluation data, already tokenized."""
+
+    index: int  # row number in the source, stable across runs
+    token_ids: Int64Array  # [L] the rendered prompt, ready for the model to continue
+    text: str
+    answer: str | None = None  # reference answer, for grading
+    response_ids: Int64Array | None = None  # [L] one teacher response, for guidance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a sampler turns logits into tokens. ``temperature=0`` is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One sequence to be sampled: a prompt and, when guided, a teacher-written prefix to continue."""
+
+    sequence_id: int  # unique within the step; keys the sequence's random numbers
+    prompt_index: int
+    prompt_ids: Int64Array  # [L]
+    prefix_ids: Int64Array  # [L], empty when the sequence is fully on-policy
+    max_new_tokens: int  # continuation budget; 0 is legal (the prefix is the whole response)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One finished sequence: prompt, teacher prefix and student continuation, with the sampler's log-probs."""
+
+    sequence_id: int
+    prompt_index: int
+    token_ids: Int64Array  # [L] prompt + prefix + continuation
+    prompt_length: int
+    prefix_length: int
+    sampling_logprob: Float32Array  # [continuation] log-prob under the distribution sampled from (T, top-p, top-k)
+    model_logprob: Float32Array  # [continuation] log-prob under the model itself (temperature 1), nats
+    finished: bool  # True when a stop token ended it, False when the budget did
+    weight_version: int = 0  # training step whose weights wrote the continuation
+
+
+# --------------------------------------------------------------------------- packs and signals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """A fixed-budget stream of whole sequences: the unit of work for teacher and student alike.
+
+    Padding to ``multiple_of`` forms one last block of ``cu_seqlens`` (region PAD, sequence id -1), so that every
+    token belongs to exactly one block and attention kernels need no special case.
+    """
+
+    token_T: Int64Array
+    target_T: Int64Array  # next token of the same sequence; 0 where there is none
+    position_T: Int64Array  # 0.. within each sequence
+    region_T: npt.NDArray[np.uint8]  # Region of the target
+    sequence_T: Int64Array  # sequence_id, -1 for padding
+    cu_seqlens: npt.NDArray[np.int32]  # [S+1] (+1 more when padded), starts at 0, ends at T
+    sequence_ids: Int64Array  # [S] in stream order
+    num_valid: int  # predictions in PREFIX or CONTINUATION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What the teacher says about the valid predictions of one pack (N = ``pack.num_valid`` rows, stream order)."""
+
+    logprob_N: Tensor  # log p(target), nats, fp32
+    topk_ids_NK: Tensor | None = None  # int64, most likely first
+    topk_logprob_NK: Tensor | None = None  # fp32, nats
+    entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
+    hidden_NE: Tensor | None = None  # final hidden states, only for full-vocabulary divergences
+
+
+# --------------------------------------------------------------------------- what a method sees
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentView:
+    """What the student says about the tokens it is being trained on. T counts *valid* predictions only."""
+
+    logprob_T: Tensor  # log q(y), nats, carries gradient
+    old_logprob_T: Tensor  # the same at the weights of the rollout, no gradient (= logprob_T.detach() when on-policy)
+    support_logprob_TK: Tensor | None = None  # log q on teacher.support_ids_TK, carries gradient
+    entropy_T: Tensor | None = None  # H(q), nats, no gradient needed
+    old_entropy_T: Tensor | None = None  # H(q) at the weights of the rollout, no gradient
+    divergence: Callable[[str, float], Tensor] | None = None  # (kind, beta) -> loss_T, full vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherView:
+    """What the teacher says about the same tokens. Finite everywhere, no gradient."""
+
+    logprob_T: Tensor  # log p(y), nats
+    support_ids_TK: Tensor | None = None
+    support_logprob_TK: Tensor | None = None  # log p on the support, nats; may be very negative, never -inf or nan
+    entropy_T: Tensor | None = None
+    base_logprob_T: Tensor | None = None  # log-prob of y under the base model (ExOPD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenView:
+    """Facts about the tokens that belong to neither model."""
+
+    region_T: Tensor  # Region of each prediction (PREFIX or CONTINUATION here)
+    uniform_T: Tensor  # U[0,1), pre-drawn per (seed, step, sequence id, position): the gate's only randomness
+    sequence_T: Tensor  # which sequence a token is in
+    position_T: Tensor  # index of the predicting token within its sequence
+    target_T: Tensor  # the token y itself
+    rollout_logprob_T: Tensor  # the sampler's own log q(y); = old_logprob on PREFIX tokens
+    entropy_threshold: float = 0.0  # global batch quantile of old_entropy_T, when Needs.entropy_top asks for it
+    progress: float = 0.0  # step / total steps, in [0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLoss:
+    """A method's answer: one loss per token, before masks, weights and sums."""
+
+    loss_T: Tensor
+    stats: Mapping[str, Tensor] = field(default_factory=dict)  # per-token values; "prefix_*" are averaged over PREFIX,
+    #                                                             all others over CONTINUATION tokens
+    weight_T: Tensor | None = None  # detached multiplier; the sum is then divided by sum(weight), not by the token count
+
+
+SupportKind = Literal["teacher", "student", "union", "teacher_and_sampled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a method must be given. ``build.py`` provides exactly this and nothing more."""
+
+    top_k: int = 0  # support size; 0: no support
+    support: SupportKind = "teacher"
+    student_entropy: bool = False
+    teacher_entropy: bool = False
+    old_logprob: bool = False  # a student scoring pass even when purely on-policy
+    entropy_top: float = 0.0  # fraction f: provide entropy_threshold so that a share f of the batch lies above it
+    hidden_states: bool = False  # teacher hidden states for StudentView.divergence
+    base_model: bool = False
+
+
+# --------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A decoder-only transformer, as far as this package needs to know one. Filled from an HF ``config.json``."""
+
+    family: str  # key of the name table in convert/
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # true size, no padding
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rope_scaling: Mapping[str, float | str] | None = None
