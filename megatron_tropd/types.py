@@ -141,6 +141,8 @@ class TeacherView:
     logprob_T: Tensor  # log p(y), nats
     support_ids_TK: Tensor | None = None
     support_logprob_TK: Tensor | None = None  # log p on the support, nats; may be very negative, never -inf or nan
+    support_mask_TK: Tensor | None = None  # bool, True = counts; None: all do. False marks the duplicate columns of a
+    #                                        union (an id listed twice keeps one True); log-probs there are ignored
     entropy_T: Tensor | None = None
     base_logprob_T: Tensor | None = None  # log-prob of y under the base model (ExOPD)
 

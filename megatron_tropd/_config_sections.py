@@ -1,0 +1,309 @@
+"""The sections of a run's configuration, each a frozen pydantic model. Public names are re-exported by ``config``.
+
+Rules inside one section are checked here; rules between sections by ``config.RunConfig``. The ``description`` of a key
+is its reference documentation: ``config.config_reference`` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+
+from megatron_tropd.errors import ConfigError
+
+
+def _not_bool(value: object) -> object:
+    # YAML's `true` would otherwise pass for the number 1
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _path(value: object) -> object:
+    if value == "":
+        raise ValueError("must not be empty")
+    try:
+        return Path(value).expanduser() if isinstance(value, str) else value
+    except RuntimeError:  # pathlib's answer to ~name without such a user
+        raise ValueError("names a home directory that does not exist") from None
+
+
+def _bool_to_project(value: object) -> object:
+    return {True: "megatron_tropd", False: None}[value] if isinstance(value, bool) else value
+
+
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+UserPath = Annotated[Path, BeforeValidator(_path)]
+Dtype = Literal["fp32", "bf16"]
+Grader = Literal["final_number", "exact", "math", "regex"]
+RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]
+
+
+def key(default: Any, meaning: str, **bounds: Any) -> Any:
+    """An optional key: its default, its line in the reference and pydantic's bounds (``ge``, ``lt``, ...)."""
+    return Field(default=default, description=meaning, **bounds)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ParallelConfig(Section):
+    """How one model is laid out over the ranks. Data parallelism is what is left of the world."""
+
+    tensor: Whole = key(1, "Tensor-parallel ranks: each holds a slice of every matrix.", ge=1)
+    pipeline: Whole = key(1, "Pipeline stages: each holds a run of consecutive layers.", ge=1)
+    virtual_pipeline: Whole = key(1, "Model chunks per pipeline stage (interleaved schedule).", ge=1)
+    context: Whole = key(1, "Context-parallel ranks: each holds a slice of every sequence.", ge=1)
+    expert: Whole = key(1, "Expert-parallel ranks, for mixture-of-experts models.", ge=1)
+    sequence: bool = key(False, "Sequence parallelism: split activations between tensor-parallel regions.")
+
+    @model_validator(mode="after")
+    def _axes_fit_each_other(self) -> Self:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"virtual_pipeline = {self.virtual_pipeline} needs pipeline > 1, got pipeline = 1. "
+                "Set virtual_pipeline to 1, or pipeline to 2 or more."
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "sequence = true needs tensor > 1, got tensor = 1. Set sequence to false, or tensor to 2 or more."
+            )
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one copy of the model: tensor * pipeline * context."""
+        return self.tensor * self.pipeline * self.context
+
+    def data_size(self, world_size: int) -> int:
+        """Number of data-parallel replicas. Raises ConfigError when the axes do not divide ``world_size``."""
+        if world_size % self.model_ranks:
+            raise ConfigError(
+                f"world size {world_size} is not a multiple of tensor*pipeline*context = "
+                f"{self.tensor}*{self.pipeline}*{self.context} = {self.model_ranks}. "
+                f"Launch {self.model_ranks} ranks (or a multiple), or lower one axis."
+            )
+        return world_size // self.model_ranks
+
+
+class TeacherConfig(Section):
+    """The model that grades. Never trained."""
+
+    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory or a checkpoint of this package.")
+    parallel: ParallelConfig = ParallelConfig()
+    attention: Literal["auto", "sdpa", "te"] = key(
+        "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
+    )
+
+
+class StudentConfig(Section):
+    """The model that writes and learns."""
+
+    model: UserPath = Field(description="Student: a Hugging Face checkpoint directory or a checkpoint of this package.")
+    parallel: ParallelConfig = ParallelConfig()
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."
+    )
+    attention: Literal["auto", "sdpa", "te"] = key(
+        "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
+    )
+
+
+class ColumnsConfig(Section):
+    """Which column of a data row holds what."""
+
+    prompt: str = key("prompt", "Column with the prompt as text.", min_length=1)
+    messages: str = key("messages", "Column with the prompt as a list of chat messages.", min_length=1)
+    response: str = key("response", "Column with one teacher response, for guidance.", min_length=1)
+    answer: str = key("answer", "Column with the reference answer, for grading.", min_length=1)
+
+
+class DataConfig(Section):
+    """The prompts to train on."""
+
+    prompts: UserPath = Field(description="JSONL file with one prompt per line.")
+    columns: ColumnsConfig = ColumnsConfig()
+    chat_template: bool = key(
+        True, "Wrap prompts in the tokenizer's chat template where it has one; false: plain text."
+    )
+    max_prompt_tokens: Whole = key(1024, "Longest prompt, in tokens; longer rows are bad rows.", ge=1)
+    on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
+    grader: Grader = key("final_number", "Rule that grades a response against the reference answer.")
+
+
+class RolloutParallelConfig(Section):
+    """How the sampler's own copy of the student is laid out."""
+
+    tensor: Whole = key(1, "Tensor-parallel ranks of the sampler.", ge=1)
+
+
+class RolloutConfig(Section):
+    """How the student writes."""
+
+    engine: RolloutEngine = key("megatron", "Who samples: the trainer's own model, vLLM, or a recording.")
+    samples_per_prompt: Whole = key(4, "Sequences per prompt written by the student alone.", ge=0)
+    guided_per_prompt: Whole = key(1, "Sequences per prompt that begin with a teacher prefix.", ge=0)
+    max_new_tokens: Whole = key(8192, "Longest response (prefix and continuation), in tokens.", ge=1)
+    temperature: Real = key(1.0, "Sampling temperature. On-policy methods are derived for 1.", gt=0)
+    top_p: Real = key(1.0, "Nucleus sampling: keep the smallest set with this probability.", gt=0, le=1)
+    top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
+    ahead: Whole = key(0, "Steps that generation may run ahead of training; 0 is synchronous.", ge=0)
+    batch_size: Whole = key(64, "Sequences generated together by the embedded sampler.", ge=1)
+    record: UserPath | None = key(None, "Directory to record every rollout in; null records nothing.")
+    recorded_from: UserPath | None = key(None, "Directory to replay, for engine `recorded`.")
+    parallel: RolloutParallelConfig = RolloutParallelConfig()
+
+    @model_validator(mode="after")
+    def _something_is_sampled_and_recordings_fit(self) -> Self:
+        if self.samples_per_prompt + self.guided_per_prompt == 0:
+            raise ValueError(
+                "samples_per_prompt and guided_per_prompt are both 0: nothing would be trained on. Raise one."
+            )
+        if self.engine == "recorded" and self.recorded_from is None:
+            raise ValueError("engine = 'recorded' needs recorded_from, the directory that a run with record=DIR wrote.")
+        if self.engine != "recorded" and self.recorded_from is not None:
+            raise ValueError(
+                f"recorded_from = '{self.recorded_from}' is only read by engine 'recorded', got engine = "
+                f"{self.engine!r}. Set engine to recorded, or recorded_from to null."
+            )
+        if self.record is not None and self.record == self.recorded_from:
+            raise ValueError(
+                f"record and recorded_from are both '{self.record}': the recording would overwrite itself."
+            )
+        return self
+
+
+class MethodConfig(Section):
+    """The objective. Keys beside ``name`` are the method's own options, collected in ``options``."""
+
+    name: str = key("tropd", "Preset: `tropd`, `opd`, ... Its options are keys beside it.", min_length=1)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Not written: every key of `method` but `name` is an option of the preset."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_options(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or isinstance(data.get("options"), Mapping):
+            return data
+        options = {key: value for key, value in data.items() if key != "name"}
+        return {key: value for key, value in data.items() if key == "name"} | {"options": options}
+
+    @model_serializer
+    def _flatten_options(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+class TrainConfig(Section):
+    """How much is learnt from per step."""
+
+    steps: Whole = key(200, "Training steps: one batch of prompts sampled, graded and learnt from.", ge=1)
+    prompts_per_step: Whole = key(128, "Prompts per step, over all ranks.", ge=1)
+    pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
+    minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
+
+
+class OptimizerConfig(Section):
+    """How the weights move."""
+
+    name: Literal["adam", "sgd"] = key("adam", "AdamW, or plain SGD (for comparing layouts).")
+    lr: Real = key(5e-6, "Peak learning rate.", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay from lr to min_lr.")
+    warmup_steps: Whole = key(0, "Steps of linear warm-up from 0 to lr.", ge=0)
+    min_lr: Real = key(0.0, "Learning rate at the end of a linear or cosine schedule.", ge=0)
+    weight_decay: Real = key(0.0, "Decoupled weight decay; norms and biases are exempt.", ge=0)
+    beta1: Real = key(0.9, "Adam: decay of the mean of gradients.", ge=0, lt=1)
+    beta2: Real = key(0.999, "Adam: decay of the mean of squared gradients.", ge=0, lt=1)
+    eps: Real = key(1e-8, "Adam: added to the root of the mean square.", gt=0)
+    momentum: Real = key(0.0, "SGD: momentum.", ge=0, lt=1)
+    clip_grad: Real = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
+    distributed: bool = key(False, "Shard optimizer states over data-parallel ranks.")
+
+    @model_validator(mode="after")
+    def _decays_downward(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}. Lower min_lr, or raise lr.")
+        return self
+
+
+class CheckpointConfig(Section):
+    """What a killed run goes on from."""
+
+    every: Whole = key(10, "Steps between checkpoints; 0 saves none.", ge=0)
+    keep: Whole = key(2, "Newest checkpoints to keep.", ge=1)
+    resume: str = key(
+        "auto", "`auto` goes on from the newest in run_dir, `never` starts over, or a path.", min_length=1
+    )
+
+
+class SuiteConfig(Section):
+    """One way of answering the evaluation problems."""
+
+    name: str = Field(min_length=1, description="Name of the suite, a column of the result table.")
+    samples: Whole = key(1, "Answers per problem; the accuracy is their mean.", ge=1)
+    temperature: Real = key(0.0, "Sampling temperature; 0 is greedy.", ge=0)
+    top_p: Real = key(1.0, "Nucleus sampling.", gt=0, le=1)
+    top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
+    max_new_tokens: Whole | None = key(None, "Longest answer; null takes rollout.max_new_tokens.", ge=1)
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples = {self.samples} at temperature 0 would repeat one greedy answer. "
+                "Set samples to 1, or temperature above 0."
+            )
+        return self
+
+
+DEFAULT_SUITES = (
+    SuiteConfig(name="greedy"),
+    SuiteConfig(name="mean@4 T=0.6", samples=4, temperature=0.6, top_p=0.95),
+    SuiteConfig(name="mean@4 T=1", samples=4, temperature=1.0),
+)
+
+
+class EvaluateConfig(Section):
+    """Accuracy on held-out problems. Nothing is evaluated while ``prompts`` is null."""
+
+    prompts: UserPath | None = key(None, "JSONL file of held-out problems with answers; null is off.")
+    every: Whole = key(0, "Steps between evaluations during training; 0 is none.", ge=0)
+    before: bool = key(True, "Evaluate the student before training.")
+    after: bool = key(True, "Evaluate the student after training.")
+    teacher: bool = key(True, "Evaluate the teacher too.")
+    max_problems: Whole | None = key(None, "Use the first so many problems; null uses all.", ge=1)
+    suites: tuple[SuiteConfig, ...] = key(DEFAULT_SUITES, "Ways of answering, a list.")
+
+    @model_validator(mode="after")
+    def _has_problems_and_distinct_names(self) -> Self:
+        if self.every and self.prompts is None:
+            raise ValueError(f"every = {self.every} needs prompts, a file of held-out problems. Set it, or every to 0.")
+        if not self.suites:
+            raise ValueError("suites is empty. Leave it out for the default suites, or set prompts to null.")
+        names = [suite.name for suite in self.suites]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"suites holds {names.count(name)} suites named {name!r}. Give each its own name.")
+        return self
+
+
+class ReportConfig(Section):
+    """What a run leaves to look at. ``metrics.jsonl`` is always written."""
+
+    html: bool = key(True, "Write RUN/report.html at the end.")
+    tensorboard: bool = key(False, "Write TensorBoard events to RUN/tensorboard.")
+    wandb: Annotated[str | None, BeforeValidator(_bool_to_project)] = key(
+        None, "Weights & Biases project; `true` names it megatron_tropd, null or `false` is off."
+    )
+    samples: Whole = key(4, "Answers before and after training to show in the report.", ge=0)
+
+
+class ExportConfig(Section):
+    """Where the trained student goes."""
+
+    hf: UserPath | None = key(None, "Directory for the trained student as a Hugging Face checkpoint.")

@@ -1,0 +1,215 @@
+"""The configuration of a run: one frozen tree, read from YAML and ``key=value`` overrides.
+
+Everything a user can get wrong in a config is refused here, by ``ConfigError``, before any model is built. Paths are
+kept as written; a relative path is relative to the current directory, in the config and in overrides alike.
+Interpolation (``${student.model}``, ``${oc.env:HOME}``) is OmegaConf's and sees the keys that are written down, not
+the defaults.
+
+Method options are collected here but checked by ``methods.build_method``, which knows them; this room is below it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from omegaconf import OmegaConf
+from pydantic import Field, ValidationError, model_validator
+
+from megatron_tropd._config_errors import explain, read_tree
+from megatron_tropd._config_reference import reference_rows
+from megatron_tropd._config_sections import (
+    DEFAULT_SUITES,
+    CheckpointConfig,
+    ColumnsConfig,
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    ExportConfig,
+    Grader,
+    MethodConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReportConfig,
+    RolloutConfig,
+    RolloutEngine,
+    RolloutParallelConfig,
+    Section,
+    StudentConfig,
+    SuiteConfig,
+    TeacherConfig,
+    TrainConfig,
+    UserPath,
+    Whole,
+    key,
+)
+from megatron_tropd.errors import ConfigError
+
+__all__ = [
+    "DEFAULT_SUITES",
+    "CheckpointConfig",
+    "ColumnsConfig",
+    "DataConfig",
+    "Dtype",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Grader",
+    "MethodConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ReportConfig",
+    "RolloutConfig",
+    "RolloutEngine",
+    "RolloutParallelConfig",
+    "RunConfig",
+    "StudentConfig",
+    "SuiteConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "config_reference",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
+
+
+class RunConfig(Section):
+    """A whole run. Build it with :func:`load_config` or :func:`parse_config`, which raise readable errors."""
+
+    run_dir: UserPath = Field(description="Directory of the run: metrics, config, checkpoints, report.")
+    seed: Whole = key(0, "Seed of every random number of the run.", ge=0, lt=2**63)
+    dtype: Dtype = key("bf16", "Compute type. `bf16` keeps fp32 master weights.")
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.train.pack_tokens < longest:
+            raise ValueError(
+                f"train.pack_tokens = {self.train.pack_tokens} cannot hold the longest sequence: "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = "
+                f"{self.data.max_prompt_tokens} + {self.rollout.max_new_tokens} = {longest}. "
+                f"Raise train.pack_tokens to {longest} or more, or lower one of the two."
+            )
+        sequences = self.train.prompts_per_step * (self.rollout.samples_per_prompt + self.rollout.guided_per_prompt)
+        if self.train.minibatches > sequences:
+            raise ValueError(
+                f"train.minibatches = {self.train.minibatches} is more than the {sequences} sequences of a step. "
+                "Lower it, or raise train.prompts_per_step."
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} never ends: train.steps = {self.train.steps}. "
+                "Lower it, or raise train.steps."
+            )
+        for name, model in (("student.model", self.student.model), ("teacher.model", self.teacher.model)):
+            if self.export.hf is not None and self.export.hf.absolute() == model.absolute():
+                raise ValueError(
+                    f"export.hf = '{self.export.hf}' is {name}, which would be overwritten. Name another directory."
+                )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError when student or teacher cannot be laid out over ``world_size`` ranks."""
+        for role, parallel in (("student", self.student.parallel), ("teacher", self.teacher.parallel)):
+            try:
+                parallel.data_size(world_size)
+            except ConfigError as error:
+                raise ConfigError(f"{role}.parallel: {error}") from None
+
+    def check_paths(self) -> None:
+        """Raises ConfigError when a path that the run reads does not exist."""
+        resume = self.checkpoint.resume
+        model = "Give a Hugging Face checkpoint directory on this machine; hub names are not downloaded."
+        for name, path, fix in (
+            ("student.model", self.student.model, model),
+            ("teacher.model", self.teacher.model, model),
+            ("data.prompts", self.data.prompts, "Give a JSONL file with one prompt per line."),
+            ("evaluate.prompts", self.evaluate.prompts, "Give a JSONL file of problems, or null for no evaluation."),
+            ("rollout.recorded_from", self.rollout.recorded_from, "Give the directory of a run with rollout.record."),
+            (
+                "checkpoint.resume",
+                None if resume in ("auto", "never") else Path(resume).expanduser(),
+                "Give a checkpoint directory, auto or never.",
+            ),
+        ):
+            if path is not None and not path.exists():
+                raise ConfigError(
+                    f"{name} = '{path}': there is nothing at {path.absolute()} "
+                    f"(relative paths are relative to the current directory). {fix}"
+                )
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:
+    """Validates a plain tree of keys. Raises ConfigError naming every bad key; ``source`` heads the message."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig, source=source)) from None
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, check_paths: bool = True
+) -> RunConfig:
+    """Reads a YAML file, applies ``key=value`` overrides, resolves interpolations and validates.
+
+    Args:
+        overrides: such as ``["train.steps=10", "evaluate.suites[0].samples=2"]``; values are YAML.
+        world_size: number of ranks; when given, both layouts must fit it.
+        check_paths: whether the models and data must exist; off for reading the config of a finished run.
+
+    Raises:
+        ConfigError: for everything that is wrong with the file, an override or a value.
+    """
+    tree, text = read_tree(Path(path), overrides)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig, source=str(path), text=text, overrides=overrides)) from None
+    if check_paths:
+        config.check_paths()
+    if world_size is not None:
+        config.check_world(world_size)
+    return config
+
+
+def dump_config(config: RunConfig, path: str | Path) -> None:
+    """Writes every key, resolved, as YAML that :func:`load_config` reads back to an equal config. Atomic."""
+    # OmegaConf's dumper quotes what its own reader would take for a number, such as the text "1e-4"
+    text = OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump())))
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML can hold it, with literal ``${`` protected, which OmegaConf would read as an interpolation."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | Path):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
+    return value
+
+
+def config_reference() -> str:
+    """Every key with type, default and meaning, as a Markdown table."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for row in reference_rows(RunConfig):
+        cells = (f"`{row.key}`", row.type, f"`{row.default}`" if row.default else "required", row.meaning)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"

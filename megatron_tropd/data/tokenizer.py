@@ -1,0 +1,340 @@
+"""Tokenizers: one protocol, two kinds of files (Hugging Face directories and raw sentencepiece models).
+
+Nothing here reaches the network or runs code that comes with a model. ``transformers`` is imported only when a
+Hugging Face directory is loaded, because the import alone costs seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tropd.errors import TokenizerError
+
+Message = Mapping[str, str]  # {"role": "user", "content": "..."}
+_REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 character decodes to
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package knows about a tokenizer."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response; the first one is appended to responses that we write."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills up batches; never trained on. The first of ``eos_ids`` where the model has no padding token."""
+
+    @property
+    def vocab(self) -> Mapping[str, int]:
+        """Token (as stored, not as decoded) to id, added and special tokens included."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1. A model's embedding may be larger (padding), never smaller."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` and nothing else: no beginning- or end-of-sequence token is added."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """One readable piece per id, special tokens included; joined, the pieces are the decoded text.
+
+        A character spread over several tokens shows at the last of them.
+        """
+
+    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Ids a model should continue: the chat template around ``prompt`` where there is one, else its plain text."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the vocabulary and the rules that merge it: equal for tokenizers that encode alike."""
+
+
+def load_tokenizer(
+    path: str | Path, *, chat_template: bool = True, template_options: Mapping[str, Any] | None = None
+) -> Tokenizer:
+    """Loads a Hugging Face directory, or a sentencepiece ``.model`` file.
+
+    Args:
+        path: local path; nothing is downloaded.
+        chat_template: False feeds prompts as plain text even when the tokenizer has a chat template.
+        template_options: variables for the chat template, e.g. ``{"enable_thinking": False}``.
+
+    Raises:
+        TokenizerError: the path does not exist, holds no usable tokenizer, or names no end-of-sequence token.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".model":
+        return _load_sentencepiece(path)
+    if path.is_dir():
+        return _load_hugging_face(path, chat_template=chat_template, template_options=template_options or {})
+    found = "is a file of another kind" if path.exists() else "does not exist"
+    raise TokenizerError(
+        f"tokenizer {path} {found}: give a local Hugging Face directory (with tokenizer.json) or a sentencepiece "
+        f".model file. Models are not downloaded here; fetch them first, e.g. `hf download NAME --local-dir DIR`."
+    )
+
+
+def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, *, ignore_ids: Collection[int] = ()) -> int:
+    """Makes sure that an id means the same token to both models, and returns the number of ids they share.
+
+    One vocabulary may be longer: ids from the returned number on exist on one side only and have probability 0 on the
+    other. ``ignore_ids`` are not compared (special tokens that were renamed and are masked from the loss).
+
+    Raises:
+        TokenizerError: some shared id stands for different tokens; the first differences are shown.
+    """
+    shared = min(student.vocab_size, teacher.vocab_size)
+    skip = frozenset(ignore_ids)
+    student_token, teacher_token = _by_id(student), _by_id(teacher)
+    different = [i for i in range(shared) if i not in skip and student_token.get(i) != teacher_token.get(i)]
+    if different:
+        lines = [f"  id {i}: student {student_token.get(i)!r}, teacher {teacher_token.get(i)!r}" for i in different[:5]]
+        more = f"\n  and {len(different) - 5} more" if len(different) > 5 else ""
+        raise TokenizerError(
+            f"student and teacher disagree about {len(different)} of {shared} shared token ids, so the teacher's "
+            "probabilities would be read off the wrong tokens. Choose two models of one tokenizer family.\n"
+            + "\n".join(lines)
+            + more
+        )
+    return shared
+
+
+def _by_id(tokenizer: Tokenizer) -> dict[int, str]:
+    return {i: token for token, i in tokenizer.vocab.items()}
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, ensure_ascii=True, sort_keys=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- Hugging Face
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceTokenizer:
+    """A fast tokenizer of a Hugging Face directory. Made by ``load_tokenizer``."""
+
+    path: Path
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    vocab: Mapping[str, int] = field(repr=False)
+    use_chat_template: bool
+    template_options: Mapping[str, Any]
+    _tokenizer: Any = field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.vocab.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        # The Rust decoder itself: a report decodes every token twice, and the wrapper is four times slower.
+        decode = self._tokenizer.backend_tokenizer.decode
+        return list(_readable_pieces(list(ids), lambda part: decode(part, skip_special_tokens=False)))
+
+    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        if self.use_chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            return self.encode(self._render(messages))
+        if not isinstance(prompt, str):
+            raise TokenizerError(
+                f"tokenizer {self.path} has no chat template (or it is switched off), so it cannot render a list of "
+                f"{len(prompt)} messages: give prompts as plain text, or a tokenizer with a chat template."
+            )
+        ids = self._encode(prompt, add_special_tokens=True)
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids  # a prompt is to be continued, not ended
+
+    def fingerprint(self) -> str:
+        model = json.loads(self._tokenizer.backend_tokenizer.to_str())["model"]
+        return _digest([sorted(self.vocab.items(), key=lambda item: item[1]), model.get("merges", [])])
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise TokenizerError(
+                f"tokenizer {self.path} cannot encode {text[:200]!r}: {error}. "
+                "Its vocabulary may be closed (words it does not know have no token)."
+            ) from error
+
+    def _render(self, messages: list[Any]) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, **self.template_options
+                )
+            )
+        except Exception as error:  # templates are programs: they raise whatever their author chose
+            raise TokenizerError(f"the chat template of {self.path} refuses {str(messages)[:300]}: {error}") from error
+
+
+def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    tokenizer = _open_fast_tokenizer(path)
+    vocab: dict[str, int] = dict(tokenizer.get_vocab())
+    if not vocab:
+        raise TokenizerError(f"tokenizer {path} has an empty vocabulary: its files are damaged, fetch them again.")
+    generation = _read_generation_config(path)
+    eos_ids = _eos_ids(path, tokenizer.eos_token_id, generation.get("eos_token_id"), set(vocab.values()))
+    pad_id = tokenizer.pad_token_id
+    return HuggingFaceTokenizer(
+        path=path,
+        eos_ids=eos_ids,
+        pad_id=eos_ids[0] if pad_id is None else int(pad_id),
+        vocab=vocab,
+        use_chat_template=chat_template and bool(tokenizer.chat_template),
+        template_options=dict(template_options),
+        _tokenizer=tokenizer,
+    )
+
+
+def _open_fast_tokenizer(path: Path) -> Any:
+    names = {entry.name for entry in path.iterdir()}
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}:
+        raise TokenizerError(
+            f"{path} holds no tokenizer: expected tokenizer.json (or tokenizer.model, vocab.json, vocab.txt) among "
+            f"{sorted(names)[:10]}. Copy the tokenizer files of the model there."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # any of a dozen kinds, from JSON errors to missing packages
+        raise TokenizerError(
+            f"tokenizer {path} cannot be loaded: {error}. It must load without running code from the model directory."
+        ) from error
+    if not tokenizer.is_fast:
+        raise TokenizerError(
+            f"tokenizer {path} is a slow one ({type(tokenizer).__name__}): save it with a tokenizer.json, "
+            "or give its sentencepiece .model file instead."
+        )
+    return tokenizer
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not valid JSON: {error}. Fetch it again, or remove it.") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{file} holds {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def _eos_ids(path: Path, own: int | None, listed: Any, known: set[int]) -> tuple[int, ...]:
+    """The tokenizer's own end token first (it ends a chat turn), then those of generation_config.json."""
+    candidates = [own, *(listed if isinstance(listed, list) else [listed])]
+    ids = [i for i in candidates if i is not None]
+    if not ids:
+        raise TokenizerError(
+            f"tokenizer {path} names no end-of-sequence token, so responses would never end: set eos_token in "
+            "tokenizer_config.json or eos_token_id in generation_config.json."
+        )
+    unknown = [i for i in ids if not isinstance(i, int) or i not in known]
+    if unknown:
+        raise TokenizerError(
+            f"end-of-sequence ids {unknown} of {path} (tokenizer_config.json, generation_config.json) "
+            "are not in its vocabulary: the files belong to different models."
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _readable_pieces(ids: list[int], decode: Any) -> Iterator[str]:
+    """Splits ``decode(ids)`` into one piece per id.
+
+    Each piece is what a token adds to the text of the few tokens before it, because a decoder may drop the leading
+    space of whatever it is given first, and a character may take several tokens.
+    """
+    start, done = 0, 0  # ids[start:done] is context that was shown already
+    for end in range(1, len(ids) + 1):
+        before, now = decode(ids[start:done]), decode(ids[start:end])
+        if now.endswith(_REPLACEMENT) and end < len(ids):
+            yield ""
+            continue
+        yield now[len(before) :]
+        start, done = done, end
+
+
+# --------------------------------------------------------------------------- sentencepiece
+
+
+@dataclass(frozen=True, eq=False)
+class SentencePieceTokenizer:
+    """A raw sentencepiece ``.model`` file: no chat template; prompts start with the beginning-of-sequence token."""
+
+    path: Path
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    vocab: Mapping[str, int] = field(repr=False)
+    _processor: Any = field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._processor.vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        ids = list(ids)
+        pieces = _readable_pieces(ids, self._processor.decode)
+        # control pieces (beginning, end) decode to nothing, but a report should show them
+        return [
+            self._processor.id_to_piece(i) if self._processor.is_control(i) else piece
+            for i, piece in zip(ids, pieces, strict=True)
+        ]
+
+    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        if not isinstance(prompt, str):
+            raise TokenizerError(
+                f"tokenizer {self.path} is a raw sentencepiece model without a chat template, so it cannot render a "
+                f"list of {len(prompt)} messages: give prompts as plain text."
+            )
+        bos = self._processor.bos_id()
+        return ([bos] if bos >= 0 else []) + self.encode(prompt)
+
+    def fingerprint(self) -> str:
+        scores = [self._processor.get_score(i) for i in range(self.vocab_size)]  # they decide what is merged
+        return _digest([sorted(self.vocab.items(), key=lambda item: item[1]), scores])
+
+
+def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+        size = int(processor.vocab_size())
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(f"{path} is not a sentencepiece model: {error}. Fetch it again.") from error
+    eos, pad = int(processor.eos_id()), int(processor.pad_id())
+    if eos < 0:
+        raise TokenizerError(f"sentencepiece model {path} has no end-of-sequence piece: train it with eos_id >= 0.")
+    return SentencePieceTokenizer(
+        path=path,
+        eos_ids=(eos,),
+        pad_id=pad if pad >= 0 else eos,
+        vocab={processor.id_to_piece(i): i for i in range(size)},
+        _processor=processor,
+    )

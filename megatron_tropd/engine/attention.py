@@ -1,0 +1,195 @@
+"""Core attention that runs on CPU and GPU without Transformer Engine, told by a plan which tokens see which.
+
+A plan travels to every layer in Megatron's ``packed_seq_params`` argument. Queries, keys and values arrive with
+rotary embedding already applied at the plan's positions, so packing, prefill and cached decoding differ only in
+``Plan.attend``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+class Plan(Protocol):
+    """Which tokens attend to which, for one forward pass."""
+
+    qkv_format: str  # anything but "thd", which Megatron would treat itself
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Causal attention of one layer: ``[s, b, heads, d]`` each (fewer key heads allowed) -> ``[s, b, heads, d]``."""
+        ...
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``[n, heads, l, d]`` each; grouped key heads are shared by consecutive query heads."""
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+# Sequences are attended in groups of similar length: one padded call per group instead of one call per sequence.
+_GROUP_FILL = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    gather_NL: Tensor  # stream position of every (sequence, step); padding repeats the sequence's last token
+    real_NL: Tensor  # bool
+    restore: Tensor  # stream positions of the real steps, row by row
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """Sequences laid end to end; each attends causally to itself only.
+
+    Padding to the group's longest sequence stands *after* each sequence, so the causal mask alone hides it.
+    """
+
+    groups: tuple[_Group, ...]
+    qkv_format: str = "packed"
+
+    @staticmethod
+    def build(cu_seqlens: npt.NDArray[np.int32], device: torch.device) -> PackedPlan:
+        starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        groups = []
+        first = 0
+        while first < len(order):
+            longest = lengths[order[first]]
+            count = int(np.searchsorted(-lengths[order[first:]], -_GROUP_FILL * longest, side="right"))
+            rows = order[first : first + max(count, 1)]
+            groups.append(_group(starts[rows], lengths[rows], device))
+            first += len(rows)
+        return PackedPlan(tuple(groups))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if len(self.groups) == 1 and self.groups[0].gather_NL.size(0) == 1:
+            return _one_sequence(query, key, value, scale)
+        outputs = [self._attend_group(group, query, key, value, scale) for group in self.groups]
+        merged = torch.empty_like(query)
+        return merged.index_copy(0, torch.cat([group.restore for group in self.groups]), torch.cat(outputs))
+
+    @staticmethod
+    def _attend_group(group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        # [T, 1, h, d] -> [n, h, L, d]
+        q, k, v = (x.squeeze(1)[group.gather_NL].transpose(1, 2) for x in (query, key, value))
+        out = _causal_attention(q, k, v, scale).transpose(1, 2)
+        return out[group.real_NL].unsqueeze(1)
+
+
+def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    return _causal_attention(q, k, v, scale).permute(2, 0, 1, 3)
+
+
+def _group(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], device: torch.device) -> _Group:
+    step = np.arange(lengths[0])
+    real = step < lengths[:, None]
+    gather = starts[:, None] + np.minimum(step, lengths[:, None] - 1)
+    return _Group(
+        torch.from_numpy(gather).to(device),
+        torch.from_numpy(real).to(device),
+        torch.from_numpy(gather[real]).to(device),
+    )
+
+
+@dataclass(slots=True)
+class KeyValueCache:
+    """Rotated keys and values of every layer, ``[b, key heads, max_length, d]``, filled left to right per row."""
+
+    batch_size: int
+    max_length: int
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's buffers, made on first use with the heads and dtype of ``like`` ``[s, b, heads, d]``."""
+        if layer not in self.keys:
+            shape = (self.batch_size, like.size(2), self.max_length, like.size(3))
+            self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
+        return self.keys[layer], self.values[layer]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops every row but ``rows`` (finished sequences leave the batch)."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in buffers.items():
+                buffers[layer] = buffer[rows]
+        self.batch_size = len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """A batch of right-padded prompts; keys and values are cached, and causality alone hides the padding."""
+
+    cache: KeyValueCache
+    qkv_format: str = "prefill"
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        keys[:, :, : k.size(2)] = k
+        values[:, :, : v.size(2)] = v
+        return _causal_attention(q, k, v, scale).permute(2, 0, 1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """One new token per row, at its own position, attending to what its row has cached."""
+
+    cache: KeyValueCache
+    position_B: Tensor  # where each row's token stands
+    longest: int  # max(position_B) + 1, known without asking the device
+    qkv_format: str = "decode"
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = self.cache.layer(layer, key)
+        rows = torch.arange(len(self.position_B), device=key.device)
+        keys[rows, :, self.position_B] = key[0]
+        values[rows, :, self.position_B] = value[0]
+        k, v = keys[:, :, : self.longest], values[:, :, : self.longest]
+        # plain products: for one query SDPA's setup costs more than its work
+        batch, kv_heads = k.shape[:2]
+        q = query[0].view(batch, kv_heads, -1, query.size(-1))
+        hidden = torch.arange(self.longest, device=k.device) > self.position_B[:, None]
+        scores = (q @ k.transpose(-1, -2)).float().mul_(scale).masked_fill_(hidden[:, None, None], -math.inf)
+        return (scores.softmax(-1).to(v.dtype) @ v).reshape(1, batch, -1, query.size(-1))
+
+
+class PlannedAttention(MegatronModule):
+    """``core_attention`` for Megatron's SelfAttention: scales, and lets the plan attend. No dropout."""
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **options: Any
+    ) -> None:
+        super().__init__(config=config)
+        del attn_mask_type, attention_type
+        softmax_scale = options.get("softmax_scale")
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.layer_number = layer_number
+        # without it, sharded_state_dict reads Megatron's global state
+        self.tp_group = options["pg_collection"].tp
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Tensor:
+        """``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; needs a Plan as ``packed_seq_params``."""
+        plan: Plan = options["packed_seq_params"]
+        out = plan.attend(self.layer_number, query, key, value, self.scale)
+        return out.reshape(*out.shape[:2], -1)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight takes part in sequence parallelism (Megatron's torch wrapper refuses it)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
+        del options
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,183 @@
+"""Cached decoding with a Megatron model: one batch of sequences, each with its own length and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PrefillPlan
+from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
+
+# dropping rows copies the cache, so it waits until no more than this share of the batch is alive
+_COMPACT_BELOW = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What was sampled after one context."""
+
+    token_ids: Int64Array  # [L] includes the stop token
+    sampling_logprob: Float32Array  # [L]
+    model_logprob: Float32Array  # [L]
+    finished: bool
+
+
+class _Batch:
+    """The rows of one batch while they are being written. Finished rows idle until enough of them are dropped."""
+
+    def __init__(self, model: Model, contexts: Sequence[Int64Array], budgets: Sequence[int]) -> None:
+        device, rows = model.device, len(contexts)
+        lengths = [len(context) for context in contexts]
+        self.model = model
+        self.longest = max(lengths)
+        self.cache = KeyValueCache(rows, self.longest + max(budgets))
+        self.index_B = torch.arange(rows, device=device)  # which context a row continues
+        self.position_B = torch.tensor(lengths, device=device)  # where its next token will stand
+        self.budget_B = torch.tensor(list(budgets), device=device)
+        self.alive_B = torch.ones(rows, dtype=torch.bool, device=device)
+        padded = np.zeros((rows, self.longest), dtype=np.int64)
+        for row, context in enumerate(contexts):
+            padded[row, : len(context)] = context
+        self._contexts = torch.from_numpy(padded).to(device)
+
+    def prefill(self) -> Tensor:
+        """Caches the contexts; ``[B, D]`` hidden states of their last tokens."""
+        positions = torch.arange(self.longest, device=self._contexts.device).expand_as(self._contexts)
+        plan = PrefillPlan(self.cache)
+        hidden = self.model.chunks[0](self._contexts, positions, None, packed_seq_params=plan)
+        return hidden[self.position_B - 1, self.index_B]
+
+    def advance(self, token_B: Tensor) -> Tensor:
+        """Appends one token per row; ``[B, D]`` hidden states."""
+        self.longest += 1
+        plan = DecodePlan(self.cache, self.position_B, self.longest)
+        hidden = self.model.chunks[0](token_B[:, None], self.position_B[:, None], None, packed_seq_params=plan)
+        self.position_B = self.position_B + 1
+        return hidden[0]
+
+    def drop_finished(self, token_B: Tensor, alive: int) -> Tensor:
+        """Leaves only living rows once they are few; returns their part of ``token_B``."""
+        if alive >= _COMPACT_BELOW * len(token_B):
+            return token_B
+        keep = self.alive_B.nonzero()[:, 0]
+        self.cache.keep(keep)
+        for name in ("index_B", "position_B", "budget_B", "alive_B"):
+            setattr(self, name, getattr(self, name)[keep])
+        return token_B[keep]
+
+
+@torch.no_grad()
+def decode_batch(
+    model: Model,
+    contexts: Sequence[Int64Array],
+    budgets: Sequence[int],
+    uniforms_BL: Float32Array,
+    params: SamplingParams,
+) -> list[Continuation]:
+    """Continues every context by at most its budget (>= 1) tokens.
+
+    Args:
+        contexts: token ids, one array per row, at least one token each.
+        uniforms_BL: ``[B, max budget]`` numbers in [0, 1): token ``i`` of a row uses column ``i``.
+    """
+    device, max_new = model.device, max(budgets)
+    uniforms = torch.from_numpy(uniforms_BL).to(device)
+    stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=device)
+    batch = _Batch(model, contexts, budgets)
+    tokens = torch.zeros(len(contexts), max_new, dtype=torch.long, device=device)
+    logprobs = torch.zeros(2, len(contexts), max_new, device=device)
+    count = torch.zeros(len(contexts), dtype=torch.long, device=device)
+    finished = torch.zeros(len(contexts), dtype=torch.bool, device=device)
+    with megatron_sees(model.groups):
+        hidden_BD = batch.prefill()
+        for step in range(max_new):
+            drawn = sample(_logits(model, hidden_BD), uniforms[batch.index_B, step], params, stops=stops, step=step)
+            write = batch.index_B[batch.alive_B]
+            tokens[write, step] = drawn.token_B[batch.alive_B]
+            logprobs[0, write, step] = drawn.sampling_logprob_B[batch.alive_B]
+            logprobs[1, write, step] = drawn.model_logprob_B[batch.alive_B]
+            count[write] = step + 1
+            stopped_B = torch.isin(drawn.token_B, stops)
+            finished[write] = stopped_B[batch.alive_B]
+            batch.alive_B = batch.alive_B & ~stopped_B & (step + 1 < batch.budget_B)
+            alive = int(batch.alive_B.sum())
+            if alive == 0:
+                break
+            hidden_BD = batch.advance(batch.drop_finished(drawn.token_B, alive))
+    return _collect(tokens, logprobs, count, finished)
+
+
+def _collect(tokens: Tensor, logprobs: Tensor, count: Tensor, finished: Tensor) -> list[Continuation]:
+    token_ids, (sampling, model) = tokens.cpu().numpy(), logprobs.cpu().numpy()
+    return [
+        Continuation(token_ids[row, :n].copy(), sampling[row, :n].copy(), model[row, :n].copy(), done)
+        for row, (n, done) in enumerate(zip(count.tolist(), finished.tolist(), strict=True))
+    ]
+
+
+def _logits(model: Model, hidden_BD: Tensor) -> Tensor:
+    """``[B, V]`` fp32 over the true vocabulary, on every tensor rank."""
+    local = F.linear(hidden_BD, model.chunks[0].output_weight()).float()
+    if model.groups.tp is not None:
+        shards = [torch.empty_like(local) for _ in range(model.groups.layout.tensor)]
+        dist.all_gather(shards, local.contiguous(), group=model.groups.tp)
+        local = torch.cat(shards, dim=-1)
+    return local[:, : model.architecture.vocab_size]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One sampled token per row."""
+
+    token_B: Tensor
+    sampling_logprob_B: Tensor  # under the distribution it was drawn from
+    model_logprob_B: Tensor  # under softmax(logits)
+
+
+def sample(
+    logits_BV: Tensor, uniform_B: Tensor, params: SamplingParams, *, stops: Tensor | None = None, step: int = 0
+) -> Drawn:
+    """Draws one token per row by inverting the cumulative distribution at ``uniform_B``.
+
+    Temperature 0 takes the most likely token (probability 1 under the sampling distribution). Top-k keeps the k most
+    likely tokens; top-p then keeps the smallest set that reaches p, always with the most likely token in it.
+    Stop tokens cannot be drawn before ``params.min_new_tokens``.
+    """
+    model_logprob_BV = logits_BV.log_softmax(-1)
+    if stops is not None and step < params.min_new_tokens:
+        logits_BV = logits_BV.index_fill(1, stops, -torch.inf)
+    if params.temperature == 0:
+        token_B = logits_BV.argmax(-1)
+        sampling_B = torch.zeros_like(uniform_B)
+    else:
+        token_B, sampling_B = _invert(logits_BV / params.temperature, uniform_B, params)
+    return Drawn(token_B, sampling_B, model_logprob_BV.gather(1, token_B[:, None])[:, 0])
+
+
+def _invert(logits_BV: Tensor, uniform_B: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    probability_BV = logits_BV.softmax(-1)
+    order_BV = None
+    if params.top_k or params.top_p < 1.0:
+        probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+        if params.top_k:
+            probability_BV[:, params.top_k :] = 0
+        if params.top_p < 1.0:
+            before_BV = probability_BV.cumsum(-1) - probability_BV
+            total_B1 = probability_BV.sum(-1, keepdim=True)
+            probability_BV = probability_BV.masked_fill(before_BV >= params.top_p * total_B1, 0.0)
+    cumulative_BV = probability_BV.double().cumsum(-1)
+    total_B = cumulative_BV[:, -1]
+    # strictly greater: a token of probability 0 has an empty interval and cannot be drawn
+    column_B1 = (cumulative_BV <= (uniform_B.double() * total_B)[:, None]).sum(-1, keepdim=True)
+    column_B1 = column_B1.clamp_(max=probability_BV.size(1) - 1)
+    sampling_B = (probability_BV.gather(1, column_B1)[:, 0].double() / total_B).log().float()
+    token_B1 = column_B1 if order_BV is None else order_BV.gather(1, column_B1)
+    return token_B1[:, 0], sampling_B

@@ -1,0 +1,132 @@
+"""Runs packs through a model under its pipeline schedule, handing the last stage hidden states of valid predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_tropd.engine.attention import PackedPlan
+from megatron_tropd.engine.model import HiddenStateGPT, Model
+from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
+from megatron_tropd.types import Pack, Region
+
+# (number of the pack in the call, hidden states of its valid predictions [N, D], output weight shard [v, D])
+LastStage = Callable[[int, Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """One pack on the device."""
+
+    number: int
+    ids: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    plan: PackedPlan
+    valid: Tensor  # [N] stream positions of PREFIX and CONTINUATION predictions
+
+
+def valid_positions(pack: Pack) -> np.ndarray:
+    """``[N]`` stream positions whose prediction carries loss, in stream order."""
+    return np.flatnonzero((pack.region_T == Region.PREFIX) | (pack.region_T == Region.CONTINUATION))
+
+
+def _inputs(number: int, pack: Pack, device: torch.device) -> _Inputs:
+    return _Inputs(
+        number=number,
+        ids=torch.from_numpy(pack.token_T)[None].to(device),
+        positions=torch.from_numpy(pack.position_T)[None].to(device),
+        plan=PackedPlan.build(pack.cu_seqlens, device),
+        valid=torch.from_numpy(valid_positions(pack)).to(device),
+    )
+
+
+def run_packs(
+    model: Model,
+    packs: Sequence[Pack],
+    last_stage: LastStage,
+    *,
+    wrapped: Sequence[torch.nn.Module] | None = None,
+    backward: bool = False,
+) -> list[Any]:
+    """Sends ``packs`` through the model, one microbatch each, and collects what ``last_stage`` returns.
+
+    Every rank of the model's replica must pass the same packs. Without ``backward`` the result (on last-stage ranks;
+    others get an empty list) holds one value per pack. With it, ``last_stage`` returns ``(loss, info)``, gradients are
+    accumulated into ``wrapped`` (the DDP-wrapped chunks), and the result holds the infos.
+    """
+    modules = list(wrapped if wrapped is not None else model.chunks)
+    device = model.device
+    prepared = [_inputs(i, pack, device) for i, pack in enumerate(packs)]
+    groups, virtual = model.groups, model.groups.layout.virtual_pipeline
+
+    def forward_step(batches: Iterator[_Inputs], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        hidden = module(batch.ids, batch.positions, None, packed_seq_params=batch.plan)
+        return hidden, partial(_finish, batch=batch, module=module, model=model, last_stage=last_stage)
+
+    schedule = get_forward_backward_func(
+        pp_size=groups.layout.pipeline, vp_size=virtual if virtual > 1 else None
+    )
+    options: dict[str, Any] = {}
+    if groups.layout.pipeline > 1:
+        options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, model.config)
+    with megatron_sees(groups), torch.set_grad_enabled(backward):
+        collected: list[Any] = schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(prepared) for _ in modules],
+            model=modules,
+            num_microbatches=len(prepared),
+            seq_length=max(len(pack.token_T) for pack in packs),
+            micro_batch_size=1,
+            forward_only=not backward,
+            collect_non_loss_data=not backward,
+            pg_collection=groups.pg,
+            **options,
+        )
+    return collected
+
+
+def _finish(
+    hidden: Tensor,
+    non_loss_data: bool = False,
+    *,
+    batch: _Inputs,
+    module: torch.nn.Module,
+    model: Model,
+    last_stage: LastStage,
+) -> Any:
+    """What the schedule calls on the last stage."""
+    chunk = unwrap(module)
+    result = last_stage(batch.number, _valid_hidden(hidden, batch.valid, model), chunk.output_weight())
+    if non_loss_data:
+        return result
+    loss, info = result
+    # the schedule expects a token count; the division by the global weight happens once, after the last microbatch
+    return loss, torch.zeros((), dtype=torch.int), info
+
+
+def _valid_hidden(hidden: Tensor, valid: Tensor, model: Model) -> Tensor:
+    """``[T / tp or T, 1, D]`` -> ``[N, D]`` rows of valid predictions, whole on every tensor rank.
+
+    Backward adds up the tensor ranks' partial gradients (the losses return one per vocabulary shard).
+    """
+    rows = hidden.squeeze(1)
+    if model.config.sequence_parallel:
+        return gather_sequence(rows, model.groups.tp).index_select(0, valid)
+    return copy_to_region(rows.index_select(0, valid), model.groups.tp)
+
+
+def unwrap(module: torch.nn.Module) -> HiddenStateGPT:
+    """The model inside DDP."""
+    inner = module.module if hasattr(module, "module") else module
+    assert isinstance(inner, HiddenStateGPT)
+    return inner

@@ -1,0 +1,252 @@
+"""Builds Megatron-Core GPT models that stop at the final hidden states.
+
+The output layer's weight is there (it registers with DDP and checkpoints as usual), but its product with the hidden
+states is left to the vocabulary-parallel losses, so logits are never materialised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_tropd.engine import shim
+from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
+from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.types import Architecture
+
+_VOCAB_MULTIPLE = 64
+
+
+class HiddenStateGPT(GPTModel):
+    """A GPTModel whose last stage answers with final hidden states ``[s, b, D]`` (normed), not logits.
+
+    ``position_ids`` are honoured token by token (Megatron's own RoPE counts from the start of the tensor), which is
+    what packed streams and cached decoding with rows of different lengths need.
+    """
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, None, None, None, Tensor | None]:
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        table = self.rotary_pos_emb(self.max_sequence_length)  # [max, 1, 1, d], cached by Megatron
+        rotary = table[:, 0][position_ids.transpose(0, 1)]  # [s, b, 1, d]
+        return decoder_input, rotary, None, None, None, padding_mask
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """``[v, D]``: this rank's shard of the output embedding (the input embedding when tied)."""
+        if self.share_embeddings_and_output_weights:
+            weight: Tensor = self.shared_embedding_or_output_weight()
+            return weight
+        own: Tensor = self.output_layer.weight
+        return own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One rank's part of a model: its chunks (one, or one per virtual stage) and how they are laid out."""
+
+    architecture: Architecture
+    groups: Groups
+    config: TransformerConfig
+    chunks: tuple[HiddenStateGPT, ...]
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.config.params_dtype
+        return dtype
+
+    def layer_offsets(self) -> list[int]:
+        """Global number of the first layer of each chunk."""
+        return [
+            get_transformer_layer_offset(self.config, self._vp_stage(i), pp_rank=self.groups.stage)
+            for i in range(len(self.chunks))
+        ]
+
+    def _vp_stage(self, chunk: int) -> int | None:
+        return chunk if self.groups.layout.virtual_pipeline > 1 else None
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding over all shards: the next multiple of 64 x tensor-parallel size."""
+    multiple = _VOCAB_MULTIPLE * tensor
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str = "none",
+    seed: int = 0,
+) -> Model:
+    """Builds this rank's chunks with random weights (``seed`` is layout-dependent: load weights to compare layouts)."""
+    shim.install()
+    model_parallel_cuda_manual_seed(
+        seed + 1, inference_rng_tracker=True, force_reset_rng=True, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=0
+    )
+    torch.manual_seed(seed + 1000 * groups.stage + groups.tensor_rank)
+    config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute)
+    virtual = groups.layout.virtual_pipeline
+    with megatron_sees(groups):
+        chunks = tuple(
+            _build_chunk(architecture, groups, config, stage if virtual > 1 else None).to(device)
+            for stage in range(virtual)
+        )
+    return Model(architecture=architecture, groups=groups, config=config, chunks=chunks, device=device)
+
+
+def check_divisible(architecture: Architecture, groups: Groups) -> None:
+    """Refuses layouts this architecture cannot be cut into, naming the sizes that work."""
+    layout = groups.layout
+    for what, size in (("query heads", architecture.num_heads), ("key/value heads", architecture.num_kv_heads)):
+        if size % layout.tensor:
+            raise ConfigError(
+                f"tensor parallel size {layout.tensor} does not divide the model's {size} {what}. "
+                f"Choose a divisor of {architecture.num_kv_heads}."
+            )
+    if architecture.ffn_size % layout.tensor:
+        raise ConfigError(
+            f"tensor parallel size {layout.tensor} does not divide the model's ffn size {architecture.ffn_size}."
+        )
+    stages = layout.pipeline * layout.virtual_pipeline
+    if architecture.num_layers < stages:
+        raise ConfigError(
+            f"pipeline*virtual_pipeline = {layout.pipeline}*{layout.virtual_pipeline} = {stages} stages for a model "
+            f"of {architecture.num_layers} layers. Use at most {architecture.num_layers} stages."
+        )
+    if layout.virtual_pipeline > 1 and architecture.num_layers % stages:
+        raise ConfigError(
+            f"{architecture.num_layers} layers cannot be dealt evenly to {stages} interleaved stages; "
+            "lower virtual_pipeline or pipeline."
+        )
+
+
+def transformer_config(
+    architecture: Architecture, groups: Groups, *, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's description of the model under this layout."""
+    check_divisible(architecture, groups)
+    layout = groups.layout
+    options: dict[str, Any] = {}
+    if recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if layout.pipeline > 1 and layout.virtual_pipeline == 1 and architecture.num_layers % layout.pipeline:
+        options |= _uneven_stages(architecture.num_layers, layout.pipeline)
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        calculate_per_token_loss=True,
+        # packs differ in length, so every stage is told the shape first
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths
+        # batched point-to-point is silently wrong with interleaved stages (gradients off 40-93x on gloo)
+        batch_p2p_comm=False,
+        batch_p2p_sync=False,
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **options,
+    )
+
+
+def _uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:
+    """Fewer layers on the last stage, which also carries the loss; the rest share evenly."""
+    even, last = divmod(num_layers, pipeline)
+    for last_stage in range(even, 0, -1):
+        if (num_layers - last_stage) % (pipeline - 1) == 0:
+            return {"num_layers_in_last_pipeline_stage": last_stage}
+    raise ConfigError(
+        f"{num_layers} layers cannot be dealt to {pipeline} stages with only the last one shorter (remainder {last}). "
+        f"Choose a pipeline size that divides {num_layers}."
+    )
+
+
+def _build_chunk(
+    architecture: Architecture, groups: Groups, config: TransformerConfig, vp_stage: int | None
+) -> HiddenStateGPT:
+    layout = groups.layout
+    scaling = architecture.rope_scaling or {}
+    first = groups.is_first_stage and (vp_stage in (None, 0))
+    last = groups.is_last_stage and (vp_stage in (None, layout.virtual_pipeline - 1))
+    chunk = HiddenStateGPT(
+        config,
+        _block_spec(config, groups, vp_stage),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        rope_scaling=bool(scaling),
+        rope_scaling_factor=float(scaling.get("factor", 1.0)),
+        pg_collection=groups.pg,
+        vp_stage=vp_stage,
+    )
+    return chunk
+
+
+def _block_spec(config: TransformerConfig, groups: Groups, vp_stage: int | None) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PlannedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage, pp_rank=groups.stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,0 +1,138 @@
+"""Softmax statistics of logits that arrive in tiles and lie on several ranks, and the gradient they imply.
+
+``chunk_statistics`` and ``chunk_gradient`` are the two hot loops: pure functions of one tile, which a kernel may replace.
+All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small beside the maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Of the logits l of each token over some set of columns. Mutated in place while tiles are merged in.
+
+    ``empty`` is the neutral element: its maximum is the lowest finite number, since -inf would make nan of 0 * inf.
+    """
+
+    max_T: Tensor  # m = max l
+    sumexp_T: Tensor  # s = sum exp(l - m)
+    weighted_T: Tensor  # u = sum exp(l - m) (l - m), <= 0
+
+    @staticmethod
+    def empty(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Statistics:
+        """Statistics over no column."""
+        zeros = torch.zeros(2, num_tokens, dtype=dtype, device=device)
+        lowest_T = torch.full((num_tokens,), torch.finfo(dtype).min, dtype=dtype, device=device)
+        return Statistics(max_T=lowest_T, sumexp_T=zeros[0], weighted_T=zeros[1])
+
+    def merge_(self, rows: slice, other: Statistics) -> None:
+        """Include the statistics of further columns for some of the tokens."""
+        max_R = torch.maximum(self.max_T[rows], other.max_T)
+        mine, theirs = self._rebased(rows, max_R), other._rebased(slice(None), max_R)
+        self.max_T[rows] = max_R
+        self.sumexp_T[rows] = mine[0] + theirs[0]
+        self.weighted_T[rows] = mine[1] + theirs[1]
+
+    def _rebased(self, rows: slice, max_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, u) relative to a maximum at least as large as the own."""
+        shift_R = self.max_T[rows] - max_R
+        scale_R, sumexp_R = shift_R.exp(), self.sumexp_T[rows]
+        return sumexp_R * scale_R, (self.weighted_T[rows] + sumexp_R * shift_R) * scale_R
+
+    def rebased(self, max_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, u) relative to ``max_T``, which is at least as large as the own maximum."""
+        return self._rebased(slice(None), max_T)
+
+    @property
+    def log_sumexp_T(self) -> Tensor:
+        """log s: what is to be subtracted from ``l - m`` to make a log-probability."""
+        return self.sumexp_T.log()
+
+    @property
+    def logsumexp_T(self) -> Tensor:
+        """log sum exp l, nats."""
+        return self.max_T + self.log_sumexp_T
+
+    @property
+    def entropy_T(self) -> Tensor:
+        """-sum q log q, nats."""
+        return self.log_sumexp_T - self.weighted_T / self.sumexp_T
+
+
+def merge_ranks(max_nT: Tensor, sumexp_nT: Tensor, weighted_nT: Tensor | None = None) -> Statistics:
+    """The statistics over all ranks' columns, given each rank's (dim 0)."""
+    max_T = max_nT.amax(0)
+    shift_nT = max_nT - max_T
+    scale_nT = shift_nT.exp()
+    if weighted_nT is None:
+        weighted_nT = torch.zeros_like(sumexp_nT)
+    return Statistics(
+        max_T=max_T,
+        sumexp_T=(sumexp_nT * scale_nT).sum(0),
+        weighted_T=((weighted_nT + sumexp_nT * shift_nT) * scale_nT).sum(0),
+    )
+
+
+def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:
+    """Statistics of one tile; overwrites both arguments."""
+    max_R = logits_Rw.amax(-1)
+    logits_Rw.sub_(max_R.unsqueeze(-1))
+    torch.exp(logits_Rw, out=scratch_Rw)
+    sumexp_R = scratch_Rw.sum(-1)
+    weighted_R = scratch_Rw.mul_(logits_Rw).sum(-1)
+    return Statistics(max_T=max_R, sumexp_T=sumexp_R, weighted_T=weighted_R)
+
+
+def chunk_gradient(
+    logits_Rw: Tensor,
+    scratch_Rw: Tensor,
+    *,
+    max_R: Tensor,
+    sumexp_R: Tensor,
+    constant_R: Tensor,
+    slope_R: Tensor | None,
+) -> Tensor:
+    """``q (constant + slope log q)`` with ``q = exp(logits - max) / sumexp``, in place of the logits.
+
+    Every gradient of softmax statistics with respect to the logits has this form, up to the picked entries.
+    """
+    logits_Rw.sub_(max_R.unsqueeze(-1))
+    if slope_R is None:
+        return logits_Rw.exp_().mul_((constant_R / sumexp_R).unsqueeze(-1))
+    torch.exp(logits_Rw, out=scratch_Rw)
+    log_sumexp_R = sumexp_R.log()
+    logits_Rw.mul_((slope_R / sumexp_R).unsqueeze(-1))
+    logits_Rw.add_(((constant_R - slope_R * log_sumexp_R) / sumexp_R).unsqueeze(-1))
+    return logits_Rw.mul_(scratch_Rw)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picks:
+    """Given ids per token, seen from a tile. Each id lies in exactly one tile of one rank.
+
+    An id outside a tile points at the tile's column 0 and carries 0: it must be *added* there, never assigned, or it
+    would wipe out an id that truly is that column.
+    """
+
+    column_RK: Tensor  # within the tile
+    inside_RK: Tensor  # bool
+
+    @staticmethod
+    def of(ids_RK: Tensor, *, first_id: int, width: int) -> Picks:
+        """``first_id`` is the global id of the tile's column 0."""
+        column_RK = ids_RK - first_id
+        inside_RK = (column_RK >= 0) & (column_RK < width)
+        return Picks(column_RK=column_RK.masked_fill_(~inside_RK, 0), inside_RK=inside_RK)
+
+    def read_into(self, picked_RK: Tensor, logits_Rw: Tensor) -> None:
+        """Put the logits of the ids inside the tile where they belong; leave the others."""
+        torch.where(self.inside_RK, logits_Rw.gather(1, self.column_RK), picked_RK, out=picked_RK)
+
+    def add_to(self, dlogits_Rw: Tensor, grad_RK: Tensor) -> None:
+        """Add each id's gradient at its column; duplicates add up."""
+        dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)

@@ -1,0 +1,263 @@
+"""Loss terms: each maps what student and teacher say about T tokens to one loss per token, in nats.
+
+A term never masks, averages or communicates. Descent on every term moves the student towards the teacher. ``r``
+is the log ratio ``log p(y) - log q(y)`` of teacher p and student q at the sampled token y; its gradient is cut unless
+a term says otherwise. Plain autograd of ``log q(y) - log p(y)`` is not offered: its gradient ignores the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses.support import Tail, check_tail, kl_on_support, required
+from megatron_tropd.types import Needs, StudentView, SupportKind, TeacherView
+
+Loss = Callable[[StudentView, TeacherView], Tensor]
+Reward = Callable[[Tensor, TeacherView], Tensor]  # (log q(y) without gradient, teacher) -> reward of the token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One loss per token and what it takes to compute it."""
+
+    name: str
+    loss: Loss
+    needs: Needs = field(default_factory=Needs)
+    vanishes: bool = True  # loss gradient is 0 when teacher and student agree
+
+
+# --------------------------------------------------------------------------- sampled-token terms
+
+
+def policy_gradient(
+    reward: Reward, *, name: str, clip: float | None = None, needs: Needs | None = None, vanishes: bool = True
+) -> Term:
+    """Score-function surrogate of a per-token reward; descent raises the log-prob of rewarded tokens.
+
+    Without ``clip``: ``-reward * log q(y)``, the reward taken at the current weights, gradient ``-reward (1[j=y] - q_j)``
+    w.r.t. the logits. With ``clip=e`` (PPO, for rollouts used more than once): ``-min(w R, clip(w, 1-e, 1+e) R)`` with
+    ``w = q(y) / q_old(y)`` and the reward R at the rollout's weights; at the first use both gradients are equal.
+    """
+    if clip is not None and not 0.0 < clip < 1.0:
+        raise ConfigError(f"PPO clip={clip} must lie in (0, 1), or be null for no importance ratio.")
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        if clip is None:
+            return -reward(student.logprob_T.detach(), teacher).detach() * student.logprob_T
+        reward_T = reward(student.old_logprob_T.detach(), teacher).detach()
+        ratio_T = torch.exp(student.logprob_T - student.old_logprob_T.detach())
+        return -torch.minimum(ratio_T * reward_T, ratio_T.clamp(1.0 - clip, 1.0 + clip) * reward_T)
+
+    return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes)
+
+
+def k1_pg(*, clip: float | None = None, floor: float | None = None) -> Term:
+    """Policy gradient of the sampled-token reverse KL: the reward is ``r``, or ``max(r, floor)`` (nats).
+
+    In expectation over y ~ q its gradient is that of ``KL(q || p)`` when there is no floor.
+    Source: Thinking Machines' on-policy distillation; the floor: REOPOLD, arXiv 2603.11137.
+    """
+
+    def reward(logprob_T: Tensor, teacher: TeacherView) -> Tensor:
+        ratio_T = teacher.logprob_T - logprob_T
+        return ratio_T if floor is None else ratio_T.clamp(min=floor)
+
+    return policy_gradient(reward, name="k1_pg" if floor is None else "k1_pg_floor", clip=clip)
+
+
+def extrapolated_pg(*, lam: float, clip: float | None = None) -> Term:
+    """ExOPD (arXiv 2602.12125): reward ``lam (log p - log b) - (log q - log b)`` with b the base model, nats.
+
+    ``lam=1`` is ``k1_pg``; ``lam > 1`` aims beyond the teacher, so the term does not vanish when the student equals it.
+    """
+
+    def reward(logprob_T: Tensor, teacher: TeacherView) -> Tensor:
+        base_T = required(teacher.base_logprob_T, field="TeacherView.base_logprob_T", need="base_model")
+        return lam * (teacher.logprob_T - base_T) - (logprob_T - base_T)
+
+    return policy_gradient(reward, name="extrapolated_pg", clip=clip, needs=Needs(base_model=True), vanishes=lam == 1.0)
+
+
+def k2() -> Term:
+    """``r^2 / 2`` with gradient through ``log q(y)``, nats^2."""
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        return 0.5 * (teacher.logprob_T - student.logprob_T).square()
+
+    return Term(name="k2", loss=loss)
+
+
+def k3() -> Term:
+    """``exp(r) - 1 - r`` with gradient through ``log q(y)``; never negative."""
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        ratio_T = teacher.logprob_T - student.logprob_T
+        return torch.expm1(ratio_T) - ratio_T
+
+    return Term(name="k3", loss=loss)
+
+
+def nll() -> Term:
+    """``-log q(y)``: imitate the token as written. Gradient ``q_j - 1[j=y]``, not zero when student equals teacher."""
+    return Term(name="nll", loss=lambda student, teacher: -student.logprob_T, vanishes=False)
+
+
+def prefix_pg_scalar() -> Term:
+    """TrOPD's published script on prefix tokens: ``log q(y) - log p(y)`` as a constant advantage (arXiv 2606.01249).
+
+    Kept for fidelity. Note the sign: it *lowers* the probability of tokens that the teacher likes better.
+    """
+
+    def reward(logprob_T: Tensor, teacher: TeacherView) -> Tensor:
+        return logprob_T - teacher.logprob_T
+
+    return policy_gradient(reward, name="prefix_pg_scalar")
+
+
+# --------------------------------------------------------------------------- terms over a support
+
+
+def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -> Term:
+    """Forward KL on a support of k ids: ``sum_A p (log p - log q)`` plus the tail's share.
+
+    Gradient w.r.t. logits: ``m_A q_j - p_j 1[j in A]`` (none), ``q_j - p_j`` on A and ``q_j (1 - p_tail/q_tail)`` off A
+    (bucket), ``qhat_j - phat_j`` on A (renorm). With ``tail=none`` it may be negative (never clamped) and leaves
+    ``q_j (m_A - 1[j in A])`` at p = q: it squeezes the tail into A.
+    """
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        student_TK, teacher_TK = _on_support(student, teacher)
+        return kl_on_support(teacher_TK, student_TK, tail=tail, mask_TK=teacher.support_mask_TK)
+
+    return _support_term("fkl_topk", loss, k=k, tail=tail, support=support)
+
+
+def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher") -> Term:
+    """Reverse KL on a support: ``sum_A q (log q - log p)`` plus the tail's share.
+
+    ``tail=renorm`` is local support matching (arXiv 2603.25562), gradient ``qhat_j (log(qhat_j/phat_j) - KL_A)`` on A.
+    ``tail=none`` leaves ``q_j (1[j in A] - q_A)`` at p = q: it pushes mass out of A.
+    """
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        student_TK, teacher_TK = _on_support(student, teacher)
+        return kl_on_support(student_TK, teacher_TK, tail=tail, mask_TK=teacher.support_mask_TK)
+
+    return _support_term("rkl_topk", loss, k=k, tail=tail, support=support)
+
+
+def fkl_pg_scalar(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -> Term:
+    """TrOPD's published script: minus the detached support KL as the sampled token's advantage (arXiv 2606.01249).
+
+    Kept for fidelity; it cannot teach the teacher's alternatives, because only ``log q(y)`` carries gradient.
+    """
+    direct = fkl_topk(k=k, tail=tail, support=support)
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        advantage_T = -direct.loss(student, teacher).detach()
+        return -advantage_T * student.logprob_T
+
+    return Term(name="fkl_pg_scalar", loss=loss, needs=direct.needs)
+
+
+def _on_support(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Tensor]:
+    student_TK = required(student.support_logprob_TK, field="StudentView.support_logprob_TK", need="top_k")
+    return student_TK, required(teacher.support_logprob_TK, field="TeacherView.support_logprob_TK", need="top_k")
+
+
+def _support_term(name: str, loss: Loss, *, k: int, tail: Tail, support: SupportKind) -> Term:
+    check_tail(tail)
+    if k < 1:
+        raise ConfigError(f"{name} needs k >= 1 candidates, got {k}.")
+    return Term(name=f"{name}_{tail}", loss=loss, needs=Needs(top_k=k, support=support), vanishes=tail != "none")
+
+
+# --------------------------------------------------------------------------- full-vocabulary terms
+
+
+def fkl_full() -> Term:
+    """``KL(p || q)`` over the vocabulary; gradient ``q_j - p_j``."""
+    return _full("fkl_full", "forward_kl", 0.5)
+
+
+def rkl_full() -> Term:
+    """``KL(q || p)`` over the vocabulary; gradient ``q_j (log(q_j/p_j) - KL)``."""
+    return _full("rkl_full", "reverse_kl", 0.5)
+
+
+def jsd_full(*, beta: float) -> Term:
+    """``beta KL(p||m) + (1-beta) KL(q||m)``, ``m = beta p + (1-beta) q`` (GKD, arXiv 2306.13649).
+
+    The formula is 0 at both ends; there the limits of its direction are meant: 0 is ``fkl_full``, 1 is ``rkl_full``.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ConfigError(f"jsd_full needs beta in [0, 1], got {beta}.")
+    if beta in (0.0, 1.0):
+        return fkl_full() if beta == 0.0 else rkl_full()
+    return _full("jsd_full", "jsd", beta)
+
+
+def _full(name: str, kind: str, beta: float) -> Term:
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        return required(student.divergence, field="StudentView.divergence", need="hidden_states")(kind, beta)
+
+    return Term(name=name, loss=loss, needs=Needs(hidden_states=True))
+
+
+# --------------------------------------------------------------------------- none, and combinators
+
+
+def _zero(student: StudentView, teacher: TeacherView) -> Tensor:
+    return torch.zeros_like(student.logprob_T)
+
+
+NONE = Term(name="none", loss=_zero)
+"""No loss. Compare with ``is`` to skip it."""
+
+
+def scaled(term: Term, factor: float) -> Term:
+    """``factor * term``; the factor 0 is NONE."""
+    if factor == 0.0:
+        return NONE
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        return factor * term.loss(student, teacher)
+
+    return Term(name=term.name, loss=loss, needs=term.needs, vanishes=term.vanishes)
+
+
+def where_teacher_uncertain(term: Term, *, entropy: float) -> Term:
+    """``term`` on the tokens where the teacher's full-vocabulary entropy exceeds ``entropy`` nats, 0 elsewhere.
+
+    Source: EOPD, arXiv 2603.07079.
+    """
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        entropy_T = required(teacher.entropy_T, field="TeacherView.entropy_T", need="teacher_entropy")
+        loss_T = term.loss(student, teacher)
+        return torch.where(entropy_T > entropy, loss_T, torch.zeros_like(loss_T))
+
+    needs = merge_needs(term.needs, Needs(teacher_entropy=True))
+    return Term(name=f"{term.name}_uncertain", loss=loss, needs=needs, vanishes=term.vanishes)
+
+
+def merge_needs(*needs: Needs) -> Needs:
+    """What all the parts need together. Raises ConfigError when two parts want different supports."""
+    supports = {n.support for n in needs if n.top_k > 0}
+    if len(supports) > 1:
+        raise ConfigError(f"one method can use one support, but its parts ask for {', '.join(sorted(supports))}.")
+    return Needs(
+        top_k=max((n.top_k for n in needs), default=0),
+        support=supports.pop() if supports else "teacher",
+        student_entropy=any(n.student_entropy for n in needs),
+        teacher_entropy=any(n.teacher_entropy for n in needs),
+        old_logprob=any(n.old_logprob for n in needs),
+        entropy_top=max((n.entropy_top for n in needs), default=0.0),
+        hidden_states=any(n.hidden_states for n in needs),
+        base_model=any(n.base_model for n in needs),
+    )

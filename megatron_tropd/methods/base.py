@@ -1,0 +1,197 @@
+"""What a method is, and the only code that interprets one.
+
+A method says, for every valid token, which loss it gets:
+
+    PREFIX        prefix
+    CONTINUATION  g * trusted + (1 - g) * outlier + extra        g in [0, 1] from the gate
+
+It never communicates, masks, averages or reads config: those wishes (normalization, special tokens, temperature,
+schedule) are plain fields that the trainer honours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.losses.gates import Gate, RatioSource, acceptance, reference_logprob
+from megatron_tropd.losses.multipliers import Mismatch, drift_weight, mismatch_weight
+from megatron_tropd.losses.reduce import Normalization
+from megatron_tropd.losses.terms import NONE, Term, merge_needs
+from megatron_tropd.methods.options import choice, integer, number, option
+from megatron_tropd.methods.schedule import PrefixSchedule, unguided
+from megatron_tropd.types import Needs, Region, StudentView, TeacherView, TokenLoss, TokenView
+
+Multiplier = Literal["none", "drift_gate"]
+SpecialTokens = Literal["keep", "mask", "mask_first"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What any method can be combined with. These are options of every preset."""
+
+    normalization: Normalization = option(
+        "token", choice("token", "sequence", "region"), "what the loss is a mean over: see losses.reduce"
+    )
+    ratio: RatioSource = option(
+        "old", choice("old", "current", "rollout"), "which student log-prob enters the gate's ratio"
+    )
+    temperature: float = option(1.0, number(above=0.0), "divides student and teacher logits alike")
+    special_tokens: SpecialTokens = option(
+        "keep", choice("keep", "mask", "mask_first"), "do special tokens lose their loss: no, always, at first sight"
+    )
+    multiplier: Multiplier = option("none", choice("none", "drift_gate"), "weight of the tokens of a reused rollout")
+    drift_tau: float = option(1.0, number(at_least=0.0), "drift_gate: exp(-tau * |mean drift|), drift in nats")
+    drift_block: int = option(64, integer(at_least=1), "drift_gate: tokens per block")
+    mismatch: Mismatch = option(
+        "none", choice("none", "truncate", "mask", "truncate_and_mask"), "correction for the sampler's own log-probs"
+    )
+    mismatch_cap: float = option(2.0, number(above=1.0), "mismatch: truncate at cap, mask outside [1/cap, cap]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A distillation objective composed of parts. Build one with ``megatron_tropd.methods.build_method``."""
+
+    gate: Gate
+    trusted: Term
+    outlier: Term = NONE
+    prefix: Term = NONE
+    extra: Term = NONE  # added on every CONTINUATION token, whatever the gate says
+    schedule: PrefixSchedule = field(default_factory=unguided)
+    settings: Settings = field(default_factory=Settings)
+    name: str = ""
+
+    @property
+    def needs(self) -> Needs:
+        """What the views must contain."""
+        return merge_needs(self.gate.needs, *(term.needs for term in self._terms))
+
+    @property
+    def guided(self) -> bool:
+        """Whether some sequences start with a teacher-written prefix."""
+        return self.schedule.guided
+
+    @property
+    def normalization(self) -> Normalization:
+        """What the loss is a mean over: tokens, sequences or regions."""
+        return self.settings.normalization
+
+    @property
+    def temperature(self) -> float:
+        """Divides student and teacher logits alike, before every log-prob in the views."""
+        return self.settings.temperature
+
+    @property
+    def ratio(self) -> RatioSource:
+        """Which student log-prob enters the gate's ratio."""
+        return self.settings.ratio
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Whether special tokens keep their loss: see ``losses.reduce.special_token_keep``."""
+        return self.settings.special_tokens
+
+    @property
+    def vanishes_at_teacher(self) -> bool:
+        """Whether the loss gradient is 0 when student and teacher agree (some objectives are not meant to)."""
+        return all(term.vanishes for term in self._terms)
+
+    @property
+    def _terms(self) -> tuple[Term, ...]:
+        return (self.trusted, self.outlier, self.prefix, self.extra)
+
+    def token_loss(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> TokenLoss:
+        """Loss of every valid token, nats, before masks, weights and sums; ``[T]``, differentiable in the student.
+
+        ``weight_T``, when there, is not yet multiplied into ``loss_T``.
+        """
+        gate_T = self.gate_weight(student, teacher, tokens)
+        prefix_T = (tokens.region_T == Region.PREFIX).to(gate_T.dtype)
+        continuation_T = (1.0 - prefix_T) * self._mismatch_weight(student, tokens)
+        shares = (
+            (self.trusted, continuation_T * gate_T),
+            (self.outlier, continuation_T * (1.0 - gate_T)),
+            (self.prefix, prefix_T),
+            (self.extra, continuation_T),
+        )
+        loss_T = torch.where(torch.zeros_like(prefix_T, dtype=torch.bool), student.logprob_T, 0.0)
+        for term, weight_T in _merge(shares).items():
+            loss_T = loss_T + _weighted(term, weight_T, student, teacher)
+        stats = _stats(gate_T, student, teacher, tokens, self.ratio)
+        return TokenLoss(loss_T=loss_T, stats=stats, weight_T=self._multiplier(student, tokens))
+
+    @torch.no_grad()
+    def gate_weight(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
+        """How much each token is trusted, in [0, 1]; 1 on PREFIX tokens, which no gate judges; ``[T]``."""
+        reference_T = reference_logprob(student, tokens, self.ratio)
+        trust_T = self.gate.trust(reference_T, student, teacher, tokens).to(reference_T.dtype)
+        return torch.where(tokens.region_T == Region.PREFIX, 1.0, trust_T)
+
+    def _mismatch_weight(self, student: StudentView, tokens: TokenView) -> Tensor | float:
+        if self.settings.mismatch == "none":
+            return 1.0
+        return mismatch_weight(student, tokens, kind=self.settings.mismatch, cap=self.settings.mismatch_cap)
+
+    def _multiplier(self, student: StudentView, tokens: TokenView) -> Tensor | None:
+        if self.settings.multiplier == "none":
+            return None
+        return drift_weight(student, tokens, tau=self.settings.drift_tau, block=self.settings.drift_block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A named method: its own options, how to build it, and where it comes from."""
+
+    summary: str
+    source: str
+    build: Callable[[Any], Method]  # from an instance of ``options``
+    options: type
+    defaults: Mapping[str, object] = field(default_factory=dict)  # replaces defaults of options and Settings
+
+
+def _merge(shares: tuple[tuple[Term, Tensor], ...]) -> dict[Term, Tensor]:
+    """Weight per distinct term, so that a term used twice (a full-vocabulary one is costly) is computed once."""
+    weights: dict[Term, Tensor] = {}
+    for term, weight_T in shares:
+        if term is not NONE:
+            weights[term] = weights[term] + weight_T if term in weights else weight_T
+    return weights
+
+
+def _weighted(term: Term, weight_T: Tensor, student: StudentView, teacher: TeacherView) -> Tensor:
+    """``weight * term``, exactly 0 in value and gradient where the weight is 0, even where the term is not finite."""
+    keep_T = weight_T > 0.0
+    loss_T = term.loss(_gradient_only_where(keep_T, student), teacher)
+    return torch.where(keep_T, weight_T.detach() * loss_T, torch.zeros_like(loss_T))
+
+
+def _gradient_only_where(keep_T: Tensor, student: StudentView) -> StudentView:
+    """The same values; gradients outside ``keep_T`` are dropped, not multiplied by 0 (0 * inf would be nan)."""
+    support_TK = student.support_logprob_TK
+    if support_TK is not None:
+        support_TK = torch.where(keep_T[:, None], support_TK, support_TK.detach())
+    logprob_T = torch.where(keep_T, student.logprob_T, student.logprob_T.detach())
+    return replace(student, logprob_T=logprob_T, support_logprob_TK=support_TK)
+
+
+@torch.no_grad()
+def _stats(
+    gate_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView, ratio: RatioSource
+) -> dict[str, Tensor]:
+    """Per-token values, nats or shares; ``prefix_*`` are meant for PREFIX tokens, all others for CONTINUATION."""
+    reference_T = reference_logprob(student, tokens, ratio)
+    stats = {
+        "trusted_fraction": gate_T,
+        "outlier_fraction": 1.0 - gate_T,
+        "total_variation": 1.0 - acceptance(teacher.logprob_T - reference_T),
+        "reverse_kl": student.old_logprob_T - teacher.logprob_T,
+        "logprob_gap": (tokens.rollout_logprob_T - student.old_logprob_T).abs(),
+        "prefix_nll": -student.logprob_T.detach(),
+    }
+    entropies = {"student_entropy": student.entropy_T, "teacher_entropy": teacher.entropy_T}
+    return stats | {name: entropy_T.detach() for name, entropy_T in entropies.items() if entropy_T is not None}

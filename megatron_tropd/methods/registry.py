@@ -1,0 +1,75 @@
+"""The one table of methods, and building one by name. A new method: its file, its row here, its test, its YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.methods import (
+    aopd,
+    drift_gate,
+    entropy_opd,
+    eopd,
+    exopd,
+    fkl,
+    gkd,
+    local_support,
+    opd,
+    reopold,
+    rkl,
+    sft,
+    tropd,
+    tropd_aopd,
+    tropd_clip,
+    tropd_mask,
+    tropd_rkl,
+    tropd_soft,
+)
+from megatron_tropd.methods.base import Method, Preset, Settings
+from megatron_tropd.methods.options import option_names, parse, refuse_unknown, suggestion
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "opd": opd.PRESET,
+        "tropd": tropd.PRESET,
+        "tropd_mask": tropd_mask.PRESET,
+        "tropd_clip": tropd_clip.PRESET,
+        "tropd_rkl": tropd_rkl.PRESET,
+        "tropd_soft": tropd_soft.PRESET,
+        "tropd_aopd": tropd_aopd.PRESET,
+        "eopd": eopd.PRESET,
+        "entropy_opd": entropy_opd.PRESET,
+        "reopold": reopold.PRESET,
+        "aopd": aopd.PRESET,
+        "local_support": local_support.PRESET,
+        "gkd": gkd.PRESET,
+        "fkl": fkl.PRESET,
+        "rkl": rkl.PRESET,
+        "drift_gate": drift_gate.PRESET,
+        "exopd": exopd.PRESET,
+        "sft": sft.PRESET,
+    }
+)
+
+
+def build_method(name: str, **options: object) -> Method:
+    """The method ``name`` with the given options; everything else at the preset's defaults.
+
+    Raises:
+        ConfigError: no such method or option, or a value that breaks its rule; the message says what is valid.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown method '{name}'.{suggestion(name, list(PRESETS))} Methods: {', '.join(PRESETS)}.")
+    preset = PRESETS[name]
+    valid = method_options(name)
+    refuse_unknown(options, valid, method=name)
+    values = {**preset.defaults, **options}
+    method = preset.build(parse(preset.options, values, method=name))
+    return replace(method, name=name, settings=parse(Settings, values, method=name))
+
+
+def method_options(name: str) -> tuple[str, ...]:
+    """Names of all options that the method ``name`` takes: its own, then those of every method."""
+    return option_names(PRESETS[name].options) + option_names(Settings)

@@ -1,0 +1,181 @@
+"""Process groups of one parallel layout, as an explicit Megatron-Core ``ProcessGroupCollection``.
+
+Student, teacher and sampler may each have their own layout over the same ranks, so nothing here is global. Rank order
+is Megatron's default: tensor fastest, then context, data, and pipeline slowest; experts divide the data x context ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tropd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How one model is cut. Data parallel size is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    def replicas(self, world_size: int) -> int:
+        """Number of model replicas; ConfigError when the world is not a whole number of them."""
+        model = self.tensor * self.pipeline * self.context
+        if world_size % model:
+            raise ConfigError(
+                f"world size {world_size} is not a multiple of tensor*pipeline*context = "
+                f"{self.tensor}*{self.pipeline}*{self.context} = {model}. "
+                f"Launch {model} ranks (or a multiple), or lower one axis."
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """The groups one rank belongs to under one layout, and where in the layout it stands."""
+
+    layout: Layout
+    pg: ProcessGroupCollection
+    num_replicas: int  # data-parallel size
+    replica: int  # data-parallel rank
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.pg.tp.rank()
+
+    @property
+    def stage(self) -> int:
+        return self.pg.pp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.layout.pipeline - 1
+
+    @property
+    def tp(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, None when it has one rank (what the losses expect)."""
+        return self.pg.tp if self.layout.tensor > 1 else None
+
+    def global_rank(self, *, replica: int, stage: int, tensor: int = 0, context: int = 0) -> int:
+        """World rank at the given coordinates."""
+        size = self.layout
+        return ((stage * self.num_replicas + replica) * size.context + context) * size.tensor + tensor
+
+
+def initialize_distributed(*, timeout_s: int = 1800) -> torch.device:
+    """Joins torchrun's world, or makes a world of one. Returns this rank's device.
+
+    Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere.
+    """
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="tropd-world-"), "store"), 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+class GroupBuilder:
+    """Makes process groups in the same order on every rank, one per distinct set of ranks.
+
+    Every rank of the world must build the same layouts in the same order: ``new_group`` is collective.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._timeout: datetime.timedelta | None = None
+
+    def build(self, layout: Layout) -> Groups:
+        """Groups of ``layout`` over the whole world."""
+        world = dist.get_world_size()
+        replicas = layout.replicas(world)
+        grid = np.arange(world).reshape(layout.pipeline, replicas, layout.context, layout.tensor)
+        axes = {"pp": 0, "dp": 1, "cp": 2, "tp": 3}
+
+        def along(*names: str) -> dist.ProcessGroup:
+            return self._mine(_subgrids(grid, [axes[name] for name in names]))
+
+        pg = ProcessGroupCollection(
+            tp=along("tp"),
+            pp=along("pp"),
+            cp=along("cp"),
+            dp=along("dp"),
+            mp=along("pp", "tp"),
+            tp_cp=along("cp", "tp"),
+            dp_cp=along("dp", "cp"),
+            tp_dp_cp=along("dp", "cp", "tp"),
+            intra_dist_opt=along("pp", "dp", "cp", "tp"),
+        )
+        pipelines = _subgrids(grid, [axes["pp"]])
+        pg.embd = self._mine([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+        pg.pos_embd = self._mine([[ranks[0]] for ranks in pipelines])
+        pg.intra_dp_cp = pg.dp_cp
+        _fill_expert_groups(pg, self, grid, layout, replicas)
+        _, replica, _, _ = np.argwhere(grid == dist.get_rank())[0]
+        return Groups(layout=layout, pg=pg, num_replicas=replicas, replica=int(replica))
+
+    def _mine(self, partitions: list[list[int]]) -> dist.ProcessGroup:
+        mine = None
+        for ranks in partitions:
+            key = tuple(ranks)
+            if key not in self._made:
+                self._made[key] = dist.new_group(ranks)
+            if dist.get_rank() in key:
+                mine = self._made[key]
+        return mine
+
+
+def _subgrids(grid: np.ndarray, axes: list[int]) -> list[list[int]]:
+    """Every set of ranks that differ only along ``axes``, in rank order."""
+    rest = [axis for axis in range(grid.ndim) if axis not in axes]
+    size = int(np.prod([grid.shape[axis] for axis in axes]))
+    flat: list[list[int]] = grid.transpose(*rest, *sorted(axes)).reshape(-1, size).tolist()
+    return flat
+
+
+def _fill_expert_groups(
+    pg: ProcessGroupCollection, builder: GroupBuilder, grid: np.ndarray, layout: Layout, replicas: int
+) -> None:
+    """Expert layout: tensor parallel kept, experts dealt over the data x context ranks.
+
+    Megatron reads absent fields from its global state or the world, silently: so every field is set.
+    """
+    data_context = replicas * layout.context
+    if data_context % layout.expert:
+        raise ConfigError(
+            f"expert parallel size {layout.expert} does not divide data*context = {replicas}*{layout.context} = "
+            f"{data_context}. Choose a divisor of {data_context}."
+        )
+    expert_grid = grid.reshape(layout.pipeline, data_context // layout.expert, layout.expert, layout.tensor)
+
+    def along(*axes: int) -> dist.ProcessGroup:
+        return builder._mine(_subgrids(expert_grid, list(axes)))
+
+    pg.ep, pg.expt_tp, pg.expt_dp = along(2), along(3), along(1)
+    pg.tp_ep, pg.tp_ep_pp = along(2, 3), along(0, 2, 3)
+    pg.intra_expt_dp = pg.expt_dp

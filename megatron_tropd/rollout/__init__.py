@@ -1,0 +1,1 @@
+"""Where sequences come from: samplers that continue prompts and teacher prefixes, and recordings of them."""
