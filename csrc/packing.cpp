@@ -13,6 +13,7 @@ namespace tropd {
 namespace {
 
 using Ints = std::vector<int64_t>;
+using Ranks = std::vector<int32_t>;  // per sequence: half the memory traffic, and lengths and counts fit
 
 // Above this share of all room the even spread nearly always fails; trying it would only cost time.
 constexpr int64_t kSpreadNumerator = 31, kSpreadDenominator = 32;
@@ -38,34 +39,39 @@ Ints longest_first(const int64_t* lengths, const int64_t* ids, std::size_t n) {
 
 // The plan while it is being made. Sequences are known by their rank (0 is the longest).
 struct Plan {
-  Ints length, work;              // per rank
-  Ints pack_of;                   // per rank
+  int64_t capacity, linear_work;
+  Ranks length;                   // per rank
+  Ranks pack_of;                  // per rank
   Ints pack_work, free, members;  // per pack
   Ints replica_of;                // per pack
   Ints load;                      // per replica
 
-  void open_pack(int64_t capacity) {
-    pack_work.push_back(0);
-    free.push_back(capacity);
-    members.push_back(0);
-  }
+  int64_t work(std::size_t rank) const { return length[rank] * (linear_work + length[rank]); }
+  int64_t num_packs() const { return static_cast<int64_t>(free.size()); }
 
-  void clear_packs(int64_t count, int64_t capacity) {
+  void reset_packs(int64_t count) {
     pack_work.assign(count, 0);
     free.assign(count, capacity);
     members.assign(count, 0);
   }
 
+  int64_t open_pack() {
+    pack_work.push_back(0);
+    free.push_back(capacity);
+    members.push_back(0);
+    return num_packs() - 1;
+  }
+
   void put(std::size_t rank, int64_t pack) {
-    pack_of[rank] = pack;
-    pack_work[pack] += work[rank];
+    pack_of[rank] = static_cast<int32_t>(pack);
+    pack_work[pack] += work(rank);
     free[pack] -= length[rank];
     members[pack] += 1;
   }
 
   void move(std::size_t rank, int64_t pack) {
     const int64_t from = pack_of[rank];
-    pack_work[from] -= work[rank];
+    pack_work[from] -= work(rank);
     free[from] += length[rank];
     members[from] -= 1;
     put(rank, pack);
@@ -73,19 +79,18 @@ struct Plan {
 };
 
 // Best-fit decreasing: the pack with the least sufficient room, the one touched last when several have the same room.
-void best_fit(Plan& plan, int64_t capacity) {
+void best_fit(Plan& plan, int64_t total) {
   // More room than all tokens together changes nothing but the size of the tables.
-  const int64_t total = std::accumulate(plan.length.begin(), plan.length.end(), int64_t{0});
-  const int64_t most_room = std::min(capacity, total);
+  const int64_t most_room = std::min(plan.capacity, total);
   IntegerSet rooms(most_room + 1);
   Ints top(most_room + 1, -1), below;  // packs with the same room form a stack
   for (std::size_t rank = 0; rank < plan.length.size(); ++rank) {
     int64_t room = rooms.at_least(plan.length[rank]);
-    int64_t pack = static_cast<int64_t>(plan.free.size());
+    int64_t pack;
     if (room < 0) {
-      plan.open_pack(capacity);
-      below.push_back(-1);
       room = most_room;
+      pack = plan.open_pack();
+      below.push_back(-1);
     } else {
       pack = top[room];
       top[room] = below[pack];
@@ -99,47 +104,61 @@ void best_fit(Plan& plan, int64_t capacity) {
   }
 }
 
-// Longest first into the pack of least work that has room. False, with packs in disorder, when a sequence fits nowhere.
-bool spread(Plan& plan, int64_t count, int64_t capacity) {
+// Longest first into the pack of least work that has room. Returns the pack of every rank, or nothing when a sequence
+// fits nowhere.
+Ranks spread(const Plan& plan, int64_t count) {
   using Entry = std::pair<int64_t, int64_t>;
-  plan.clear_packs(count, capacity);
-  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> open;    // (work, pack), least work on top
-  std::priority_queue<Entry, std::vector<Entry>, std::greater<>> parked;  // (-room, pack), too full at the moment
+  using Heap = std::priority_queue<Entry, std::vector<Entry>, std::greater<>>;
+  Ints work(count, 0), free(count, plan.capacity);
+  Heap open;    // (work, pack), least work on top
+  Heap parked;  // (-room, pack), too full at the moment
+  Ranks pack_of(plan.length.size());
   for (int64_t pack = 0; pack < count; ++pack) open.emplace(0, pack);
   for (std::size_t rank = 0; rank < plan.length.size(); ++rank) {
     const int64_t length = plan.length[rank];
     for (; !parked.empty() && -parked.top().first >= length; parked.pop()) {
-      open.emplace(plan.pack_work[parked.top().second], parked.top().second);
+      open.emplace(work[parked.top().second], parked.top().second);
     }
-    for (; !open.empty() && plan.free[open.top().second] < length; open.pop()) {
-      parked.emplace(-plan.free[open.top().second], open.top().second);
+    for (; !open.empty() && free[open.top().second] < length; open.pop()) {
+      parked.emplace(-free[open.top().second], open.top().second);
     }
-    if (open.empty()) return false;
+    if (open.empty()) return {};
     const int64_t pack = open.top().second;
     open.pop();
-    plan.put(rank, pack);
-    open.emplace(plan.pack_work[pack], pack);
+    pack_of[rank] = static_cast<int32_t>(pack);
+    work[pack] += plan.work(rank);
+    free[pack] -= length;
+    open.emplace(work[pack], pack);
   }
-  return true;
+  return pack_of;
 }
 
-// Opens packs up to `count`, each with every second sequence of the pack with most work; empty when none can be split.
-void split_heaviest(Plan& plan, int64_t count, int64_t capacity) {
-  while (static_cast<int64_t>(plan.free.size()) < count) {
-    int64_t heaviest = -1;
-    const int64_t fresh = static_cast<int64_t>(plan.free.size());
-    for (int64_t pack = 0; pack < fresh; ++pack) {
-      if (plan.members[pack] < 2) continue;
-      if (heaviest < 0 || plan.pack_work[pack] > plan.pack_work[heaviest]) heaviest = pack;
-    }
-    plan.open_pack(capacity);
-    bool odd = false;
-    for (std::size_t rank = 0; heaviest >= 0 && rank < plan.length.size(); ++rank) {
-      if (plan.pack_of[rank] != heaviest) continue;
-      if (odd) plan.move(rank, fresh);
-      odd = !odd;
-    }
+// Opens one pack more and gives it every second sequence of the pack with most work; empty when none can be split.
+void split_heaviest(Plan& plan) {
+  int64_t heaviest = -1;
+  for (int64_t pack = 0; pack < plan.num_packs(); ++pack) {
+    if (plan.members[pack] < 2) continue;
+    if (heaviest < 0 || plan.pack_work[pack] > plan.pack_work[heaviest]) heaviest = pack;
   }
+  const int64_t fresh = plan.open_pack();
+  bool odd = false;
+  for (std::size_t rank = 0; heaviest >= 0 && rank < plan.length.size(); ++rank) {
+    if (plan.pack_of[rank] != heaviest) continue;
+    if (odd) plan.move(rank, fresh);
+    odd = !odd;
+  }
+}
+
+// The same sequences in exactly `count` packs, as even as the room allows.
+void open_packs(Plan& plan, int64_t count, int64_t total) {
+  const int64_t room = count * std::min(plan.capacity, total);
+  const bool loose = total * kSpreadDenominator <= room * kSpreadNumerator;
+  const Ranks pack_of = loose ? spread(plan, count) : Ranks{};
+  if (!pack_of.empty()) {
+    plan.reset_packs(count);
+    for (std::size_t rank = 0; rank < pack_of.size(); ++rank) plan.put(rank, pack_of[rank]);
+  }
+  while (plan.num_packs() < count) split_heaviest(plan);
 }
 
 Ints heaviest_first(const Plan& plan) {
@@ -217,8 +236,8 @@ void consider_moves(const Plan& plan, int64_t heavy, int64_t light, Transfer& be
   for (std::size_t rank = 0; rank < plan.length.size(); ++rank) {
     const int64_t from = plan.pack_of[rank];
     if (plan.replica_of[from] != heavy || plan.members[from] < 2) continue;
-    if (plan.length[rank] > plan.free[roomiest] || !best.better(plan.work[rank])) continue;
-    best.miss = std::abs(2 * plan.work[rank] - best.gap);
+    if (plan.length[rank] > plan.free[roomiest] || !best.better(plan.work(rank))) continue;
+    best.miss = std::abs(2 * plan.work(rank) - best.gap);
     best.rank = static_cast<int64_t>(rank);
     best.take = roomiest;
   }
@@ -227,7 +246,7 @@ void consider_moves(const Plan& plan, int64_t heavy, int64_t light, Transfer& be
 void apply(Plan& plan, int64_t heavy, int64_t light, const Transfer& transfer) {
   int64_t moved = 0;
   if (transfer.rank >= 0) {
-    moved = plan.work[transfer.rank];
+    moved = plan.work(transfer.rank);
     plan.move(transfer.rank, transfer.take);
   } else {
     moved = plan.pack_work[transfer.give] - plan.pack_work[transfer.take];
@@ -280,28 +299,12 @@ Assignment number_packs(const Plan& plan, const Ints& sorted) {
 Assignment assign_packs(const int64_t* lengths, const int64_t* ids, std::size_t n, int64_t capacity,
                         int64_t num_replicas, int64_t linear_work) {
   const Ints sorted = longest_first(lengths, ids, n);
-  Plan plan;
-  plan.length.resize(n);
-  plan.work.resize(n);
-  plan.pack_of.resize(n);
-  int64_t total = 0;
-  for (std::size_t rank = 0; rank < n; ++rank) {
-    plan.length[rank] = lengths[sorted[rank]];
-    plan.work[rank] = plan.length[rank] * (linear_work + plan.length[rank]);
-    total += plan.length[rank];
-  }
-  best_fit(plan, capacity);
-  const int64_t fewest = static_cast<int64_t>(plan.free.size());
-  const int64_t count = (fewest + num_replicas - 1) / num_replicas * num_replicas;
-  const bool loose = total * kSpreadDenominator <= count * std::min(capacity, total) * kSpreadNumerator;
-  if (num_replicas > 1) {
-    Plan even = plan;
-    if (loose && spread(even, count, capacity)) {
-      plan = std::move(even);
-    } else {
-      split_heaviest(plan, count, capacity);
-    }
-  }
+  Plan plan{capacity, linear_work, Ranks(n), Ranks(n), {}, {}, {}, {}, {}};
+  for (std::size_t rank = 0; rank < n; ++rank) plan.length[rank] = static_cast<int32_t>(lengths[sorted[rank]]);
+  const int64_t total = std::accumulate(lengths, lengths + n, int64_t{0});
+  best_fit(plan, total);
+  const int64_t rounds = (plan.num_packs() + num_replicas - 1) / num_replicas;
+  if (num_replicas > 1) open_packs(plan, rounds * num_replicas, total);
   deal(plan, num_replicas);
   rebalance(plan);
   return number_packs(plan, sorted);

@@ -22,8 +22,8 @@ struct Assignment {
 // Assigns n sequences to packs of at most `capacity` tokens and deals the packs to replicas, as many to each.
 //
 // The work of a sequence of L tokens is L * (linear_work + L). The answer does not depend on the order of the input.
-// Preconditions: n >= 1, 1 <= lengths[i] <= capacity, ids are distinct, num_replicas >= 1, linear_work >= 0,
-// and the work of everything together fits 61 bits.
+// Preconditions: 1 <= n < 2^31, 1 <= lengths[i] <= capacity < 2^31, ids are distinct, num_replicas >= 1,
+// linear_work >= 0, and the work of everything together fits 61 bits.
 Assignment assign_packs(const int64_t* lengths, const int64_t* ids, std::size_t n, int64_t capacity,
                         int64_t num_replicas, int64_t linear_work);
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def _node_kind(node: yaml.Node) -> str:
 
 def explain(error: ValidationError, model: Model, *, source: str, text: str = "", overrides: Sequence[str] = ()) -> str:
     """One line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice."""
-    lines = [_where(item["loc"], text, overrides) + _problem(dict(item), model) for item in error.errors()]
+    items = [dict(item) for item in error.errors()]
+    lines = [_where(item, text, overrides) + _problem(item, model) for item in items]
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
@@ -168,7 +169,7 @@ def _nearest_key(model: Model, loc: Loc) -> str:
     parent, name = loc[:-1], str(loc[-1])
     section = section_at(model, parent)
     valid = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(name, valid, n=1)
+    near = difflib.get_close_matches(name, valid, n=1) or [key for key in valid if key.startswith(name)]
     if near:
         return f"Did you mean {dotted((*parent, near[0]))}?"
     elsewhere = [row.key for row in reference_rows(model) if row.key.rsplit(".", 1)[-1] == name]
@@ -177,11 +178,13 @@ def _nearest_key(model: Model, loc: Loc) -> str:
     return f"Valid keys of {dotted(parent) or 'the config'}: {', '.join(valid)}."
 
 
-def _where(loc: Loc, text: str, overrides: Sequence[str]) -> str:
-    key = dotted(loc)
+def _where(item: Mapping[str, Any], text: str, overrides: Sequence[str]) -> str:
+    loc: Loc = item["loc"]
+    key, unknown = dotted(loc), item["type"] == "extra_forbidden"
     for override in reversed(overrides):
         written = override.partition("=")[0].strip()
-        if key and (key == written or key.startswith((f"{written}.", f"{written}["))):
+        inside = key.startswith((f"{written}.", f"{written}[")) or (unknown and written.startswith(f"{key}."))
+        if key and (key == written or inside):
             return f"override {override!r}: "
     line = _line_of(text, loc)
     return f"line {line}: " if line else ""

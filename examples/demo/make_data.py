@@ -47,7 +47,7 @@ def heldout_problems() -> list[Problem]:
 
 
 def write_data(directory: Path) -> None:
-    """Writes both files of stories into ``directory``."""
+    """Writes both files of stories into ``directory``; files that were there, responses included, are replaced."""
     write_prompts(directory / "train.jsonl", train_problems())
     write_prompts(directory / "heldout.jsonl", heldout_problems())
 

@@ -17,8 +17,8 @@ from megatron_tropd.errors import ConfigError, DataError
 
 _Z95 = NormalDist().inv_cdf(0.975)
 
-_NUMBER = r"[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
-_FINAL = re.compile(rf"####\s*({_NUMBER})(?![\w,:/^*]|\.\d)")  # "#### 1/2" and "#### 1,23" are not plain numbers
+_NUMBER = r"\$?[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
+_FINAL = re.compile(rf"####\s*({_NUMBER})(?![\w/^*]|[.,:]\d)")  # "#### 1/2" and "#### 1,23" are not plain numbers
 _ONLY_NUMBER = re.compile(_NUMBER)
 
 

@@ -105,7 +105,8 @@ def _report_left_out(
     files: Sequence[Path], *, kept: int, too_long: list[int], bad: list[str], limit: int | None
 ) -> None:
     names = ", ".join(map(str, files))
-    summary = f"{len(too_long)} longer than {limit} tokens, {len(bad)} bad" + "".join(f"\n  {row}" for row in bad[:3])
+    long = f"{len(too_long)} longer than {limit} tokens, " if too_long else ""
+    summary = f"{long}{len(bad)} bad" + "".join(f"\n  {row}" for row in bad[:3])
     if not kept:
         raise DataError(f"no usable prompt in {names}: {summary}. Check the column names and length limits.")
     if too_long or bad:

@@ -263,7 +263,8 @@ def solution(problem: Problem, rng: random.Random, style: Style = "teacher") -> 
     parts: list[str] = []
     value = 0
     for index, step in enumerate(problem.steps):
-        left, operator = (value, step.operator) if index else (step.left, step.operator)
+        left = value if index else step.left
+        operator = step.operator
         if style == "mistaken" and index and operator in "*/" and rng.random() < MISTAKE_PROBABILITY:
             operator = "+" if operator == "*" else "-"
         value = calculate(left, operator, step.right)

@@ -81,8 +81,10 @@ def decode_batch(
     budgets: Sequence[int],
     uniforms_BL: Float32Array,
     params: SamplingParams,
+    *,
+    vocab_size: int,
 ) -> list[Continuation]:
-    """Continues every context by at most its budget (>= 1) tokens.
+    """Continues every context by at most its budget (>= 1) tokens with ids below ``vocab_size``.
 
     Args:
         contexts: token ids, one array per row, at least one token each.
@@ -99,7 +101,13 @@ def decode_batch(
     with megatron_sees(model.groups):
         hidden_BD = batch.prefill()
         for step in range(max_new):
-            drawn = sample(_logits(model, hidden_BD), uniforms[batch.index_B, step], params, stops=stops, step=step)
+            drawn = sample(
+                _logits(model, hidden_BD, vocab_size),
+                uniforms[batch.index_B, step],
+                params,
+                stops=stops,
+                step=step,
+            )
             write = batch.index_B[batch.alive_B]
             tokens[write, step] = drawn.token_B[batch.alive_B]
             logprobs[0, write, step] = drawn.sampling_logprob_B[batch.alive_B]
@@ -123,14 +131,14 @@ def _collect(tokens: Tensor, logprobs: Tensor, count: Tensor, finished: Tensor) 
     ]
 
 
-def _logits(model: Model, hidden_BD: Tensor) -> Tensor:
-    """``[B, V]`` fp32 over the true vocabulary, on every tensor rank."""
+def _logits(model: Model, hidden_BD: Tensor, vocab_size: int) -> Tensor:
+    """``[B, V]`` fp32 over the ids that may be drawn, on every tensor rank."""
     local = F.linear(hidden_BD, model.chunks[0].output_weight()).float()
     if model.groups.tp is not None:
         shards = [torch.empty_like(local) for _ in range(model.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=model.groups.tp)
         local = torch.cat(shards, dim=-1)
-    return local[:, : model.architecture.vocab_size]
+    return local[:, :vocab_size]
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,13 @@ class Model:
             for i in range(len(self.chunks))
         ]
 
+    def freeze(self) -> Model:
+        """Makes the model one that is only asked, never trained."""
+        for chunk in self.chunks:
+            chunk.eval()
+            chunk.requires_grad_(False)
+        return self
+
     def _vp_stage(self, chunk: int) -> int | None:
         return chunk if self.groups.layout.virtual_pipeline > 1 else None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -44,11 +45,12 @@ class _Sums:
 
     loss: Tensor
     denominator: Tensor
+    gap_max: Tensor  # largest difference between the sampler's and the trainer's log-prob
     stats: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value_N: Tensor, mask_N: Tensor) -> None:
-        value = (value_N.detach().double() * mask_N).sum()
+        value = torch.where(mask_N, value_N.detach(), 0.0).double().sum()
         self.stats[name] = self.stats.get(name, 0) + value
         self.counts[name] = self.counts.get(name, 0) + mask_N.double().sum()
 
@@ -63,8 +65,6 @@ class StepResult:
     stats: Mapping[str, float]
 
 
-TeacherOutput = Callable[[], Tensor]  # the teacher's output weight, cut by the student's vocabulary partition
-
 
 class Trainer:
     """Trains one Megatron model with one method, a minibatch of packs at a time."""
@@ -75,14 +75,19 @@ class Trainer:
         optimization: Optimization,
         method: Method,
         *,
-        temperature: float = 1.0,
-        teacher_weight: TeacherOutput | None = None,
+        vocab_size: int | None = None,
+        teacher_weight_vE: Tensor | None = None,
     ) -> None:
+        """``vocab_size``: ids both models know (default: all of the student's).
+
+        ``teacher_weight_vE``: the teacher's output weight under the student's vocabulary partition, for methods that
+        need full-vocabulary divergences; only read on the last stage.
+        """
         self.model = model
         self.optimization = optimization
         self.method = method
-        self.temperature = temperature
-        self._teacher_weight = teacher_weight
+        self._vocab_size = vocab_size or model.architecture.vocab_size
+        self._teacher_weight_vE = teacher_weight_vE
         self._sums = self._new_sums()
         self._stat_names: list[str] | None = None
         model.config.finalize_model_grads_func = self._finalize_gradients
@@ -95,43 +100,60 @@ class Trainer:
         """
         optimization = self.optimization
         lr = optimization.set_update(update)
-        for module in optimization.wrapped:
+        loss, stats = self._accumulate(packs)
+        if not math.isfinite(loss):
+            raise EngineError(
+                f"the loss of update {update} is {loss}. No weight was changed. "
+                "Lower optimizer.lr, or check the models with `tropd check`."
+            )
+        grad_norm = self._gradient_norm()
+        if not math.isfinite(grad_norm):
+            raise EngineError(
+                f"the gradient norm of update {update} is {grad_norm}. No weight was changed. Lower optimizer.lr."
+            )
+        with megatron_sees(self.model.groups):
+            optimization.optimizer.step()
+        return StepResult(loss, grad_norm, lr, stats)
+
+    def probe(self, packs: Sequence[TrainPack]) -> StepResult:
+        """Loss and gradient norm of the packs without an update; the gradients stay in ``main_grad``. Collective."""
+        loss, stats = self._accumulate(packs)
+        return StepResult(loss, self._gradient_norm(), 0.0, stats)
+
+    def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
+        """Fresh gradients of the packs; their loss and statistics."""
+        for module in self.optimization.wrapped:
             module.zero_grad_buffer()
-        optimization.optimizer.zero_grad()
+        self.optimization.optimizer.zero_grad()
         self._sums = self._new_sums()
         run_packs(
             self.model,
             [item.pack for item in packs],
             lambda number, hidden, weight: (self._pack_loss(packs[number], hidden, weight), None),
-            wrapped=optimization.wrapped,
+            wrapped=self.optimization.wrapped,
             backward=True,
         )
-        loss, stats = self._reduce_sums()
-        if not torch.isfinite(torch.tensor(loss)):
-            raise EngineError(
-                f"the loss of update {update} is {loss}. No weight was changed. "
-                "Lower optimizer.lr, or check the teacher with `tropd check`."
-            )
+        return self._reduce_sums()
+
+    def _gradient_norm(self) -> float:
         with megatron_sees(self.model.groups):
-            succeeded, grad_norm, _ = optimization.optimizer.step()
-        if not succeeded or not torch.isfinite(torch.tensor(float(grad_norm))):
-            raise EngineError(f"the gradient norm of update {update} is {grad_norm}. Lower optimizer.lr.")
-        return StepResult(loss, float(grad_norm), lr, stats)
+            self.optimization.optimizer.prepare_grads()
+            return float(self.optimization.optimizer.get_grad_norm())
 
     def _new_sums(self) -> _Sums:
         zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        return _Sums(zero.clone(), zero.clone())
+        return _Sums(zero.clone(), zero.clone(), zero.clone())
 
     def _pack_loss(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
         """Sum of one pack's weighted token losses."""
         student = self._student_view(item, hidden_ND, weight_vD)
         teacher = _teacher_view(item, student.logprob_T)
-        answer: TokenLoss = self.method.token_loss(student, teacher, item.tokens)
+        answer: TokenLoss = self.method.token_loss(student, teacher, _complete(item.tokens, student))
         weight_N = item.weight_N if answer.weight_T is None else item.weight_N * answer.weight_T
         loss = (answer.loss_T * weight_N).sum()
         self._sums.loss += loss.detach().double()
         self._sums.denominator += weight_N.double().sum()
-        self._add_stats(answer, student, item)
+        self._add_stats(answer, item)
         return loss
 
     def _student_view(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> StudentView:
@@ -143,8 +165,8 @@ class Trainer:
             weight_vD,
             ids,
             group=model.groups.tp,
-            vocab_size=model.architecture.vocab_size,
-            temperature=self.temperature,
+            vocab_size=self._vocab_size,
+            temperature=self.method.temperature,
         )
         logprob = out.logprob_TK[:, 0]
         old = item.old_logprob_N
@@ -161,9 +183,9 @@ class Trainer:
         self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor
     ) -> Callable[[str, float], Tensor] | None:
         signal = item.signal
-        if signal is None or signal.hidden_NE is None or self._teacher_weight is None:
+        if signal is None or signal.hidden_NE is None or self._teacher_weight_vE is None:
             return None
-        teacher_hidden, teacher_weight = signal.hidden_NE, self._teacher_weight()
+        teacher_hidden, teacher_weight = signal.hidden_NE, self._teacher_weight_vE
 
         def divergence(kind: str, beta: float) -> Tensor:
             return linear_divergence(
@@ -174,22 +196,20 @@ class Trainer:
                 kind=kind,
                 beta=beta,
                 group=self.model.groups.tp,
-                vocab_size=self.model.architecture.vocab_size,
-                temperature=self.temperature,
+                vocab_size=self._vocab_size,
+                temperature=self.method.temperature,
             )
 
         return divergence
 
-    def _add_stats(self, answer: TokenLoss, student: StudentView, item: TrainPack) -> None:
+    def _add_stats(self, answer: TokenLoss, item: TrainPack) -> None:
         prefix_N = item.tokens.region_T == Region.PREFIX
         continuation_N = item.tokens.region_T == Region.CONTINUATION
-        add = self._sums.add
-        if student.entropy_T is not None:
-            add("student_entropy", student.entropy_T, continuation_N)
-        if item.signal is not None and item.signal.entropy_N is not None:
-            add("teacher_entropy", item.signal.entropy_N, continuation_N)
+        gap_N = torch.where(continuation_N, answer.stats.get("logprob_gap", item.weight_N.new_zeros(())), 0.0)
+        if gap_N.numel():
+            self._sums.gap_max = torch.maximum(self._sums.gap_max, gap_N.detach().double().max())
         for name, value_N in answer.stats.items():
-            add(name, value_N, prefix_N if name.startswith("prefix_") else continuation_N)
+            self._sums.add(name, value_N, prefix_N if name.startswith("prefix_") else continuation_N)
 
     def _finalize_gradients(
         self, modules: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: object
@@ -211,22 +231,26 @@ class Trainer:
         """Global loss and means of statistics, on every rank. The denominator is already global."""
         sums, groups = self._sums, self.model.groups
         names = self._names_of_stats()
-        flat = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=self.model.device)
+        flat = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.model.device)
         if groups.is_last_stage:
             flat[0] = sums.loss
             for i, name in enumerate(names):
-                flat[1 + 2 * i] = sums.stats[name]
-                flat[2 + 2 * i] = sums.counts[name]
+                flat[2 + 2 * i] = sums.stats[name]
+                flat[3 + 2 * i] = sums.counts[name]
             dist.all_reduce(flat, group=groups.pg.dp_cp)
+            dist.all_reduce(sums.gap_max, op=dist.ReduceOp.MAX, group=groups.pg.dp_cp)
+            flat[1] = sums.gap_max
         if groups.layout.pipeline > 1:
             last = dist.get_global_rank(groups.pg.pp, groups.layout.pipeline - 1)
             dist.broadcast(flat, src=last, group=groups.pg.pp)
-        total, *pairs = flat.tolist()
+        total, gap_max, *pairs = flat.tolist()
         means = {
             name: value / count
             for name, value, count in zip(names, pairs[::2], pairs[1::2], strict=True)
             if count > 0
         }
+        if "logprob_gap" in means:
+            means["logprob_gap_mean"], means["logprob_gap_max"] = means.pop("logprob_gap"), gap_max
         return total / max(float(sums.denominator), 1.0), means
 
     def _names_of_stats(self) -> list[str]:
@@ -239,6 +263,12 @@ class Trainer:
                 dist.broadcast_object_list(names, src=last, group=groups.pg.pp)
             self._stat_names = names[0]
         return self._stat_names
+
+
+def _complete(tokens: TokenView, student: StudentView) -> TokenView:
+    """The sampler has no log-prob (nan) of teacher-written tokens: they count as the trainer's own."""
+    sampled = tokens.rollout_logprob_T
+    return replace(tokens, rollout_logprob_T=torch.where(sampled.isnan(), student.old_logprob_T, sampled))
 
 
 def _teacher_view(item: TrainPack, logprob_N: Tensor) -> TeacherView:

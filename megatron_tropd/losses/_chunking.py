@@ -110,9 +110,7 @@ class Projection:
         self._logits = Buffer(tiles, dtype=dtype, device=hidden_TD.device)
         # low-precision products leave the matrix units in the input dtype and are widened from there
         self._product = (
-            self._logits
-            if hidden_TD.dtype == dtype
-            else Buffer(tiles, dtype=hidden_TD.dtype, device=hidden_TD.device)
+            self._logits if hidden_TD.dtype == dtype else Buffer(tiles, dtype=hidden_TD.dtype, device=hidden_TD.device)
         )
 
     def logits(self, rows: slice, columns: slice) -> Tensor:

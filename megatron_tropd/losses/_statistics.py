@@ -1,6 +1,6 @@
 """Softmax statistics of logits that arrive in tiles and lie on several ranks, and the gradient they imply.
 
-``chunk_statistics`` and ``chunk_gradient`` are the two hot loops: pure functions of one tile, which a kernel may replace.
+``chunk_statistics`` and ``chunk_gradient`` are the two hot loops: functions of one tile, which a kernel may replace.
 All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small beside the maximum.
 """
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_tropd.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +35,20 @@ class Statistics:
     def merge_(self, rows: slice, other: Statistics) -> None:
         """Include the statistics of further columns for some of the tokens."""
         max_R = torch.maximum(self.max_T[rows], other.max_T)
-        mine, theirs = self._rebased(rows, max_R), other._rebased(slice(None), max_R)
+        mine, theirs = self.relative_to(max_R, rows), other.relative_to(max_R)
         self.max_T[rows] = max_R
         self.sumexp_T[rows] = mine[0] + theirs[0]
         self.weighted_T[rows] = mine[1] + theirs[1]
 
-    def _rebased(self, rows: slice, max_R: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, u) relative to a maximum at least as large as the own."""
-        shift_R = self.max_T[rows] - max_R
-        scale_R, sumexp_R = shift_R.exp(), self.sumexp_T[rows]
+    def relative_to(self, max_R: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """(s, u) of some of the tokens, relative to a maximum at least as large as the own."""
+        shift_R, sumexp_R = self.max_T[rows] - max_R, self.sumexp_T[rows]
+        scale_R = shift_R.exp()
         return sumexp_R * scale_R, (self.weighted_T[rows] + sumexp_R * shift_R) * scale_R
 
-    def rebased(self, max_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, u) relative to ``max_T``, which is at least as large as the own maximum."""
-        return self._rebased(slice(None), max_T)
+    def column(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(m, s) of some of the tokens, ``[R, 1]`` each, to broadcast over a tile."""
+        return self.max_T[rows].unsqueeze(-1), self.sumexp_T[rows].unsqueeze(-1)
 
     @property
     def log_sumexp_T(self) -> Tensor:
@@ -136,3 +138,20 @@ class Picks:
     def add_to(self, dlogits_Rw: Tensor, grad_RK: Tensor) -> None:
         """Add each id's gradient at its column; duplicates add up."""
         dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)
+
+
+def check_ids(ids_TK: Tensor, *, num_tokens: int, vocab_size: int) -> Tensor | None:
+    """Refuse bad ids on a CPU; on an accelerator say, without waiting, which are good."""
+    if ids_TK.dim() != 2 or ids_TK.shape[0] != num_tokens or ids_TK.dtype not in (torch.int64, torch.int32):
+        raise DataError(
+            f"ids must be int64 [{num_tokens}, K], got {ids_TK.dtype} {list(ids_TK.shape)}: one row per hidden state."
+        )
+    if ids_TK.device.type != "cpu":
+        return (ids_TK >= 0) & (ids_TK < vocab_size)
+    lowest, highest = (int(id_) for id_ in ids_TK.aminmax()) if ids_TK.numel() else (0, 0)
+    if lowest < 0 or highest >= vocab_size:
+        raise DataError(
+            f"token id {lowest if lowest < 0 else highest} is outside the vocabulary [0, {vocab_size}). "
+            "Mask the position or map the id before scoring it."
+        )
+    return None

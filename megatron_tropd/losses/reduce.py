@@ -23,7 +23,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 def valid_mask(region_T: npt.NDArray[np.integer]) -> BoolArray:
     """True where a prediction carries loss: PREFIX and CONTINUATION."""
-    return (region_T == Region.PREFIX) | (region_T == Region.CONTINUATION)
+    return np.isin(region_T, (Region.PREFIX, Region.CONTINUATION))
 
 
 def token_weights(

@@ -44,7 +44,7 @@ def check_tail(tail: str) -> None:
 
 
 def log_mass(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
-    """Log of the probability held by the support, nats, ``[T]``, fp64 (the sum of K rounded terms must not add noise)."""
+    """Log of the probability held by the support, nats, ``[T]``; fp64, so that the sum adds no rounding."""
     wide_TK = logprob_TK.double()
     if mask_TK is not None:
         wide_TK = wide_TK.masked_fill(~mask_TK, -math.inf)

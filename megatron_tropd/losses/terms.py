@@ -39,9 +39,9 @@ def policy_gradient(
 ) -> Term:
     """Score-function surrogate of a per-token reward; descent raises the log-prob of rewarded tokens.
 
-    Without ``clip``: ``-reward * log q(y)``, the reward taken at the current weights, gradient ``-reward (1[j=y] - q_j)``
-    w.r.t. the logits. With ``clip=e`` (PPO, for rollouts used more than once): ``-min(w R, clip(w, 1-e, 1+e) R)`` with
-    ``w = q(y) / q_old(y)`` and the reward R at the rollout's weights; at the first use both gradients are equal.
+    Without ``clip``: ``-R log q(y)``, the reward R taken at the current weights; its gradient w.r.t. the logits is
+    ``-R (1[j=y] - q_j)``. With ``clip=e`` (PPO, for rollouts used more than once): ``-min(w R, clip(w, 1-e, 1+e) R)``,
+    ``w = q(y) / q_old(y)`` and R taken at the rollout's weights; at the first use both gradients are equal.
     """
     if clip is not None and not 0.0 < clip < 1.0:
         raise ConfigError(f"PPO clip={clip} must lie in (0, 1), or be null for no importance ratio.")

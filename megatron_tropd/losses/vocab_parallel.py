@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.errors import DataError
 from megatron_tropd.losses._chunking import (
     Buffer,
     Projection,
@@ -36,7 +35,7 @@ from megatron_tropd.losses._chunking import (
     statistics_dtype,
 )
 from megatron_tropd.losses._divergence import linear_divergence
-from megatron_tropd.losses._statistics import Picks, Statistics, chunk_gradient, chunk_statistics
+from megatron_tropd.losses._statistics import Picks, Statistics, check_ids, chunk_gradient, chunk_statistics
 from megatron_tropd.losses._topk import TopK, linear_topk
 from megatron_tropd.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 
@@ -83,7 +82,7 @@ def linear_logprobs(
     """
     check_projection(hidden_TD, weight_vD)
     check_temperature(temperature)
-    valid_TK = _check_ids(ids_TK, num_tokens=hidden_TD.shape[0], vocab_size=vocab_size)
+    valid_TK = check_ids(ids_TK, num_tokens=hidden_TD.shape[0], vocab_size=vocab_size)
     shard = shard_of(weight_vD, vocab_size=vocab_size, group=group)
     tiles = plan_tiles(hidden_TD, weight_vD, shard, chunk_tokens=chunk_tokens)
     plan = _Plan(shard=shard, tiles=tiles, temperature=temperature, group=group)
@@ -91,22 +90,6 @@ def linear_logprobs(
     if valid_TK is not None:
         logprob_TK = logprob_TK.masked_fill(~valid_TK, torch.nan)
     return LogProbs(logprob_TK=logprob_TK, entropy_T=entropy_T, logsumexp_T=logsumexp_T)
-
-
-def _check_ids(ids_TK: Tensor, *, num_tokens: int, vocab_size: int) -> Tensor | None:
-    """Refuse bad ids on a CPU; on an accelerator say, without waiting, which are good."""
-    if ids_TK.dim() != 2 or ids_TK.shape[0] != num_tokens or ids_TK.dtype not in (torch.int64, torch.int32):
-        raise DataError(
-            f"ids must be int64 [{num_tokens}, K], got {ids_TK.dtype} {list(ids_TK.shape)}: one row per hidden state."
-        )
-    if ids_TK.device.type != "cpu":
-        return (ids_TK >= 0) & (ids_TK < vocab_size)
-    if ids_TK.numel() and not 0 <= (lowest := int(ids_TK.min())) <= (highest := int(ids_TK.max())) < vocab_size:
-        raise DataError(
-            f"token id {lowest if lowest < 0 else highest} is outside the vocabulary [0, {vocab_size}). "
-            "Mask the position or map the id before scoring it."
-        )
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +110,7 @@ class _LinearLogProbs(torch.autograd.Function):
         local = _local_statistics(hidden_TD, weight_vD, ids_TK, plan, picked_TK)
 
         max_T = all_reduce_max(local.max_T.clone(), plan.group)
-        packed_TX[:, num_ids], packed_TX[:, num_ids + 1] = local.rebased(max_T)
+        packed_TX[:, num_ids], packed_TX[:, num_ids + 1] = local.relative_to(max_T)
         packed_TX = all_reduce_sum(packed_TX, plan.group)
 
         whole = Statistics(max_T=max_T, sumexp_T=packed_TX[:, num_ids], weighted_T=packed_TX[:, num_ids + 1])

@@ -1,4 +1,4 @@
-"""AOPD: reverse KL where the teacher likes the token more than the student does, forward KL elsewhere (arXiv 2605.06387)."""
+"""AOPD: policy gradient where the teacher likes the token more than the student, forward KL elsewhere (2605.06387)."""
 
 from __future__ import annotations
 

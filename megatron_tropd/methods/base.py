@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from megatron_tropd.losses.gates import Gate, RatioSource, acceptance, reference
 from megatron_tropd.losses.multipliers import Mismatch, drift_weight, mismatch_weight
 from megatron_tropd.losses.reduce import Normalization
 from megatron_tropd.losses.terms import NONE, Term, merge_needs
-from megatron_tropd.methods.options import choice, integer, number, option
+from megatron_tropd.methods.options import choice, integer, number
 from megatron_tropd.methods.schedule import PrefixSchedule, unguided
 from megatron_tropd.types import Needs, Region, StudentView, TeacherView, TokenLoss, TokenView
 
@@ -34,23 +34,23 @@ SpecialTokens = Literal["keep", "mask", "mask_first"]
 class Settings:
     """What any method can be combined with. These are options of every preset."""
 
-    normalization: Normalization = option(
-        "token", choice("token", "sequence", "region"), "what the loss is a mean over: see losses.reduce"
+    normalization: Annotated[Normalization, choice("token", "sequence", "region"), "what the loss is a mean over"] = (
+        "token"
     )
-    ratio: RatioSource = option(
-        "old", choice("old", "current", "rollout"), "which student log-prob enters the gate's ratio"
-    )
-    temperature: float = option(1.0, number(above=0.0), "divides student and teacher logits alike")
-    special_tokens: SpecialTokens = option(
-        "keep", choice("keep", "mask", "mask_first"), "do special tokens lose their loss: no, always, at first sight"
-    )
-    multiplier: Multiplier = option("none", choice("none", "drift_gate"), "weight of the tokens of a reused rollout")
-    drift_tau: float = option(1.0, number(at_least=0.0), "drift_gate: exp(-tau * |mean drift|), drift in nats")
-    drift_block: int = option(64, integer(at_least=1), "drift_gate: tokens per block")
-    mismatch: Mismatch = option(
-        "none", choice("none", "truncate", "mask", "truncate_and_mask"), "correction for the sampler's own log-probs"
-    )
-    mismatch_cap: float = option(2.0, number(above=1.0), "mismatch: truncate at cap, mask outside [1/cap, cap]")
+    ratio: Annotated[RatioSource, choice("old", "current", "rollout"), "student log-prob in the gate's ratio"] = "old"
+    temperature: Annotated[float, number(above=0.0), "divides student and teacher logits alike"] = 1.0
+    special_tokens: Annotated[
+        SpecialTokens,
+        choice("keep", "mask", "mask_first"),
+        "whether special tokens lose their loss",
+    ] = "keep"
+    multiplier: Annotated[Multiplier, choice("none", "drift_gate"), "weight of the tokens of a reused rollout"] = "none"
+    drift_tau: Annotated[float, number(at_least=0.0), "drift_gate: exp(-tau * |mean drift|), drift in nats"] = 1.0
+    drift_block: Annotated[int, integer(at_least=1), "drift_gate: tokens per block"] = 64
+    mismatch: Annotated[
+        Mismatch, choice("none", "truncate", "mask", "truncate_and_mask"), "correction for the sampler's log-probs"
+    ] = "none"
+    mismatch_cap: Annotated[float, number(above=1.0), "mismatch: truncate at cap, mask outside [1/cap, cap]"] = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import number, option
+from megatron_tropd.methods.options import PpoClip, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``entropy_opd``."""
 
-    fraction: float = option(0.2, number(above=0.0, below=1.0), "share of the batch, by student entropy, that learns")
-    ppo_clip: float | None = option(
-        None, number(above=0.0, below=1.0, optional=True), "PPO clip range, for rollouts used more than once"
-    )
+    fraction: Annotated[float, number(above=0.0, below=1.0), "share of tokens that learn, by student entropy"] = 0.2
+    ppo_clip: PpoClip = None
 
 
 def entropy_opd(options: Options) -> Method:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.losses.support import Tail
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import choice, integer, number, option
-from megatron_tropd.types import SupportKind
+from megatron_tropd.methods.options import PpoClip, Support, SupportSize, TailKind, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``eopd``."""
 
-    alpha: float = option(1.0, number(at_least=0.0), "weight of the forward KL; 0 leaves clipped opd")
-    entropy: float = option(0.8, number(at_least=0.0), "teacher entropy above which the forward KL acts, nats")
-    k: int = option(16, integer(at_least=1), "size of the support")
-    tail: Tail = option("none", choice("none", "bucket", "renorm"), "what it does with the mass outside the support")
-    support: SupportKind = option(
-        "teacher", choice("teacher", "student", "union", "teacher_and_sampled"), "whose top k tokens"
-    )
-    ppo_clip: float | None = option(
-        0.2, number(above=0.0, below=1.0, optional=True), "PPO clip range, for rollouts used more than once"
-    )
+    alpha: Annotated[float, number(at_least=0.0), "weight of the forward KL; 0 leaves clipped opd"] = 1.0
+    entropy: Annotated[float, number(at_least=0.0), "teacher entropy above which the forward KL acts, nats"] = 0.8
+    k: SupportSize = 16
+    tail: TailKind = "none"
+    support: Support = "teacher"
+    ppo_clip: PpoClip = 0.2
 
 
 def eopd(options: Options) -> Method:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import number, option
+from megatron_tropd.methods.options import PpoClip, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``exopd``."""
 
-    lam: float = option(1.25, number(at_least=0.0), "1 is opd, above 1 extrapolates")
-    ppo_clip: float | None = option(
-        None, number(above=0.0, below=1.0, optional=True), "PPO clip range, for rollouts used more than once"
-    )
+    lam: Annotated[float, number(at_least=0.0), "1 is opd, above 1 extrapolates"] = 1.25
+    ppo_clip: PpoClip = None
 
 
 def exopd(options: Options) -> Method:

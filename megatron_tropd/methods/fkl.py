@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.losses.support import Tail
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import choice, integer, option
-from megatron_tropd.types import SupportKind
+from megatron_tropd.methods.options import Support, SupportSize, TailKind, choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``fkl`` and ``rkl``."""
 
-    form: str = option("full", choice("full", "topk"), "over the whole vocabulary, or over a support")
-    k: int = option(64, integer(at_least=1), "topk: size of the support")
-    tail: Tail = option("bucket", choice("none", "bucket", "renorm"), "topk: what is done with the mass outside")
-    support: SupportKind = option(
-        "teacher", choice("teacher", "student", "union", "teacher_and_sampled"), "topk: whose top k tokens"
-    )
+    form: Annotated[str, choice("full", "topk"), "over the whole vocabulary, or over a support"] = "full"
+    k: SupportSize = 64
+    tail: TailKind = "bucket"
+    support: Support = "teacher"
 
 
 def fkl(options: Options) -> Method:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import number, option
+from megatron_tropd.methods.options import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``gkd``."""
 
-    beta: float = option(0.5, number(at_least=0.0, at_most=1.0), "0: forward KL, 1: reverse KL, between: JSD")
-    on_policy_fraction: float = option(
-        0.5, number(at_least=0.0, at_most=1.0), "share of batches written by the student (the paper's lambda)"
-    )
+    beta: Annotated[float, number(at_least=0.0, at_most=1.0), "0: forward KL, 1: reverse KL, between: JSD"] = 0.5
+    on_policy_fraction: Annotated[
+        float, number(at_least=0.0, at_most=1.0), "share of batches that the student writes"
+    ] = 0.5
 
 
 def gkd(options: Options) -> Method:

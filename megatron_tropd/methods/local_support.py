@@ -8,21 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.losses.support import Tail
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import choice, integer, option
-from megatron_tropd.types import SupportKind
+from megatron_tropd.methods.options import Support, SupportSize, TailKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``local_support``."""
 
-    k: int = option(32, integer(at_least=1), "size of the support")
-    tail: Tail = option("renorm", choice("none", "bucket", "renorm"), "what is done with the mass outside the support")
-    support: SupportKind = option(
-        "teacher", choice("teacher", "student", "union", "teacher_and_sampled"), "whose top k tokens"
-    )
+    k: SupportSize = 32
+    tail: TailKind = "renorm"
+    support: Support = "teacher"
 
 
 def local_support(options: Options) -> Method:

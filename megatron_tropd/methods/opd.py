@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import choice, number, option
+from megatron_tropd.methods.options import PpoClip, choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of ``opd``."""
 
-    trusted: str = option("k1_pg", choice("k1_pg", "k2", "k3"), "estimator of reverse KL at the sampled token")
-    ppo_clip: float | None = option(
-        None, number(above=0.0, below=1.0, optional=True), "k1_pg: PPO clip range, for rollouts used more than once"
-    )
+    trusted: Annotated[str, choice("k1_pg", "k2", "k3"), "estimator of reverse KL at the sampled token"] = "k1_pg"
+    ppo_clip: PpoClip = None
 
 
 def opd(options: Options) -> Method:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, TypeVar, get_type_hints
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses.support import TAILS, Tail
+from megatron_tropd.types import SupportKind
 
 _Options = TypeVar("_Options")
 
@@ -26,11 +28,6 @@ class Rule:
     read: Callable[[object], object]
     optional: bool = False  # null is a value of its own
     choices: tuple[str, ...] = ()  # for "did you mean"
-
-
-def option(default: object, rule: Rule, meaning: str) -> Any:
-    """A dataclass field with its default, rule and meaning."""
-    return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
 
 # --------------------------------------------------------------------------- rules
@@ -54,14 +51,16 @@ def choices(*names: str) -> Rule:
     return Rule(text=f"one of {', '.join(names)}, or a list of them", read=read, choices=names)
 
 
-def integer(*, at_least: int) -> Rule:
-    """A whole number with a lower bound."""
+def integer(*, at_least: int, at_most: float = math.inf) -> Rule:
+    """A whole number within bounds."""
 
     def read(value: object) -> object:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return value if whole and value >= at_least else None  # type: ignore[operator]
+        if isinstance(value, bool) or not isinstance(value, int):
+            return None
+        return value if at_least <= value <= at_most else None
 
-    return Rule(text=f"a whole number >= {at_least}", read=read)
+    limit = f" and <= {at_most:g}" if math.isfinite(at_most) else ""
+    return Rule(text=f"a whole number >= {at_least}{limit}", read=read)
 
 
 def number(
@@ -85,6 +84,21 @@ def number(
     return Rule(text=text, read=read, optional=optional)
 
 
+# --------------------------------------------------------------------------- options that several methods have
+
+SupportSize = Annotated[int, integer(at_least=1), "tokens of the support"]
+Support = Annotated[
+    SupportKind,
+    choice("teacher", "student", "union", "teacher_and_sampled"),
+    "whose top k tokens a top-k term looks at",
+]
+TailKind = Annotated[Tail, choice(*TAILS), "what a top-k term does with the mass outside its support"]
+PpoClip = Annotated[
+    float | None,
+    number(above=0.0, below=1.0, optional=True),
+    "PPO clip range of the policy gradient, for rollouts used more than once",
+]
+
 # --------------------------------------------------------------------------- reading
 
 
@@ -99,10 +113,12 @@ def parse(options: type[_Options], values: Mapping[str, object], *, method: str)
     Raises:
         ConfigError: a value breaks its rule.
     """
+    hints = get_type_hints(options, include_extras=True)
     read = {}
-    for f in fields(options):  # type: ignore[arg-type]
-        if f.name in values:
-            read[f.name] = _read(f.name, values[f.name], f.metadata["rule"], f.metadata["meaning"], method)
+    for name in option_names(options):
+        if name in values:
+            rule, meaning = hints[name].__metadata__
+            read[name] = _read(name, values[name], rule, meaning, method)
     return options(**read)
 
 

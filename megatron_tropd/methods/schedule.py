@@ -28,11 +28,6 @@ class PrefixSchedule:
         return min(1.0, max(0.0, self.alpha(step, total_steps)))
 
 
-def prefix_length(alpha: float, response_length: int, *, budget: int) -> int:
-    """``floor(alpha L)`` tokens, at most ``budget``. (0.29 * 100 is 28.999... in binary; that still means 29.)"""
-    return min(math.floor(alpha * response_length + 1e-9), budget)
-
-
 def cosine() -> PrefixSchedule:
     """``(1 + cos(pi t/N)) / 2``: from the whole response to none (TrOPD, arXiv 2606.01249)."""
     return PrefixSchedule(name="cosine", alpha=lambda t, n: (1.0 + math.cos(math.pi * t / n)) / 2.0)
@@ -56,7 +51,7 @@ def unguided() -> PrefixSchedule:
 
 
 def teacher_batches(on_policy_fraction: float) -> PrefixSchedule:
-    """Whole batches of one kind: a share ``on_policy_fraction`` is the student's own, the others the teacher's responses.
+    """Whole batches of one kind: a share ``on_policy_fraction`` by the student, the others the teacher's responses.
 
     Spaced evenly instead of drawn, so that a resumed run needs no memory of past draws (GKD, arXiv 2306.13649).
     """

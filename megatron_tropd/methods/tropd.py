@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import reduce
+from typing import Annotated
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.losses.gates import Gate
-from megatron_tropd.losses.support import Tail
 from megatron_tropd.losses.terms import NONE, Term
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import choice, choices, integer, number, option
-from megatron_tropd.types import SupportKind
+from megatron_tropd.methods.options import PpoClip, Support, SupportSize, TailKind, choice, choices, integer, number
 
 REWARD_FLOOR = math.log(0.1) / 0.9  # REOPOLD's floor at lam = 0.1; TrOPD publishes none
 
-_TAIL = choice("none", "bucket", "renorm")
 _GATES = (
     "bernoulli",
     "soft",
@@ -42,38 +40,32 @@ _TRUSTED = ("k1_pg", "k2", "k3", "rkl_full", "fkl_full", "jsd_full", "rkl_topk",
 class Options:
     """Options of ``tropd`` and of every method derived from it."""
 
-    gate: tuple[str, ...] = option(
-        ("bernoulli",), choices(*_GATES), "which tokens are trusted; a list means all of them"
-    )
-    gate_threshold: float = option(0.5, number(above=0.0), "gate threshold: trusted when p/q >= this")
-    gate_gap: float = option(0.0, number(at_least=-1.0, below=1.0), "gate probability_gap: trusted when p - q > this")
-    gate_k: int = option(16, integer(at_least=1), "gate teacher_topk: ranks that are trusted, at most k")
-    gate_p: float = option(0.9, number(above=0.0, at_most=1.0), "gate teacher_topp: mass of the nucleus")
-    gate_fraction: float = option(0.2, number(above=0.0, below=1.0), "gate entropy_top: share that is trusted")
-    trusted: str = option("k1_pg", choice(*_TRUSTED), "term of trusted tokens")
-    trusted_tail: Tail = option("bucket", _TAIL, "tail of a trusted top-k term")
-    jsd_beta: float = option(0.5, number(at_least=0.0, at_most=1.0), "beta of a trusted jsd_full")
-    ppo_clip: float | None = option(
-        None, number(above=0.0, below=1.0, optional=True), "k1_pg: PPO clip range, for rollouts used more than once"
-    )
-    outlier: str = option("fkl_topk", choice("fkl_topk", "mask", "clip"), "term of outliers")
-    outlier_gradient: str = option(
-        "direct", choice("direct", "pg_scalar"), "fkl_topk: its own gradient, or (script) a detached advantage"
-    )
-    floor: float = option(REWARD_FLOOR, number(at_most=0.0), "outlier clip: least reward, nats")
-    k: int = option(64, integer(at_least=1), "size of the support")
-    tail: Tail = option("none", _TAIL, "what fkl_topk does with the mass outside the support")
-    support: SupportKind = option(
-        "teacher", choice("teacher", "student", "union", "teacher_and_sampled"), "whose top k tokens"
-    )
-    beta: float = option(0.001, number(at_least=0.0), "weight of the prefix term")
-    prefix_gradient: str = option(
-        "nll", choice("nll", "pg_scalar"), "prefix term: imitation, or (script) a detached advantage"
-    )
-    prefix_schedule: str = option(
-        "cosine", choice("cosine", "linear", "constant", "none"), "share of the teacher's response given, over steps"
-    )
-    prefix_fraction: float = option(0.5, number(at_least=0.0, at_most=1.0), "prefix_schedule constant: the share")
+    gate: Annotated[tuple[str, ...], choices(*_GATES), "who is trusted; a list: who passes all of it"] = ("bernoulli",)
+    gate_threshold: Annotated[float, number(above=0.0), "gate threshold: trusted when p/q >= this"] = 0.5
+    gate_gap: Annotated[float, number(at_least=-1.0, below=1.0), "gate probability_gap: trusted when p-q > this"] = 0.0
+    gate_k: Annotated[int, integer(at_least=1), "gate teacher_topk: ranks that are trusted, at most k"] = 16
+    gate_p: Annotated[float, number(above=0.0, at_most=1.0), "gate teacher_topp: mass of the nucleus"] = 0.9
+    gate_fraction: Annotated[float, number(above=0.0, below=1.0), "gate entropy_top: share that is trusted"] = 0.2
+    trusted: Annotated[str, choice(*_TRUSTED), "term of trusted tokens"] = "k1_pg"
+    trusted_tail: TailKind = "bucket"
+    jsd_beta: Annotated[float, number(at_least=0.0, at_most=1.0), "beta of a trusted jsd_full"] = 0.5
+    ppo_clip: PpoClip = None
+    outlier: Annotated[str, choice("fkl_topk", "mask", "clip"), "term of outliers"] = "fkl_topk"
+    outlier_gradient: Annotated[
+        str, choice("direct", "pg_scalar"), "fkl_topk: its own gradient, or (script) a detached advantage"
+    ] = "direct"
+    floor: Annotated[float, number(at_most=0.0), "outlier clip: least reward, nats"] = REWARD_FLOOR
+    k: SupportSize = 64
+    tail: TailKind = "none"
+    support: Support = "teacher"
+    beta: Annotated[float, number(at_least=0.0), "weight of the prefix term"] = 0.001
+    prefix_gradient: Annotated[
+        str, choice("nll", "pg_scalar"), "prefix term: imitation, or (script) a detached advantage"
+    ] = "nll"
+    prefix_schedule: Annotated[
+        str, choice("cosine", "linear", "constant", "none"), "share of the teacher's response given, over steps"
+    ] = "cosine"
+    prefix_fraction: Annotated[float, number(at_least=0.0, at_most=1.0), "prefix_schedule constant: the share"] = 0.5
 
 
 def tropd(options: Options) -> Method:

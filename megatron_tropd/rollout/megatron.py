@@ -34,12 +34,12 @@ class MegatronSampler:
         dtype: torch.dtype,
         device: torch.device,
         batch_size: int = 64,
+        vocab_size: int | None = None,
     ) -> None:
-        self.model: Model = build_model(architecture, groups, dtype=dtype, device=device)
-        for chunk in self.model.chunks:
-            chunk.eval()
-            chunk.requires_grad_(False)
+        """``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""
+        self.model: Model = build_model(architecture, groups, dtype=dtype, device=device).freeze()
         self.batch_size = batch_size
+        self._vocab_size = vocab_size or architecture.vocab_size
         self.version = 0
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -69,7 +69,9 @@ class MegatronSampler:
                     for i in batch
                 ]
             )
-            continuations = decode_batch(self.model, [contexts[i] for i in batch], budgets, drawn, params)
+            continuations = decode_batch(
+                self.model, [contexts[i] for i in batch], budgets, drawn, params, vocab_size=self._vocab_size
+            )
             done.update(zip(batch, continuations, strict=True))
         everything = self._exchange(done)
         return [

@@ -1,0 +1,250 @@
+"""Makes the demo's two models from nothing: ``python examples/demo/make_models.py teacher`` (then ``student``, ``data``).
+
+The teacher learns correct solutions. The student learns them too, and is then trained on solutions in which later
+multiplications are mostly done as additions and divisions as subtractions: it is confidently wrong, the way a model
+that has learned something wrong is. Both are trained by the package's own engine with the method ``sft`` and exported
+as Hugging Face directories (bf16). ``data`` lets the teacher write one response per training prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from make_data import HERE, heldout_problems, save_tokenizer, train_problems, write_data
+
+from megatron_tropd.convert.families import architecture_of
+from megatron_tropd.convert.hf import HFWeights, HFWriter, read_json
+from megatron_tropd.data.grading import grade
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.synthetic import sft_examples, write_prompts
+from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
+from megatron_tropd.engine.model import Model, build_model
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.step import Trainer
+from megatron_tropd.engine.weights import hf_tensors, load_weights
+from megatron_tropd.methods import build_method
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.rollout.megatron import MegatronSampler
+from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+
+TEACHER, STUDENT, DATA = HERE / "teacher", HERE / "student", HERE / "data"
+BATCH, PACK_TOKENS = 64, 8192
+
+_SHARED = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "head_dim": 32,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+SIZES = {
+    "teacher": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "student": {
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of supervised training."""
+
+    style: str
+    steps: int
+    lr: float
+    seed: int
+
+
+# the student's second stage is short: long enough to believe, too short to forget how stories are read
+STAGES = {
+    "teacher": [Stage(style="teacher", steps=1800, lr=3e-3, seed=1000)],
+    "student": [
+        Stage(style="teacher", steps=2000, lr=3e-3, seed=2000),
+        Stage(style="mistaken", steps=334, lr=1e-3, seed=3000),
+    ],
+}
+
+
+def write_config(directory: Path, sizes: dict[str, int], tokenizer: Tokenizer) -> None:
+    """``config.json`` and ``generation_config.json`` of an untrained model."""
+    ids = {"eos_token_id": tokenizer.eos_ids[0], "pad_token_id": tokenizer.pad_id, "bos_token_id": None}
+    config = _SHARED | sizes | ids | {"vocab_size": tokenizer.vocab_size}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": tokenizer.eos_ids, "pad_token_id": tokenizer.pad_id}, indent=2) + "\n"
+    )
+
+
+def batches(stage: Stage, tokenizer: Tokenizer) -> Iterator[list[Rollout]]:
+    """Endless batches of whole responses as PREFIX: ``sft`` trains on those."""
+    examples = sft_examples(stage.seed, stage.steps * BATCH, stage.style, tokenizer)
+    while True:
+        yield [_as_rollout(i, *next(examples)) for i in range(BATCH)]
+
+
+def _as_rollout(number: int, prompt: list[int], response: list[int]) -> Rollout:
+    empty = np.empty(0, np.float32)
+    return Rollout(
+        sequence_id=number,
+        prompt_index=number,
+        token_ids=np.array(prompt + response, dtype=np.int64),
+        prompt_length=len(prompt),
+        prefix_length=len(response),
+        sampling_logprob=empty,
+        model_logprob=empty,
+        finished=True,
+    )
+
+
+def initialise(model: Model) -> None:
+    """Small embeddings and residual branches that start small: what trains quickly at this size."""
+    torch.manual_seed(0)
+    architecture = model.architecture
+    for name, parameter in model.chunks[0].named_parameters():
+        if parameter.dim() != 2:
+            continue
+        scale = parameter.shape[1] ** -0.5
+        if "word_embeddings" in name:
+            scale = 0.05
+        elif "linear_proj" in name or "linear_fc2" in name:
+            scale *= (2 * architecture.num_layers) ** -0.5
+        torch.nn.init.normal_(parameter, std=scale)
+
+
+def train(model: Model, stage: Stage, tokenizer: Tokenizer) -> None:
+    """One stage of supervised training."""
+    method = build_method("sft")
+    settings = OptimizerSettings(
+        lr=stage.lr,
+        min_lr=stage.lr / 50,
+        total_updates=stage.steps,
+        warmup_updates=min(100, stage.steps // 4),
+        schedule="cosine",
+        weight_decay=0.01,
+        beta2=0.98,
+    )
+    trainer = Trainer(model, optimize(model, settings), method)
+    started = time.time()
+    for step, rollouts in zip(range(stage.steps), batches(stage, tokenizer), strict=False):
+        packs = pack(rollouts, max_tokens=PACK_TOKENS)
+        facts = BatchFacts(seed=stage.seed, step=step, progress=step / stage.steps)
+        weights = batch_weights(packs, method, facts)
+        nothing = [None] * len(packs[0])
+        by_id = {rollout.sequence_id: rollout for rollout in rollouts}
+        items = train_packs(
+            packs[0], weights[0], nothing, nothing, rollouts=by_id, method=method, facts=facts, device=model.device
+        )
+        result = trainer.step(items, update=step)
+        if step % 50 == 0 or step == stage.steps - 1:
+            print(
+                f"{stage.style} {step:5d}  loss {result.loss:.4f}  grad {result.grad_norm:.2f}  lr {result.lr:.1e}  "
+                f"{time.time() - started:.0f} s",
+                flush=True,
+            )
+
+
+def accuracy(directory: Path, groups: Groups, temperature: float) -> float:
+    """Share of held-out problems answered rightly by the exported model."""
+    problems = heldout_problems()
+    texts = respond(directory, groups, [problem.text for problem in problems], temperature)
+    right = [grade("final_number", text, str(p.answer)) for text, p in zip(texts, problems, strict=True)]
+    return float(np.mean(right))
+
+
+def respond(directory: Path, groups: Groups, prompts: list[str], temperature: float) -> list[str]:
+    """One response of the exported model per prompt."""
+    tokenizer = load_tokenizer(directory)
+    sampler = MegatronSampler(
+        architecture_of(read_json(directory / "config.json")), groups, dtype=torch.float32, device=torch.device("cpu")
+    )
+    load_weights(sampler.model, HFWeights(directory))
+    requests = [
+        RolloutRequest(
+            sequence_id=i,
+            prompt_index=i,
+            prompt_ids=np.array(tokenizer.render_prompt(prompt), dtype=np.int64),
+            prefix_ids=np.empty(0, np.int64),
+            max_new_tokens=64,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    params = SamplingParams(max_new_tokens=64, temperature=temperature, stop_token_ids=tuple(tokenizer.eos_ids))
+    rollouts = sampler.generate(requests, params, seed=7, step=0)
+    return [
+        tokenizer.decode([t for t in rollout.token_ids[rollout.prompt_length :] if t not in tokenizer.eos_ids])
+        for rollout in rollouts
+    ]
+
+
+def make_model(name: str, *, steps_scale: float) -> None:
+    """Trains and exports one model."""
+    device = initialize_distributed()
+    groups = GroupBuilder().build(Layout())
+    target = {"teacher": TEACHER, "student": STUDENT}[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(scratch)
+        tokenizer = load_tokenizer(Path(scratch))
+        write_config(Path(scratch), SIZES[name], tokenizer)
+        architecture = architecture_of(read_json(Path(scratch) / "config.json"))
+        model = build_model(architecture, groups, dtype=torch.bfloat16, device=device)
+        initialise(model)
+        for stage in STAGES[name]:
+            train(model, Stage(**{**vars(stage), "steps": max(2, int(stage.steps * steps_scale))}), tokenizer)
+        writer = HFWriter(target, companions_from=scratch)
+        writer.write((key, tensor.to(torch.bfloat16)) for key, tensor in hf_tensors(model))
+        writer.finish()
+    for temperature in (0.0, 0.6, 1.0):
+        print(f"{name} T={temperature}: {accuracy(target, groups, temperature):.3f} of held-out problems", flush=True)
+
+
+def make_responses() -> None:
+    """Prompts, answers, and one sampled teacher response per training prompt."""
+    initialize_distributed()
+    groups = GroupBuilder().build(Layout())
+    DATA.mkdir(exist_ok=True)
+    write_data(DATA)
+    problems = train_problems()
+    responses = respond(TEACHER, groups, [problem.text for problem in problems], 1.0)
+    write_prompts(DATA / "train.jsonl", problems, responses=responses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["teacher", "student", "data"])
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="shorter training, for a trial")
+    arguments = parser.parse_args()
+    if arguments.what == "data":
+        make_responses()
+    else:
+        make_model(arguments.what, steps_scale=arguments.steps_scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""How fast and how tight the packer is: ``python -m megatron_tropd.benchmarks.packing [--sequences N] [--json PATH]``.
+
+Compared on seeded long-tail lengths, for the assignment of sequences to packs (the part that is a bin-packing
+problem): the compiled packer, its plain twin, and two pure-Python first-fit-decreasing packers: the classic scan over
+all open packs, and a fair fast one with a tournament tree. Every figure is measured, none extrapolated. The time to
+build the per-token arrays is given apart, for the compiled packer and its twin.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tropd.data import packing_reference
+from megatron_tropd.data.packing import LINEAR_WORK, backend
+from megatron_tropd.types import Int64Array
+
+try:
+    from megatron_tropd import _C
+except ImportError:  # no compiler at install time: its rows are left out
+    _C = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measured packer."""
+
+    name: str
+    seconds: float  # median over the repetitions
+    repetitions: int
+    packs: int
+    fill_of_bound: float  # lower bound / packs; 1 is provably optimal
+    replica_imbalance: float | None = None  # heaviest replica's work / mean - 1
+
+
+# --------------------------------------------------------------------------- the problem and its bound
+
+
+def long_tail_lengths(count: int, *, max_tokens: int, seed: int = 0) -> Int64Array:
+    """Lognormal lengths (median ``max_tokens / 32``, sigma 1), clipped to [2, max_tokens]: [count]."""
+    draws = np.random.default_rng(seed).lognormal(math.log(max_tokens / 32), 1.0, count)
+    return np.clip(draws, 2, max_tokens).astype(np.int64)
+
+
+def fewest_packs(lengths: Int64Array, capacity: int) -> int:
+    """Lower bound L2 of Martello and Toth (1990): no packing has fewer packs.
+
+    For a threshold a, sequences above C - a share a pack with none of length >= a, and those above C / 2 not with each
+    other; the rest of length >= a fits at best the room that the latter leave. The bound is the largest over a.
+    """
+    ascending = np.sort(lengths)
+    sums = np.concatenate([[0], np.cumsum(ascending)])
+    thresholds = np.concatenate([[0], np.unique(ascending[2 * ascending <= capacity])])
+    above_half = np.searchsorted(ascending, capacity // 2, side="right")
+    alone = np.searchsorted(ascending, capacity - thresholds, side="right")
+    from_threshold = np.minimum(np.searchsorted(ascending, thresholds, side="left"), above_half)
+    room = (alone - above_half) * capacity - (sums[alone] - sums[above_half])
+    spill = sums[above_half] - sums[from_threshold] - room
+    packs = (len(ascending) - above_half) + np.maximum(-(-spill // capacity), 0)
+    return int(packs.max())
+
+
+# --------------------------------------------------------------------------- pure-Python first-fit decreasing
+
+
+def first_fit_scan(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The textbook form: every sequence, longest first, looks at the packs from the first on. O(n * packs)."""
+    free: list[int] = []
+    packs: list[list[int]] = []
+    for sequence in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[sequence]
+        for pack, room in enumerate(free):
+            if room >= length:
+                free[pack] = room - length
+                packs[pack].append(sequence)
+                break
+        else:
+            free.append(capacity - length)
+            packs.append([sequence])
+    return packs
+
+
+def first_fit_tree(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The same packs through a tournament tree over the packs' room. O(n log n)."""
+    size = 1 << (len(lengths) - 1).bit_length()
+    room = [capacity] * (2 * size)  # room[i] = max of its two children; leaves are packs
+    packs: list[list[int]] = [[] for _ in lengths]
+    for sequence in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length, node = lengths[sequence], 1
+        while node < size:
+            node *= 2
+            node += room[node] < length
+        packs[node - size].append(sequence)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            largest = max(room[2 * node], room[2 * node + 1])
+            if room[node] == largest:
+                break
+            room[node] = largest
+    return [pack for pack in packs if pack]
+
+
+# --------------------------------------------------------------------------- measurement
+
+
+def _timed(run: Callable[[], Any], repetitions: int) -> tuple[float, Any]:
+    """Median seconds and the last result."""
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), result
+
+
+def _imbalance(lengths: Int64Array, order: Int64Array, pack_offsets: Int64Array, replicas: int) -> float:
+    work = (lengths * (LINEAR_WORK + lengths))[order]
+    per_pack = np.diff(np.concatenate([[0], np.cumsum(work)])[pack_offsets])
+    per_replica = per_pack.reshape(replicas, -1).sum(axis=1)
+    return float(per_replica.max() / per_replica.mean() - 1)
+
+
+def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, scan: bool) -> list[Row]:
+    """Times every packer on the same lengths; the first row is the one that ``pack`` runs."""
+    bound = fewest_packs(lengths, max_tokens)
+    ids = np.arange(len(lengths))
+    rows = []
+    for name, core, repetitions in (("compiled", _C, 15), ("plain twin", packing_reference, 5)):
+        if core is None:
+            continue
+        assign: Callable[..., Any] = core.assign_packs
+        seconds, (order, pack_offsets) = _timed(
+            lambda assign=assign: assign(  # type: ignore[misc]
+                lengths, ids, capacity=max_tokens, num_replicas=replicas, linear_work=LINEAR_WORK
+            ),
+            repetitions,
+        )
+        packs = len(pack_offsets) - 1
+        rows.append(
+            Row(
+                name=name,
+                seconds=seconds,
+                repetitions=repetitions,
+                packs=packs,
+                fill_of_bound=bound / packs,
+                replica_imbalance=_imbalance(lengths, order, pack_offsets, replicas),
+            )
+        )
+    listed = lengths.tolist()
+    rivals = [("Python FFD, tree", first_fit_tree, 3)] + [("Python FFD, scan", first_fit_scan, 1)] * scan
+    for name, first_fit, repetitions in rivals:
+        seconds, result = _timed(lambda first_fit=first_fit: first_fit(listed, max_tokens), repetitions)  # type: ignore[misc]
+        packs = len(result)
+        rows.append(Row(name=name, seconds=seconds, repetitions=repetitions, packs=packs, fill_of_bound=bound / packs))
+    return rows
+
+
+def measure_build(lengths: Int64Array, *, max_tokens: int) -> dict[str, float]:
+    """Median seconds to write all per-token arrays, per twin."""
+    ids = np.arange(len(lengths))
+    order, pack_offsets = packing_reference.assign_packs(
+        lengths, ids, capacity=max_tokens, num_replicas=1, linear_work=LINEAR_WORK
+    )
+    starts = np.cumsum(lengths) - lengths
+    prompt = np.maximum(lengths // 4, 1)
+    rows = np.stack([column[order] for column in (starts, lengths, prompt, np.zeros_like(prompt), ids)], axis=1)
+    tokens = np.random.default_rng(0).integers(0, 150_000, int(lengths.sum()))
+    twins: dict[str, Callable[..., Any]] = {"plain twin": packing_reference.build_stream}
+    if _C is not None:
+        twins = {"compiled": _C.build_stream, **twins}
+    return {
+        name: _timed(lambda build=build: build(tokens, rows, pack_offsets, multiple_of=64), 5)[0]  # type: ignore[misc]
+        for name, build in twins.items()
+    }
+
+
+def _print(console: Console, rows: list[Row], *, title: str) -> None:
+    table = Table(title=title, caption="FFD: first-fit decreasing in pure Python, assignment to packs only")
+    for heading in ("packer", "runs", "time", "ratio", "packs", "bound/packs", "imbalance"):
+        table.add_column(heading, justify="left" if heading == "packer" else "right")
+    for row in rows:
+        imbalance = "-" if row.replica_imbalance is None else f"{row.replica_imbalance:.4%}"
+        table.add_row(
+            row.name,
+            str(row.repetitions),
+            f"{row.seconds * 1e3:,.2f} ms",
+            f"{row.seconds / rows[0].seconds:,.1f}",
+            f"{row.packs:,}",
+            f"{row.fill_of_bound:.4f}",
+            imbalance,
+        )
+    console.print(table)
+
+
+def main(
+    sequences: Annotated[int, typer.Option(help="number of sequences to pack", min=1)] = 100_000,
+    max_tokens: Annotated[int, typer.Option(help="budget of a pack", min=64)] = 8192,
+    replicas: Annotated[int, typer.Option(help="replicas to balance", min=1)] = 8,
+    build_sequences: Annotated[int, typer.Option(help="sequences whose arrays are built", min=1)] = 20_000,
+    scan: Annotated[bool, typer.Option(help="time the classic O(n * packs) scan (10 s at 100k)")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+) -> None:
+    """Measures the packer against its plain twin and pure-Python first-fit decreasing."""
+    console = Console()
+    lengths = long_tail_lengths(sequences, max_tokens=max_tokens)
+    rows = measure_assignment(lengths, max_tokens=max_tokens, replicas=replicas, scan=scan)
+    _print(
+        console,
+        rows,
+        title=f"{sequences:,} sequences, {int(lengths.sum()):,} tokens, packs of {max_tokens:,}, {replicas} replicas; "
+        f"at least {fewest_packs(lengths, max_tokens):,} packs",
+    )
+    built = lengths[:build_sequences]
+    build = measure_build(built, max_tokens=max_tokens)
+    tokens = int(built.sum())
+    for name, seconds in build.items():
+        console.print(
+            f"arrays of {tokens:,} tokens, {name}: {seconds * 1e3:,.1f} ms ({tokens / seconds / 1e6:,.0f} M/s)"
+        )
+    if json_path is not None:
+        figures = {
+            "backend": backend(),
+            "sequences": sequences,
+            "max_tokens": max_tokens,
+            "replicas": replicas,
+            "lower_bound": fewest_packs(lengths, max_tokens),
+            "assignment": [asdict(row) for row in rows],
+            "build_tokens": tokens,
+            "build_seconds": build,
+        }
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,93 @@
+"""The command line: ``tropd train | generate | evaluate | check | report | demo``, alone or under ``torchrun``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from megatron_tropd.errors import TropdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation of large language models on Megatron-Core.",
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
+
+
+def main() -> None:
+    """Entry point. Errors made on purpose are one message and exit status 2; anything else keeps its traceback."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    try:
+        app()
+    except TropdError as error:
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+            print(error, file=sys.stderr)
+        # other ranks may wait in a collective for this one: leave without joining them
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Distil the student from the teacher."""
+    from megatron_tropd.config import load_config
+
+    settings = load_config(config, overrides or [], world_size=_world_size())
+    from megatron_tropd.session import run_training
+
+    run_training(settings)
+    _leave()
+
+
+def _leave() -> None:
+    """Ends the process group, so that no rank is torn down while another still talks to it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """Write RUN/report.html from what a run has left on disk."""
+    from megatron_tropd.report.html import write_report
+
+    print(write_report(run_dir))
+
+
+@app.command()
+def demo(
+    method: Annotated[str, typer.Option(help="Preset to distil with.")] = "tropd",
+    processes: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 2,
+    overrides: Overrides = None,
+) -> None:
+    """Train the demo's student: a few minutes on two CPU cores."""
+    root = Path(__file__).resolve().parent.parent
+    config = root / "examples" / "demo" / "demo.yaml"
+    if not config.exists():
+        raise TropdError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+        *("-m", "megatron_tropd", "train", str(config), f"method.name={method}"),
+        *(f"student.parallel.tensor={processes}", f"teacher.parallel.tensor={processes}"),
+        *(overrides or []),
+    ]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    raise typer.Exit(subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)

@@ -1,0 +1,171 @@
+"""The packer's door: gathers sequences into flat arrays and refuses what cannot be packed, before work is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.types import Int64Array, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatSequences:
+    """Sequences as five integer arrays: what ``pack_flat`` takes, and the quickest way in.
+
+    Sequence s owns ``lengths[s]`` of the ``tokens``, which follow each other without gaps.
+    """
+
+    tokens: Int64Array  # [sum of lengths]
+    lengths: Int64Array  # [S] prompt + prefix + continuation, >= 1
+    prompt_lengths: Int64Array  # [S] >= 1
+    prefix_lengths: Int64Array  # [S] >= 0
+    sequence_ids: Int64Array  # [S] distinct, >= 0
+
+
+def flatten(sequences: Sequence[Rollout]) -> FlatSequences:
+    """Gathers rollouts into flat arrays; refuses what is not a 1-d integer array or an integer."""
+    if len(sequences) == 0:
+        raise DataError("There are no sequences to pack. Check that the sampler returned any, or skip the step.")
+    token_ids = [np.asarray(sequence.token_ids) for sequence in sequences]
+    if any(ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size > 0) for ids in token_ids):
+        _reject_token_ids(sequences, token_ids)
+    return FlatSequences(
+        # Integers only by now; a uint64 beyond int64 turns negative and is refused as such.
+        tokens=np.concatenate(token_ids, dtype=np.int64, casting="unsafe"),
+        lengths=np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids)),
+        prompt_lengths=_column("prompt_length", (sequence.prompt_length for sequence in sequences)),
+        prefix_lengths=_column("prefix_length", (sequence.prefix_length for sequence in sequences)),
+        sequence_ids=_column("sequence_id", (sequence.sequence_id for sequence in sequences)),
+    )
+
+
+def _reject_token_ids(sequences: Sequence[Rollout], token_ids: Sequence[npt.NDArray[np.generic]]) -> NoReturn:
+    for sequence, ids in zip(sequences, token_ids, strict=True):
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size > 0):
+            raise DataError(
+                f"token_ids of sequence {sequence.sequence_id} is a {ids.ndim}-d array of {ids.dtype}. "
+                f"Pass a 1-d array of integers."
+            )
+    raise AssertionError("called without an offender")
+
+
+def _column(name: str, values: Iterable[int]) -> Int64Array:
+    listed = list(values)
+    for kind in set(map(type, listed)):
+        if not issubclass(kind, int | np.integer) or issubclass(kind, bool):
+            offender = next(value for value in listed if type(value) is kind)
+            raise DataError(f"{name} has the value {offender!r} of type {kind.__name__}. Pass integers.")
+    return _int64(name, np.array(listed))
+
+
+def as_int64(flat: FlatSequences) -> FlatSequences:
+    """The same arrays as contiguous int64, which the compiled twin insists on. Refuses floats and booleans."""
+    return FlatSequences(
+        tokens=_int64("tokens", flat.tokens),
+        lengths=_int64("lengths", flat.lengths),
+        prompt_lengths=_int64("prompt_lengths", flat.prompt_lengths),
+        prefix_lengths=_int64("prefix_lengths", flat.prefix_lengths),
+        sequence_ids=_int64("sequence_ids", flat.sequence_ids),
+    )
+
+
+def _int64(name: str, array: npt.ArrayLike) -> Int64Array:
+    values = np.asarray(array)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise DataError(f"{name} is a {values.ndim}-d array of {values.dtype}. Pass a 1-d array of integers.")
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
+def check_budget(*, max_tokens: int, multiple_of: int, num_replicas: int, linear_work: int) -> int:
+    """Returns the capacity of a pack in tokens."""
+    for name, value, least in (
+        ("max_tokens", max_tokens, 1),
+        ("multiple_of", multiple_of, 1),
+        ("num_replicas", num_replicas, 1),
+        ("linear_work", linear_work, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise DataError(f"{name} is {value!r}. Pass an integer of at least {least}.")
+    capacity = int(max_tokens) // int(multiple_of) * int(multiple_of)
+    if capacity == 0:
+        raise DataError(
+            f"max_tokens={max_tokens} is below multiple_of={multiple_of}: no pack could hold a token. "
+            f"Raise max_tokens to {multiple_of} or more."
+        )
+    if capacity > np.iinfo(np.int32).max:
+        raise DataError(f"max_tokens={max_tokens} does not fit the 32-bit cu_seqlens. Lower it below 2**31.")
+    return capacity
+
+
+def check_sequences(flat: FlatSequences, *, capacity: int, linear_work: int, max_tokens: int) -> None:
+    """Refuses, by name of the first offender, every sequence that cannot be packed. Vectorised over sequences."""
+    _check_shapes(flat)
+    _refuse(flat.lengths < 1, flat, "is empty", "Drop it before packing.")
+    _refuse(
+        flat.lengths > capacity,
+        flat,
+        f"has {{length}} tokens, but a pack holds {capacity} (max_tokens={max_tokens}, rounded down to multiple_of)",
+        "Raise max_tokens (train.pack_tokens), or lower the limits on prompt and response length.",
+    )
+    _refuse(flat.sequence_ids < 0, flat, "has a negative id; -1 marks padding", "Number sequences from 0.")
+    _refuse(
+        (flat.prompt_lengths < 1)
+        | (flat.prefix_lengths < 0)
+        | (flat.prompt_lengths + flat.prefix_lengths > flat.lengths),
+        flat,
+        "has {length} tokens, prompt_length={prompt} and prefix_length={prefix}",
+        "prompt_length >= 1, prefix_length >= 0 and prompt_length + prefix_length <= tokens must hold.",
+    )
+    if int(flat.lengths.sum()) != len(flat.tokens):
+        raise DataError(
+            f"lengths add up to {int(flat.lengths.sum())}, but there are {len(flat.tokens)} tokens. Make them agree."
+        )
+    _check_token_ids(flat)
+    _check_distinct(flat.sequence_ids)
+    # Sums of work, doubled for comparisons, are computed in 64-bit integers.
+    if len(flat.tokens) * (int(linear_work) + int(flat.lengths.max())) >= 2**61:
+        raise DataError(f"linear_work={linear_work} is too large for {len(flat.tokens)} tokens. Lower it.")
+
+
+def _check_shapes(flat: FlatSequences) -> None:
+    sizes = {name: len(getattr(flat, name)) for name in ("lengths", "prompt_lengths", "prefix_lengths", "sequence_ids")}
+    if len(set(sizes.values())) != 1 or sizes["lengths"] == 0:
+        raise DataError(f"The per-sequence arrays have {sizes} entries. Pass equally many, and at least one.")
+
+
+def _refuse(bad_S: npt.NDArray[np.bool_], flat: FlatSequences, problem: str, fix: str) -> None:
+    """Names the first offender and counts the others."""
+    if not bad_S.any():
+        return
+    first = int(bad_S.argmax())
+    problem = problem.format(
+        length=flat.lengths[first], prompt=flat.prompt_lengths[first], prefix=flat.prefix_lengths[first]
+    )
+    others = int(bad_S.sum()) - 1
+    raise DataError(f"Sequence {flat.sequence_ids[first]} {problem}{f' (and {others} more)' if others else ''}. {fix}")
+
+
+def _check_token_ids(flat: FlatSequences) -> None:
+    if flat.tokens.min() >= 0:
+        return
+    at = int((flat.tokens < 0).argmax())
+    first = int(np.searchsorted(np.cumsum(flat.lengths), at, side="right"))
+    raise DataError(
+        f"Sequence {flat.sequence_ids[first]} holds the negative token id {flat.tokens[at]}. "
+        f"Remove padding and ignore markers before packing."
+    )
+
+
+def _check_distinct(sequence_ids: Int64Array) -> None:
+    sorted_ids = np.sort(sequence_ids)
+    repeated = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]]
+    if len(repeated) > 0:
+        raise DataError(
+            f"Sequence id {repeated[0]} occurs more than once ({len(repeated)} repetitions in all). "
+            f"Ids key a sequence's random numbers: make them unique within the step."
+        )

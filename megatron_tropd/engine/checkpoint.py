@@ -1,0 +1,149 @@
+"""Checkpoints that appear whole or not at all.
+
+Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may go on under another layout.
+A checkpoint is written aside, renamed into place, and only then named by the ``latest`` file; the loader trusts what
+``latest`` names if it is complete, and otherwise falls back to the newest complete one, saying so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.optimizer import Optimization
+from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.errors import CheckpointError
+
+_LATEST = "latest"
+_COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest is there
+
+
+def _directory(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: str | Path, model: Model, optimization: Optimization, *, step: int, state: Mapping[str, Any], keep: int = 0
+) -> Path:
+    """Saves after ``step`` finished steps. Collective.
+
+    Args:
+        state: small JSON-able facts of the run (data cursor, seed, configuration hash).
+        keep: how many checkpoints to leave on disk; 0 keeps all.
+    """
+    root = Path(root)
+    target = _directory(root, step)
+    aside = target.with_name(target.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    with megatron_sees(model.groups):
+        dist_checkpointing.save(_sharded_state(model, optimization, loading=False), str(aside))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_synced(aside / _COMPLETE, json.dumps({"step": step, **state}, indent=2, sort_keys=True))
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        _write_synced(root / (_LATEST + ".partial"), target.name)
+        os.replace(root / (_LATEST + ".partial"), root / _LATEST)
+        _drop_old(root, keep)
+    dist.barrier()
+    return target
+
+
+def find_checkpoint(root: str | Path) -> Path | None:
+    """The newest complete checkpoint under ``root``, or None. Warns about every torn one it passes over."""
+    root = Path(root)
+    candidates = sorted((p for p in root.glob("step-*") if p.suffix != ".partial"), reverse=True)
+    named = root / _LATEST
+    if named.exists() and (latest := root / named.read_text().strip()) in candidates:
+        candidates.remove(latest)
+        candidates.insert(0, latest)
+    for candidate in candidates:
+        try:
+            read_state(candidate)
+        except CheckpointError as error:
+            warnings.warn(f"skipping a torn checkpoint: {error}", stacklevel=2)
+            continue
+        return candidate
+    return None
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any]:
+    """The run state saved with a checkpoint; CheckpointError when it is torn."""
+    path = Path(checkpoint) / _COMPLETE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{Path(checkpoint).absolute()} is incomplete ({_COMPLETE} is missing or broken). "
+            "Delete it, or name another with checkpoint.resume=PATH."
+        ) from error
+    return state
+
+
+def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimization) -> dict[str, Any]:
+    """Restores weights, optimizer and schedule; returns the run state. Collective.
+
+    Raises:
+        CheckpointError: torn, or of another model.
+    """
+    state = read_state(checkpoint)
+    with megatron_sees(model.groups):
+        try:
+            loaded = dist_checkpointing.load(
+                _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
+            )
+        except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{Path(checkpoint).absolute()} does not fit this model and optimizer: {error}. "
+                "It was written by a run with another student or optimizer; start afresh with checkpoint.resume=never."
+            ) from error
+        for number, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=True)
+        optimization.optimizer.load_state_dict(loaded["optimizer"])
+        optimization.scheduler.load_state_dict(loaded["scheduler"])
+    torch.set_rng_state(loaded["torch_rng"])
+    return state
+
+
+def _model_key(number: int, chunks: int) -> str:
+    return "model" if chunks == 1 else f"model{number}"
+
+
+def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": model.groups.pg.dp_cp}
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(model.chunks):
+        state[_model_key(number, len(model.chunks))] = chunk.sharded_state_dict(metadata=metadata)
+    weights = {key: value for part in state.values() for key, value in part.items()}
+    if len(model.chunks) == 1:
+        weights = state["model"]
+    state["optimizer"] = optimization.optimizer.sharded_state_dict(weights, is_loading=loading)
+    state["scheduler"] = optimization.scheduler.state_dict()
+    state["torch_rng"] = torch.get_rng_state()
+    return state
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    finished = sorted(p for p in root.glob("step-*") if p.suffix != ".partial")
+    for old in finished[:-keep] if keep else []:
+        shutil.rmtree(old)

@@ -1,0 +1,288 @@
+"""``RUN/report.html``: one page that tells how a run went, from the files the run left. No network, no scripts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.report.charts import SERIES, FloatArray, Series, legend, line_chart, stacked_chart
+from megatron_tropd.report.metrics import METRICS, STEP_PARTS
+from megatron_tropd.report.records import (
+    AFTER,
+    BEFORE,
+    DURING,
+    TEACHER,
+    Evaluation,
+    Sample,
+    distance_closed,
+    read_evaluations,
+    read_samples,
+)
+from megatron_tropd.report.sinks import read_jsonl
+
+Rows = Sequence[Mapping[str, Any]]
+_MOST_TOKENS = 1500  # shown of one answer
+_NOT_NOISY = {"lr", "prefix_fraction"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A titled picture with a line that says what it shows."""
+
+    title: str
+    unit: str
+    note: str
+    svg: Markup
+    legend: Markup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One part of the mean step."""
+
+    name: str
+    seconds: float
+    fraction: float
+    hue: int
+
+
+# title, metrics, percent?
+_CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Loss", ("loss",), False),
+    ("Reverse KL", ("reverse_kl",), False),
+    ("Outlier fraction", ("outlier_fraction",), True),
+    ("Entropy", ("student_entropy", "teacher_entropy"), False),
+    ("Gradient norm", ("grad_norm",), False),
+    ("Response length", ("response_length",), False),
+)
+_HEALTH: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Learning rate", ("lr",), False),
+    ("Sampler against trainer", ("logprob_gap_mean",), False),
+    ("Throughput", ("tokens_per_second",), False),
+)
+_ACCURACY = (("Accuracy while training", ("accuracy_train",), True),)
+_GUIDANCE: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Prefix length", ("prefix_length",), False),
+    ("Share of the response given", ("prefix_fraction",), True),
+    ("Negative log-likelihood of the prefix", ("prefix_nll",), False),
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes ``RUN/report.html`` and returns its path. A file that is missing gives a section that says so.
+
+    Raises:
+        DataError: ``run_dir`` does not exist, or a file in it cannot be read.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise DataError(f"there is no run directory {run_dir} ({run_dir.absolute()}). Give the run_dir of a run.")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # answers and prompts are whatever a model or a data file says
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("template.html.j2").render(_context(run_dir))
+    path, partial = run_dir / "report.html", run_dir / "report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _context(run_dir: Path) -> dict[str, Any]:
+    rows, torn = _metrics(run_dir)
+    evaluations = read_evaluations(run_dir)
+    config_text = _config_text(run_dir)
+    breakdown = _step_parts(rows)
+    return {
+        "run_name": run_dir.absolute().name,
+        "facts": _facts(config_text, rows),
+        "steps": len(rows),
+        "torn": torn,
+        "suites": _suites(evaluations),
+        "models": [m for m in (BEFORE, AFTER, TEACHER) if any(e.model == m for e in evaluations)],
+        "results": {(e.model, e.suite): e for e in evaluations if e.model != DURING},
+        "closed": {suite: distance_closed(evaluations, suite) for suite in _suites(evaluations)},
+        "accuracy": [*_accuracy_chart(evaluations, rows), *_charts(rows, _ACCURACY)],
+        "curves": _charts(rows, _CURVES),
+        "health": _charts(rows, _HEALTH),
+        "guidance": _charts(rows, _GUIDANCE),
+        "shares": _shares(breakdown),
+        "step_seconds": sum(float(np.mean(seconds)) for seconds in breakdown.values()),
+        "time_chart": _time_chart(rows, breakdown),
+        "pairs": _pairs(read_samples(run_dir)),
+        "most_tokens": _MOST_TOKENS,
+        "config": config_text,
+    }
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def _metrics(run_dir: Path) -> tuple[Rows, bool]:
+    path = run_dir / "metrics.jsonl"
+    return read_jsonl(path) if path.exists() else ([], False)
+
+
+def _config_text(run_dir: Path) -> str | None:
+    path = run_dir / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _facts(config_text: str | None, rows: Rows) -> list[tuple[str, str]]:
+    """Name and value of what a reader wants to know first."""
+    if config_text is None:
+        return []
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise DataError(f"config.yaml of the run is not valid YAML: {error}. Restore or delete it.") from None
+    facts = [
+        ("Method", _at(config, "method", "name")),
+        ("Student", _last_part(_at(config, "student", "model"))),
+        ("Teacher", _last_part(_at(config, "teacher", "model"))),
+        ("Steps", f"{len(rows)} of {_at(config, 'train', 'steps')}"),
+        ("Learning rate", _at(config, "optimizer", "lr")),
+        ("Seed", _at(config, "seed")),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _last_part(path: Any) -> str | None:
+    return None if path is None else Path(str(path)).name
+
+
+def _column(rows: Rows, name: str) -> FloatArray:
+    """Values over the rows, NaN where a row has none."""
+    values = (row.get(name) for row in rows)
+    return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
+
+
+# --------------------------------------------------------------------------- charts
+
+
+def _charts(rows: Rows, wanted: Sequence[tuple[str, tuple[str, ...], bool]]) -> list[Chart]:
+    """Those of the wanted charts for which there is anything to draw."""
+    step, charts = _column(rows, "step"), []
+    for title, names, percent in wanted:
+        there = {name: column for name in names if np.isfinite(column := _column(rows, name)).any()}
+        if not there:
+            continue
+        series = [
+            Series(label=_label(name), step=step, value=column, smooth=name not in _NOT_NOISY)
+            for name, column in there.items()
+        ]
+        svg = line_chart(series, alt=f"{title} over training steps", percent=percent)
+        note = " ".join(METRICS[name].meaning for name in there)
+        unit = "" if percent else METRICS[names[0]].unit
+        charts.append(Chart(title=title, unit=unit, note=note, svg=svg, legend=legend([s.label for s in series])))
+    return charts
+
+
+def _label(name: str) -> str:
+    return name.replace("_entropy", "").replace("_", " ")
+
+
+def _accuracy_chart(evaluations: Sequence[Evaluation], rows: Rows) -> list[Chart]:
+    """Accuracy of the student over steps, when it was evaluated in between."""
+    if not any(evaluation.model == DURING for evaluation in evaluations):
+        return []
+    series = []
+    for suite in _suites(evaluations):
+        points = sorted(
+            (
+                (_step_of(evaluation, len(rows)), evaluation)
+                for evaluation in evaluations
+                if evaluation.suite == suite and evaluation.model != TEACHER
+            ),
+            key=lambda point: point[0],
+        )
+        step, accuracy, low, high = (
+            np.array(column, dtype=np.float64)
+            for column in zip(*((step, e.accuracy, e.low, e.high) for step, e in points), strict=True)
+        )
+        series.append(Series(label=suite, step=step, value=accuracy, low=low, high=high, smooth=False))
+    svg = line_chart(series, alt="Accuracy on held-out problems over training steps", percent=True)
+    note = "Student on held-out problems, with 95 % intervals."
+    return [Chart(title="Accuracy over steps", unit="", note=note, svg=svg, legend=legend(_suites(evaluations)))]
+
+
+def _step_of(evaluation: Evaluation, steps: int) -> int:
+    if evaluation.step is not None:
+        return evaluation.step
+    return 0 if evaluation.model == BEFORE else steps
+
+
+def _suites(evaluations: Sequence[Evaluation]) -> list[str]:
+    return list(dict.fromkeys(evaluation.suite for evaluation in evaluations))
+
+
+# --------------------------------------------------------------------------- step time
+
+
+def _step_parts(rows: Rows) -> dict[str, FloatArray]:
+    """Seconds per step of every part that was measured; what is left of ``time_step`` goes to ``other``."""
+    columns = {part: _column(rows, f"time_{part}") for part in STEP_PARTS}
+    parts = {part: np.nan_to_num(column) for part, column in columns.items() if np.isfinite(column).any()}
+    whole = _column(rows, "time_step")
+    if parts and "other" not in parts and np.isfinite(whole).any():
+        parts["other"] = np.nan_to_num(np.maximum(whole - sum(parts.values()), 0.0))
+    return parts
+
+
+def _shares(parts: Mapping[str, FloatArray]) -> list[Share]:
+    total = sum(float(np.mean(seconds)) for seconds in parts.values())
+    return [
+        Share(
+            name=name,
+            seconds=float(np.mean(seconds)),
+            fraction=float(np.mean(seconds)) / total,
+            hue=i % len(SERIES) + 1,
+        )
+        for i, (name, seconds) in enumerate(parts.items())
+        if total > 0
+    ]
+
+
+def _time_chart(rows: Rows, parts: Mapping[str, FloatArray]) -> Markup | None:
+    if not parts:
+        return None
+    return stacked_chart(_column(rows, "step"), parts, alt="Seconds per step, by part, over training steps")
+
+
+# --------------------------------------------------------------------------- samples
+
+
+def _pairs(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Answers to one prompt side by side, in the order in which prompts first appear."""
+    prompts = list(dict.fromkeys((sample.prompt, sample.answer) for sample in samples))
+    return [
+        {
+            "prompt": prompt,
+            "answer": answer,
+            "samples": [
+                sample
+                for when in ("before", "after")
+                for sample in samples
+                if (sample.prompt, sample.answer, sample.when) == (prompt, answer, when)
+            ],
+        }
+        for prompt, answer in prompts
+    ]

@@ -1,0 +1,80 @@
+"""Every metric a run may write, in one table: unit, meaning, and the chart group it belongs to.
+
+Means are over tokens, not over sequences, unless the meaning says otherwise. A metric that does not apply to a step
+(no guided sequence, no gate) is left out or null, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal[
+    "count", "loss", "divergence", "gate", "entropy", "optimizer", "length", "mismatch", "guidance", "time", "accuracy"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Unit (empty for a plain count or name), meaning, and group of related metrics."""
+
+    unit: str
+    meaning: str
+    group: Group
+
+
+METRICS: Mapping[str, Metric] = {
+    "step": Metric("", "Training step that the line describes.", "count"),
+    "tokens": Metric("tokens", "Predictions that carried loss, over all ranks.", "count"),
+    "sequences": Metric("sequences", "Sequences trained on, over all ranks.", "count"),
+    "packs": Metric("packs", "Packs trained on, over all ranks.", "count"),
+    "pack_fill": Metric("fraction", "Share of the packs' token budget that holds tokens.", "count"),
+    "loss": Metric("nats/token", "The method's loss. Its zero and its sign depend on the method.", "loss"),
+    "reverse_kl": Metric(
+        "nats/token", "KL(student || teacher), estimated by log q - log p on the student's own tokens.", "divergence"
+    ),
+    "forward_kl": Metric("nats/token", "KL(teacher || student) on the method's support.", "divergence"),
+    "divergence": Metric("nats/token", "The method's exact full-vocabulary divergence.", "divergence"),
+    "outlier_fraction": Metric("fraction", "Share of the student's own tokens that the gate did not trust.", "gate"),
+    "trusted_fraction": Metric("fraction", "Share of the student's own tokens that the gate trusted.", "gate"),
+    "total_variation": Metric(
+        "fraction", "Mean of 1 - min(1, p/q): an estimate of the total-variation distance to the teacher.", "gate"
+    ),
+    "clipped_fraction": Metric("fraction", "Share of tokens whose importance ratio or reward was clipped.", "gate"),
+    "student_entropy": Metric("nats/token", "Full-vocabulary entropy of the student on its own tokens.", "entropy"),
+    "teacher_entropy": Metric("nats/token", "The same of the teacher on the same tokens.", "entropy"),
+    "grad_norm": Metric("", "Global norm of the gradient before clipping.", "optimizer"),
+    "lr": Metric("", "Learning rate of the step's last update.", "optimizer"),
+    "response_length": Metric("tokens", "Mean length of a response, prefix included.", "length"),
+    "continuation_length": Metric("tokens", "Mean number of tokens the student wrote per sequence.", "length"),
+    "finished_fraction": Metric("fraction", "Share of sequences ended by a stop token, not by the budget.", "length"),
+    "logprob_gap_mean": Metric(
+        "nats/token", "Mean absolute difference between the sampler's and the trainer's log-probs.", "mismatch"
+    ),
+    "logprob_gap_max": Metric("nats", "Largest such difference of the step.", "mismatch"),
+    "prefix_length": Metric("tokens", "Mean length of the teacher-written prefix of guided sequences.", "guidance"),
+    "prefix_fraction": Metric("fraction", "Share of the teacher's response given as prefix.", "guidance"),
+    "prefix_nll": Metric("nats/token", "Mean -log q of the teacher-written prefix tokens.", "guidance"),
+    "accuracy_train": Metric(
+        "fraction", "Share of the step's own fully on-policy responses graded correct.", "accuracy"
+    ),
+    "time_step": Metric("s", "Wall time of the whole step.", "time"),
+    "time_rollout": Metric("s", "Wall time of sampling.", "time"),
+    "time_pack": Metric("s", "Wall time of packing.", "time"),
+    "time_teacher": Metric("s", "Wall time of teacher scoring.", "time"),
+    "time_student": Metric("s", "Wall time of the student's own scoring pass (old log-probs, own top-k).", "time"),
+    "time_train": Metric("s", "Wall time of forward, backward and update.", "time"),
+    "time_publish": Metric("s", "Wall time of handing the new weights to the sampler.", "time"),
+    "time_other": Metric("s", "Wall time of everything else in the step.", "time"),
+    "time_checkpoint": Metric("s", "Wall time of saving a checkpoint, outside time_step.", "time"),
+    "time_evaluate": Metric("s", "Wall time of evaluation, outside time_step.", "time"),
+    "tokens_per_second": Metric("tokens/s", "Predictions trained on per second of the whole step.", "time"),
+}
+
+STEP_PARTS = ("rollout", "pack", "teacher", "student", "train", "publish", "other")  # time_* that add up to time_step
+
+
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """Names that are not in the table, sorted: a metric without a unit and a meaning is a mistake."""
+    return sorted(set(names) - METRICS.keys())

@@ -1,0 +1,84 @@
+"""How far a run is, for whoever watches: a live bar on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("reverse_kl", "reverse KL {:.4f}"),
+    ("outlier_fraction", "outliers {:.1%}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+)
+
+
+class TrainingProgress:
+    """Counts steps and shows the metrics that tell whether a run is healthy. Quiet where not ``enabled``.
+
+    Args:
+        total: steps of the whole run.
+        done: steps already done by an earlier process.
+        enabled: True on one rank only.
+        seconds_between_lines: where the output is no terminal, one line at most this often (first and last always).
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+        seconds_between_lines: float = 10.0,
+    ) -> None:
+        self._total, self._done, self._enabled = total, done, enabled
+        self._console = console or Console()
+        self._seconds_between_lines = seconds_between_lines
+        self._last_line = float("-inf")
+        self._bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("train", total=total, completed=done, shown="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, metrics: Mapping[str, int | float | None]) -> None:
+        """One step is done."""
+        self._done += 1
+        shown = "  ".join(form.format(value) for name, form in _SHOWN if (value := metrics.get(name)) is not None)
+        if self._bar.disable:
+            self._line(shown)
+        else:
+            self._bar.update(self._task, completed=self._done, shown=shown)
+
+    def say(self, message: str) -> None:
+        """A line of text above the bar."""
+        if self._enabled:
+            self._console.print(message, highlight=False, markup=False)
+
+    def _line(self, shown: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line >= self._seconds_between_lines or self._done == self._total:
+            self._last_line = now
+            self.say(f"step {self._done}/{self._total}  {shown}")

@@ -1,0 +1,121 @@
+"""Evaluation results and sampled answers as files of a run: ``RUN/evaluation.json`` and ``RUN/samples.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.report.sinks import read_jsonl
+
+EVALUATION_FILE = "evaluation.json"
+SAMPLES_FILE = "samples.jsonl"
+BEFORE, DURING, AFTER, TEACHER = "student before", "student", "student after", "teacher"  # Evaluation.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One model on one suite. Accuracies are fractions; ``low`` and ``high`` bound the 95 % interval."""
+
+    model: str  # BEFORE, AFTER or TEACHER; DURING for one taken at ``step``
+    suite: str
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+    samples: int  # answers per problem
+    mean_length: float  # tokens per answer
+    step: int | None = None  # training steps done when it was taken; None for the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleToken:
+    """One token of an answer. ``trusted`` and ``log_ratio`` are None where no teacher looked or no gate was drawn."""
+
+    text: str
+    region: Literal["prefix", "continuation"] = "continuation"
+    trusted: bool | None = None
+    log_ratio: float | None = None  # log p_teacher - log p_student, nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sampled answer to show in the report."""
+
+    when: Literal["before", "after"]
+    prompt: str
+    tokens: tuple[SampleToken, ...]
+    answer: str | None = None  # reference answer
+    correct: bool | None = None
+
+
+def record_evaluations(run_dir: str | Path, evaluations: Sequence[Evaluation]) -> None:
+    """Adds to ``RUN/evaluation.json``; a result of the same model, suite and step is replaced. Atomic."""
+    kept = {_identity(evaluation): evaluation for evaluation in (*read_evaluations(run_dir), *evaluations)}
+    text = json.dumps([asdict(evaluation) for evaluation in kept.values()], indent=1)
+    _write(Path(run_dir) / EVALUATION_FILE, text + "\n")
+
+
+def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
+    """What ``RUN/evaluation.json`` holds; nothing when it does not exist. DataError when it cannot be read."""
+    path = Path(run_dir) / EVALUATION_FILE
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}). Delete it and evaluate again.") from None
+    return [_build(Evaluation, row, path) for row in rows]
+
+
+def record_samples(run_dir: str | Path, samples: Sequence[Sample]) -> None:
+    """Adds to ``RUN/samples.jsonl``; earlier samples of the same ``when`` are replaced. Atomic."""
+    replaced = {sample.when for sample in samples}
+    kept = [sample for sample in read_samples(run_dir) if sample.when not in replaced]
+    text = "".join(json.dumps(asdict(sample)) + "\n" for sample in (*kept, *samples))
+    _write(Path(run_dir) / SAMPLES_FILE, text)
+
+
+def read_samples(run_dir: str | Path) -> list[Sample]:
+    """What ``RUN/samples.jsonl`` holds; nothing when it does not exist. DataError when it cannot be read."""
+    path = Path(run_dir) / SAMPLES_FILE
+    if not path.exists():
+        return []
+    samples = []
+    for row in read_jsonl(path)[0]:
+        tokens = tuple(_build(SampleToken, token, path) for token in row.get("tokens", ()))
+        samples.append(_build(Sample, {**row, "tokens": tokens}, path))
+    return samples
+
+
+def distance_closed(evaluations: Sequence[Evaluation], suite: str) -> float | None:
+    """Share of the accuracy gap to the teacher that training closed on ``suite``; None when it cannot be told."""
+    found = {evaluation.model: evaluation.accuracy for evaluation in evaluations if evaluation.suite == suite}
+    if not {BEFORE, AFTER, TEACHER} <= found.keys() or found[TEACHER] <= found[BEFORE]:
+        return None
+    return (found[AFTER] - found[BEFORE]) / (found[TEACHER] - found[BEFORE])
+
+
+def _identity(evaluation: Evaluation) -> tuple[str, str, int | None]:
+    return evaluation.model, evaluation.suite, evaluation.step if evaluation.model == DURING else None
+
+
+Record = TypeVar("Record", Evaluation, Sample, SampleToken)
+
+
+def _build(kind: type[Record], row: Any, path: Path) -> Record:
+    try:
+        return kind(**{field.name: row[field.name] for field in fields(kind) if field.name in row})
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path}: {error}. It was not written by this package, or by another version.") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,217 @@
+"""Where metrics go: ``RUN/metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for. One rank writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.report.metrics import unknown_names
+
+logger = logging.getLogger(__name__)
+
+Scalar = int | float | None
+
+
+class Sink(Protocol):
+    """An extra destination of metrics."""
+
+    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+        """Takes the metrics of one step."""
+
+    def truncate_after(self, step: int) -> None:
+        """The run goes on after ``step``: anything later will be written again."""
+
+    def close(self) -> None:
+        """Flushes what is pending."""
+
+
+class MetricsWriter:
+    """Appends one JSON object per step, on disk before ``write`` returns, and hands it on to the other sinks.
+
+    Args:
+        path: usually ``RUN/metrics.jsonl``; made with its directory when missing.
+        sinks: extra destinations, see :func:`open_sinks`.
+        strict: refuse names that are not in ``metrics.METRICS`` (tests do; a long run is not worth losing over one).
+    """
+
+    def __init__(self, path: str | Path, *, sinks: Sequence[Sink] = (), strict: bool = False) -> None:
+        self.path = Path(path)
+        self.sinks = tuple(sinks)
+        self.strict = strict
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _mend(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Mapping[str, Scalar]) -> None:
+        """Appends one step; ``metrics["step"]`` is required. Values that are not finite are written as null."""
+        if "step" not in metrics:
+            raise ValueError(f"metrics need a step, got {sorted(metrics)}. Add the key 'step'.")
+        step = int(metrics["step"] or 0)
+        if self.strict and (unknown := unknown_names(metrics)):
+            raise ValueError(f"metrics {unknown} are not in report/metrics.py. Add a row with unit and meaning.")
+        finite = {name: _finite(value) for name, value in metrics.items()} | {"step": step}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for sink in self.sinks:
+            sink.write(step, finite)
+
+    def truncate_after(self, step: int) -> None:
+        """Keeps the lines with ``step`` or less, for going on from a checkpoint; ``-1`` empties the file. Atomic."""
+        self._file.close()
+        rows, _ = read_jsonl(self.path)
+        _replace(self.path, [json.dumps(row) for row in rows if row["step"] <= step])
+        self._file = self.path.open("a", encoding="utf-8")
+        for sink in self.sinks:
+            sink.truncate_after(step)
+
+    def close(self) -> None:
+        """Closes the file and the sinks."""
+        self._file.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a file of JSON objects, and whether a torn last line (a killed writer) was left out.
+
+    Raises:
+        DataError: a line before the last is not a JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"holds {type(row).__name__}, expected an object")
+        except ValueError as error:
+            if number == len(lines):  # no line break after it: its writer was killed
+                return rows, True
+            raise DataError(f"{path}:{number}: not a JSON object ({error}). Delete that line.") from None
+        rows.append(row)
+    return rows, False
+
+
+def _mend(path: Path) -> None:
+    """Drops a line torn by a killed writer, so that the next one does not continue it."""
+    if not path.exists() or (text := path.read_text(encoding="utf-8")) == "" or text.endswith("\n"):
+        return
+    rows, torn = read_jsonl(path)
+    if torn:
+        logger.warning("%s ends in a torn line, dropped: %s", path, text.rsplit("\n", 1)[-1][:80])
+    _replace(path, (json.dumps(row) for row in rows))
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _finite(value: Scalar) -> Scalar:
+    if value is None or isinstance(value, bool | int):
+        return value
+    number = float(value)  # numpy and torch scalars included
+    return number if math.isfinite(number) else None
+
+
+# --------------------------------------------------------------------------- optional sinks
+
+
+def open_sinks(
+    run_dir: str | Path, *, tensorboard: bool = False, wandb: str | None = None, config: Mapping[str, Any] | None = None
+) -> list[Sink]:
+    """The optional sinks asked for: TensorBoard events in ``RUN/tensorboard``, a run in the W&B project ``wandb``.
+
+    Raises:
+        ConfigError: a package that is needed is not installed.
+    """
+    sinks: list[Sink] = []
+    if tensorboard:
+        sinks.append(TensorBoardSink(Path(run_dir) / "tensorboard"))
+    if wandb is not None:
+        sinks.append(WandbSink(Path(run_dir), project=wandb, config=config or {}))
+    return sinks
+
+
+class TensorBoardSink:
+    """One scalar per metric."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "report.tensorboard = true needs the package tensorboard, which is not installed. "
+                "Run `pip install tensorboard`, or set report.tensorboard=false."
+            ) from error
+        self._open = SummaryWriter
+        self._directory = str(directory)
+        self._writer = SummaryWriter(self._directory)
+
+    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+        """Writes the numbers that are there; a null leaves a gap."""
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def truncate_after(self, step: int) -> None:
+        """Tells TensorBoard to hide what an earlier process wrote beyond ``step``."""
+        self._writer.close()
+        self._writer = self._open(self._directory, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run that a restarted process finds again by the id kept in ``RUN/wandb_id``."""
+
+    def __init__(self, run_dir: Path, *, project: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise ConfigError(
+                f"report.wandb = {project!r} needs the package wandb, which is not installed. "
+                "Run `pip install wandb`, or set report.wandb=null."
+            ) from error
+        kept = run_dir / "wandb_id"
+        identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else wandb.util.generate_id()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        kept.write_text(identity + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+        """Logs the numbers that are there."""
+        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def truncate_after(self, step: int) -> None:
+        """Nothing to do: the service keeps its first value of a step, and a repeated step has the same values."""
+
+    def close(self) -> None:
+        """Finishes the run."""
+        self._run.finish()

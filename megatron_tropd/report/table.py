@@ -1,0 +1,41 @@
+"""The result of a run as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from megatron_tropd.report.records import AFTER, BEFORE, TEACHER, Evaluation, distance_closed
+
+
+def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Student before, student after and teacher, one column per suite, in per cent with 95 % intervals."""
+    suites = list(dict.fromkeys(evaluation.suite for evaluation in evaluations))
+    found = {(evaluation.model, evaluation.suite): evaluation for evaluation in evaluations}
+    table = Table(
+        title="Accuracy on held-out problems, % [95 % interval]",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    for suite in suites:
+        table.add_column(suite, justify="right", no_wrap=True)
+    for model in (BEFORE, AFTER, TEACHER):
+        if any((model, suite) in found for suite in suites):
+            table.add_row(model, *(_cell(found.get((model, suite))) for suite in suites))
+    closed = [distance_closed(evaluations, suite) for suite in suites]
+    if any(share is not None for share in closed):
+        table.add_section()
+        table.add_row("distance closed", *("-" if share is None else f"{share:.0%}" for share in closed), style="bold")
+    return table
+
+
+def _cell(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "-"
+    accuracy, low, high = (100 * value for value in (evaluation.accuracy, evaluation.low, evaluation.high))
+    return f"{accuracy:.1f} \\[{low:.1f}, {high:.1f}]"

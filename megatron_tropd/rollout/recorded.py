@@ -1,0 +1,110 @@
+"""Rollouts on disk: any run can record them, any run can replay them exactly.
+
+One ``.npz`` file per step, plain arrays only (never pickled): concatenated tokens and log-probs plus one row of
+integers per sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+
+_COLUMNS = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
+
+
+def _file(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}.npz"
+
+
+def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
+    """Writes one step's rollouts; the file appears whole or not at all."""
+    path = _file(Path(directory), step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[getattr(rollout, name) for name in _COLUMNS] for rollout in rollouts]
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            rows=np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)),
+            lengths=np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64),
+            token_ids=_joined([rollout.token_ids for rollout in rollouts], np.int64),
+            sampling_logprob=_joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
+            model_logprob=_joined([rollout.model_logprob for rollout in rollouts], np.float32),
+        )
+    os.replace(partial, path)
+    return path
+
+
+def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
+
+
+def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
+    """One step's rollouts as they were recorded.
+
+    Raises:
+        DataError: nothing was recorded for the step, or the file is torn.
+    """
+    path = _file(Path(directory), step)
+    if not path.exists():
+        recorded = sorted(p.stem for p in path.parent.glob("step-*.npz"))
+        span = f"it holds {recorded[0]} to {recorded[-1]}" if recorded else "it holds none"
+        raise DataError(f"{path.absolute()} was not recorded ({span}). Record more steps, or lower train.steps.")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+            return _rollouts(arrays)
+    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
+
+
+def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in arrays["rows"].tolist()]
+    token_ends = np.cumsum(arrays["lengths"])
+    written = arrays["lengths"] - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
+    logprob_ends = np.cumsum(written)
+    tokens = np.split(arrays["token_ids"], token_ends[:-1])
+    sampling = np.split(arrays["sampling_logprob"], logprob_ends[:-1])
+    model = np.split(arrays["model_logprob"], logprob_ends[:-1])
+    return [
+        Rollout(**{**row, "finished": bool(row["finished"])}, token_ids=t, sampling_logprob=s, model_logprob=m)
+        for row, t, s, m in zip(rows, tokens, sampling, model, strict=True)
+    ]
+
+
+class RecordedSampler:
+    """Implements ``rollout.sampler.Sampler`` by replaying a recording; weights are ignored."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        # the stream is collective: it must be drawn to its end
+        for _ in tensors:
+            pass
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> list[Rollout]:
+        """The recorded rollouts of ``step``.
+
+        Raises:
+            DataError: they answer other requests than these (other prompts, data order or number of samples).
+        """
+        rollouts = read_rollouts(self._directory, step)
+        asked = [(request.sequence_id, request.prompt_index) for request in requests]
+        found = [(rollout.sequence_id, rollout.prompt_index) for rollout in rollouts]
+        if asked != found:
+            raise DataError(
+                f"the recording of step {step} in {self._directory.absolute()} holds {len(found)} sequences of other "
+                f"prompts than the {len(asked)} asked for. Replay with the seed, prompts and samples of the recording."
+            )
+        return rollouts

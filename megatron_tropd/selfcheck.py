@@ -1,0 +1,131 @@
+"""The launch-time self check: a student that is its own teacher has nothing to learn.
+
+Engines that disagree about log-probs (another dtype, kernel, vocabulary or mask on one side) show here as a loss or a
+gradient where there must be none, before a run is spent on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from megatron_tropd.data.packing import pack
+from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
+from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.score import score_packs
+from megatron_tropd.engine.step import StepResult, Trainer
+from megatron_tropd.errors import SelfCheckError
+from megatron_tropd.losses import gates, terms
+from megatron_tropd.methods import Method
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.types import Pack, Rollout
+
+# share of the gradient of plain likelihood on the same tokens that rounding may leave
+_TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfCheck:
+    """What the check measured: everything relative to maximum likelihood on the same tokens."""
+
+    loss: float
+    gradient: float
+    tolerance: float
+    applies: bool  # False for objectives that are not meant to vanish when student and teacher agree
+
+
+def check_self(model: Model, method: Method, *, vocab_size: int, seed: int = 0) -> SelfCheck:
+    """Trains (without an update) on a few random sequences with the model as its own teacher. Collective.
+
+    Raises:
+        SelfCheckError: the loss or the gradient is not zero.
+    """
+    rollouts = _random_rollouts(vocab_size, seed, model.architecture.max_positions)
+    packs = pack(
+        rollouts,
+        max_tokens=256,
+        multiple_of=2 * model.groups.layout.tensor,
+        num_replicas=model.groups.num_replicas,
+    )
+    optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
+    likelihood = Method(gate=gates.ALL, trusted=terms.nll())
+    results = []
+    for objective in (method, likelihood):
+        trainer = Trainer(
+            model, optimization, objective, vocab_size=vocab_size, teacher_weight_vE=_own_output_weight(model)
+        )
+        results.append(_probe(trainer, model, objective, packs, rollouts, vocab_size))
+    found, scale = results
+    applies = method.trusted.vanishes and method.extra.vanishes
+    check = SelfCheck(
+        loss=abs(found.loss) / max(abs(scale.loss), 1e-6),
+        gradient=found.grad_norm / max(scale.grad_norm, 1e-6),
+        tolerance=_TOLERANCE[str(model.dtype)],
+        applies=applies,
+    )
+    if applies and not (check.loss <= check.tolerance and check.gradient <= check.tolerance):
+        raise SelfCheckError(
+            f"the student as its own teacher leaves a loss of {check.loss:.1e} and a gradient of {check.gradient:.1e} "
+            f"(relative to maximum likelihood; at most {check.tolerance:.0e} is rounding). Student and teacher paths "
+            "disagree about log-probs: check dtype, vocabulary sizes and the attention kernel."
+        )
+    return check
+
+
+def _own_output_weight(model: Model) -> Tensor | None:
+    return model.chunks[-1].output_weight().detach() if model.groups.is_last_stage else None
+
+
+def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rollout]:
+    """A few sequences of random tokens, all CONTINUATION after a short prompt."""
+    rng = np.random.default_rng(seed)
+    longest = min(40, max_positions)
+    rollouts = []
+    for number in range(6):
+        length = int(rng.integers(longest // 2, longest + 1))
+        written = length - 4
+        rollouts.append(
+            Rollout(
+                sequence_id=number,
+                prompt_index=number,
+                token_ids=rng.integers(0, vocab_size, length),
+                prompt_length=4,
+                prefix_length=0,
+                sampling_logprob=np.full(written, np.nan, np.float32),
+                model_logprob=np.full(written, np.nan, np.float32),
+                finished=True,
+            )
+        )
+    return rollouts
+
+
+def _probe(
+    trainer: Trainer,
+    model: Model,
+    method: Method,
+    packs: Sequence[Sequence[Pack]],
+    rollouts: Sequence[Rollout],
+    vocab_size: int,
+) -> StepResult:
+    groups = model.groups
+    facts = BatchFacts(seed=0, step=0, progress=0.0)
+    spec = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
+    teacher = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
+    mine = packs[groups.replica]
+    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature)
+    items = train_packs(
+        mine,
+        batch_weights(packs, method, facts)[groups.replica],
+        teacher.score(packs, spec),
+        scores,
+        rollouts={rollout.sequence_id: rollout for rollout in rollouts},
+        method=method,
+        facts=facts,
+        device=model.device,
+    )
+    return trainer.probe(items)
