@@ -118,12 +118,6 @@ def check_method(config: RunConfig) -> Method:
         raise ConfigError(
             f"method support={method.needs.support!r} is not available yet; use 'teacher' or 'teacher_and_sampled'."
         )
-    guided = config.rollout.guided_per_prompt
-    if guided and not method.guided:
-        raise ConfigError(
-            f"rollout.guided_per_prompt={guided}, but method {config.method.name!r} has no prefix schedule. "
-            "Set rollout.guided_per_prompt=0, or give the method a prefix_schedule."
-        )
     return method
 
 

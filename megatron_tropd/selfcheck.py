@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.score import score_packs
 from megatron_tropd.engine.step import StepResult, Trainer
 from megatron_tropd.errors import SelfCheckError
@@ -39,8 +39,10 @@ class SelfCheck:
     applies: bool  # False for objectives that are not meant to vanish when student and teacher agree
 
 
-def check_self(model: Model, method: Method, *, vocab_size: int, seed: int = 0) -> SelfCheck:
-    """Trains (without an update) on a few random sequences with the model as its own teacher. Collective.
+def check_self(
+    model: Model, optimization: Optimization, method: Method, *, vocab_size: int, seed: int = 0
+) -> SelfCheck:
+    """Takes the gradient of a few random sequences with the model as its own teacher; no update. Collective.
 
     Raises:
         SelfCheckError: the loss or the gradient is not zero.
@@ -52,7 +54,6 @@ def check_self(model: Model, method: Method, *, vocab_size: int, seed: int = 0) 
         multiple_of=2 * model.groups.layout.tensor,
         num_replicas=model.groups.num_replicas,
     )
-    optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
     likelihood = Method(gate=gates.ALL, trusted=terms.nll())
     results = []
     for objective in (method, likelihood):

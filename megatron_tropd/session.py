@@ -50,7 +50,7 @@ def run_training(config: RunConfig) -> Run:
     run = build_run(config)
     first_step = _resume(run)
     if first_step == 0:
-        check_self(run.student, run.method, vocab_size=run.vocab_size, seed=config.seed)
+        check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         dump_config(config, config.run_dir / "config.yaml")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -298,6 +299,10 @@ OPTIONS = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(OPTIONS)
+@example("${seed}")
+@example("a\\${seed}")
+@example("1e-4")
+@example({"c": -math.inf})
 def test_any_method_option_survives_the_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any):
     config = parse_config(minimal_tree(method={"name": "opd", "strange": value}))
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

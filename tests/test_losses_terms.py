@@ -348,6 +348,14 @@ def test_a_support_holding_everything_has_a_finite_tail_and_gradient(excess):
     assert logprob_TK.grad.abs().max() <= 0.25 / (7.9 * torch.finfo(torch.float32).eps)
 
 
+def test_the_floor_of_the_tail_keeps_equal_distributions_at_rest():
+    """d KL / d log q = q p_tail / q_tail - p on the support: 0 when both tails are equal, floored or not."""
+    teacher_TK = torch.tensor([[0.75, 0.25]], dtype=torch.float32).log()
+    student_TK = teacher_TK.clone().requires_grad_()
+    kl_on_support(teacher_TK, student_TK, tail="bucket").sum().backward()
+    close(student_TK.grad, torch.zeros(1, 2), atol=1e-6, rtol=0)
+
+
 def test_kl_with_bucket_is_never_negative():
     generator = torch.Generator().manual_seed(1)
     scale_T1 = torch.logspace(-2, 1.5, 501)[:, None]

@@ -12,7 +12,7 @@ from method_views import Rows, T, V, gradient, rows, views
 from omegaconf import OmegaConf
 
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.losses import terms
+from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import PRESETS, build_method
 from megatron_tropd.methods.base import Method
 from megatron_tropd.types import Region
@@ -255,6 +255,16 @@ def test_script_options_swap_the_gradients():
     )
     close(method.token_loss(*seen).loss_T, expected_T)
     close(gradient(method.token_loss(*seen).loss_T, data), gradient(expected_T, data))
+
+
+def test_an_extra_term_acts_on_every_continuation_token_whatever_the_gate_says():
+    student, teacher, tokens = views(rows(), region_T=MIXED_T)
+    for gate in (gates.ALL, gates.NOTHING):
+        method = Method(gate=gate, trusted=terms.NONE, extra=terms.nll())
+        close(
+            method.token_loss(student, teacher, tokens).loss_T,
+            torch.where(MIXED_T == CONTINUATION, -student.logprob_T, 0.0),
+        )
 
 
 # --------------------------------------------------------------------------- the others

@@ -90,7 +90,6 @@ class Trainer:
         self._teacher_weight_vE = teacher_weight_vE
         self._sums = self._new_sums()
         self._stat_names: list[str] | None = None
-        model.config.finalize_model_grads_func = self._finalize_gradients
 
     def step(self, packs: Sequence[TrainPack], *, update: int) -> StepResult:
         """One update from this replica's packs. Collective.
@@ -126,6 +125,7 @@ class Trainer:
             module.zero_grad_buffer()
         self.optimization.optimizer.zero_grad()
         self._sums = self._new_sums()
+        self.model.config.finalize_model_grads_func = self._finalize_gradients
         run_packs(
             self.model,
             [item.pack for item in packs],

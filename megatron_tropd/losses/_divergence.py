@@ -13,6 +13,7 @@ vanish exactly when both models make the same logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -109,7 +110,7 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, plan = args
         value = _jsd_value if plan.kind == "jsd" else _kl_value
-        student, teacher, loss_T, kl_T = value(_Pair(*tensors, plan), plan)
+        student, teacher, loss_T, kl_T = value(_Pair(tensors, plan), plan)
         ctx.save_for_backward(*tensors, student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, kl_T)
         ctx.plan = plan
         return loss_T
@@ -127,7 +128,7 @@ class _LinearDivergence(torch.autograd.Function):
             needs_hidden=ctx.needs_input_grad[0],
             needs_weight=ctx.needs_input_grad[1],
         )
-        pair = _Pair(student_TD, weight_vD, teacher_TE, weight_vE, plan)
+        pair = _Pair([student_TD, weight_vD, teacher_TE, weight_vE], plan)
         saved_T1 = [x_T.unsqueeze(-1) for x_T in (*saved, grads[0])]
         chunk_gradient = CHUNK_GRADIENT[plan.kind]
         for rows, columns in plan.tiles:
@@ -143,9 +144,8 @@ class _LinearDivergence(torch.autograd.Function):
 class _Pair:
     """Makes tiles of both models' logits, in the dtype of the student's statistics."""
 
-    def __init__(
-        self, student_TD: Tensor, weight_vD: Tensor, teacher_TE: Tensor, weight_vE: Tensor, plan: _Plan
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], plan: _Plan) -> None:
+        student_TD, weight_vD, teacher_TE, weight_vE = tensors
         self.dtype, self.device, self.num_tokens = statistics_dtype(student_TD), student_TD.device, len(student_TD)
         self._student = Projection(student_TD, weight_vD, tiles=plan.tiles, temperature=plan.temperature)
         self._teacher = Projection(teacher_TE, weight_vE, tiles=plan.tiles, temperature=plan.temperature)

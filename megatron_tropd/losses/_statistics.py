@@ -117,8 +117,8 @@ def chunk_gradient(
 class Picks:
     """Given ids per token, seen from a tile. Each id lies in exactly one tile of one rank.
 
-    An id outside a tile points at the tile's column 0 and carries 0: it must be *added* there, never assigned, or it
-    would wipe out an id that truly is that column.
+    An id outside a tile points at one of the tile's end columns and carries 0: it must be *added* there, never
+    assigned, or it would wipe out an id that truly is that column.
     """
 
     column_RK: Tensor  # within the tile
@@ -127,9 +127,9 @@ class Picks:
     @staticmethod
     def of(ids_RK: Tensor, *, first_id: int, width: int) -> Picks:
         """``first_id`` is the global id of the tile's column 0."""
-        column_RK = ids_RK - first_id
-        inside_RK = (column_RK >= 0) & (column_RK < width)
-        return Picks(column_RK=column_RK.masked_fill_(~inside_RK, 0), inside_RK=inside_RK)
+        true_RK = ids_RK - first_id
+        column_RK = true_RK.clamp(0, width - 1)
+        return Picks(column_RK=column_RK, inside_RK=column_RK == true_RK)
 
     def read_into(self, picked_RK: Tensor, logits_Rw: Tensor) -> None:
         """Put the logits of the ids inside the tile where they belong; leave the others."""

@@ -1,16 +1,16 @@
 """Log-probabilities, top-k and divergences of a vocabulary-parallel output layer, without its logits.
 
 Each function takes the final hidden states and this rank's shard of the output weight and fuses the projection with
-what the loss needs of the softmax: at most ``chunk_tokens x v`` logits exist at a time, and the backward makes them again.
-The maths is that of the softmax, written down once per function; what is particular to vocabulary parallelism is
+what the loss needs of the softmax: at most ``chunk_tokens x v`` logits exist at a time, and the backward makes them
+again. The maths is that of the softmax; what is particular to vocabulary parallelism:
 
 * ``group``: ranks that share one vocabulary; rank r holds the global ids ``[r v, (r + 1) v)``. None: not sharded.
 * ``vocab_size``: the true size. Columns at or beyond it are padding: no probability, no gradient, never read.
-* ``hidden`` is whole on every rank. **Its gradient is this rank's partial sum** over its shard, which the caller's region
-  mapping (``parallel.collectives``) adds up. The weight's gradient is complete for the shard.
+* ``hidden`` is whole on every rank. **Its gradient is this rank's partial sum** over its shard, which the caller's
+  region mapping (``parallel.collectives``) adds up. The weight's gradient is complete for the shard.
 * The gradient that comes in is the same on every rank, as the results are.
 
-Forward: two collectives (MAX and SUM of a few floats per token). Backward: none. Products are in the dtype of the inputs,
+Forward: at most two collectives, of a few floats per token. Backward: none. Products are in the dtype of the inputs,
 softmax statistics and sums over tiles in fp32 (fp64 when the inputs are).
 """
 

@@ -47,8 +47,8 @@ def line_chart(series: Sequence[Series], *, alt: str, percent: bool = False) -> 
     for i, line in enumerate(series):
         _draw_line(axes, line, colour=SERIES[i % len(SERIES)], dashes=_DASHES[i % len(_DASHES)])
     every_step = np.concatenate([line.step for line in series])
-    if len(every_step) and every_step.min() < every_step.max():
-        axes.set_xlim(every_step.min(), every_step.max())  # lines that end early show that they do
+    room = 0.5 if every_step.min() == every_step.max() else 0.0
+    axes.set_xlim(every_step.min() - room, every_step.max() + room)  # lines that end early show that they do
     form = (lambda value, _: f"{100 * value:.3g}%") if percent else (lambda value, _: f"{value:.4g}")
     axes.yaxis.set_major_formatter(form)
     return _svg(figure, alt=alt)

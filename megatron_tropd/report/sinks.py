@@ -9,20 +9,20 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, SupportsFloat
 
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.report.metrics import unknown_names
 
 logger = logging.getLogger(__name__)
 
-Scalar = int | float | None
+Number = int | float | None  # as written
 
 
 class Sink(Protocol):
     """An extra destination of metrics."""
 
-    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Takes the metrics of one step."""
 
     def truncate_after(self, step: int) -> None:
@@ -49,11 +49,11 @@ class MetricsWriter:
         _mend(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, metrics: Mapping[str, Scalar]) -> None:
+    def write(self, metrics: Mapping[str, SupportsFloat | None]) -> None:
         """Appends one step; ``metrics["step"]`` is required. Values that are not finite are written as null."""
         if "step" not in metrics:
             raise ValueError(f"metrics need a step, got {sorted(metrics)}. Add the key 'step'.")
-        step = int(metrics["step"] or 0)
+        step = int(float(metrics["step"] or 0))
         if self.strict and (unknown := unknown_names(metrics)):
             raise ValueError(f"metrics {unknown} are not in report/metrics.py. Add a row with unit and meaning.")
         finite = {name: _finite(value) for name, value in metrics.items()} | {"step": step}
@@ -129,7 +129,7 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
     os.replace(partial, path)
 
 
-def _finite(value: Scalar) -> Scalar:
+def _finite(value: SupportsFloat | None) -> Number:
     if value is None or isinstance(value, bool | int):
         return value
     number = float(value)  # numpy and torch scalars included
@@ -170,7 +170,7 @@ class TensorBoardSink:
         self._directory = str(directory)
         self._writer = SummaryWriter(self._directory)
 
-    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Writes the numbers that are there; a null leaves a gap."""
         for name, value in metrics.items():
             if name != "step" and value is not None:
@@ -205,7 +205,7 @@ class WandbSink:
             project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
         )
 
-    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Logs the numbers that are there."""
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
