@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from megatron_tropd.errors import TropdError
+from megatron_tropd.errors import ConfigError, TropdError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,8 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
+Prompts = Annotated[Path, typer.Argument(help="JSONL file with one prompt per line.")]
+Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 
 
 def main() -> None:
@@ -43,6 +45,15 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _leave() -> None:
+    """Ends the process group, so that no rank is torn down while another still talks to it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Distil the student from the teacher."""
@@ -55,13 +66,62 @@ def train(config: Config, overrides: Overrides = None) -> None:
     _leave()
 
 
-def _leave() -> None:
-    """Ends the process group, so that no rank is torn down while another still talks to it."""
-    import torch.distributed as dist
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
+    from megatron_tropd.config import load_config
 
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    settings = load_config(config, overrides or [])
+    from megatron_tropd.plan import check_plan
+
+    check_plan(settings)
+    _leave()
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory of the model that answers.")],
+    prompts: Prompts,
+    out: Annotated[Path, typer.Argument(help="JSONL file to write: every row of PROMPTS plus its responses.")],
+    samples: Annotated[int, typer.Option(help="Responses per prompt; more than one adds rows.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Dtype = "bf16",
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+) -> None:
+    """Write one or more responses of a model to every prompt: the teacher's, to guide a student."""
+    from megatron_tropd.generate import generate_responses
+    from megatron_tropd.types import SamplingParams
+
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    generate_responses(
+        model,
+        prompts,
+        out,
+        params=params,
+        samples=samples,
+        seed=seed,
+        dtype=dtype,
+        columns=(prompt_column, response_column),
+    )
+    _leave()
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Accuracy of student and teacher of a configuration on its evaluation problems, without training."""
+    from megatron_tropd.config import load_config
+
+    settings = load_config(config, overrides or [], world_size=_world_size())
+    if settings.evaluate.prompts is None:
+        raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a JSONL file of problems.")
+    from megatron_tropd.generate import evaluate_models
+
+    evaluate_models(settings)
+    _leave()
 
 
 @app.command()
@@ -82,12 +142,13 @@ def demo(
     root = Path(__file__).resolve().parent.parent
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
-        raise TropdError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
+        raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        *("-m", "megatron_tropd", "train", str(config), f"method.name={method}"),
+        *("-m", "megatron_tropd", "train", str(config), f"method.name={method}", "checkpoint.resume=never"),
         *(f"student.parallel.tensor={processes}", f"teacher.parallel.tensor={processes}"),
         *(overrides or []),
     ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    raise typer.Exit(subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)
+    done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
+    raise typer.Exit(done.returncode)

@@ -110,6 +110,30 @@ def train_packs(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Support:
+    """The candidates of each token and the teacher's log-probs of them; the mask is False on duplicates."""
+
+    ids_NK: torch.Tensor | None = None
+    logprob_NK: torch.Tensor | None = None
+    mask_NK: torch.Tensor | None = None
+
+
+def _support(signal: Signal | None, target_N: torch.Tensor, method: Method) -> _Support:
+    if signal is None or not method.needs.top_k:
+        return _Support()
+    ids, logprob = signal.topk_ids_NK, signal.topk_logprob_NK
+    assert ids is not None and logprob is not None
+    if method.needs.support != "teacher_and_sampled":
+        return _Support(ids, logprob)
+    fresh_N1 = (ids != target_N[:, None]).all(-1, keepdim=True)
+    return _Support(
+        torch.cat([ids, target_N[:, None]], dim=1),
+        torch.cat([logprob, signal.logprob_N[:, None]], dim=1),
+        torch.cat([torch.ones_like(ids, dtype=torch.bool), fresh_N1], dim=1),
+    )
+
+
 def _train_pack(
     pack: Pack,
     weight_N: np.ndarray,
@@ -122,14 +146,16 @@ def _train_pack(
     device: torch.device,
 ) -> TrainPack:
     old = None if score is None else score.logprob_N
-    support = signal if signal is not None and method.needs.top_k else None
+    tokens = token_view(pack, rollouts, facts, device)
+    support = _support(signal, tokens.target_T, method)
     return TrainPack(
         pack=pack,
-        tokens=token_view(pack, rollouts, facts, device),
+        tokens=tokens,
         weight_N=torch.from_numpy(weight_N).to(device),
         signal=signal,
-        support_ids_NK=None if support is None else support.topk_ids_NK,
-        support_logprob_NK=None if support is None else support.topk_logprob_NK,
+        support_ids_NK=support.ids_NK,
+        support_logprob_NK=support.logprob_NK,
+        support_mask_NK=support.mask_NK,
         old_logprob_N=old,
         old_entropy_N=None if score is None else score.entropy_N,
     )

@@ -23,7 +23,7 @@ from megatron_tropd.engine import shim
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.parallel.groups import Groups, Layout
 from megatron_tropd.types import Architecture
 
 _VOCAB_MULTIPLE = 64
@@ -127,9 +127,8 @@ def build_model(
     return Model(architecture=architecture, groups=groups, config=config, chunks=chunks, device=device)
 
 
-def check_divisible(architecture: Architecture, groups: Groups) -> None:
+def check_divisible(architecture: Architecture, layout: Layout) -> None:
     """Refuses layouts this architecture cannot be cut into, naming the sizes that work."""
-    layout = groups.layout
     for what, size in (("query heads", architecture.num_heads), ("key/value heads", architecture.num_kv_heads)):
         if size % layout.tensor:
             raise ConfigError(
@@ -157,8 +156,8 @@ def transformer_config(
     architecture: Architecture, groups: Groups, *, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
     """Megatron's description of the model under this layout."""
-    check_divisible(architecture, groups)
     layout = groups.layout
+    check_divisible(architecture, layout)
     options: dict[str, Any] = {}
     if recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

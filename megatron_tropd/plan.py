@@ -1,0 +1,218 @@
+"""What a configuration resolves to, before anything is spent on it: layout, packs, memory, and the self check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tropd.build import DTYPES, check_available, check_method, layout_of, read_data, read_tokenizers
+from megatron_tropd.config import ParallelConfig, RunConfig
+from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.data.packing import backend, pack
+from megatron_tropd.engine.model import build_model, check_divisible, padded_vocab_size
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.losses.vocab_parallel import default_chunk_tokens
+from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.selfcheck import check_self
+from megatron_tropd.types import Architecture, Prompt, Rollout
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    teacher: int
+    sampler: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, name) for name in self.__slots__)
+
+
+def parameters_per_rank(architecture: Architecture, layout: Layout) -> int:
+    """Parameters of the fullest rank: its layers, and both ends of the model when it holds them."""
+    a, tensor = architecture, layout.tensor
+    heads = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    layer = a.hidden_size * (heads + a.num_heads * a.head_dim + 3 * a.ffn_size) // tensor + 2 * a.hidden_size
+    layers = -(-a.num_layers // layout.pipeline)
+    vocabulary = padded_vocab_size(a.vocab_size, tensor) // tensor * a.hidden_size
+    ends = 1 if a.tied_embeddings or layout.pipeline > 1 else 2
+    return layers * layer + ends * vocabulary + a.hidden_size
+
+
+def estimate_memory(
+    student: Architecture, teacher: Architecture, config: RunConfig, *, loss_bytes: int
+) -> Memory:
+    """Bytes per rank: weights, fp32 gradients, Adam states, activations of the packs in flight, loss, frozen models."""
+    itemsize = DTYPES[config.dtype].itemsize
+    layout = layout_of(config.student.parallel)
+    own = parameters_per_rank(student, layout)
+    # a stage of a pipeline holds the activations of up to `pipeline` packs
+    per_token = _activation_floats(student, layout, config.student.recompute)
+    layers = -(-student.num_layers // layout.pipeline)
+    activations = per_token * layers * config.train.pack_tokens * layout.pipeline * itemsize
+    states = {"adam": 2, "sgd": 0}[config.optimizer.name] + (itemsize < 4)  # fp32 moments, and fp32 master weights
+    sampler = parameters_per_rank(student, Layout(tensor=config.rollout.parallel.tensor))
+    return Memory(
+        weights=own * itemsize,
+        gradients=own * 4,
+        optimizer=own * 4 * states,
+        activations=activations,
+        loss=loss_bytes,
+        teacher=parameters_per_rank(teacher, layout_of(config.teacher.parallel)) * itemsize,
+        sampler=sampler * itemsize,
+    )
+
+
+def _activation_floats(a: Architecture, layout: Layout, recompute: str) -> int:
+    """Values kept per token and layer for backward: what each operation of the layer saves."""
+    if recompute == "full":
+        return a.hidden_size
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    # norms and residuals are whole on every tensor rank unless sequence parallel cuts them
+    whole = 5 * a.hidden_size // (layout.tensor if layout.sequence else 1)
+    return whole + (heads * (1 if recompute == "selective" else 2) + 4 * a.ffn_size) // layout.tensor
+
+
+def check_plan(config: RunConfig) -> None:
+    """Prints the plan and runs the self check on a small model of the student's shape. Collective.
+
+    Raises:
+        TropdError: whatever is wrong.
+    """
+    device = initialize_distributed()
+    method = check_method(config)
+    check_available(config)
+    tokenizer, vocab_size = read_tokenizers(config)
+    prompts, problems = read_data(config, tokenizer, method)
+    student, teacher = (read_architecture(path) for path in (config.student.model, config.teacher.model))
+    _check_layouts(config, student, teacher)
+    layout = layout_of(config.student.parallel)
+    chunk = default_chunk_tokens(padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor, device)
+    memory = estimate_memory(
+        student,
+        teacher,
+        config,
+        loss_bytes=chunk * padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor * 4,
+    )
+    groups = GroupBuilder().build(Layout())
+    small = build_model(_small(student), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed)
+    optimization = optimize(small, OptimizerSettings(lr=1e-3, total_updates=1))
+    found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+    if dist.get_rank() == 0:
+        console = Console()
+        console.print(_plan_table(config, student, teacher, prompts, problems))
+        console.print(_memory_table(memory))
+        verdict = (
+            f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
+            f"(at most {found.tolerance:.0e})"
+            if found.applies
+            else "does not apply: this method is not meant to vanish when student and teacher agree"
+        )
+        console.print(f"teacher == student self check {verdict}", highlight=False)
+
+
+def _check_layouts(config: RunConfig, student: Architecture, teacher: Architecture) -> None:
+    for architecture, parallel in ((student, config.student.parallel), (teacher, config.teacher.parallel)):
+        check_divisible(architecture, layout_of(parallel))
+
+
+def _small(architecture: Architecture) -> Architecture:
+    """The same kind of model, small enough to build anywhere."""
+    heads = 2 * min(2, architecture.num_heads // architecture.num_kv_heads)
+    return replace(
+        architecture,
+        num_layers=2,
+        hidden_size=64,
+        ffn_size=96,
+        num_heads=heads,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=211,
+        max_positions=64,
+    )
+
+
+def _plan_table(
+    config: RunConfig,
+    student: Architecture,
+    teacher: Architecture,
+    prompts: tuple[Prompt, ...],
+    problems: tuple[Prompt, ...],
+) -> Table:
+    sequences = config.train.prompts_per_step * (
+        config.rollout.samples_per_prompt + config.rollout.guided_per_prompt
+    )
+    packs, fill = _expected_packs(config, prompts)
+    table = Table(title=f"Plan of {config.run_dir}", title_justify="left", show_header=False, box=None)
+    for name, value in (
+        ("method", config.method.name),
+        ("student", _describe(config.student.model, student, config.student.parallel)),
+        ("teacher", _describe(config.teacher.model, teacher, config.teacher.parallel)),
+        ("ranks", f"a multiple of {_smallest_world(config)}"),
+        ("prompts", f"{len(prompts):,} to train on, {len(problems):,} to evaluate on"),
+        ("step", f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)"),
+        ("packs", f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)"),
+        ("steps", f"{config.train.steps}, checkpoint every {config.checkpoint.every or 'never'}"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _smallest_world(config: RunConfig) -> int:
+    return int(np.lcm(config.student.parallel.model_ranks, config.teacher.parallel.model_ranks))
+
+
+def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
+    count = parameters_per_rank(a, Layout())
+    axes = [f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline") if getattr(parallel, name) > 1]
+    return (
+        f"{path}: {a.family}, {count / 1e6:,.1f}M parameters, {a.num_layers} layers, hidden {a.hidden_size}, "
+        f"vocabulary {a.vocab_size:,}; {', '.join(axes) or 'one rank'}{', sequence parallel' * parallel.sequence}"
+    )
+
+
+def _expected_packs(config: RunConfig, prompts: tuple[Prompt, ...]) -> tuple[int, float]:
+    """Packs of a step whose responses all use their whole budget, the most there can be."""
+    per_prompt = config.rollout.samples_per_prompt + config.rollout.guided_per_prompt
+    lengths = [
+        len(prompts[i % len(prompts)].token_ids) + config.rollout.max_new_tokens
+        for i in range(config.train.prompts_per_step)
+        for _ in range(per_prompt)
+    ]
+    empty = np.empty(0, np.float32)
+    sequences = [
+        Rollout(
+            sequence_id=i,
+            prompt_index=i,
+            token_ids=np.zeros(length, np.int64),
+            prompt_length=1,
+            prefix_length=0,
+            sampling_logprob=empty,
+            model_logprob=empty,
+            finished=True,
+        )
+        for i, length in enumerate(lengths)
+    ]
+    packs = pack(sequences, max_tokens=config.train.pack_tokens)[0]
+    return len(packs), sum(lengths) / (len(packs) * config.train.pack_tokens)
+
+
+def _memory_table(memory: Memory) -> Table:
+    table = Table(title="Estimated memory of the fullest rank, MiB", title_justify="left", box=None, show_header=False)
+    for name in Memory.__slots__:
+        table.add_row(name, f"{getattr(memory, name) / _MIB:,.1f}")
+    table.add_row("total", f"{memory.total / _MIB:,.1f}")
+    return table
