@@ -99,6 +99,19 @@ class TeacherConfig(Section):
     attention: Literal["auto", "sdpa", "te"] = key(
         "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
     )
+    record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
+    recorded_from: UserPath | None = key(
+        None, "Directory of recorded grades to use instead of the model; the packs must be those of the recording."
+    )
+
+    @model_validator(mode="after")
+    def _records_or_replays(self) -> Self:
+        if self.record is not None and self.recorded_from is not None:
+            raise ValueError(
+                f"record = '{self.record}' has nothing to record while the grades come from recorded_from = "
+                f"'{self.recorded_from}'. Set one of the two to null."
+            )
+        return self
 
 
 class StudentConfig(Section):
@@ -237,7 +250,10 @@ class CheckpointConfig(Section):
     every: Whole = key(10, "Steps between checkpoints; 0 saves none.", ge=0)
     keep: Whole = key(2, "Newest checkpoints to keep.", ge=1)
     resume: str = key(
-        "auto", "`auto` goes on from the newest in run_dir, `never` starts over, or a path.", min_length=1
+        "auto",
+        "`auto` goes on from the newest in run_dir; `never` starts over and removes what an earlier run left there; "
+        "or the path of a checkpoint.",
+        min_length=1,
     )
 
 

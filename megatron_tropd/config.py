@@ -123,8 +123,13 @@ class RunConfig(Section):
         return self
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError when student or teacher cannot be laid out over ``world_size`` ranks."""
-        for role, parallel in (("student", self.student.parallel), ("teacher", self.teacher.parallel)):
+        """Raises ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
+        sampler = ParallelConfig(tensor=self.rollout.parallel.tensor)
+        for role, parallel in (
+            ("student", self.student.parallel),
+            ("teacher", self.teacher.parallel),
+            ("rollout", sampler),
+        ):
             try:
                 parallel.data_size(world_size)
             except ConfigError as error:
@@ -140,6 +145,7 @@ class RunConfig(Section):
             ("data.prompts", self.data.prompts, "Give a JSONL file with one prompt per line."),
             ("evaluate.prompts", self.evaluate.prompts, "Give a JSONL file of problems, or null for no evaluation."),
             ("rollout.recorded_from", self.rollout.recorded_from, "Give the directory of a run with rollout.record."),
+            ("teacher.recorded_from", self.teacher.recorded_from, "Give the directory of a run with teacher.record."),
             (
                 "checkpoint.resume",
                 None if resume in ("auto", "never") else Path(resume).expanduser(),

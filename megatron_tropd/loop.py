@@ -52,10 +52,11 @@ def train(run: Run, *, first_step: int, writer: MetricsWriter | None, after_step
             if writer is not None:
                 writer.write(metrics)
             progress.update(metrics)
-            if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0:
-                save(run, step + 1)
+            # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
             if after_step is not None:
                 after_step(step + 1)
+            if is_due(step + 1, every=config.checkpoint.every, last=config.train.steps):
+                save(run, step + 1)
 
 
 def sample_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, fraction: float) -> list[Rollout]:
@@ -209,6 +210,11 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
     return {"accuracy_train": float(right.mean())}
 
 
+def is_due(step: int, *, every: int, last: int) -> bool:
+    """Whether ``step`` finished steps are a whole number of ``every``, or all there will be; never with ``every=0``."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
 def save(run: Run, step: int) -> None:
     """A checkpoint after ``step`` finished steps."""
     save_checkpoint(
@@ -216,7 +222,7 @@ def save(run: Run, step: int) -> None:
         run.student,
         run.trainer.optimization,
         step=step,
-        state={"seed": run.config.seed, "method": run.config.method.name},
+        state={"run": run.identity},
         keep=run.config.checkpoint.keep,
     )
 

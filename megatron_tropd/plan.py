@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.build import DTYPES, check_available, check_method, layout_of, read_data, read_tokenizers
 from megatron_tropd.config import ParallelConfig, RunConfig
-from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.packing import backend, pack
-from megatron_tropd.engine.model import build_model, check_divisible, padded_vocab_size
+from megatron_tropd.engine.model import build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
-from megatron_tropd.losses.vocab_parallel import default_chunk_tokens
+from megatron_tropd.inputs import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
+from megatron_tropd.losses._chunking import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.selfcheck import check_self
 from megatron_tropd.types import Architecture, Prompt, Rollout
@@ -76,6 +76,16 @@ def estimate_memory(
     )
 
 
+def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) -> int:
+    """The fused loss holds two fp32 tiles of logits and the fp32 gradient of a pack's hidden states."""
+    tensor = config.student.parallel.tensor
+    shard = padded_vocab_size(student.vocab_size, tensor) // tensor
+    nothing = torch.empty(1, 1, device=device)
+    hidden = nothing.expand(config.train.pack_tokens, student.hidden_size)
+    tiles = plan_tiles(hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None)
+    return 4 * (2 * tiles.rows * tiles.columns + hidden.numel())
+
+
 def _activation_floats(a: Architecture, layout: Layout, recompute: str) -> int:
     """Values kept per token and layer for backward: what each operation of the layer saves."""
     if recompute == "full":
@@ -93,27 +103,16 @@ def check_plan(config: RunConfig) -> None:
         TropdError: whatever is wrong.
     """
     device = initialize_distributed()
-    method = check_method(config)
-    check_available(config)
-    tokenizer, vocab_size = read_tokenizers(config)
-    prompts, problems = read_data(config, tokenizer, method)
-    student, teacher = (read_architecture(path) for path in (config.student.model, config.teacher.model))
-    _check_layouts(config, student, teacher)
-    layout = layout_of(config.student.parallel)
-    chunk = default_chunk_tokens(padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor, device)
-    memory = estimate_memory(
-        student,
-        teacher,
-        config,
-        loss_bytes=chunk * padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor * 4,
-    )
+    inputs = read_inputs(config)
+    student = inputs.student
+    memory = estimate_memory(student, inputs.teacher, config, loss_bytes=_loss_bytes(student, config, device))
     groups = GroupBuilder().build(Layout())
-    small = build_model(_small(student), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed)
+    small = build_model(_small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed)
     optimization = optimize(small, OptimizerSettings(lr=1e-3, total_updates=1))
-    found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+    found = check_self(small, optimization, inputs.method, vocab_size=small.architecture.vocab_size, seed=config.seed)
     if dist.get_rank() == 0:
         console = Console()
-        console.print(_plan_table(config, student, teacher, prompts, problems))
+        console.print(_plan_table(config, inputs))
         console.print(_memory_table(memory))
         verdict = (
             f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
@@ -124,13 +123,8 @@ def check_plan(config: RunConfig) -> None:
         console.print(f"teacher == student self check {verdict}", highlight=False)
 
 
-def _check_layouts(config: RunConfig, student: Architecture, teacher: Architecture) -> None:
-    for architecture, parallel in ((student, config.student.parallel), (teacher, config.teacher.parallel)):
-        check_divisible(architecture, layout_of(parallel))
-
-
-def _small(architecture: Architecture) -> Architecture:
-    """The same kind of model, small enough to build anywhere."""
+def _small(architecture: Architecture, top_k: int) -> Architecture:
+    """The same kind of model, small enough to build anywhere, with more ids than the method looks at."""
     heads = 2 * min(2, architecture.num_heads // architecture.num_kv_heads)
     return replace(
         architecture,
@@ -140,39 +134,37 @@ def _small(architecture: Architecture) -> Architecture:
         num_heads=heads,
         num_kv_heads=2,
         head_dim=16,
-        vocab_size=211,
+        vocab_size=max(211, top_k + 1),
         max_positions=64,
     )
 
 
-def _plan_table(
-    config: RunConfig,
-    student: Architecture,
-    teacher: Architecture,
-    prompts: tuple[Prompt, ...],
-    problems: tuple[Prompt, ...],
-) -> Table:
-    sequences = config.train.prompts_per_step * (
-        config.rollout.samples_per_prompt + config.rollout.guided_per_prompt
-    )
-    packs, fill = _expected_packs(config, prompts)
+def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
+    sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
+    packs, fill = _expected_packs(config, prompts, sequences)
     table = Table(title=f"Plan of {config.run_dir}", title_justify="left", show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),
-        ("student", _describe(config.student.model, student, config.student.parallel)),
-        ("teacher", _describe(config.teacher.model, teacher, config.teacher.parallel)),
+        ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
+        ("teacher", _describe(config.teacher.model, inputs.teacher, config.teacher.parallel)),
         ("ranks", f"a multiple of {_smallest_world(config)}"),
-        ("prompts", f"{len(prompts):,} to train on, {len(problems):,} to evaluate on"),
+        ("prompts", f"{len(prompts):,} to train on, {len(inputs.problems):,} to evaluate on"),
         ("step", f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)"),
         ("packs", f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)"),
-        ("steps", f"{config.train.steps}, checkpoint every {config.checkpoint.every or 'never'}"),
+        ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
     ):
         table.add_row(name, value)
     return table
 
 
 def _smallest_world(config: RunConfig) -> int:
-    return int(np.lcm(config.student.parallel.model_ranks, config.teacher.parallel.model_ranks))
+    models = (config.student.parallel.model_ranks, config.teacher.parallel.model_ranks)
+    return int(np.lcm.reduce([*models, config.rollout.parallel.tensor]))
+
+
+def _checkpoints(config: RunConfig) -> str:
+    every = config.checkpoint.every
+    return f"a checkpoint every {every}" if every else "no checkpoints"
 
 
 def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
@@ -184,16 +176,16 @@ def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
     )
 
 
-def _expected_packs(config: RunConfig, prompts: tuple[Prompt, ...]) -> tuple[int, float]:
-    """Packs of a step whose responses all use their whole budget, the most there can be."""
-    per_prompt = config.rollout.samples_per_prompt + config.rollout.guided_per_prompt
+def _expected_packs(config: RunConfig, prompts: tuple[Prompt, ...], sequences: int) -> tuple[int, float]:
+    """Packs of a step whose responses all use their whole budget, the most there can be, and how full they are."""
+    per_prompt = sequences // config.train.prompts_per_step
     lengths = [
         len(prompts[i % len(prompts)].token_ids) + config.rollout.max_new_tokens
         for i in range(config.train.prompts_per_step)
         for _ in range(per_prompt)
     ]
     empty = np.empty(0, np.float32)
-    sequences = [
+    rollouts = [
         Rollout(
             sequence_id=i,
             prompt_index=i,
@@ -206,7 +198,7 @@ def _expected_packs(config: RunConfig, prompts: tuple[Prompt, ...]) -> tuple[int
         )
         for i, length in enumerate(lengths)
     ]
-    packs = pack(sequences, max_tokens=config.train.pack_tokens)[0]
+    packs = pack(rollouts, max_tokens=config.train.pack_tokens)[0]
     return len(packs), sum(lengths) / (len(packs) * config.train.pack_tokens)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -15,12 +13,8 @@ from megatron_tropd import loop
 from megatron_tropd.build import Run, build_run, embedded_sampler
 from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.hf import HFWriter
-from megatron_tropd.engine.batch import BatchFacts, token_view
-from megatron_tropd.engine.checkpoint import find_checkpoint, load_checkpoint, read_state
-from megatron_tropd.engine.score import score_packs
 from megatron_tropd.engine.weights import hf_tensors
-from megatron_tropd.errors import CheckpointError
-from megatron_tropd.evaluation import correctness, evaluate_suite
+from megatron_tropd.evaluation import evaluate_suite
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import (
     AFTER,
@@ -28,31 +22,24 @@ from megatron_tropd.report.records import (
     DURING,
     TEACHER,
     Evaluation,
-    Sample,
-    SampleToken,
     read_evaluations,
     record_evaluations,
     record_samples,
 )
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import accuracy_table
-from megatron_tropd.rollout.guidance import make_requests
+from megatron_tropd.resume import resume
 from megatron_tropd.rollout.megatron import MegatronSampler
+from megatron_tropd.samples import sample_answers
 from megatron_tropd.selfcheck import check_self
-from megatron_tropd.types import Pack, Region, Rollout, Signal, StudentView, TeacherView
-
-# how much of the teacher's response the guided samples of the report start with
-_SHOWN_PREFIX = 0.5
-
 
 def run_training(config: RunConfig) -> Run:
     """Trains as ``config`` says, from the newest checkpoint if there is one. Collective."""
     run = build_run(config)
-    first_step = _resume(run)
+    first_step = resume(run)
     if first_step == 0:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
         dump_config(config, config.run_dir / "config.yaml")
     run.sampler.update_weights(hf_tensors(run.student), version=first_step)
     evaluator = Evaluator(run)
@@ -61,39 +48,12 @@ def run_training(config: RunConfig) -> Run:
     with _metrics_writer(run, first_step) as writer:
         loop.train(run, first_step=first_step, writer=writer, after_step=evaluator.during)
     evaluator.after()
-    if config.checkpoint.every and first_step < config.train.steps and config.train.steps % config.checkpoint.every:
-        loop.save(run, config.train.steps)
     if config.export.hf is not None:
         export_student(run, config.export.hf)
     if run.world.is_first:
         _conclude(run)
     dist.barrier()
     return run
-
-
-def _resume(run: Run) -> int:
-    """Restores the run from a checkpoint; the number of steps already done."""
-    config = run.config
-    if config.checkpoint.resume == "never":
-        return 0
-    if config.checkpoint.resume == "auto":
-        checkpoint = find_checkpoint(config.run_dir / "checkpoints")
-        if checkpoint is None:
-            return 0
-    else:
-        checkpoint = Path(config.checkpoint.resume)
-    state = read_state(checkpoint)
-    expected = {"seed": config.seed, "method": config.method.name}
-    for key, value in expected.items():
-        if state.get(key) != value:
-            raise CheckpointError(
-                f"{checkpoint.absolute()} was written with {key}={state.get(key)!r}, this run has {value!r}. "
-                "Use another run_dir, or checkpoint.resume=never to start over."
-            )
-    load_checkpoint(checkpoint, run.student, run.trainer.optimization)
-    if run.world.is_first:
-        Console().print(f"going on from {checkpoint} ({state['step']} steps done)", highlight=False)
-    return int(state["step"])
 
 
 @contextmanager
@@ -155,6 +115,7 @@ class Evaluator:
 
     def _teacher_sampler(self) -> MegatronSampler:
         run = self._run
+        assert run.teacher_model is not None  # build.needs_teacher_model sees to it
         sampler = embedded_sampler(run.config, run.teacher_model.architecture, run.world, run.vocab_size)
         sampler.update_weights(hf_tensors(run.teacher_model), version=0)
         return sampler
@@ -188,90 +149,6 @@ class Evaluator:
             samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
             if self._run.world.is_first:
                 record_samples(self._run.config.run_dir, samples)
-
-
-def sample_answers(run: Run, sampler: MegatronSampler, *, when: str, count: int) -> list[Sample]:
-    """Answers to the first training prompts, token by token with region, gate and log ratio. Collective.
-
-    Where the method is guided, each prompt has one answer of the student's own and one that continues the first half
-    of the teacher's.
-    """
-    prompts = list(run.prompts.prompts[:count])
-    guided = 1 if run.method.guided and run.config.rollout.guided_per_prompt else 0
-    budget = run.config.rollout.max_new_tokens
-    requests = make_requests(prompts, samples=1, guided=guided, fraction=_SHOWN_PREFIX, max_new_tokens=budget)
-    params = loop.sampling_params(run)
-    rollouts = sampler.generate(requests, params, seed=run.config.seed, step=run.config.train.steps)
-    gates = _gate_by_sequence(run, rollouts)
-    samples = []
-    for number, rollout in enumerate(rollouts):
-        prompt = prompts[number // (1 + guided)]
-        right = None
-        if prompt.answer is not None:
-            right = bool(correctness([rollout], [prompt], run.tokenizer, run.config.data.grader, 1)[0, 0])
-        tokens = _sample_tokens(run, rollout, gates[rollout.sequence_id])
-        samples.append(Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens))
-    return samples
-
-
-def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray) -> tuple[SampleToken, ...]:
-    pieces = run.tokenizer.tokens(rollout.token_ids[rollout.prompt_length :].tolist())
-    tokens = []
-    for i, piece in enumerate(pieces):
-        prefix = i < rollout.prefix_length
-        trusted, log_ratio = gate[i]
-        tokens.append(
-            SampleToken(
-                text=piece,
-                region="prefix" if prefix else "continuation",
-                trusted=None if prefix else bool(trusted > 0.5),
-                log_ratio=float(log_ratio),
-            )
-        )
-    return tuple(tokens)
-
-
-def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray]:
-    """``[response, 2]`` gate weight and log ratio of every response token, on every rank."""
-    packs = loop.pack_rollouts(run, rollouts)
-    mine = packs[run.world.student.replica]
-    signals = run.teacher.score(packs, run.signal)
-    scores = score_packs(run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature)
-    by_id = {rollout.sequence_id: rollout for rollout in rollouts}
-    facts = BatchFacts(seed=run.config.seed, step=run.config.train.steps, progress=1.0)
-    found: dict[int, np.ndarray] = {}
-    for item, signal, score in zip(mine, signals, scores, strict=True):
-        if signal is None or score is None or run.world.student.tensor_rank:
-            continue
-        tokens = token_view(item, by_id, facts, run.world.device)
-        student = StudentView(
-            logprob_T=score.logprob_N,
-            old_logprob_T=score.logprob_N,
-            entropy_T=score.entropy_N,
-            old_entropy_T=score.entropy_N,
-        )
-        teacher = _teacher_view(signal)
-        weight = run.method.gate_weight(student, teacher, tokens)
-        values = torch.stack([weight, signal.logprob_N - score.logprob_N], dim=1).float().cpu().numpy()
-        found.update(_split_by_sequence(item, values))
-    gathered: list[dict[int, np.ndarray] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    return {key: value for part in gathered if part for key, value in part.items()}
-
-
-def _teacher_view(signal: Signal) -> TeacherView:
-    return TeacherView(
-        logprob_T=signal.logprob_N,
-        support_ids_TK=signal.topk_ids_NK,
-        support_logprob_TK=signal.topk_logprob_NK,
-        entropy_T=signal.entropy_N,
-    )
-
-
-def _split_by_sequence(item: Pack, values_N2: np.ndarray) -> dict[int, np.ndarray]:
-    valid = (item.region_T == Region.PREFIX) | (item.region_T == Region.CONTINUATION)
-    owner_N = item.sequence_T[valid]
-    return {int(sequence): values_N2[owner_N == sequence] for sequence in item.sequence_ids}
 
 
 def export_student(run: Run, target: Path) -> None:

@@ -60,11 +60,13 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, time
             join=False,
             start_method="forkserver",
         )
-        _join(
-            context,
-            timeout_s=timeout_s,
-            name=getattr(function, "__name__", str(function)),
-        )
+        try:
+            _join(context, timeout_s=timeout_s, name=getattr(function, "__name__", str(function)))
+        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException):
+            failure = Path(folder) / "first-failure"
+            if not failure.exists():  # killed by a signal
+                raise
+            raise RankFailed(failure.read_text()) from None
         return [torch.load(_result_path(folder, rank), weights_only=True) for rank in range(world_size)]
 
 

@@ -1,8 +1,9 @@
 """Checkpoints that appear whole or not at all.
 
 Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may go on under another layout.
-A checkpoint is written aside, renamed into place, and only then named by the ``latest`` file; the loader trusts what
-``latest`` names if it is complete, and otherwise falls back to the newest complete one, saying so.
+A checkpoint is written aside, renamed into place, and only then named by the ``latest`` file. Its last file,
+``complete.json``, lists every other one with its size. The loader trusts what ``latest`` names if it is whole, and
+otherwise falls back to the newest whole one, saying so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import CheckpointError
 
 _LATEST = "latest"
-_COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest is there
+_COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest was there
 
 
 def _directory(root: Path, step: int) -> Path:
@@ -38,8 +39,9 @@ def save_checkpoint(
     """Saves after ``step`` finished steps. Collective.
 
     Args:
-        state: small JSON-able facts of the run (data cursor, seed, configuration hash).
-        keep: how many checkpoints to leave on disk; 0 keeps all.
+        state: small JSON-able facts of the run (seed, method, what else must agree to go on).
+        keep: how many checkpoints to leave on disk; 0 keeps all. Those of later steps go too: they were left by a run
+            that went back.
     """
     root = Path(root)
     target = _directory(root, step)
@@ -52,20 +54,21 @@ def save_checkpoint(
         dist_checkpointing.save(_sharded_state(model, optimization, loading=False), str(aside))
     dist.barrier()
     if dist.get_rank() == 0:
-        _write_synced(aside / _COMPLETE, json.dumps({"step": step, **state}, indent=2, sort_keys=True))
+        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in aside.rglob("*") if path.is_file()}
+        _write_synced(aside / _COMPLETE, json.dumps({"step": step, **state, "files": sizes}, indent=2, sort_keys=True))
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         _write_synced(root / (_LATEST + ".partial"), target.name)
         os.replace(root / (_LATEST + ".partial"), root / _LATEST)
-        _drop_old(root, keep)
+        _drop_others(root, target, keep)
     dist.barrier()
     return target
 
 
 def find_checkpoint(root: str | Path) -> Path | None:
-    """The newest complete checkpoint under ``root``, or None. Warns about every torn one it passes over."""
+    """The newest whole checkpoint under ``root``, or None. Warns about every torn one it passes over."""
     root = Path(root)
-    candidates = sorted((p for p in root.glob("step-*") if p.suffix != ".partial"), reverse=True)
+    candidates = sorted(_finished(root), reverse=True)
     named = root / _LATEST
     if named.exists() and (latest := root / named.read_text().strip()) in candidates:
         candidates.remove(latest)
@@ -81,23 +84,46 @@ def find_checkpoint(root: str | Path) -> Path | None:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The run state saved with a checkpoint; CheckpointError when it is torn."""
+    """The run state saved with a checkpoint.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, or a file of it is missing or of another size than was written.
+    """
     path = Path(checkpoint) / _COMPLETE
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        state = json.loads(path.read_text())
+        files = {str(name): int(size) for name, size in state["files"].items()}
+        int(state["step"])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{Path(checkpoint).absolute()} is incomplete ({_COMPLETE} is missing or broken). "
+            f"{Path(checkpoint).absolute()} is not a whole checkpoint ({_COMPLETE} is missing or broken). "
             "Delete it, or name another with checkpoint.resume=PATH."
         ) from error
-    return state
+    for name, size in files.items():
+        file = path.parent / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes"
+            raise CheckpointError(
+                f"{Path(checkpoint).absolute()} is torn: {name} {what}, {size:,} were written. "
+                "Delete it, or name another with checkpoint.resume=PATH."
+            )
+    return dict(state)
+
+
+def discard_checkpoints(root: str | Path) -> None:
+    """Removes every checkpoint under ``root``, for a run that starts over. On one rank only."""
+    root = Path(root)
+    (root / _LATEST).unlink(missing_ok=True)
+    for directory in root.glob("step-*"):
+        shutil.rmtree(directory)
 
 
 def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimization) -> dict[str, Any]:
     """Restores weights, optimizer and schedule; returns the run state. Collective.
 
     Raises:
-        CheckpointError: torn, or of another model.
+        CheckpointError: torn, or of another model or optimizer.
     """
     state = read_state(checkpoint)
     with megatron_sees(model.groups):
@@ -143,7 +169,15 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _drop_old(root: Path, keep: int) -> None:
-    finished = sorted(p for p in root.glob("step-*") if p.suffix != ".partial")
-    for old in finished[:-keep] if keep else []:
-        shutil.rmtree(old)
+def _finished(root: Path) -> list[Path]:
+    return [path for path in root.glob("step-*") if path.suffix != ".partial"]
+
+
+def _drop_others(root: Path, newest: Path, keep: int) -> None:
+    if not keep:
+        return
+    older = sorted(path for path in _finished(root) if path.name < newest.name)
+    kept = {newest, *older[max(0, len(older) - (keep - 1)) :]}
+    for path in root.glob("step-*"):  # what a killed writer left half-done, too
+        if path not in kept:
+            shutil.rmtree(path)

@@ -4,7 +4,7 @@ With ``q`` the student's softmax, ``p`` the teacher's and ``z`` the student's lo
 
     kind         loss                                                  d loss / d z_j
     forward_kl   sum p (log p - log q)                                 q_j - p_j
-    reverse_kl   sum q (log q - log p)                                 q_j (log q_j - log p_j - loss)
+    reverse_kl   sum q (log q - log p)                                 q_j (log q_j - log p_j - KL)
     jsd          b KL(p||m) + (1-b) KL(q||m),  m = b p + (1-b) q       (1-b) q_j (log q_j - log m_j - KL(q||m))
 
 The last gradient follows from dL/dq_j = (1-b) (log q_j - log m_j) + const, in which the two 1/m terms cancel. All three
@@ -32,9 +32,16 @@ from megatron_tropd.losses._chunking import (
     shard_of,
     statistics_dtype,
 )
-from megatron_tropd.losses._divergence_math import CHUNK_GRADIENT, TileSoftmax, chunk_kl, chunk_mixture_kl
+from megatron_tropd.losses._divergence_math import (
+    CHUNK_GRADIENT,
+    KlStatistics,
+    TileSoftmax,
+    chunk_kl,
+    chunk_mixture_kl,
+    merge_kl_ranks,
+)
 from megatron_tropd.losses._statistics import Statistics, chunk_statistics, merge_ranks
-from megatron_tropd.parallel.collectives import Group, all_gather_stack, all_reduce_max, all_reduce_sum
+from megatron_tropd.parallel.collectives import Group, all_gather_stack, all_reduce_sum
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 _X = TypeVar("_X")
@@ -55,7 +62,7 @@ def linear_divergence(
 ) -> Tensor:
     """Divergence of two softmaxes per token, ``loss_T``, nats, fp32; gradient to the student's two tensors only.
 
-    Args and sharding as ``linear_logprobs`` (``vocab_parallel``); two collectives forward, none backward.
+    Args and sharding as ``linear_logprobs``; one collective forward (two for the jsd), none backward.
         teacher_weight_vE: the teacher's output weight **cut by the student's partition**: row i of this rank is the
             same token as row i of ``student_weight_vD``. Its dtype and hidden size are its own.
         kind: ``forward_kl`` KL(teacher || student), ``reverse_kl`` KL(student || teacher), or ``jsd``.
@@ -110,8 +117,8 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, plan = args
         value = _jsd_value if plan.kind == "jsd" else _kl_value
-        student, teacher, loss_T, kl_T = value(_Pair(tensors, plan), plan)
-        ctx.save_for_backward(*tensors, student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, kl_T)
+        student, teacher, loss_T, centre_T = value(_Pair(tensors, plan), plan)
+        ctx.save_for_backward(*tensors, student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, centre_T)
         ctx.plan = plan
         return loss_T
 
@@ -133,10 +140,10 @@ class _LinearDivergence(torch.autograd.Function):
         chunk_gradient = CHUNK_GRADIENT[plan.kind]
         for rows, columns in plan.tiles:
             student_Rw, teacher_Rw = pair.logits(rows, columns)
-            max_R1, sumexp_R1, teacher_max_R1, teacher_sumexp_R1, kl_R1, grad_R1 = (x_T1[rows] for x_T1 in saved_T1)
-            student = TileSoftmax.of(student_Rw, max_R1, sumexp_R1)
-            teacher = TileSoftmax.of(teacher_Rw, teacher_max_R1, teacher_sumexp_R1)
-            dlogits_Rw = chunk_gradient(student, teacher, kl_R1=kl_R1, grad_R1=grad_R1, beta=plan.beta)
+            max_R1, sumexp_R1, teacher_max_R1, teacher_sumexp_R1, centre_R1, grad_R1 = (x_T1[rows] for x_T1 in saved_T1)
+            student = TileSoftmax(logits_Rw=student_Rw, max_R1=max_R1, sumexp_R1=sumexp_R1)
+            teacher = TileSoftmax(logits_Rw=teacher_Rw, max_R1=teacher_max_R1, sumexp_R1=teacher_sumexp_R1)
+            dlogits_Rw = chunk_gradient(student, teacher, centre_R1=centre_R1, grad_R1=grad_R1, beta=plan.beta)
             gradient.add(rows, columns, dlogits_Rw)
         return *gradient.result(), None, None, None
 
@@ -160,35 +167,20 @@ class _Pair:
         return student, teacher
 
 
-# What the two values below return: both models' statistics over all ranks, the loss, and the Kullback-Leibler term
-# that the gradient needs: of the loss itself, or of the student against the jsd's mixture.
+# What the two values below return: both models' statistics over all ranks, the loss, and the mean under q that the
+# gradient subtracts (``centre`` in _divergence_math).
 _Value: TypeAlias = tuple[Statistics, Statistics, Tensor, Tensor]
 
 
 def _kl_value(pair: _Pair, plan: _Plan) -> _Value:
-    """One pass: with logits a, b of the two, ``KL = sum softmax(a) (a - b) - logsumexp(a) + logsumexp(b)``."""
-    first, second = pair.no_statistics()
-    gap_T = torch.zeros_like(first.max_T)  # sum exp(a - max a) (a - b) over the columns so far
+    """One pass over the tiles and one collective."""
+    local = KlStatistics(*pair.no_statistics(), torch.zeros(pair.num_tokens, dtype=pair.dtype, device=pair.device))
     scratch = Buffer(plan.tiles, dtype=pair.dtype, device=pair.device)
     for rows, columns in plan.tiles:
         a_Rw, b_Rw = _ordered(plan, *pair.logits(rows, columns))
-        first_R, second_R, gap_R = chunk_kl(a_Rw, b_Rw, scratch.tile(rows, columns))
-        old_max_R = first.max_T[rows].clone()
-        first.merge_(rows, first_R)
-        second.merge_(rows, second_R)
-        max_R = first.max_T[rows]
-        gap_T[rows] = gap_T[rows] * (old_max_R - max_R).exp() + gap_R * (first_R.max_T - max_R).exp()
-
-    max_2T = all_reduce_max(torch.stack([first.max_T, second.max_T]), plan.group)
-    gap_T *= (first.max_T - max_2T[0]).exp()
-    sumexp_2T = [first.relative_to(max_2T[0])[0], second.relative_to(max_2T[1])[0]]
-    sums_3T = all_reduce_sum(torch.stack([*sumexp_2T, gap_T]), plan.group)
-
-    log_sumexp_2T = sums_3T[:2].log()
-    loss_T = sums_3T[2] / sums_3T[0] - (max_2T[0] - max_2T[1]) - (log_sumexp_2T[0] - log_sumexp_2T[1])
-    unused_T = torch.zeros_like(loss_T)
-    first, second = (Statistics(max_T=max_2T[i], sumexp_T=sums_3T[i], weighted_T=unused_T) for i in range(2))
-    return *_ordered(plan, first, second), loss_T, loss_T
+        local.merge_(rows, chunk_kl(a_Rw, b_Rw, scratch.tile(rows, columns)))
+    whole = merge_kl_ranks(all_gather_stack(local.stacked(), plan.group))
+    return *_ordered(plan, whole.first, whole.second), whole.kl_T, whole.mean_gap_T
 
 
 def _ordered(plan: _Plan, student: _X, teacher: _X) -> tuple[_X, _X]:
@@ -197,25 +189,22 @@ def _ordered(plan: _Plan, student: _X, teacher: _X) -> tuple[_X, _X]:
 
 
 def _jsd_value(pair: _Pair, plan: _Plan) -> _Value:
-    """Two passes: the mixture needs both log-probabilities."""
+    """Two passes and two collectives: the mixture needs both log-probabilities."""
     student, teacher = pair.no_statistics()
     scratch = Buffer(plan.tiles, dtype=pair.dtype, device=pair.device)
     for rows, columns in plan.tiles:
         student_Rw, teacher_Rw = pair.logits(rows, columns)
         student.merge_(rows, chunk_statistics(student_Rw, scratch.tile(rows, columns)))
         teacher.merge_(rows, chunk_statistics(teacher_Rw, scratch.tile(rows, columns)))
-    # gathering maxima and sums together saves the collective that agreeing on the maximum first would take
-    local_4T = torch.stack([student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T])
-    every_n4T = all_gather_stack(local_4T, plan.group)
-    student = merge_ranks(every_n4T[:, 0], every_n4T[:, 1])
-    teacher = merge_ranks(every_n4T[:, 2], every_n4T[:, 3])
+    every_n6T = all_gather_stack(torch.cat([student.stacked(), teacher.stacked()]), plan.group)
+    student, teacher = merge_ranks(every_n6T[:, :3]), merge_ranks(every_n6T[:, 3:])
 
     kl_2T = torch.zeros(2, pair.num_tokens, dtype=pair.dtype, device=pair.device)  # KL(p||m), KL(q||m)
     for rows, columns in plan.tiles:
         student_Rw, teacher_Rw = pair.logits(rows, columns)
         kl_2T[:, rows] += chunk_mixture_kl(
-            TileSoftmax.of(student_Rw, *student.column(rows)),
-            TileSoftmax.of(teacher_Rw, *teacher.column(rows)),
+            TileSoftmax.of(student_Rw, student, rows),
+            TileSoftmax.of(teacher_Rw, teacher, rows),
             beta=plan.beta,
         )
     kl_2T = all_reduce_sum(kl_2T, plan.group)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_tropd.errors import DataError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Of the logits l of each token over some set of columns. Mutated in place while tiles are merged in.
 
@@ -35,20 +35,20 @@ class Statistics:
     def merge_(self, rows: slice, other: Statistics) -> None:
         """Include the statistics of further columns for some of the tokens."""
         max_R = torch.maximum(self.max_T[rows], other.max_T)
-        mine, theirs = self.relative_to(max_R, rows), other.relative_to(max_R)
+        mine, theirs = self._relative_to(max_R, rows), other._relative_to(max_R)
         self.max_T[rows] = max_R
         self.sumexp_T[rows] = mine[0] + theirs[0]
         self.weighted_T[rows] = mine[1] + theirs[1]
 
-    def relative_to(self, max_R: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def _relative_to(self, max_R: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """(s, u) of some of the tokens, relative to a maximum at least as large as the own."""
         shift_R, sumexp_R = self.max_T[rows] - max_R, self.sumexp_T[rows]
         scale_R = shift_R.exp()
         return sumexp_R * scale_R, (self.weighted_T[rows] + sumexp_R * shift_R) * scale_R
 
-    def column(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(m, s) of some of the tokens, ``[R, 1]`` each, to broadcast over a tile."""
-        return self.max_T[rows].unsqueeze(-1), self.sumexp_T[rows].unsqueeze(-1)
+    def stacked(self) -> Tensor:
+        """``[3, T]``, to travel."""
+        return torch.stack([self.max_T, self.sumexp_T, self.weighted_T])
 
     @property
     def log_sumexp_T(self) -> Tensor:
@@ -66,18 +66,17 @@ class Statistics:
         return self.log_sumexp_T - self.weighted_T / self.sumexp_T
 
 
-def merge_ranks(max_nT: Tensor, sumexp_nT: Tensor, weighted_nT: Tensor | None = None) -> Statistics:
-    """The statistics over all ranks' columns, given each rank's (dim 0)."""
-    max_T = max_nT.amax(0)
-    shift_nT = max_nT - max_T
-    scale_nT = shift_nT.exp()
-    if weighted_nT is None:
-        weighted_nT = torch.zeros_like(sumexp_nT)
-    return Statistics(
-        max_T=max_T,
-        sumexp_T=(sumexp_nT * scale_nT).sum(0),
-        weighted_T=((weighted_nT + sumexp_nT * shift_nT) * scale_nT).sum(0),
-    )
+def merge_ranks(every_n3T: Tensor) -> Statistics:
+    """Statistics over all ranks' columns, given each rank's ``stacked()``.
+
+    Merged here in rank order, rather than by a reduction whose order may depend on an element's place in the message:
+    so equal logits give equal bits, in whatever function and on whatever rank, and a teacher identical to the student
+    gives exactly 0.
+    """
+    whole = Statistics(*every_n3T[0].clone())
+    for rank_3T in every_n3T[1:]:
+        whole.merge_(slice(None), Statistics(*rank_3T))
+    return whole
 
 
 def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:

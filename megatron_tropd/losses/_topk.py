@@ -108,15 +108,15 @@ def _merge_over_ranks(
 ) -> tuple[Tensor, Statistics, Tensor]:
     """The same three over all ranks' columns. One collective: the floats travel as the bits of integers."""
     k = keys_TK.shape[1]
-    floats = [local.max_T.unsqueeze(-1), local.sumexp_T.unsqueeze(-1), local.weighted_T.unsqueeze(-1), picked_TJ]
+    floats = [local.stacked().t(), picked_TJ]
     if picked_TJ.shape[1] % 2 == 0:
-        floats.append(torch.zeros_like(floats[0]))  # two floats to an integer
+        floats.append(picked_TJ.new_zeros(len(picked_TJ), 1))  # two floats to an integer
     packed_TX = torch.cat([keys_TK, torch.cat(floats, dim=-1).view(torch.int64)], dim=-1)
     every_nTX = all_gather_stack(packed_TX, group)
 
     keys_TX = every_nTX[..., :k].transpose(0, 1).flatten(1)
     float_nTX = every_nTX[..., k:].contiguous().view(torch.float32)
-    whole = merge_ranks(float_nTX[..., 0], float_nTX[..., 1], float_nTX[..., 2])
+    whole = merge_ranks(float_nTX[..., :3].movedim(-1, 1))
     # every id lies on one rank, all others contribute 0
     picked_TJ = float_nTX[..., 3 : 3 + picked_TJ.shape[1]].sum(0)
     return keys_TX.topk(k, sorted=False).values, whole, picked_TJ

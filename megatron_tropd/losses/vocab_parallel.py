@@ -10,8 +10,8 @@ again. The maths is that of the softmax; what is particular to vocabulary parall
   region mapping (``parallel.collectives``) adds up. The weight's gradient is complete for the shard.
 * The gradient that comes in is the same on every rank, as the results are.
 
-Forward: at most two collectives, of a few floats per token. Backward: none. Products are in the dtype of the inputs,
-softmax statistics and sums over tiles in fp32 (fp64 when the inputs are).
+Forward: at most two collectives, a gather of three floats per token and rank and a sum of K per token. Backward: none.
+Products are in the dtype of the inputs, softmax statistics and sums over tiles in fp32 (fp64 when the inputs are).
 """
 
 from __future__ import annotations
@@ -35,9 +35,16 @@ from megatron_tropd.losses._chunking import (
     statistics_dtype,
 )
 from megatron_tropd.losses._divergence import linear_divergence
-from megatron_tropd.losses._statistics import Picks, Statistics, check_ids, chunk_gradient, chunk_statistics
+from megatron_tropd.losses._statistics import (
+    Picks,
+    Statistics,
+    check_ids,
+    chunk_gradient,
+    chunk_statistics,
+    merge_ranks,
+)
 from megatron_tropd.losses._topk import TopK, linear_topk
-from megatron_tropd.parallel.collectives import Group, all_reduce_max, all_reduce_sum
+from megatron_tropd.parallel.collectives import Group, all_gather_stack, all_reduce_sum
 
 __all__ = ["LogProbs", "TopK", "linear_divergence", "linear_logprobs", "linear_topk"]
 
@@ -82,9 +89,9 @@ def linear_logprobs(
     """
     check_projection(hidden_TD, weight_vD)
     check_temperature(temperature)
-    valid_TK = check_ids(ids_TK, num_tokens=hidden_TD.shape[0], vocab_size=vocab_size)
     shard = shard_of(weight_vD, vocab_size=vocab_size, group=group)
     tiles = plan_tiles(hidden_TD, weight_vD, shard, chunk_tokens=chunk_tokens)
+    valid_TK = check_ids(ids_TK, num_tokens=hidden_TD.shape[0], vocab_size=vocab_size)
     plan = _Plan(shard=shard, tiles=tiles, temperature=temperature, group=group)
     logprob_TK, entropy_T, logsumexp_T = _LinearLogProbs.apply(hidden_TD, weight_vD, ids_TK.long(), plan)
     if valid_TK is not None:
@@ -103,22 +110,16 @@ class _Plan:
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, ids_TK: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
-        num_tokens, num_ids = ids_TK.shape
-        dtype, device = statistics_dtype(hidden_TD), hidden_TD.device
-        packed_TX = torch.zeros(num_tokens, num_ids + 2, dtype=dtype, device=device)
-        picked_TK = packed_TX[:, :num_ids]
+        picked_TK = torch.zeros(ids_TK.shape, dtype=statistics_dtype(hidden_TD), device=hidden_TD.device)
         local = _local_statistics(hidden_TD, weight_vD, ids_TK, plan, picked_TK)
 
-        max_T = all_reduce_max(local.max_T.clone(), plan.group)
-        packed_TX[:, num_ids], packed_TX[:, num_ids + 1] = local.relative_to(max_T)
-        packed_TX = all_reduce_sum(packed_TX, plan.group)
-
-        whole = Statistics(max_T=max_T, sumexp_T=packed_TX[:, num_ids], weighted_T=packed_TX[:, num_ids + 1])
+        whole = merge_ranks(all_gather_stack(local.stacked(), plan.group))
+        picked_TK = all_reduce_sum(picked_TK, plan.group)  # every id lies on one rank, all others contribute 0
         entropy_T, logsumexp_T = whole.entropy_T, whole.logsumexp_T
         # subtracting the maximum first keeps the digits that logit - logsumexp would lose
-        logprob_TK = packed_TX[:, :num_ids] - max_T.unsqueeze(-1) - whole.log_sumexp_T.unsqueeze(-1)
+        logprob_TK = picked_TK.sub_(whole.max_T.unsqueeze(-1)).sub_(whole.log_sumexp_T.unsqueeze(-1))
 
-        ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, max_T, whole.sumexp_T.clone(), entropy_T)
+        ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, whole.max_T, whole.sumexp_T, entropy_T)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return logprob_TK, entropy_T, logsumexp_T

@@ -62,22 +62,31 @@ def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             return _rollouts(arrays)
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    # a file that is a single array opens, but is no archive: it has neither `with` nor names
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
 
 
 def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
     rows = [dict(zip(_COLUMNS, row, strict=True)) for row in arrays["rows"].tolist()]
-    token_ends = np.cumsum(arrays["lengths"])
-    written = arrays["lengths"] - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
-    logprob_ends = np.cumsum(written)
-    tokens = np.split(arrays["token_ids"], token_ends[:-1])
-    sampling = np.split(arrays["sampling_logprob"], logprob_ends[:-1])
-    model = np.split(arrays["model_logprob"], logprob_ends[:-1])
+    lengths = arrays["lengths"]
+    written = lengths - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
     return [
         Rollout(**{**row, "finished": bool(row["finished"])}, token_ids=t, sampling_logprob=s, model_logprob=m)
-        for row, t, s, m in zip(rows, tokens, sampling, model, strict=True)
+        for row, t, s, m in zip(
+            rows,
+            _parts(arrays["token_ids"], lengths),
+            _parts(arrays["sampling_logprob"], written),
+            _parts(arrays["model_logprob"], written),
+            strict=True,
+        )
     ]
+
+
+def _parts(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    if (lengths < 0).any() or lengths.sum() != len(joined):
+        raise ValueError(f"its sequences have {lengths.sum()} entries, its arrays {len(joined)}")
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 class RecordedSampler:
@@ -97,14 +106,31 @@ class RecordedSampler:
         """The recorded rollouts of ``step``.
 
         Raises:
-            DataError: they answer other requests than these (other prompts, data order or number of samples).
+            DataError: they answer other requests than these (other prompts, order, prefixes or number of samples).
         """
         rollouts = read_rollouts(self._directory, step)
-        asked = [(request.sequence_id, request.prompt_index) for request in requests]
-        found = [(rollout.sequence_id, rollout.prompt_index) for rollout in rollouts]
-        if asked != found:
+        if len(rollouts) != len(requests):
             raise DataError(
-                f"the recording of step {step} in {self._directory.absolute()} holds {len(found)} sequences of other "
-                f"prompts than the {len(asked)} asked for. Replay with the seed, prompts and samples of the recording."
+                f"the recording of step {step} in {self._directory.absolute()} holds {len(rollouts)} sequences, but "
+                f"{len(requests)} are asked for. Replay with the prompts_per_step, samples_per_prompt and "
+                "guided_per_prompt of the recording."
             )
+        for request, rollout in zip(requests, rollouts, strict=True):
+            if not _answers(rollout, request):
+                raise DataError(
+                    f"the recording of step {step} in {self._directory.absolute()} answers other prompts: sequence "
+                    f"{request.sequence_id} is of prompt {rollout.prompt_index} there, of prompt "
+                    f"{request.prompt_index} here, or its text has changed. Replay with the seed, prompts, tokenizer "
+                    "and guidance of the recording."
+                )
         return rollouts
+
+
+def _answers(rollout: Rollout, request: RolloutRequest) -> bool:
+    """Whether the recorded sequence starts with exactly what is asked to be continued."""
+    context = np.concatenate([request.prompt_ids, request.prefix_ids])
+    return (
+        (rollout.sequence_id, rollout.prompt_index) == (request.sequence_id, request.prompt_index)
+        and (rollout.prompt_length, rollout.prefix_length) == (len(request.prompt_ids), len(request.prefix_ids))
+        and np.array_equal(rollout.token_ids[: len(context)], context)
+    )

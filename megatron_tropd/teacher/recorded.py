@@ -1,12 +1,18 @@
-"""Teacher signals on disk, keyed by the tokens they grade: written beside a live teacher, read instead of it."""
+"""Teacher signals on disk, keyed by the tokens they grade: written beside a live teacher, read instead of it.
+
+One ``.npz`` file per pack, plain arrays only (never pickled), beside ``recording.json`` with the facts that all of
+them depend on: what the teacher is, its temperature, how many ids its softmax runs over.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +25,8 @@ from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.types import Pack, Signal
 
 _FIELDS = ("logprob_N", "topk_ids_NK", "topk_logprob_NK", "entropy_N", "hidden_NE")
+_FACTS = "recording.json"
+_BF16 = ".bf16"  # numpy has no bfloat16: its bits are kept as int16 under the name with this ending
 
 
 def pack_key(pack: Pack) -> str:
@@ -33,11 +41,26 @@ def pack_key(pack: Pack) -> str:
 class RecordingTeacher:
     """Passes on a live teacher's signals and writes them to a directory."""
 
-    def __init__(self, teacher: Teacher, directory: str | Path, student: Groups) -> None:
+    def __init__(
+        self, teacher: Teacher, directory: str | Path, student: Groups, *, facts: Mapping[str, Any]
+    ) -> None:
+        """``facts``: JSON-able; what the signals depend on besides the packs.
+
+        Raises:
+            DataError: the directory holds signals recorded under other facts.
+        """
         self._teacher = teacher
         self._directory = Path(directory)
         self._student = student
         self._directory.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        if (self._directory / _FACTS).exists():
+            _check_facts(self._directory, facts, fix="Record into another directory")
+        dist.barrier()  # nobody looks any more
+        if dist.get_rank() == 0:
+            partial = self._directory / (_FACTS + ".partial")
+            partial.write_text(json.dumps(dict(facts), indent=2, sort_keys=True))
+            os.replace(partial, self._directory / _FACTS)
 
     def score(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec) -> list[Signal | None]:
         signals = self._teacher.score(packs, spec)
@@ -51,10 +74,14 @@ class RecordingTeacher:
 class RecordedTeacher:
     """Implements ``teacher.protocol.Teacher`` from a directory of signals."""
 
-    def __init__(self, directory: str | Path, student: Groups, device: torch.device) -> None:
+    def __init__(
+        self, directory: str | Path, student: Groups, device: torch.device, *, facts: Mapping[str, Any]
+    ) -> None:
+        """Raises DataError unless the signals were recorded under these ``facts``."""
         self._directory = Path(directory)
         self._student = student
         self._device = device
+        _check_facts(self._directory, facts, fix="Use the models and method of the recording")
 
     def score(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec) -> list[Signal | None]:
         """Raises DataError when a pack was never graded, or was graded with less than ``spec`` asks for."""
@@ -64,10 +91,31 @@ class RecordedTeacher:
         return [_read(self._directory / f"{pack_key(pack)}.npz", spec, self._device) for pack in mine]
 
 
+def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None:
+    path = directory / _FACTS
+    try:
+        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{directory.absolute()} is not a recording of a teacher ({_FACTS}: {error}). "
+            "Give the directory of a run with teacher.record."
+        ) from error
+    wanted = json.loads(json.dumps(dict(facts)))
+    changed = [f"{key} {recorded.get(key)!r}, not {value!r}" for key, value in wanted.items() if recorded.get(key) != value]
+    if changed:
+        raise DataError(f"{directory.absolute()} was recorded with {'; '.join(changed)}. {fix}.")
+
+
 def _write(path: Path, signal: Signal) -> None:
-    arrays = {name: value.float().cpu().numpy() for name in _FIELDS if (value := getattr(signal, name)) is not None}
-    if signal.topk_ids_NK is not None:
-        arrays["topk_ids_NK"] = signal.topk_ids_NK.to(torch.int32).cpu().numpy()
+    arrays: dict[str, np.ndarray] = {}
+    for name in _FIELDS:
+        value = getattr(signal, name)
+        if value is None:
+            continue
+        if value.dtype == torch.bfloat16:
+            arrays[name + _BF16] = value.cpu().contiguous().view(torch.int16).numpy()
+        else:
+            arrays[name] = (value.to(torch.int32) if name == "topk_ids_NK" else value).cpu().numpy()
     partial = path.with_suffix(f".{dist.get_rank()}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -82,10 +130,19 @@ def _read(path: Path, spec: SignalSpec, device: torch.device) -> Signal:
         )
     try:
         with np.load(path, allow_pickle=False) as stored:
-            found = {name: torch.from_numpy(stored[name]).to(device) for name in stored.files}
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            found = dict(_tensor(name, stored[name]) for name in stored.files)
+        found["logprob_N"]
+    # a file that is a single array opens, but is no archive: it has neither `with` nor names
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
-    return _fitted(found, spec, path)
+    return _fitted({name: value.to(device) for name, value in found.items()}, spec, path)
+
+
+def _tensor(name: str, array: np.ndarray) -> tuple[str, torch.Tensor]:
+    tensor = torch.from_numpy(array)
+    if name.endswith(_BF16):
+        return name.removesuffix(_BF16), tensor.view(torch.bfloat16)
+    return name, tensor
 
 
 def _fitted(found: dict[str, torch.Tensor], spec: SignalSpec, path: Path) -> Signal:
@@ -95,8 +152,8 @@ def _fitted(found: dict[str, torch.Tensor], spec: SignalSpec, path: Path) -> Sig
     missing = [name for name in missing if name not in found]
     if recorded_k < spec.top_k or missing:
         raise DataError(
-            f"{path.absolute()} was recorded with top-{recorded_k}{' and without ' + missing[0] if missing else ''}, "
-            f"but the method needs top-{spec.top_k}. Record the teacher again with this method."
+            f"{path.absolute()} was recorded with top-{recorded_k}{_without(missing)}, "
+            f"but the method needs top-{spec.top_k}{_and(missing)}. Record the teacher again with this method."
         )
     k = spec.top_k
     return Signal(
@@ -106,3 +163,16 @@ def _fitted(found: dict[str, torch.Tensor], spec: SignalSpec, path: Path) -> Sig
         entropy_N=found["entropy_N"] if spec.entropy else None,
         hidden_NE=found.get("hidden_NE") if spec.hidden_states else None,
     )
+
+
+def _without(missing: Sequence[str]) -> str:
+    return f" and without {_names(missing)}" if missing else ""
+
+
+def _and(missing: Sequence[str]) -> str:
+    return f" and {_names(missing)}" if missing else ""
+
+
+def _names(missing: Sequence[str]) -> str:
+    readable = {"entropy_N": "entropies", "hidden_NE": "hidden states"}
+    return " and ".join(readable[name] for name in missing)

@@ -1,0 +1,251 @@
+"""Time and memory of the vocabulary-parallel loss, against what it replaces: ``python -m megatron_tropd.benchmarks.loss``.
+
+One run compares, forward and backward, for K log-probs per token and the entropy:
+
+* ``fused``: ``losses.linear_logprobs``;
+* ``plain``: ``log_softmax`` of whole fp32 logits under autograd;
+* ``compiled``: the same under ``torch.compile``;
+* ``liger``: Liger's fused linear JSD, where installed: another objective of the same four products;
+* ``products``: the floor, its four matrix products alone (logits, logits again, two gradients).
+
+Variants take turns, so that a busy machine is busy for all; times are medians. Peak extra memory is what is allocated
+beyond the inputs: counted allocation by allocation on a CPU, by the allocator's peak on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_tropd.losses.vocab_parallel import linear_logprobs
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of the problem: tokens, hidden size, vocabulary, candidates per token."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Leaves with gradient, ids, and the incoming gradients."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    ids_TK: Tensor
+    grad_TK: Tensor
+    grad_T: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Median seconds of one variant and its peak extra memory in bytes."""
+
+    name: str
+    seconds: float
+    extra_bytes: int
+
+
+def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random inputs with logits of standard deviation about 3, as a trained model has."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype) * scale
+
+    return Inputs(
+        normal(shape.tokens, shape.hidden).requires_grad_(),
+        normal(shape.vocab, shape.hidden, scale=3 * shape.hidden**-0.5).requires_grad_(),
+        torch.randint(0, shape.vocab, (shape.tokens, shape.candidates), generator=generator, device=device),
+        normal(shape.tokens, shape.candidates).float(),
+        normal(shape.tokens).float(),
+    )
+
+
+def fused(x: Inputs) -> None:
+    """The package's own loss core."""
+    out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=x.weight_VD.shape[0])
+    torch.autograd.backward([out.logprob_TK, out.entropy_T], [x.grad_TK, x.grad_T])
+
+
+def _plain_forward(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    logprob_TV = F.linear(hidden_TD, weight_VD).float().log_softmax(-1)
+    return logprob_TV.gather(1, ids_TK), -(logprob_TV.exp() * logprob_TV).sum(-1)
+
+
+def plain(x: Inputs) -> None:
+    """What one writes first."""
+    torch.autograd.backward(list(_plain_forward(x.hidden_TD, x.weight_VD, x.ids_TK)), [x.grad_TK, x.grad_T])
+
+
+def products(x: Inputs) -> None:
+    """The four matrix products of a loss that recomputes its logits, in slices of tokens, nothing else."""
+    with torch.no_grad():
+        weight_gradient = torch.zeros_like(x.weight_VD)
+        for hidden in x.hidden_TD.split(1024):
+            logits = hidden @ x.weight_VD.T
+            torch.mm(hidden, x.weight_VD.T, out=logits)
+            logits @ x.weight_VD
+            weight_gradient.addmm_(logits.T, hidden)
+
+
+def compiled() -> Callable[[Inputs], None]:
+    """``plain`` under ``torch.compile``."""
+    forward = torch.compile(_plain_forward)
+
+    def run(x: Inputs) -> None:
+        torch.autograd.backward(list(forward(x.hidden_TD, x.weight_VD, x.ids_TK)), [x.grad_TK, x.grad_T])
+
+    return run
+
+
+def liger() -> Callable[[Inputs], None] | None:
+    """Liger's fused linear JSD against a teacher of the same size; None where Liger or a GPU is missing."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+    except ImportError:
+        return None
+    module = LigerFusedLinearJSD(jsd_beta=0.5)
+
+    def run(x: Inputs) -> None:
+        teacher_hidden, teacher_weight = x.hidden_TD.detach() * 0.9, x.weight_VD.detach()
+        module(x.hidden_TD, x.weight_VD, teacher_hidden, teacher_weight).backward()
+
+    return run
+
+
+def measure(variants: dict[str, Callable[[Inputs], None]], x: Inputs, *, repeats: int) -> list[Measurement]:
+    """Times the variants in turn, then measures each one's memory."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for name, run in variants.items():
+        run(x)  # warm-up, compilation
+        _clear(x)
+        assert name in seconds
+    for _ in range(repeats):
+        for name, run in variants.items():
+            _clear(x)
+            _synchronize(x)
+            started = time.perf_counter()
+            run(x)
+            _synchronize(x)
+            seconds[name].append(time.perf_counter() - started)
+    _clear(x)
+    return [
+        Measurement(name=name, seconds=statistics.median(seconds[name]), extra_bytes=_peak_extra(run, x))
+        for name, run in variants.items()
+    ]
+
+
+def _clear(x: Inputs) -> None:
+    x.hidden_TD.grad = x.weight_VD.grad = None
+
+
+def _synchronize(x: Inputs) -> None:
+    if x.hidden_TD.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _peak_extra(run: Callable[[Inputs], None], x: Inputs) -> int:
+    """Most bytes held at once beyond the inputs and the two gradients every variant must leave behind."""
+    _clear(x)
+    results = sum(leaf.numel() * leaf.element_size() for leaf in (x.hidden_TD, x.weight_VD))
+    if x.hidden_TD.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(x)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = _cpu_peak(run, x)
+    _clear(x)
+    return max(0, peak - results)
+
+
+def _cpu_peak(run: Callable[[Inputs], None], x: Inputs) -> int:
+    """From the profiler's record of every allocation and release."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(x)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def main(
+    tokens: int = 2048,
+    hidden: int = 256,
+    vocab: int = 32_000,
+    candidates: int = 64,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    repeats: int = 7,
+    compile_plain: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of the plain loss.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Prints the table. The GPU budget's shape: --tokens 16384 --hidden 4096 --vocab 151936 --dtype bf16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(tokens=tokens, hidden=hidden, vocab=vocab, candidates=candidates)
+    variants: dict[str, Callable[[Inputs], None]] = {"fused": fused, "plain": plain, "products": products}
+    if compile_plain:
+        variants["compiled"] = compiled()
+    if (other := liger()) is not None:
+        variants["liger"] = other
+    found = measure(variants, make_inputs(shape, dtype=_DTYPES[dtype], device=device), repeats=repeats)
+    Console().print(_table(found, shape, dtype, device))
+    if json_path is not None:
+        rows = [{"name": m.name, "seconds": m.seconds, "extra_bytes": m.extra_bytes} for m in found]
+        sizes = {name: getattr(shape, name) for name in Shape.__slots__}
+        settings = sizes | {"dtype": dtype, "device": str(device)}
+        json_path.write_text(json.dumps({"settings": settings, "results": rows}, indent=2))
+
+
+def _table(found: list[Measurement], shape: Shape, dtype: str, device: torch.device) -> Table:
+    by_name = {m.name: m for m in found}
+    table = Table(
+        title=f"T={shape.tokens} D={shape.hidden} V={shape.vocab} K={shape.candidates} {dtype} on {device}, "
+        f"{torch.get_num_threads()} thread(s)",
+        title_justify="left",
+    )
+    for column in ("", "ms", "x plain", "x products", "extra MiB", "x plain's"):
+        table.add_column(column, justify="left" if not column else "right")
+    plain_, floor = by_name["plain"], by_name["products"]
+    for m in found:
+        table.add_row(
+            m.name,
+            f"{m.seconds * 1e3:.1f}",
+            f"{m.seconds / plain_.seconds:.2f}",
+            f"{m.seconds / floor.seconds:.2f}",
+            f"{m.extra_bytes / 2**20:.1f}",
+            f"{m.extra_bytes / plain_.extra_bytes:.3f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

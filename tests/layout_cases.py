@@ -1,0 +1,215 @@
+"""Trains a tiny student under any layout, through the loop's own functions, and hands back what can be compared.
+
+What ``run_cases`` does runs on every rank of ``run_on_ranks``; a ``Case`` says everything about one training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_models import STUDENT, TEACHER, Objective, random_rollouts
+from torch import Tensor
+
+from megatron_tropd.build import (
+    DTYPES,
+    Run,
+    World,
+    check_method,
+    layout_of,
+    load_model,
+    optimizer_settings,
+    output_weight_for,
+)
+from megatron_tropd.config import RunConfig, parse_config
+from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.optimizer import optimize
+from megatron_tropd.engine.step import Trainer
+from megatron_tropd.engine.weights import hf_tensors, local_table
+from megatron_tropd.errors import SelfCheckError
+from megatron_tropd.loop import Stopwatch, grade_rollouts
+from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.selfcheck import SelfCheck, check_self
+from megatron_tropd.teacher.megatron import MegatronTeacher
+from megatron_tropd.teacher.protocol import SignalSpec
+
+# ids that both models know: what their vocabularies have beyond it must carry nothing
+VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
+STEPS = 5
+ADAM = {"lr": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training: how it is laid out, what it optimises, how its batch is cut."""
+
+    name: str
+    ranks: int = 1
+    student: dict[str, Any] = field(default_factory=dict)  # the keys of student.parallel
+    teacher: dict[str, Any] = field(default_factory=dict)
+    objective: Objective = Objective()
+    method: dict[str, Any] | None = None  # replaces the objective's method section
+    tied: bool = False
+    pack_tokens: int = 4096
+    minibatches: int = 1
+    recompute: str = "none"
+    dtype: str = "fp32"
+    distributed_optimizer: bool = False
+    sequences: int = 11
+    steps: int = STEPS
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Cases with one key must have one outcome."""
+        return (self.objective, self.tied, self.minibatches, self.sequences)
+
+
+def config_of(case: Case, models: Path) -> RunConfig:
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "seed": case.objective.seed,
+            "dtype": case.dtype,
+            "student": {
+                "model": str(models / student_directory(case)),
+                "parallel": case.student,
+                "recompute": case.recompute,
+            },
+            "teacher": {"model": str(models / "teacher"), "parallel": case.teacher},
+            "data": {"prompts": "unused", "max_prompt_tokens": 20},
+            "rollout": {"max_new_tokens": 20},
+            "method": case.method or case.objective.options(),
+            "train": {"steps": STEPS, "pack_tokens": case.pack_tokens, "minibatches": case.minibatches},
+            "optimizer": {**ADAM, "distributed": case.distributed_optimizer},
+        }
+    )
+
+
+def student_directory(case: Case) -> str:
+    return "tied" if case.tied else "untied"
+
+
+def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
+    """``build_run`` without tokenizers, data and sampler."""
+    device = initialize_distributed()
+    method, dtype = check_method(config), DTYPES[config.dtype]
+    layouts = [layout_of(config.student.parallel), layout_of(config.teacher.parallel), Layout()]
+    student_groups, teacher_groups, sampler_groups = [builder.build(layout) for layout in layouts]
+    student = load_model(
+        config.student.model, student_groups, dtype=dtype, device=device, recompute=config.student.recompute
+    )
+    teacher = load_model(config.teacher.model, teacher_groups, dtype=dtype, device=device).freeze()
+    signal = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
+    weight = output_weight_for(teacher, student_groups) if signal.hidden_states else None
+    optimization = optimize(student, optimizer_settings(config))
+    nothing: Any = None
+    tokenizer: Any = SimpleNamespace(eos_ids=(0,))
+    return Run(
+        config=config,
+        world=World(device=device, student=student_groups, teacher=teacher_groups, sampler=sampler_groups),
+        tokenizer=tokenizer,
+        prompts=nothing,
+        problems=(),
+        method=method,
+        vocab_size=VOCAB,
+        student=student,
+        trainer=Trainer(student, optimization, method, vocab_size=VOCAB, teacher_weight_vE=weight),
+        teacher_model=teacher,
+        teacher=MegatronTeacher(teacher, student_groups, vocab_size=VOCAB, temperature=method.temperature),
+        sampler=nothing,
+        signal=signal,
+    )
+
+
+def run_cases(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]:
+    """Every case's losses, gradient norms and statistics by step, and its first gradient under HF names."""
+    builder = GroupBuilder()
+    return {case.name: _train(case, assemble(config_of(case, Path(models)), builder)) for case in cases}
+
+
+def _train(case: Case, run: Run) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"loss": [], "grad_norm": [], "stats": [], "packs": []}
+    for step in range(case.steps):
+        rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
+        minibatches = grade_rollouts(run, rollouts, step=step, watch=Stopwatch())
+        if step == 0:
+            run.trainer.probe(minibatches[0])
+            gradients = whole_gradients(run.student) if not case.distributed_optimizer else {}
+            outcome["gradients"] = gradients if dist.get_rank() == 0 else {}
+        results = [
+            run.trainer.step(packs, update=step * case.minibatches + number)
+            for number, packs in enumerate(minibatches)
+        ]
+        outcome["loss"].append(sum(r.loss for r in results) / len(results))
+        outcome["grad_norm"].append(sum(r.grad_norm for r in results) / len(results))
+        outcome["stats"].append({name: results[-1].stats[name] for name in sorted(results[-1].stats)})
+        outcome["packs"].append([len(packs) for packs in minibatches])
+    return outcome
+
+
+def whole_gradients(model: Model) -> dict[str, Tensor]:
+    """``main_grad`` of every parameter under its HF name, whole, on every rank: published in the weights' place."""
+    with weights_replaced(model):
+        return {name: tensor.clone() for name, tensor in hf_tensors(model)}
+
+
+@contextmanager
+def weights_replaced(model: Model) -> Iterator[None]:
+    parameters = [parameter for _, parameter in local_table(model)]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+    yield
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.data.copy_(value)
+
+
+# --------------------------------------------------------------------------- self check
+
+
+def self_checks(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]:
+    """What ``check_self`` measures for a healthy student, and what it says when the teacher's path disagrees."""
+    builder = GroupBuilder()
+    return {case.name: _self_check(assemble(config_of(case, Path(models)), builder)) for case in cases}
+
+
+def _self_check(run: Run) -> dict[str, Any]:
+    def check() -> SelfCheck:
+        return check_self(run.student, run.trainer.optimization, run.method, vocab_size=VOCAB)
+
+    healthy = check()
+    with _teacher_sees_another_norm(run.student):
+        try:
+            missed = check()
+            message = f"loss {missed.loss:.1e}, gradient {missed.gradient:.1e}: not caught"
+        except SelfCheckError as error:
+            message = str(error)
+    return {"loss": healthy.loss, "gradient": healthy.gradient, "applies": healthy.applies, "broken": message}
+
+
+@contextmanager
+def _teacher_sees_another_norm(model: Model) -> Iterator[None]:
+    """While a teacher scores, the final norm of the model is 0.3 % larger."""
+    scored = MegatronTeacher.score
+    norms = [c.decoder.final_layernorm.weight for c in model.chunks if c.post_process]
+
+    def score(self: MegatronTeacher, *args: Any) -> Any:
+        for weight in norms:
+            weight.data.mul_(1.003)
+        try:
+            return scored(self, *args)
+        finally:
+            for weight in norms:
+                weight.data.div_(1.003)
+
+    MegatronTeacher.score = score  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MegatronTeacher.score = scored  # type: ignore[method-assign]

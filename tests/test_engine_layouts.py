@@ -1,0 +1,216 @@
+"""One batch, one answer: losses, gradients and optimizer steps under every layout, against plain autograd in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from layout_cases import ADAM, STEPS, VOCAB, Case, run_cases, self_checks, student_directory
+from tiny_models import (
+    STUDENT,
+    TEACHER,
+    Objective,
+    Reference,
+    load_hf,
+    random_rollouts,
+    relative_error,
+    save_qwen3,
+)
+
+OPD, FKL = Objective(name="opd"), Objective(name="fkl")
+TP2, PP2 = {"tensor": 2}, {"pipeline": 2}
+TP2_SP = {"tensor": 2, "sequence": True}
+TP2_PP2, TP2_SP_PP2 = TP2 | PP2, TP2_SP | PP2
+
+ONE_RANK = [
+    Case(name="tp1"),
+    Case(name="tp1-tied", tied=True),
+    Case(name="tp1-opd", objective=OPD),
+    Case(name="tp1-opd-tied", objective=OPD, tied=True),
+    Case(name="small-packs", pack_tokens=41),
+    Case(name="recompute-full", recompute="full", pack_tokens=100),
+    Case(name="recompute-selective", recompute="selective"),
+    Case(name="minibatches", minibatches=2),
+    Case(name="one-sequence", sequences=1),
+    Case(name="tp1-fkl", objective=FKL),
+    Case(name="bf16", dtype="bf16", objective=OPD),
+]
+TWO_RANKS = [
+    Case(name="tp2", ranks=2, student=TP2, teacher=TP2),
+    Case(name="tp2-opd-tied", ranks=2, student=TP2, objective=OPD, tied=True, pack_tokens=64),
+    Case(name="tp2-sp", ranks=2, student=TP2_SP, teacher=TP2),
+    Case(name="tp2-sp-tied-full", ranks=2, student=TP2_SP, teacher=TP2_SP, tied=True, recompute="full", pack_tokens=64),
+    Case(name="pp2", ranks=2, student=PP2, teacher=PP2, pack_tokens=64),
+    Case(name="pp2-opd-tied", ranks=2, student=PP2, objective=OPD, tied=True, pack_tokens=90),
+    Case(name="pp2-tied", ranks=2, student=PP2, teacher=TP2, tied=True),
+    Case(name="pp2-selective-minibatches", ranks=2, student=PP2, recompute="selective", minibatches=2, pack_tokens=48),
+    Case(name="dp2", ranks=2, pack_tokens=64),
+    Case(name="dp2-one-sequence", ranks=2, sequences=1),
+    Case(name="dp2-opd-tied-teacher-pp2", ranks=2, teacher=PP2, objective=OPD, tied=True),
+    Case(name="dp2-distributed-optimizer", ranks=2, distributed_optimizer=True, minibatches=2),
+    Case(name="tp2-teacher-dp2", ranks=2, student=TP2, pack_tokens=41),
+    Case(name="pp2-teacher-tp2-sp", ranks=2, student=PP2, teacher=TP2_SP, pack_tokens=64),
+    Case(name="tp2-sp-fkl-teacher-pp2", ranks=2, student=TP2_SP, teacher=PP2, objective=FKL, pack_tokens=64),
+    Case(name="bf16-tp2-sp", ranks=2, student=TP2_SP, teacher=TP2, dtype="bf16", objective=OPD),
+    Case(name="bf16-pp2-tied", ranks=2, student=PP2, teacher=TP2, dtype="bf16", objective=OPD, tied=True),
+]
+FOUR_RANKS = [
+    Case(name="tp2-pp2", ranks=4, student=TP2_PP2, teacher=TP2, pack_tokens=64),
+    Case(name="tp2-sp-pp2-tied", ranks=4, student=TP2_SP_PP2, teacher=TP2_PP2, tied=True, pack_tokens=64),
+    Case(name="tp2-dp2", ranks=4, student=TP2_SP, teacher=PP2, minibatches=2, pack_tokens=64),
+    Case(name="pp2-dp2-opd-tied", ranks=4, student=PP2, teacher=TP2_PP2, objective=OPD, tied=True, pack_tokens=64),
+]
+CASES = ONE_RANK + TWO_RANKS + FOUR_RANKS
+ALL_TRUSTED = Case(name="all-trusted", method={"name": "tropd", "gate": "all", "prefix_schedule": "none"})
+SELF_CHECKS = {
+    1: [Case(name="tropd"), Case(name="fkl", objective=FKL), Case(name="bf16", dtype="bf16", objective=OPD, tied=True)],
+    2: [Case(name="sp", student=TP2_SP, objective=OPD), Case(name="tropd", student=TP2), Case(name="pp", student=PP2, objective=FKL, tied=True)],
+}
+
+Outcome = Callable[[Case], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    save_qwen3(directory / "untied", STUDENT, seed=1)
+    save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
+    save_qwen3(directory / "teacher", TEACHER, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def outcome(models: Path) -> Outcome:
+    """What every rank reports of a case; all cases of one world size run together, once."""
+    done: dict[int, list[dict[str, Any]]] = {}
+
+    def of(case: Case) -> list[dict[str, Any]]:
+        if case.ranks not in done:
+            cases = [c for c in [*CASES, ALL_TRUSTED] if c.ranks == case.ranks]
+            done[case.ranks] = run_on_ranks(run_cases, cases, str(models), world_size=case.ranks, timeout_s=200)
+        return [rank[case.name] for rank in done[case.ranks]]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def reference(models: Path) -> Callable[[Case], Reference]:
+    """The same training in plain autograd: fp64, one process, one sequence at a time, no engine."""
+    done: dict[tuple[object, ...], Reference] = {}
+
+    def of(case: Case) -> Reference:
+        if case.key not in done:
+            student, teacher = load_hf(models / student_directory(case)), load_hf(models / "teacher")
+            truth = Reference(student, teacher, case.objective, VOCAB)
+            batches = [random_rollouts(step, vocab_size=VOCAB, count=case.sequences) for step in range(STEPS)]
+            truth.train(batches, ADAM, minibatches=case.minibatches)
+            done[case.key] = truth
+        return done[case.key]
+
+    return of
+
+
+EXACT = [c for c in CASES if c.dtype == "fp32"]
+BF16 = [c for c in CASES if c.dtype == "bf16"]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_five_steps_are_those_of_plain_autograd(case, outcome, reference):
+    ranks, truth = outcome(case), reference(case)
+    for rank in ranks[1:]:
+        assert [rank[name] for name in ("loss", "grad_norm", "stats")] == [
+            ranks[0][name] for name in ("loss", "grad_norm", "stats")
+        ]
+    # policy-gradient losses are means of terms of either sign, about 5 nats each: where they cancel, so do the digits
+    assert ranks[0]["loss"] == pytest.approx(truth.losses, rel=1e-5, abs=5e-6)
+    assert ranks[0]["grad_norm"] == pytest.approx(truth.grad_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in EXACT if not c.distributed_optimizer], ids=lambda case: case.name)
+def test_every_gradient_is_that_of_plain_autograd(case, outcome, reference):
+    gradients, truth = outcome(case)[0]["gradients"], reference(case).first_gradients
+    assert gradients.keys() == truth.keys()
+    errors = {name: relative_error(gradients[name], truth[name]) for name in truth}
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+def test_bf16_errs_no_more_than_transformers_in_bf16(case, models, outcome, reference):
+    found, truth = outcome(case)[0], reference(case)
+    student = load_hf(models / student_directory(case), torch.bfloat16)
+    plain = Reference(student, load_hf(models / "teacher", torch.bfloat16), case.objective, VOCAB)
+    plain.train([random_rollouts(0, vocab_size=VOCAB)], ADAM)
+
+    def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradients[name].flatten().double() for name in truth.first_gradients])
+
+    def error(gradients: dict[str, torch.Tensor]) -> float:
+        return relative_error(flat(gradients), flat(truth.first_gradients))
+
+    assert error(found["gradients"]) < 1.5 * error(plain.first_gradients)
+    assert found["loss"] == pytest.approx(truth.losses, abs=0.1)
+    assert found["grad_norm"] == pytest.approx(truth.grad_norms, rel=3e-2)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_layouts_agree_with_one_rank(case, outcome):
+    alone = next(c for c in ONE_RANK if c.key == case.key)
+    one, many = outcome(alone)[0], outcome(case)[0]
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    for name, gradient in many["gradients"].items():
+        assert relative_error(gradient, one["gradients"][name]) < 1e-5, name
+    for here, there in zip(many["stats"], one["stats"], strict=True):
+        assert here == pytest.approx(there, rel=1e-5, abs=1e-6)
+
+
+def test_packs_of_the_cases_differ_in_number(outcome):
+    """Otherwise the comparisons would not show that the split of a batch is immaterial."""
+    assert outcome(ONE_RANK[0])[0]["packs"][0] == [1]
+    assert outcome(next(c for c in ONE_RANK if c.name == "small-packs"))[0]["packs"][0][0] >= 5
+
+
+def test_outliers_are_those_that_plain_autograd_finds(outcome, reference):
+    stats, truth = outcome(ONE_RANK[0])[0]["stats"], reference(ONE_RANK[0])
+    assert [step["outlier_fraction"] for step in stats] == pytest.approx(truth.outliers, abs=1e-9)
+    assert all(0.2 < share < 0.8 for share in truth.outliers)
+
+
+def test_tropd_that_trusts_every_token_and_is_not_guided_is_opd(outcome):
+    tropd, opd = outcome(ALL_TRUSTED)[0], outcome(next(c for c in ONE_RANK if c.name == "tp1-opd"))[0]
+    assert tropd["loss"] == opd["loss"]
+    assert tropd["grad_norm"] == opd["grad_norm"]
+    assert all(tropd["gradients"][name].equal(opd["gradients"][name]) for name in opd["gradients"])
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="{}-ranks".format)
+def self_check(request, models) -> list[dict[str, dict[str, Any]]]:
+    world_size = request.param
+    return run_on_ranks(self_checks, SELF_CHECKS[world_size], str(models), world_size=world_size)
+
+
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(self_check):
+    for rank in self_check:
+        for name, found in rank.items():
+            rounding = 2e-2 if name == "bf16" else 1e-5
+            assert found["applies"]
+            assert found["loss"] < rounding and found["gradient"] < rounding, name
+
+
+def test_a_teacher_that_disagrees_a_little_is_caught(self_check):
+    for rank in self_check:
+        for name, found in rank.items():
+            if name not in ("bf16", "tropd"):  # bf16: so little is rounding
+                assert "disagree about log-probs" in found["broken"], name
+
+
+@pytest.mark.xfail(
+    reason="check_self excuses tropd (its outlier term does not vanish) as soon as the damage makes an outlier"
+)
+def test_a_teacher_that_disagrees_a_little_is_caught_under_tropd(self_check):
+    caught = [rank["tropd"]["broken"] for rank in self_check if "tropd" in rank]
+    assert all("disagree about log-probs" in message for message in caught)

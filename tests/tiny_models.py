@@ -1,0 +1,214 @@
+"""Tiny Qwen3 checkpoints made by `transformers`, recorded rollouts, and the textbook losses in plain autograd.
+
+Importable by the children of ``run_on_ranks``: `transformers` is imported only where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tropd.data.random import Stream, uniforms
+from megatron_tropd.types import Rollout
+
+# sizes that nothing divides by accident: the vocabulary is prime, and no two dimensions are equal
+STUDENT = {
+    "vocab_size": 97,
+    "hidden_size": 52,
+    "intermediate_size": 70,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "max_position_embeddings": 96,
+}
+TEACHER = {
+    "vocab_size": 101,
+    "hidden_size": 68,
+    "intermediate_size": 94,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 80,
+}
+
+
+def save_qwen3(
+    directory: Path,
+    sizes: dict[str, int],
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    scale: float = 0.25,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A random Qwen3 in a Hugging Face directory; ``scale`` is the spread of its matrices, norms are around 1."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(**sizes, tie_word_embeddings=tied, initializer_range=scale, attention_dropout=0.0)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def load_hf(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """The checkpoint in `transformers`, ready to be asked."""
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def hf_logprobs(model: Any, token_ids: np.ndarray, vocab_size: int) -> Tensor:
+    """``[L - 1, V]`` log-probabilities of every next token, over the first ``vocab_size`` ids alone."""
+    logits = model(torch.from_numpy(token_ids)[None]).logits[0, :-1, :vocab_size]
+    logprob: Tensor = logits.log_softmax(-1)
+    return logprob
+
+
+def random_rollouts(step: int, *, vocab_size: int, count: int = 11, longest: int = 37) -> list[Rollout]:
+    """Random sequences of odd and even lengths: some guided, one that is all prefix, one of two tokens."""
+    rng = np.random.default_rng(1000 + step)
+    rollouts = []
+    for number in range(count):
+        length = 2 if number == 3 else int(rng.integers(5, longest + 1))
+        prompt = 1 if number == 3 else int(rng.integers(1, length // 2 + 1))
+        prefix = {1: length - prompt, 4: (length - prompt) // 2, 7: 1}.get(number, 0)
+        written = length - prompt - prefix
+        logprob = rng.uniform(-4, 0, written).astype(np.float32)
+        rollouts.append(
+            Rollout(
+                sequence_id=number,
+                prompt_index=number,
+                token_ids=rng.integers(0, vocab_size, length),
+                prompt_length=prompt,
+                prefix_length=prefix,
+                sampling_logprob=logprob,
+                model_logprob=logprob,
+                finished=True,
+            )
+        )
+    return rollouts
+
+
+# --------------------------------------------------------------------------- the textbook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """``tropd`` with these options; or ``opd``, or ``fkl`` (forward KL over the whole vocabulary), which have none."""
+
+    name: str = "tropd"
+    k: int = 7
+    beta: float = 0.3
+    seed: int = 5
+
+    def options(self) -> dict[str, object]:
+        """The method section of a config."""
+        return {"name": "tropd", "k": self.k, "beta": self.beta} if self.name == "tropd" else {"name": self.name}
+
+
+@dataclass
+class Reference:
+    """A student trained by plain autograd on one process, one sequence at a time, in the models' precision."""
+
+    student: Any
+    teacher: Any
+    objective: Objective
+    vocab_size: int
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    outliers: list[float] = field(default_factory=list)
+    first_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def train(self, batches: Sequence[list[Rollout]], optimizer: dict[str, float], *, minibatches: int = 1) -> None:
+        """AdamW with clipping; ``batches[i]`` are the rollouts of step i."""
+        matrices = [p for p in self.student.parameters() if p.dim() > 1]
+        vectors = [p for p in self.student.parameters() if p.dim() == 1]
+        adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": optimizer["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+            lr=optimizer["lr"],
+            betas=(optimizer["beta1"], optimizer["beta2"]),
+            eps=optimizer["eps"],
+        )
+        for step, rollouts in enumerate(batches):
+            with torch.no_grad():
+                old = {r.sequence_id: hf_logprobs(self.student, r.token_ids, self.vocab_size) for r in rollouts}
+            ends = np.linspace(0, len(rollouts), minibatches + 1).astype(int).tolist()
+            results = [
+                self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"])
+                for a, b in zip(ends[:-1], ends[1:], strict=True)
+            ]
+            loss, norm, outliers = np.mean(results, axis=0).tolist()
+            self.losses.append(loss)
+            self.grad_norms.append(norm)
+            self.outliers.append(outliers)
+
+    def _update(
+        self, rollouts: list[Rollout], old: dict[int, Tensor], step: int, adam: Any, clip: float
+    ) -> tuple[float, float, float]:
+        adam.zero_grad()
+        total: Any = 0.0
+        outliers, valid, written = 0, 0, 0
+        for rollout in rollouts:
+            loss, outside = self._sequence_loss(rollout, old[rollout.sequence_id], step)
+            total = total + loss
+            outliers += outside
+            valid += len(rollout.token_ids) - rollout.prompt_length
+            written += len(rollout.token_ids) - rollout.prompt_length - rollout.prefix_length
+        (total / valid).backward()
+        if not self.first_gradients:
+            self.first_gradients = {
+                name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None
+            }
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip))
+        adam.step()
+        return float(total.detach()) / valid, norm, outliers / max(written, 1)
+
+    def _sequence_loss(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
+        """Sum of the sequence's token losses, and its number of outliers."""
+        tokens = torch.from_numpy(rollout.token_ids)
+        first = rollout.prompt_length - 1  # the position that predicts the first response token
+        logq_NV = hf_logprobs(self.student, rollout.token_ids, self.vocab_size)[first:]
+        with torch.no_grad():
+            logp_NV = hf_logprobs(self.teacher, rollout.token_ids, self.vocab_size)[first:]
+        target_N1 = tokens[first + 1 :, None]
+        logq, logp, old = (x.gather(1, target_N1)[:, 0] for x in (logq_NV, logp_NV, old_LV[first:]))
+        continuation = torch.arange(len(logq)) >= rollout.prefix_length
+        on_policy = -(logp - logq).detach() * logq
+        if self.objective.name == "fkl":
+            return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)[continuation].sum(), 0
+        if self.objective.name == "opd":
+            return on_policy[continuation].sum(), 0
+        drawn = uniforms(
+            seed=self.objective.seed,
+            step=step,
+            sequence_id=rollout.sequence_id,
+            stream=Stream.GATE,
+            count=len(tokens),
+        )
+        uniform = torch.from_numpy(drawn)[first:-1].double()
+        trusted = uniform < torch.exp(logp - old).clamp(max=1.0)
+        top = logp_NV.topk(self.objective.k)
+        forward_kl = (top.values.exp() * (top.values - logq_NV.gather(1, top.indices))).sum(-1)
+        loss = torch.where(continuation, torch.where(trusted, on_policy, forward_kl), self.objective.beta * -logq)
+        return loss.sum(), int((continuation & ~trusted).sum())
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """``|a - b| / |b|`` over all elements, in fp64."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
