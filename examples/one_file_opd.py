@@ -9,7 +9,7 @@ what ``tests/test_one_file_opd.py`` compares it with.
 
 Left out, all of it in the package: parallel layouts, packing, losses that never hold whole logits, GPUs and bf16; the
 other methods, terms, gates, supports and tails; rollouts used for several updates, special-token masks, corrections
-for a sampler that disagrees with the trainer; chat templates, evaluation, checkpoints, resume, reports.
+for a sampler that disagrees with the trainer; evaluation, checkpoints, resume, reports.
 """
 
 from __future__ import annotations
@@ -128,6 +128,14 @@ def prefix_length(length: int, *, step: int, steps: int, budget: int) -> int:
     return min(math.floor(share * length), budget)
 
 
+def prompt_ids(text: str, tokenizer: Any) -> Tensor:
+    """What the student continues: the prompt within the chat template, where the tokenizer has one."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return torch.tensor(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="On-policy distillation in one file.")
     for name in ("--student", "--teacher", "--prompts"):
@@ -152,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     for step in range(args.steps):
         batch = [rows[(step * args.prompts_per_step + i) % len(rows)] for i in range(args.prompts_per_step)]
-        prompts = [torch.tensor(tokenizer(row["prompt"]).input_ids) for row in batch]
+        prompts = [prompt_ids(row["prompt"], tokenizer) for row in batch]
         nothing = torch.empty(0, dtype=torch.long)
         plan = [(prompt, nothing, budget) for prompt in prompts for _ in range(args.samples)]
         if objective.method == "tropd":  # one more per prompt, which begins with what the teacher wrote

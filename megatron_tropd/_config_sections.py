@@ -86,7 +86,8 @@ class ParallelConfig(Section):
             raise ConfigError(
                 f"world size {world_size} is not a multiple of tensor*pipeline*context = "
                 f"{self.tensor}*{self.pipeline}*{self.context} = {self.model_ranks}. "
-                f"Launch {self.model_ranks} ranks (or a multiple), or lower one axis."
+                f"Launch {self.model_ranks} ranks (or a multiple), as in `torchrun --nproc-per-node {self.model_ranks} "
+                "-m megatron_tropd ...`, or lower one axis."
             )
         return world_size // self.model_ranks
 

@@ -21,7 +21,7 @@ from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
-from megatron_tropd.inputs import DTYPES, Inputs, check_method, check_writable, identity, layout_of, read_inputs
+from megatron_tropd.inputs import DTYPES, Inputs, check_method, identity, layout_of
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.megatron import MegatronSampler
@@ -83,16 +83,13 @@ class Run:
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
 
 
-def build_run(config: RunConfig) -> Run:
-    """Builds the run. Collective.
+def build_run(config: RunConfig, inputs: Inputs) -> Run:
+    """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
 
     Raises:
-        TropdError: whatever the config, data, tokenizers or checkpoints have wrong.
+        TropdError: weights or a recording cannot be used.
     """
     device = initialize_distributed()
-    config.check_world(dist.get_world_size())
-    inputs = read_inputs(config)
-    check_writable(config)
     method, world, dtype = inputs.method, build_world(config, device), DTYPES[config.dtype]
     student = load_model(
         config.student.model, world.student, dtype=dtype, device=device, recompute=config.student.recompute
@@ -142,9 +139,7 @@ def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world:
     if config.teacher.recorded_from is not None:
         return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
     assert model is not None
-    live = MegatronTeacher(
-        model, world.student, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature
-    )
+    live = MegatronTeacher(model, world.student, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature)
     if config.teacher.record is None:
         return live
     return RecordingTeacher(live, config.teacher.record, world.student, facts=facts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +23,9 @@ app = typer.Typer(
     help="On-policy distillation of large language models on Megatron-Core.",
 )
 
+# how long a rank that failed waits for the first one to have said why
+_PATIENCE_S = 3.0
+
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
 Prompts = Annotated[Path, typer.Argument(help="JSONL file with one prompt per line.")]
@@ -30,15 +35,41 @@ Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 def main() -> None:
     """Entry point. Errors made on purpose are one message and exit status 2; anything else keeps its traceback."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    # Megatron's checkpoints use it; there is nothing for a user to do
+    warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor")
+    first = os.environ.get("RANK", "0") == "0"
+    warnings.showwarning = _show_warning if first else _show_nothing
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
     try:
         app()
     except TropdError as error:
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-            print(error, file=sys.stderr)
+        _report(error, first)
         # other ranks may wait in a collective for this one: leave without joining them
-        sys.stderr.flush()
         os._exit(2)
+
+
+def _report(error: TropdError, first: bool) -> None:
+    """One message for all ranks, whichever of them failed."""
+    rank = ""
+    if not first:
+        # what goes wrong everywhere is told by the first rank, whose end also ends this one under torchrun
+        time.sleep(_PATIENCE_S)
+        rank = f" on rank {os.environ['RANK']}"
+    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]{rank}: ", end="")
+    print(error, file=sys.stderr, flush=True)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    # our own are for who runs the program, to whom the place in the code says nothing
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    place = "" if ours else f"{filename}:{lineno}: {category.__name__}: "
+    print(f"WARNING: {place}{message}", file=sys.stderr, flush=True)
+
+
+def _show_nothing(*_: object, **__: object) -> None:
+    """What other ranks would say is what the first one says."""
 
 
 def _world_size() -> int:
@@ -112,7 +143,7 @@ def generate(
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Accuracy of student and teacher of a configuration on its evaluation problems, without training."""
+    """Grade student and teacher of a configuration on its evaluation problems, without training."""
     from megatron_tropd.config import load_config
 
     settings = load_config(config, overrides or [], world_size=_world_size())

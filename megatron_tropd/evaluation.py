@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_tropd.config import SuiteConfig
+from megatron_tropd.config import RunConfig, SuiteConfig
 from megatron_tropd.data.grading import accuracy_interval, grade
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import DataError
@@ -44,21 +45,25 @@ def correctness(
     return right
 
 
-def evaluate_suite(
-    sampler: Sampler,
-    suite: SuiteConfig,
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
-    *,
-    grader: str,
-    max_new_tokens: int,
-    seed: int,
-    model: str,
-    step: int | None = None,
-) -> Evaluation:
-    """Samples, grades and averages one suite. Collective over the sampler's ranks."""
-    budget = suite.max_new_tokens or max_new_tokens
-    requests = make_requests(prompts, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One suite's graded answers."""
+
+    right: np.ndarray  # [problems, samples] of 0 and 1
+    mean_length: float  # tokens per answer
+
+    @property
+    def solved(self) -> float:
+        """Share of problems with at least one right answer: pass@n of n samples."""
+        return float((self.right.max(axis=1) > 0).mean())
+
+
+def answer_suite(
+    sampler: Sampler, suite: SuiteConfig, problems: Sequence[Prompt], tokenizer: Tokenizer, *, config: RunConfig
+) -> Answered:
+    """Samples and grades the answers of one suite. Collective over the sampler's ranks."""
+    budget = suite.max_new_tokens or config.rollout.max_new_tokens
+    requests = make_requests(problems, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
     params = SamplingParams(
         max_new_tokens=budget,
         temperature=suite.temperature,
@@ -66,8 +71,16 @@ def evaluate_suite(
         top_k=suite.top_k,
         stop_token_ids=tuple(tokenizer.eos_ids),
     )
-    rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
-    right = correctness(rollouts, prompts, tokenizer, grader, suite.samples)
+    rollouts = sampler.generate(requests, params, seed=config.seed + _SEED_OFFSET, step=0)
+    return Answered(
+        right=correctness(rollouts, problems, tokenizer, config.data.grader, suite.samples),
+        mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
+    )
+
+
+def summarise(answered: Answered, suite: SuiteConfig, *, model: str, step: int | None = None) -> Evaluation:
+    """Accuracy of one suite with its 95 % interval."""
+    right = answered.right
     interval = accuracy_interval(right[:, 0] if suite.samples == 1 else right)
     return Evaluation(
         model=model,
@@ -75,8 +88,8 @@ def evaluate_suite(
         accuracy=interval.mean,
         low=interval.low,
         high=interval.high,
-        problems=len(prompts),
+        problems=len(right),
         samples=suite.samples,
-        mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
+        mean_length=answered.mean_length,
         step=step,
     )

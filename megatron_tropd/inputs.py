@@ -17,7 +17,7 @@ from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.prompts import Columns, read_prompts
 from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_tropd.engine.model import check_divisible
-from megatron_tropd.errors import ConfigError, DataError, TokenizerError
+from megatron_tropd.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, build_method
 from megatron_tropd.parallel.groups import Layout
@@ -48,7 +48,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     method = check_method(config)
     check_available(config)
     check_sequences(config, method)
-    student, teacher = (read_architecture(path) for path in (config.student.model, config.teacher.model))
+    student, teacher = read_architectures(config)
     check_layouts(config, student, teacher)
     tokenizer = read_tokenizer(config)
     inputs = Inputs(
@@ -61,7 +61,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         problems=read_problems(config, tokenizer),
     )
     check_support(method, inputs.vocab_size)
-    check_ids(inputs.prompts, inputs.problems, tokenizer, vocab_size=inputs.vocab_size)
+    sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
+    check_ids({"prompt": inputs.prompts, "problem": inputs.problems}, tokenizer, vocab_sizes=sizes)
     check_training_lengths(config, inputs)
     check_problem_lengths(config, inputs.problems, {"student": student, "teacher": teacher})
     return inputs
@@ -119,8 +120,8 @@ def check_sequences(config: RunConfig, method: Method) -> None:
     sequences = sequences_per_step(config, method)
     if sequences == 0:
         raise ConfigError(
-            f"method.name={name} is not guided, so rollout.guided_per_prompt={rollout.guided_per_prompt} does not count, "
-            "and rollout.samples_per_prompt=0: nothing would be sampled. Raise rollout.samples_per_prompt."
+            f"method.name={name} is not guided, so rollout.guided_per_prompt={rollout.guided_per_prompt} does not "
+            "count, and rollout.samples_per_prompt=0: nothing would be sampled. Raise rollout.samples_per_prompt."
         )
     if method.trusted is NONE and method.outlier is NONE and method.extra is NONE and rollout.guided_per_prompt == 0:
         raise ConfigError(
@@ -151,11 +152,29 @@ def check_writable(config: RunConfig) -> None:
                 raise PermissionError("no permission to write")
         except OSError as error:
             raise ConfigError(
-                f"{key}: cannot write to {path.absolute()} ({error.strerror or error}). Name another directory."
+                f"{key}: cannot write to {path.absolute()} ({why_not_written(error)}). Name another directory."
             ) from error
 
 
+def why_not_written(error: OSError) -> str:
+    """The operating system's reason, in words that fit a directory to be made."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file is in the way"
+    return error.strerror or str(error)
+
+
 # --------------------------------------------------------------------------- models and tokenizers
+
+
+def read_architectures(config: RunConfig) -> tuple[Architecture, Architecture]:
+    """Sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
+    found = []
+    for key, path in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
+        try:
+            found.append(read_architecture(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{key} = '{path}': {error}") from error
+    return found[0], found[1]
 
 
 def layout_of(parallel: ParallelConfig) -> Layout:
@@ -192,25 +211,32 @@ def check_support(method: Method, vocab_size: int) -> None:
     """ConfigError when the method asks for more candidates than there are ids."""
     if method.needs.top_k > vocab_size:
         raise ConfigError(
-            f"method.k={method.needs.top_k} candidates per token, but the models share {vocab_size} ids. Lower method.k."
+            f"method.k={method.needs.top_k} candidates per token, but the models share {vocab_size} ids. "
+            "Lower method.k."
         )
 
 
-def check_ids(
-    prompts: Sequence[Prompt], problems: Sequence[Prompt], tokenizer: Tokenizer, *, vocab_size: int
-) -> None:
-    """TokenizerError when the tokenizer writes ids that a model has no embedding for."""
+def check_ids(rows: Mapping[str, Sequence[Prompt]], tokenizer: Tokenizer, *, vocab_sizes: Mapping[str, int]) -> None:
+    """TokenizerError when the tokenizer writes ids that a model has no embedding for.
+
+    Args:
+        rows: by what they are called in a message.
+        vocab_sizes: embeddings of each model, by its role.
+    """
+    role, size = min(vocab_sizes.items(), key=lambda item: item[1])
     rule = (
-        f"the models share {vocab_size} ids (the smaller vocab_size of their config.json). "
-        "Give both models the tokenizer they were trained with."
+        f"the {role} has embeddings for {size} ids only (vocab_size in its config.json). "
+        "Give every model the tokenizer it was trained with."
     )
-    if tokenizer.eos_ids[0] >= vocab_size:
+    if tokenizer.eos_ids[0] >= size:
         raise TokenizerError(f"the end-of-sequence id is {tokenizer.eos_ids[0]}, but {rule}")
-    for what, rows in (("prompt", prompts), ("problem", problems)):
-        for row in rows:
-            for ids in (row.token_ids, row.response_ids):
-                if ids is not None and ids.size and int(ids.max()) >= vocab_size:
-                    raise TokenizerError(f"the {what} on line {row.index + 1} holds token id {int(ids.max())}, but {rule}")
+    for what, prompts in rows.items():
+        for prompt in prompts:
+            for ids in (prompt.token_ids, prompt.response_ids):
+                if ids is not None and ids.size and int(ids.max()) >= size:
+                    raise TokenizerError(
+                        f"the {what} on line {prompt.index + 1} holds token id {int(ids.max())}, but {rule}"
+                    )
 
 
 # --------------------------------------------------------------------------- data
@@ -268,9 +294,7 @@ def check_training_lengths(config: RunConfig, inputs: Inputs) -> None:
         )
 
 
-def check_problem_lengths(
-    config: RunConfig, problems: Sequence[Prompt], models: Mapping[str, Architecture]
-) -> None:
+def check_problem_lengths(config: RunConfig, problems: Sequence[Prompt], models: Mapping[str, Architecture]) -> None:
     """The same for the evaluation problems and every suite. ``models`` by role."""
     for role, architecture in models.items():
         if role == "teacher" and not config.evaluate.teacher:
@@ -281,17 +305,15 @@ def check_problem_lengths(
             _check_length(problems, budget, architecture, role=role, key=key)
 
 
-def _check_length(
-    prompts: Sequence[Prompt], budget: int, architecture: Architecture, *, role: str, key: str
-) -> None:
+def _check_length(prompts: Sequence[Prompt], budget: int, architecture: Architecture, *, role: str, key: str) -> None:
     limit = architecture.max_positions
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
     if longest is None or len(longest.token_ids) + budget <= limit:
         return
     length = len(longest.token_ids)
     raise ConfigError(
-        f"the prompt on line {longest.index + 1} has {length} tokens; with {key} = {budget} a sequence may have {length + budget}, but "
-        f"the {role} has {limit} positions (max_position_embeddings). "
+        f"the prompt on line {longest.index + 1} has {length} tokens; with {key} = {budget} a sequence may have "
+        f"{length + budget}, but the {role} has {limit} positions (max_position_embeddings). "
         + (f"Lower {key} to {limit - length} or less." if length < limit else "Lower data.max_prompt_tokens.")
     )
 

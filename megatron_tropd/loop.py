@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,8 +24,7 @@ from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.recorded import write_rollouts
-from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams, Signal
-
+from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 AfterStep = Callable[[int], None]  # told the number of finished steps
 
@@ -127,7 +127,7 @@ def grade_rollouts(run: Run, rollouts: Sequence[Rollout], *, step: int, watch: S
 def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
     """Consecutive parts whose sizes differ by at most one."""
     ends = np.linspace(0, len(rollouts), parts + 1).astype(int)
-    return [rollouts[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [rollouts[start:end] for start, end in pairwise(ends)]
 
 
 def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:

@@ -52,9 +52,7 @@ def parameters_per_rank(architecture: Architecture, layout: Layout) -> int:
     return layers * layer + ends * vocabulary + a.hidden_size
 
 
-def estimate_memory(
-    student: Architecture, teacher: Architecture, config: RunConfig, *, loss_bytes: int
-) -> Memory:
+def estimate_memory(student: Architecture, teacher: Architecture, config: RunConfig, *, loss_bytes: int) -> Memory:
     """Bytes per rank: weights, fp32 gradients, Adam states, activations of the packs in flight, loss, frozen models."""
     itemsize = DTYPES[config.dtype].itemsize
     layout = layout_of(config.student.parallel)
@@ -82,7 +80,9 @@ def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) 
     shard = padded_vocab_size(student.vocab_size, tensor) // tensor
     nothing = torch.empty(1, 1, device=device)
     hidden = nothing.expand(config.train.pack_tokens, student.hidden_size)
-    tiles = plan_tiles(hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None)
+    tiles = plan_tiles(
+        hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None
+    )
     return 4 * (2 * tiles.rows * tiles.columns + hidden.numel())
 
 
@@ -107,7 +107,9 @@ def check_plan(config: RunConfig) -> None:
     student = inputs.student
     memory = estimate_memory(student, inputs.teacher, config, loss_bytes=_loss_bytes(student, config, device))
     groups = GroupBuilder().build(Layout())
-    small = build_model(_small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed)
+    small = build_model(
+        _small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed
+    )
     optimization = optimize(small, OptimizerSettings(lr=1e-3, total_updates=1))
     found = check_self(small, optimization, inputs.method, vocab_size=small.architecture.vocab_size, seed=config.seed)
     if dist.get_rank() == 0:
@@ -149,8 +151,14 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("teacher", _describe(config.teacher.model, inputs.teacher, config.teacher.parallel)),
         ("ranks", f"a multiple of {_smallest_world(config)}"),
         ("prompts", f"{len(prompts):,} to train on, {len(inputs.problems):,} to evaluate on"),
-        ("step", f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)"),
-        ("packs", f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)"),
+        (
+            "step",
+            f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)",
+        ),
+        (
+            "packs",
+            f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)",
+        ),
         ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
     ):
         table.add_row(name, value)

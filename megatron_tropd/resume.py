@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_tropd.build import Run
+from megatron_tropd.config import RunConfig
 from megatron_tropd.engine.checkpoint import discard_checkpoints, find_checkpoint, load_checkpoint, read_state
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
@@ -20,22 +22,37 @@ _MAY_CHANGE = ("train.", "rollout.", "data.", "optimizer.")
 _MUST_AGREE = ("optimizer.name", "optimizer.distributed")
 
 
-def resume(run: Run) -> int:
-    """Restores the run from a checkpoint; the number of steps already done. Collective."""
-    asked, run_dir = run.config.checkpoint.resume, run.config.run_dir
+def find_start(config: RunConfig, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that a run of this identity (``inputs.identity``) goes on from; None to start afresh. Collective.
+
+    With ``checkpoint.resume=never`` what an earlier run left in ``run_dir`` is removed.
+
+    Raises:
+        CheckpointError: the checkpoint asked for is torn, or the one found is of another run.
+    """
+    first, asked = dist.get_rank() == 0, config.checkpoint.resume
     if asked == "never":
-        if run.world.is_first:
-            _forget(run_dir)
-        return 0
-    checkpoint = _agreed_checkpoint(run, run_dir / "checkpoints" if asked == "auto" else Path(asked).expanduser())
+        if first:
+            _forget(config.run_dir)
+        return None
+    checkpoint = _agreed_checkpoint(config)
+    if checkpoint is not None:
+        _check_same_run(checkpoint, read_state(checkpoint), config, identity)
+    elif asked != "auto":
+        raise CheckpointError(
+            f"{Path(asked).absolute()} holds no whole checkpoint. Name another, or use auto or never."
+        )
+    return checkpoint
+
+
+def restore(run: Run, checkpoint: Path | None) -> int:
+    """Puts the run where the checkpoint was written; the number of steps already done. Collective."""
     if checkpoint is None:
         return 0
-    state = read_state(checkpoint)
-    _check_same_run(checkpoint, state, run)
-    load_checkpoint(checkpoint, run.student, run.trainer.optimization)
+    steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
     if run.world.is_first:
-        Console().print(f"going on from {checkpoint} ({state['step']} steps done)", highlight=False, soft_wrap=True)
-    return int(state["step"])
+        Console().print(f"going on from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
+    return steps
 
 
 def _forget(run_dir: Path) -> None:
@@ -45,29 +62,29 @@ def _forget(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _agreed_checkpoint(run: Run, path: Path) -> Path | None:
-    """The checkpoint at ``path``, or the newest of the directory of checkpoints it is; one rank looks for all."""
+def _agreed_checkpoint(config: RunConfig) -> Path | None:
+    """The newest whole checkpoint of the run, or the one asked for by path. One rank looks for all."""
+    asked = config.checkpoint.resume
     chosen: list[str | None] = [None]
-    if run.world.is_first:
-        holds_several = run.config.checkpoint.resume == "auto" or any(path.glob("step-*"))
-        found = find_checkpoint(path) if holds_several else path
+    if dist.get_rank() == 0:
+        path = config.run_dir / "checkpoints" if asked == "auto" else Path(asked).expanduser()
+        # a directory of checkpoints will do where one checkpoint is asked for
+        found = find_checkpoint(path) if asked == "auto" or any(path.glob("step-*")) else path
         chosen = [None if found is None else str(found)]
     dist.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None and run.config.checkpoint.resume != "auto":
-        raise CheckpointError(f"{path.absolute()} holds no whole checkpoint. Name another, or use auto or never.")
     return None if chosen[0] is None else Path(chosen[0])
 
 
-def _check_same_run(checkpoint: Path, state: dict[str, Any], run: Run) -> None:
+def _check_same_run(checkpoint: Path, state: dict[str, Any], config: RunConfig, identity: Mapping[str, Any]) -> None:
     """CheckpointError when the checkpoint is of another run; a warning when this one goes on with other settings."""
-    steps = run.config.train.steps
+    steps = config.train.steps
     if state["step"] > steps:
         raise CheckpointError(
             f"{checkpoint.absolute()} has {state['step']} steps behind it, train.steps={steps} asks for fewer. "
             "Raise train.steps, or use another run_dir."
         )
     # as JSON has it: tuples are lists
-    here, there = json.loads(json.dumps(run.identity)), dict(state.get("run", {}))
+    here, there = json.loads(json.dumps(dict(identity))), dict(state.get("run", {}))
     changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
     tolerated = {key for key in changed if key.startswith(_MAY_CHANGE) and key not in _MUST_AGREE}
     refused = sorted(changed.keys() - tolerated)
@@ -76,7 +93,7 @@ def _check_same_run(checkpoint: Path, state: dict[str, Any], run: Run) -> None:
             f"{checkpoint.absolute()} is of another run: {_differences(changed, refused)}. "
             "Use another run_dir, or checkpoint.resume=never to start over and remove the old one."
         )
-    if tolerated and run.world.is_first:
+    if tolerated:
         warnings.warn(
             f"going on from {checkpoint} with other settings than it was written with: "
             f"{_differences(changed, sorted(tolerated))}. The result is not that of one run with either.",

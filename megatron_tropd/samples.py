@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from megatron_tropd.types import Pack, Region, Rollout, Signal, StudentView, Tea
 _SHOWN_PREFIX = 0.5
 
 
-def sample_answers(run: Run, sampler: MegatronSampler, *, when: str, count: int) -> list[Sample]:
+def sample_answers(run: Run, sampler: MegatronSampler, *, when: Literal["before", "after"], count: int) -> list[Sample]:
     """Answers to the first training prompts, token by token with region, gate and log ratio. Collective.
 
     Where the method is guided, each prompt has one answer of the student's own and one that continues the first half

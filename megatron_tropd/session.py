@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 from rich.console import Console
@@ -14,7 +15,9 @@ from megatron_tropd.build import Run, build_run, embedded_sampler
 from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.hf import HFWriter
 from megatron_tropd.engine.weights import hf_tensors
-from megatron_tropd.evaluation import evaluate_suite
+from megatron_tropd.evaluation import answer_suite, summarise
+from megatron_tropd.inputs import check_writable, identity, read_inputs
+from megatron_tropd.parallel.groups import initialize_distributed
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import (
     AFTER,
@@ -28,15 +31,21 @@ from megatron_tropd.report.records import (
 )
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import accuracy_table
-from megatron_tropd.resume import resume
+from megatron_tropd.resume import find_start, restore
 from megatron_tropd.rollout.megatron import MegatronSampler
 from megatron_tropd.samples import sample_answers
 from megatron_tropd.selfcheck import check_self
 
+
 def run_training(config: RunConfig) -> Run:
     """Trains as ``config`` says, from the newest checkpoint if there is one. Collective."""
-    run = build_run(config)
-    first_step = resume(run)
+    initialize_distributed()
+    config.check_world(dist.get_world_size())
+    inputs = read_inputs(config)
+    check_writable(config)
+    checkpoint = find_start(config, identity(config, inputs))
+    run = build_run(config, inputs)
+    first_step = restore(run, checkpoint)
     if first_step == 0:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
@@ -75,7 +84,7 @@ def _metrics_writer(run: Run, first_step: int) -> Iterator[MetricsWriter | None]
 
 
 class Evaluator:
-    """Accuracy and sample answers before, during and after training, in ``RUN/evaluation.json`` and ``samples.jsonl``."""
+    """Accuracy and sample answers before, during and after training: ``evaluation.json``, ``samples.jsonl``."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -127,14 +136,9 @@ class Evaluator:
     def _evaluate(self, sampler: MegatronSampler, model: str, step: int | None) -> None:
         run = self._run
         results = [
-            evaluate_suite(
-                sampler,
+            summarise(
+                answer_suite(sampler, suite, run.problems, run.tokenizer, config=run.config),
                 suite,
-                run.problems,
-                run.tokenizer,
-                grader=run.config.data.grader,
-                max_new_tokens=run.config.rollout.max_new_tokens,
-                seed=run.config.seed,
                 model=model,
                 step=step,
             )
@@ -143,7 +147,7 @@ class Evaluator:
         if run.world.is_first:
             record_evaluations(run.config.run_dir, results)
 
-    def _show(self, when: str) -> None:
+    def _show(self, when: Literal["before", "after"]) -> None:
         count = self._run.config.report.samples
         if count:
             samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)

@@ -168,7 +168,7 @@ class TokenLoss:
     loss_T: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)  # per-token values; "prefix_*" are averaged over PREFIX,
     #                                                             all others over CONTINUATION tokens
-    weight_T: Tensor | None = None  # detached multiplier; the sum is then divided by sum(weight), not by the token count
+    weight_T: Tensor | None = None  # detached multiplier; the sum is then divided by sum(weight), not by the count
 
 
 SupportKind = Literal["teacher", "student", "union", "teacher_and_sampled"]

@@ -322,7 +322,7 @@ class Commands:
     def start(
         self, *argv: object, ranks: int = 0, function: str = "", cwd: Path | None = None, **environment: str
     ) -> Job:
-        """Starts ``tropd ARGV``. ``ranks=0``: alone; otherwise as torchrun would. ``function``: instead of the program."""
+        """Starts ``tropd ARGV``, alone (``ranks=0``) or as torchrun would; ``function``: called in its place."""
         self._count += 1
         files = tuple(self._scratch / f"command-{self._count}-{rank}.txt" for rank in range(max(ranks, 1)))
         pids = self.ask(
@@ -342,7 +342,7 @@ class Commands:
         return self.start(*argv, ranks=ranks, **options).wait(timeout_s)
 
     def call(self, function: Callable[..., None], *arguments: object, ranks: int = 0, timeout_s: float = 120) -> None:
-        """Runs a module-level function with JSON-able arguments on every rank; the assertion that fails there fails here."""
+        """Runs a module-level function with JSON-able arguments on every rank; what fails there fails here."""
         name = f"{function.__module__}:{function.__qualname__}"
         packed = json.dumps(arguments, default=str)
         self.start(packed, ranks=ranks, function=name).wait(timeout_s).expect_success()

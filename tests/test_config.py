@@ -163,6 +163,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["rollout.engine=recorded"], "rollout: engine = 'recorded' needs recorded_from"),
         (["rollout.recorded_from=x"], "recorded_from = 'x' is only read by engine 'recorded'"),
         (["rollout.engine=recorded", "rollout.record=x", "rollout.recorded_from=x"], "would overwrite itself"),
+        (["teacher.record=x", "teacher.recorded_from=y"], "teacher: record = 'x' has nothing to record while"),
         (["rollout.samples_per_prompt=0", "rollout.guided_per_prompt=0"], "are both 0: nothing would be trained on."),
         (["train.pack_tokens=9215"], "train.pack_tokens = 9215 cannot hold the longest sequence: "),
         (["train.pack_tokens=9215"], "1024 + 8192 = 9216. Raise train.pack_tokens to 9216"),
@@ -186,6 +187,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["student.model=Qwen/Qwen3-0.6B"], "hub names are not downloaded."),
         (["checkpoint.resume=gone"], "checkpoint.resume = 'gone': there is nothing at "),
         (["evaluate.prompts=gone"], "evaluate.prompts = 'gone': there is nothing at "),
+        (["teacher.recorded_from=gone"], "teacher.recorded_from = 'gone': there is nothing at "),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
@@ -268,10 +270,11 @@ def test_a_layout_that_does_not_divide_the_world_is_refused(config_path: Path):
         ParallelConfig(tensor=2, pipeline=2, context=2).data_size(12)
     assert str(caught.value) == (
         "world size 12 is not a multiple of tensor*pipeline*context = 2*2*2 = 8. "
-        "Launch 8 ranks (or a multiple), or lower one axis."
+        "Launch 8 ranks (or a multiple), as in `torchrun --nproc-per-node 8 -m megatron_tropd ...`, or lower one axis."
     )
-    text = message(config_path, "teacher.parallel.tensor=3", world_size=4)
-    assert text.startswith("teacher.parallel: world size 4 is not a multiple")
+    for role in ("student", "teacher", "rollout"):
+        text = message(config_path, f"{role}.parallel.tensor=3", world_size=4)
+        assert text.startswith(f"{role}.parallel: world size 4 is not a multiple")
     assert load_config(config_path, ["teacher.parallel.tensor=3"], world_size=6).teacher.parallel.data_size(6) == 2
 
 

@@ -20,6 +20,7 @@ from layout_cases import VOCAB, Case, assemble, config_of, student_directory, wh
 from tiny_models import STUDENT, TEACHER, Objective, random_rollouts, relative_error, save_qwen3
 
 from megatron_tropd.data.random import Stream, uniforms
+from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.loop import Stopwatch, grade_rollouts
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.rollout.guidance import make_requests
@@ -224,6 +225,21 @@ def test_the_script_runs(one_file, tmp_path, capsys, method):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["1", "2"]
     assert all("nan" not in line and "accuracy" in line for line in printed)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_prompts_are_those_of_the_package(one_file, chat):
+    from transformers import AutoTokenizer
+
+    folder = EXAMPLES / "demo" / "teacher"
+    with (EXAMPLES / "demo" / "data" / "train.jsonl").open() as lines:
+        text = json.loads(next(lines))["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    if not chat:
+        tokenizer.chat_template = None
+    expected = load_tokenizer(folder, chat_template=chat).render_prompt(text)
+    assert one_file.prompt_ids(text, tokenizer).tolist() == expected
 
 
 def test_the_script_says_that_guidance_needs_responses(one_file, tmp_path, capsys, models):

@@ -54,7 +54,7 @@ def save_qwen3(
 
     torch.manual_seed(seed)
     config = Qwen3Config(**sizes, tie_word_embeddings=tied, initializer_range=scale, attention_dropout=0.0)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 3_000.0}  # no default of anyone
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Makes the demo's two models from nothing: ``python examples/demo/make_models.py teacher`` (then ``student``, ``data``).
+"""Makes the demo's two models from nothing: ``python examples/demo/make_models.py teacher``, ``student``, ``data``.
 
 The teacher learns correct solutions. The student learns them too, and is then trained on solutions in which later
 multiplications are mostly done as additions and divisions as subtractions: it is confidently wrong, the way a model
@@ -24,13 +24,14 @@ from megatron_tropd.convert.families import architecture_of
 from megatron_tropd.convert.hf import HFWeights, HFWriter, read_json
 from megatron_tropd.data.grading import grade
 from megatron_tropd.data.packing import pack
-from megatron_tropd.data.synthetic import sft_examples, write_prompts
+from megatron_tropd.data.synthetic import Style, sft_examples, write_prompts
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.model import Model, build_model
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
+from megatron_tropd.errors import TokenizerError
 from megatron_tropd.methods import build_method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.megatron import MegatronSampler
@@ -76,7 +77,7 @@ SIZES = {
 class Stage:
     """One stretch of supervised training."""
 
-    style: str
+    style: Style
     steps: int
     lr: float
     seed: int
@@ -178,7 +179,7 @@ def accuracy(directory: Path, groups: Groups, temperature: float) -> float:
     return float(np.mean(right))
 
 
-def respond(directory: Path, groups: Groups, prompts: list[str], temperature: float) -> list[str]:
+def respond(directory: Path, groups: Groups, prompts: list[str], temperature: float, *, seed: int = 7) -> list[str]:
     """One response of the exported model per prompt."""
     tokenizer = load_tokenizer(directory)
     sampler = MegatronSampler(
@@ -196,7 +197,7 @@ def respond(directory: Path, groups: Groups, prompts: list[str], temperature: fl
         for i, prompt in enumerate(prompts)
     ]
     params = SamplingParams(max_new_tokens=64, temperature=temperature, stop_token_ids=tuple(tokenizer.eos_ids))
-    rollouts = sampler.generate(requests, params, seed=7, step=0)
+    rollouts = sampler.generate(requests, params, seed=seed, step=0)
     return [
         tokenizer.decode([t for t in rollout.token_ids[rollout.prompt_length :] if t not in tokenizer.eos_ids])
         for rollout in rollouts
@@ -231,8 +232,23 @@ def make_responses() -> None:
     DATA.mkdir(exist_ok=True)
     write_data(DATA)
     problems = train_problems()
-    responses = respond(TEACHER, groups, [problem.text for problem in problems], 1.0)
-    write_prompts(DATA / "train.jsonl", problems, responses=responses)
+    tokenizer = load_tokenizer(TEACHER)
+    responses: dict[int, str] = {}
+    for seed in range(10):
+        missing = [number for number in range(len(problems)) if number not in responses]
+        texts = respond(TEACHER, groups, [problems[number].text for number in missing], 1.0, seed=seed)
+        # the vocabulary is closed: a rare slip at T=1 can spell a word that no token begins with, and is drawn again
+        responses |= {n: text for n, text in zip(missing, texts, strict=True) if _can_encode(tokenizer, text)}
+        if len(responses) == len(problems):
+            break
+    write_prompts(DATA / "train.jsonl", problems, responses=[responses[n] for n in range(len(problems))])
+
+
+def _can_encode(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        return tokenizer.decode(tokenizer.encode(text)) == text
+    except TokenizerError:
+        return False
 
 
 def main() -> None:

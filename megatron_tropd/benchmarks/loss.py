@@ -1,4 +1,6 @@
-"""Time and memory of the vocabulary-parallel loss, against what it replaces: ``python -m megatron_tropd.benchmarks.loss``.
+"""Time and memory of the vocabulary-parallel loss beside what it replaces.
+
+``python -m megatron_tropd.benchmarks.loss``
 
 One run compares, forward and backward, for K log-probs per token and the entropy:
 
@@ -138,10 +140,9 @@ def liger() -> Callable[[Inputs], None] | None:
 def measure(variants: dict[str, Callable[[Inputs], None]], x: Inputs, *, repeats: int) -> list[Measurement]:
     """Times the variants in turn, then measures each one's memory."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for name, run in variants.items():
+    for run in variants.values():
         run(x)  # warm-up, compilation
         _clear(x)
-        assert name in seconds
     for _ in range(repeats):
         for name, run in variants.items():
             _clear(x)

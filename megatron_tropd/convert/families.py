@@ -76,13 +76,15 @@ def _refuse(config: Mapping[str, Any], **expected: Any) -> None:
                 "Use a checkpoint without it."
             )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    # one set of parameters per kind of layer is a table of tables
+    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+    kind = nested or rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise CheckpointError(f"config.json asks for RoPE of type {kind!r}, which is not supported (only 'default' is).")
+        raise CheckpointError(f"config.json asks for RoPE of type {kind!r}, which is not supported, only 'default' is.")
 
 
 def _qwen3(config: Mapping[str, Any]) -> Architecture:
-    _refuse(config, hidden_act="silu", attention_bias=False, use_sliding_window=False)
+    _refuse(config, hidden_act="silu", attention_bias=False, use_sliding_window=False, quantization_config=None)
     heads = int(config["num_attention_heads"])
     return Architecture(
         family="Qwen3ForCausalLM",
@@ -90,8 +92,8 @@ def _qwen3(config: Mapping[str, Any]) -> Architecture:
         hidden_size=int(config["hidden_size"]),
         ffn_size=int(config["intermediate_size"]),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+        num_kv_heads=int(config["num_key_value_heads"] or heads),
+        head_dim=int(config["head_dim"]),
         vocab_size=int(config["vocab_size"]),
         max_positions=int(config["max_position_embeddings"]),
         rope_theta=_rope_theta(config),
@@ -112,15 +114,19 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         CheckpointError: the architecture, or an option of it, is not supported; a required key is missing.
     """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"config.json holds a {type(config).__name__}, not the settings of a model.")
     names = config.get("architectures") or []
-    if len(names) != 1 or names[0] not in FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
         raise CheckpointError(
             f"architecture {names or 'missing'} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
         )
     try:
         return FAMILIES[names[0]].architecture(config)
     except KeyError as error:
-        raise CheckpointError(f"config.json of a {names[0]} lacks {error}. It needs every size of the model.") from error
+        raise CheckpointError(f"config.json of a {names[0]} lacks {error}: it needs all its sizes.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json of a {names[0]} has a value of the wrong kind: {error}.") from error
 
 
 def entries(architecture: Architecture, layers: range, *, embedding: bool, output: bool) -> list[Entry]:

@@ -38,9 +38,9 @@ def read_json(path: Path) -> Any:
     """The parsed file; CheckpointError when it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path.absolute()} does not exist. Give a Hugging Face model directory.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or bytes that are no text
         raise CheckpointError(f"{path.absolute()} is not valid JSON: {error}.") from error
 
 
@@ -63,11 +63,11 @@ class HFWeights(Mapping[str, Sliceable]):
 
     def _locate(self) -> dict[str, str]:
         if (self.directory / _INDEX).exists():
-            weight_map: dict[str, str] = read_json(self.directory / _INDEX)["weight_map"]
+            weight_map = self._weight_map()
             for file in sorted(set(weight_map.values())):
                 if not (self.directory / file).exists():
                     raise CheckpointError(
-                        f"{self.directory.absolute()}: {_INDEX} names {file}, which is not there. Copy the missing shard."
+                        f"{self.directory.absolute()}: {_INDEX} names {file}, which is not there. Copy the shard too."
                     )
             return weight_map
         if (self.directory / _SINGLE).exists():
@@ -78,11 +78,21 @@ class HFWeights(Mapping[str, Sliceable]):
             f"{self.directory.absolute()} has {reason}: expected {_SINGLE} or {_INDEX}. Save the model as safetensors."
         )
 
+    def _weight_map(self) -> dict[str, str]:
+        index = read_json(self.directory / _INDEX)
+        weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(
+                f"{(self.directory / _INDEX).absolute()} has no weight_map of names to files. Copy it again."
+            )
+        return weight_map
+
     def _handle_of(self, file: str) -> Any:
         try:
             return safe_open(self.directory / file, framework="pt")
         except SafetensorError as error:
-            raise CheckpointError(f"{(self.directory / file).absolute()} is torn or not safetensors: {error}.") from error
+            path = (self.directory / file).absolute()
+            raise CheckpointError(f"{path} is torn or not safetensors: {error}. Copy it again.") from error
 
     def __getitem__(self, name: str) -> Sliceable:
         if name not in self._file_of:
@@ -92,7 +102,12 @@ class HFWeights(Mapping[str, Sliceable]):
         file = self._file_of[name]
         if file not in self._open:
             self._open[file] = self._handle_of(file)
-        sliced: Sliceable = self._open[file].get_slice(name)
+        try:
+            sliced: Sliceable = self._open[file].get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{(self.directory / file).absolute()} lacks tensor {name!r}, which {_INDEX} says it has: {error}."
+            ) from error
         return sliced
 
     def __iter__(self) -> Any:

@@ -37,16 +37,29 @@ class Cut:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
+Shape = tuple[int, ...]
 CutRule = Callable[[Sequence[Sliceable], Cut], Tensor]
 JoinRule = Callable[[Sequence[Tensor], Cut], list[Tensor]]
+ShapeRule = Callable[[Shape, Cut], list[Shape]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A pair of inverse functions: HF tensors -> one rank's parameter, and all ranks' parameters -> HF tensors."""
+    """A pair of inverse functions: HF tensors -> one rank's parameter, and all ranks' parameters -> HF tensors.
+
+    ``shapes`` says, from the shape of one rank's parameter, which shapes the HF tensors must have: a cut alone would
+    take what it needs of a larger tensor, and pad a vocabulary that is too small.
+    """
 
     cut: CutRule
     join: JoinRule
+    shapes: ShapeRule
+
+
+def shape_of(tensor: Sliceable) -> Shape:
+    """The shape of a tensor, or of one that has not been read yet."""
+    lazy = hasattr(tensor, "get_shape")
+    return tuple(tensor.get_shape() if lazy else tensor.shape)  # type: ignore[attr-defined]
 
 
 def _cut_whole(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
@@ -57,13 +70,20 @@ def _join_whole(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     return [shards[0]]
 
 
+def _shapes_whole(shard: Shape, cut: Cut) -> list[Shape]:
+    return [shard]
+
+
 def _cut_columns(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
-    columns = parts[0].get_shape()[1] if hasattr(parts[0], "get_shape") else parts[0].shape[1]  # type: ignore[attr-defined]
-    return parts[0][:, cut.span(columns)]
+    return parts[0][:, cut.span(shape_of(parts[0])[1])]
 
 
 def _join_columns(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     return [torch.cat(list(shards), dim=1)]
+
+
+def _shapes_columns(shard: Shape, cut: Cut) -> list[Shape]:
+    return [(shard[0], shard[1] * cut.size)]
 
 
 def _cut_stacked_rows(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
@@ -73,6 +93,10 @@ def _cut_stacked_rows(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
 def _join_stacked_rows(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     halves = [shard.chunk(2) for shard in shards]
     return [torch.cat([half[i] for half in halves]) for i in range(2)]
+
+
+def _shapes_stacked_rows(shard: Shape, cut: Cut) -> list[Shape]:
+    return [(cut.architecture.ffn_size, *shard[1:])] * 2
 
 
 def _cut_vocabulary(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
@@ -85,6 +109,10 @@ def _cut_vocabulary(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
 
 def _join_vocabulary(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     return [torch.cat(list(shards))[: cut.architecture.vocab_size]]
+
+
+def _shapes_vocabulary(shard: Shape, cut: Cut) -> list[Shape]:
+    return [(cut.architecture.vocab_size, *shard[1:])]
 
 
 def _cut_qkv(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
@@ -105,10 +133,15 @@ def _join_qkv(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     return [part.reshape(-1, *whole.shape[1:]) for part in parts]
 
 
+def _shapes_qkv(shard: Shape, cut: Cut) -> list[Shape]:
+    a = cut.architecture
+    return [(heads * a.head_dim, *shard[1:]) for heads in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]
+
+
 RULES: dict[str, Rule] = {
-    "whole": Rule(_cut_whole, _join_whole),
-    "columns": Rule(_cut_columns, _join_columns),
-    "stacked_rows": Rule(_cut_stacked_rows, _join_stacked_rows),
-    "vocabulary": Rule(_cut_vocabulary, _join_vocabulary),
-    "qkv": Rule(_cut_qkv, _join_qkv),
+    "whole": Rule(_cut_whole, _join_whole, _shapes_whole),
+    "columns": Rule(_cut_columns, _join_columns, _shapes_columns),
+    "stacked_rows": Rule(_cut_stacked_rows, _join_stacked_rows, _shapes_stacked_rows),
+    "vocabulary": Rule(_cut_vocabulary, _join_vocabulary, _shapes_vocabulary),
+    "qkv": Rule(_cut_qkv, _join_qkv, _shapes_qkv),
 }

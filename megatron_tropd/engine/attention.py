@@ -25,7 +25,7 @@ class Plan(Protocol):
     qkv_format: str  # anything but "thd", which Megatron would treat itself
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Causal attention of one layer: ``[s, b, heads, d]`` each (fewer key heads allowed) -> ``[s, b, heads, d]``."""
+        """Causal attention of one layer, ``[s, b, heads, d]`` each and back; there may be fewer key heads."""
         ...
 
 

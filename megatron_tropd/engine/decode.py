@@ -60,7 +60,8 @@ class _Batch:
         self.longest += 1
         plan = DecodePlan(self.cache, self.position_B, self.longest)
         hidden = self.model.chunks[0](token_B[:, None], self.position_B[:, None], None, packed_seq_params=plan)
-        self.position_B = self.position_B + 1
+        # an idle row stays where it is: it could otherwise walk past the last position the model knows
+        self.position_B = self.position_B + self.alive_B
         return hidden[0]
 
     def drop_finished(self, token_B: Tensor, alive: int) -> Tensor:

@@ -40,7 +40,7 @@ class OptimizerSettings:
 class Optimization:
     """The trainable side of a model."""
 
-    wrapped: list[torch.nn.Module]
+    wrapped: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
 

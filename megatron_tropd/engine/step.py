@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
 from megatron_tropd.engine.forward import run_packs
@@ -212,7 +212,7 @@ class Trainer:
             self._sums.add(name, value_N, prefix_N if name.startswith("prefix_") else continuation_N)
 
     def _finalize_gradients(
-        self, modules: Sequence[torch.nn.Module], num_tokens: Tensor | None = None, **options: object
+        self, modules: Sequence[DistributedDataParallel], num_tokens: Tensor | None = None, **options: object
     ) -> None:
         """Megatron's gradient synchronisation, then one division by the global sum of weights."""
         del num_tokens
@@ -251,7 +251,8 @@ class Trainer:
         }
         if "logprob_gap" in means:
             means["logprob_gap_mean"], means["logprob_gap_max"] = means.pop("logprob_gap"), gap_max
-        return total / max(float(sums.denominator), 1.0), means
+        denominator = float(sums.denominator)
+        return total / denominator if denominator > 0 else 0.0, means
 
     def _names_of_stats(self) -> list[str]:
         """Names of the statistics in a fixed order; other stages learn them once from the last."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.convert.families import Entry, entries
-from megatron_tropd.convert.rules import RULES, Cut, Sliceable
+from megatron_tropd.convert.rules import RULES, Cut, Sliceable, shape_of
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.types import Architecture
 
 _BUCKET_BYTES = 256 << 20
+_WEIGHT_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def _cut_of(model: Model, *, rank: int | None = None) -> Cut:
@@ -53,20 +55,48 @@ def load_weights(model: Model, source: Mapping[str, Sliceable]) -> None:
     """Fills this rank's parameters from HF-named tensors, reading only this rank's slices.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than ``config.json`` promises.
+        CheckpointError: a tensor is missing, quantized, of another shape than ``config.json`` promises, or of a layer
+            that it does not describe.
     """
+    _refuse_homeless_layers(model.architecture, source)
     cut = _cut_of(model)
     for entry, parameter in local_table(model):
-        _fill(entry, parameter, RULES[entry.rule].cut([source[name] for name in entry.hf], cut))
+        _fill(entry, parameter, [source[name] for name in entry.hf], cut)
 
 
-def _fill(entry: Entry, parameter: Tensor, value: Tensor) -> None:
-    if value.shape != parameter.shape:
+def _refuse_homeless_layers(architecture: Architecture, source: Iterable[str]) -> None:
+    """Layer tensors that config.json has no place for (more layers, biases) would silently be another model."""
+    known = {
+        name
+        for entry in entries(architecture, range(architecture.num_layers), embedding=True, output=True)
+        for name in entry.hf
+    }
+    homeless = sorted(
+        name
+        for name in set(source) - known
+        if name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+    )
+    if homeless:
         raise CheckpointError(
-            f"{' + '.join(entry.hf)}: this rank's part has shape {tuple(value.shape)}, but the model described by "
-            f"config.json needs {tuple(parameter.shape)} for {entry.megatron}."
+            f"the checkpoint has {homeless[0]!r} ({len(homeless)} such tensors), for which the model described by its "
+            f"config.json ({architecture.family}, {architecture.num_layers} layers) has no place. "
+            "Give the config.json that belongs to the weights."
         )
-    parameter.copy_(value)
+
+
+def _fill(entry: Entry, parameter: Tensor, parts: Sequence[Sliceable], cut: Cut) -> None:
+    rule = RULES[entry.rule]
+    for name, part, needed in zip(entry.hf, parts, rule.shapes(tuple(parameter.shape), cut), strict=True):
+        if shape_of(part) != needed:
+            raise CheckpointError(
+                f"{name} has shape {list(shape_of(part))}, but the model of config.json needs {list(needed)}. "
+                "Give the config.json that belongs to the weights."
+            )
+        if (dtype := part[:0].dtype) not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{name} is {dtype}: quantized weights are not supported. Save the model as float32 or bfloat16."
+            )
+    parameter.copy_(rule.cut(parts, cut))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +184,16 @@ def load_stream(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for entry, parameter in local_table(model):
         for name in entry.hf:
             waiting.setdefault(name, []).append((entry, parameter))
-    cut, held, filled = _cut_of(model), {}, set()
+    cut = _cut_of(model)
+    held: dict[str, Tensor] = {}
+    filled: set[str] = set()
     for name, tensor in tensors:
         if name not in waiting:
             continue
         held[name] = tensor
         for entry, parameter in waiting[name]:
             if all(part in held for part in entry.hf):
-                _fill(entry, parameter, RULES[entry.rule].cut([held[part] for part in entry.hf], cut))
+                _fill(entry, parameter, [held[part] for part in entry.hf], cut)
                 filled.update(entry.hf)
         # a tensor is let go once all that it is part of has been filled
         for part in [part for part in held if part in filled]:

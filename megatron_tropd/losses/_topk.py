@@ -72,13 +72,12 @@ def linear_topk(
     keys_TK, local, picked_TJ = _local_candidates(projection, k, wanted_TJ.long(), shard=shard, tiles=tiles)
     keys_TK, whole, picked_TJ = _merge_over_ranks(keys_TK, local, picked_TJ, group=group)
 
-    max_T, log_sumexp_T = whole.max_T.unsqueeze(-1), whole.log_sumexp_T.unsqueeze(-1)
     logit_TK, ids_TK = _decode(keys_TK)
     # logits that differ in the last bit can have equal log-probabilities: sort once more by what is returned
-    logprob_TK, ids_TK = _decode(_encode(logit_TK - max_T - log_sumexp_T, ids_TK).sort(-1, descending=True).values)
+    logprob_TK, ids_TK = _decode(_encode(whole.logprob_(logit_TK), ids_TK).sort(-1, descending=True).values)
     picked_logprob_TJ = None
     if ids_TJ is not None:
-        picked_logprob_TJ = picked_TJ - max_T - log_sumexp_T
+        picked_logprob_TJ = whole.logprob_(picked_TJ)
         if valid_TJ is not None:
             picked_logprob_TJ.masked_fill_(~valid_TJ, torch.nan)
     return TopK(ids_TK=ids_TK, logprob_TK=logprob_TK, entropy_T=whole.entropy_T, picked_logprob_TJ=picked_logprob_TJ)

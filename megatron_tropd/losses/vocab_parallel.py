@@ -116,8 +116,7 @@ class _LinearLogProbs(torch.autograd.Function):
         whole = merge_ranks(all_gather_stack(local.stacked(), plan.group))
         picked_TK = all_reduce_sum(picked_TK, plan.group)  # every id lies on one rank, all others contribute 0
         entropy_T, logsumexp_T = whole.entropy_T, whole.logsumexp_T
-        # subtracting the maximum first keeps the digits that logit - logsumexp would lose
-        logprob_TK = picked_TK.sub_(whole.max_T.unsqueeze(-1)).sub_(whole.log_sumexp_T.unsqueeze(-1))
+        logprob_TK = whole.logprob_(picked_TK)
 
         ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, whole.max_T, whole.sumexp_T, entropy_T)
         ctx.plan = plan

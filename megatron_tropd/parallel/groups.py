@@ -1,7 +1,8 @@
 """Process groups of one parallel layout, as an explicit Megatron-Core ``ProcessGroupCollection``.
 
 Student, teacher and sampler may each have their own layout over the same ranks, so nothing here is global. Rank order
-is Megatron's default: tensor fastest, then context, data, and pipeline slowest; experts divide the data x context ranks.
+is Megatron's default: tensor fastest, then context, data, and pipeline slowest; experts divide the data x context
+ranks.
 """
 
 from __future__ import annotations
@@ -108,7 +109,6 @@ class GroupBuilder:
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._timeout: datetime.timedelta | None = None
 
     def build(self, layout: Layout) -> Groups:
         """Groups of ``layout`` over the whole world."""
@@ -117,8 +117,8 @@ class GroupBuilder:
         grid = np.arange(world).reshape(layout.pipeline, replicas, layout.context, layout.tensor)
         axes = {"pp": 0, "dp": 1, "cp": 2, "tp": 3}
 
-        def along(*names: str) -> dist.ProcessGroup:
-            return self._mine(_subgrids(grid, [axes[name] for name in names]))
+        def along(*names: str) -> dist.ProcessGroup | None:
+            return self.mine(_subgrids(grid, [axes[name] for name in names]))
 
         pg = ProcessGroupCollection(
             tp=along("tp"),
@@ -132,15 +132,16 @@ class GroupBuilder:
             intra_dist_opt=along("pp", "dp", "cp", "tp"),
         )
         pipelines = _subgrids(grid, [axes["pp"]])
-        pg.embd = self._mine([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-        pg.pos_embd = self._mine([[ranks[0]] for ranks in pipelines])
+        pg.embd = self.mine([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+        pg.pos_embd = self.mine([[ranks[0]] for ranks in pipelines])
         pg.intra_dp_cp = pg.dp_cp
         _fill_expert_groups(pg, self, grid, layout, replicas)
         _, replica, _, _ = np.argwhere(grid == dist.get_rank())[0]
         return Groups(layout=layout, pg=pg, num_replicas=replicas, replica=int(replica))
 
-    def _mine(self, partitions: list[list[int]]) -> dist.ProcessGroup:
-        mine = None
+    def mine(self, partitions: list[list[int]]) -> dist.ProcessGroup | None:
+        """This rank's group among ``partitions``, all of which are made; None when it is in none of them."""
+        mine: dist.ProcessGroup | None = None
         for ranks in partitions:
             key = tuple(ranks)
             if key not in self._made:
@@ -173,8 +174,8 @@ def _fill_expert_groups(
         )
     expert_grid = grid.reshape(layout.pipeline, data_context // layout.expert, layout.expert, layout.tensor)
 
-    def along(*axes: int) -> dist.ProcessGroup:
-        return builder._mine(_subgrids(expert_grid, list(axes)))
+    def along(*axes: int) -> dist.ProcessGroup | None:
+        return builder.mine(_subgrids(expert_grid, list(axes)))
 
     pg.ep, pg.expt_tp, pg.expt_dp = along(2), along(3), along(1)
     pg.tp_ep, pg.tp_ep_pp = along(2, 3), along(0, 2, 3)

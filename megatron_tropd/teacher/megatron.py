@@ -27,7 +27,10 @@ class MegatronTeacher:
     def __init__(
         self, model: Model, student: Groups, *, vocab_size: int | None = None, temperature: float = 1.0
     ) -> None:
-        """``model`` is not changed, nor its gradients. ``student``: the layout signals are delivered to. ``vocab_size``: ids both models know (default: all)."""
+        """``model`` is not changed, nor its gradients.
+
+        ``student``: the layout signals are delivered to. ``vocab_size``: ids both models know (default: all).
+        """
         self.model = model
         self.temperature = temperature
         self._vocab_size = vocab_size or model.architecture.vocab_size

@@ -41,9 +41,7 @@ def pack_key(pack: Pack) -> str:
 class RecordingTeacher:
     """Passes on a live teacher's signals and writes them to a directory."""
 
-    def __init__(
-        self, teacher: Teacher, directory: str | Path, student: Groups, *, facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, teacher: Teacher, directory: str | Path, student: Groups, *, facts: Mapping[str, Any]) -> None:
         """``facts``: JSON-able; what the signals depend on besides the packs.
 
         Raises:
@@ -97,11 +95,13 @@ def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None
         recorded = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{directory.absolute()} is not a recording of a teacher ({_FACTS}: {error}). "
+            f"{directory.absolute()} is not a recording of a teacher ({_FACTS} is missing or broken). "
             "Give the directory of a run with teacher.record."
         ) from error
     wanted = json.loads(json.dumps(dict(facts)))
-    changed = [f"{key} {recorded.get(key)!r}, not {value!r}" for key, value in wanted.items() if recorded.get(key) != value]
+    changed = [
+        f"{key} {recorded.get(key)!r}, not {value!r}" for key, value in wanted.items() if recorded.get(key) != value
+    ]
     if changed:
         raise DataError(f"{directory.absolute()} was recorded with {'; '.join(changed)}. {fix}.")
 
@@ -118,7 +118,7 @@ def _write(path: Path, signal: Signal) -> None:
             arrays[name] = (value.to(torch.int32) if name == "topk_ids_NK" else value).cpu().numpy()
     partial = path.with_suffix(f".{dist.get_rank()}.partial")
     with partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(partial, path)
 
 
@@ -148,12 +148,13 @@ def _tensor(name: str, array: np.ndarray) -> tuple[str, torch.Tensor]:
 def _fitted(found: dict[str, torch.Tensor], spec: SignalSpec, path: Path) -> Signal:
     """The recorded signal cut to what is asked for."""
     recorded_k = found["topk_ids_NK"].shape[1] if "topk_ids_NK" in found else 0
-    missing = [name for name, asked in (("entropy_N", spec.entropy), ("hidden_NE", spec.hidden_states)) if asked]
-    missing = [name for name in missing if name not in found]
-    if recorded_k < spec.top_k or missing:
+    lacking = [f"the {spec.top_k} likeliest tokens (it has {recorded_k})"] if recorded_k < spec.top_k else []
+    lacking += ["entropies"] if spec.entropy and "entropy_N" not in found else []
+    lacking += ["hidden states"] if spec.hidden_states and "hidden_NE" not in found else []
+    if lacking:
         raise DataError(
-            f"{path.absolute()} was recorded with top-{recorded_k}{_without(missing)}, "
-            f"but the method needs top-{spec.top_k}{_and(missing)}. Record the teacher again with this method."
+            f"{path.absolute()} lacks {' and '.join(lacking)}, which the method needs. "
+            "Record the teacher again with this method."
         )
     k = spec.top_k
     return Signal(
@@ -163,16 +164,3 @@ def _fitted(found: dict[str, torch.Tensor], spec: SignalSpec, path: Path) -> Sig
         entropy_N=found["entropy_N"] if spec.entropy else None,
         hidden_NE=found.get("hidden_NE") if spec.hidden_states else None,
     )
-
-
-def _without(missing: Sequence[str]) -> str:
-    return f" and without {_names(missing)}" if missing else ""
-
-
-def _and(missing: Sequence[str]) -> str:
-    return f" and {_names(missing)}" if missing else ""
-
-
-def _names(missing: Sequence[str]) -> str:
-    readable = {"entropy_N": "entropies", "hidden_NE": "hidden states"}
-    return " and ".join(readable[name] for name in missing)

@@ -1,0 +1,327 @@
+"""Commands as a user runs them: what they write and print, and one readable message with exit status 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_inputs import TEACHER, Task, commands, make_task, save_model
+from typer.testing import CliRunner
+
+from megatron_tropd import cli
+from megatron_tropd.errors import DataError
+
+CHECK = "check"  # reads and refuses what train does, without a world to fit
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------- generate
+
+
+def test_generate_adds_a_response_to_every_row_and_keeps_the_rest(task: Task, tmp_path: Path):
+    rows = read_rows(task.prompts)
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "out.jsonl"
+    # as files come: a byte-order mark, blank lines, a stale response, columns of any kind
+    lines = [json.dumps({**row, "response": "", "answer": [1], "source": "ä"}, ensure_ascii=False) for row in rows]
+    source.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    command = ("generate", task.teacher, source, out, "--max-new-tokens", 9, "--samples", 2, "--dtype", "fp32")
+
+    outcome = commands().run(*command).expect_success()
+
+    written = read_rows(out)
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows for _ in range(2)]
+    assert all(row["answer"] == [1] and row["source"] == "ä" for row in written)
+    assert all(isinstance(row["response"], str) for row in written)
+    assert len({row["response"] for row in written}) > len(rows)
+    assert f"{len(written)} responses in {out} (" in outcome.output
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+    # the same responses from two ranks; the file may be replaced by itself
+    commands().run(*command, ranks=2).expect_success()
+    assert read_rows(out) == written
+    commands().run("generate", task.teacher, out, out, "--max-new-tokens", 3, "--dtype", "fp32").expect_success()
+    assert len(read_rows(out)) == len(written) and read_rows(out) != written
+
+
+def test_greedy_answers_are_those_of_transformers(task: Task, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    options = ("--max-new-tokens", 20, "--temperature", 0, "--dtype", "fp32")
+    commands().run("generate", task.student, task.prompts, out, *options).expect_success()
+    commands().call(compare_with_transformers, task.student, out, 20)
+
+
+def compare_with_transformers(model: str, out: str, budget: int) -> None:
+    """Runs beside the program: the responses in ``out`` are what ``transformers`` decodes greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rows = read_rows(Path(out))
+    assert len(rows) > 4
+    for row in rows:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        answer = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=budget,
+            pad_token_id=0,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        assert tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True) == row["response"]
+
+
+# --------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_grades_both_models_and_leaves_the_results_of_a_training_run_alone(task: Task, tmp_path: Path):
+    # three of five reference answers are what the student says, none is what the teacher says
+    said = tmp_path / "said.jsonl"
+    options = ("--max-new-tokens", 11, "--temperature", 0, "--dtype", "fp32")
+    commands().run("generate", task.student, task.directory / "heldout.jsonl", said, *options).expect_success()
+    problems = tmp_path / "problems.jsonl"
+    rows = [
+        {"prompt": row["prompt"], "answer": row["response"].strip() if number < 3 else "never"}
+        for number, row in enumerate(read_rows(said))
+    ]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("evaluate", task.config, f"evaluate.prompts={problems}", "data.grader=exact", f"run_dir={tmp_path}/run")
+
+    outcome = commands().run(*command).expect_success()
+
+    # 95 % Wilson interval of 3 out of 5, by hand
+    assert "60.0 [23.1, 88.2]" in outcome.output
+    assert "student before, sampled: " in outcome.output and "(pass@2)" in outcome.output
+    recorded = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    greedy = {row["model"]: row["accuracy"] for row in recorded if row["suite"] == "greedy"}
+    assert greedy == {"student before": 0.6, "teacher": 0.0}
+
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    again = commands().run(*command, "evaluate.max_problems=2", ranks=2).expect_success()
+    assert "100.0" in again.output and "is left as it is" in again.output
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == recorded
+    assert again.outputs[1] == ""
+
+
+# --------------------------------------------------------------------------- check, report, demo
+
+
+def test_check_prints_the_plan_and_writes_nothing(task: Task, tmp_path: Path):
+    layout = ("student.parallel.tensor=2", "student.parallel.pipeline=2")
+    outcome = commands().run(CHECK, task.config, *layout, f"run_dir={tmp_path}/run").expect_success()
+    lines = [" ".join(line.split()) for line in outcome.output.splitlines()]
+    assert "ranks a multiple of 4" in lines
+    assert "prompts 11 to train on, 5 to evaluate on" in lines
+    assert "step 3 prompts, 9 sequences, 1 update(s)" in lines
+    assert any(line.startswith("teacher == student self check") for line in lines)
+    assert not (tmp_path / "run").exists()
+    # a method without guidance has no guided sequences
+    unguided = commands().run(CHECK, task.config, "method.prefix_schedule=none", "method.k=218").expect_success()
+    assert "3 prompts, 6 sequences" in unguided.output
+
+
+def test_report_is_made_again_from_what_a_run_left(tmp_path: Path):
+    row = {"step": 1, "loss": 0.5, "reverse_kl": 0.25, "time_step": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    outcome = commands().run("report", tmp_path).expect_success()
+    assert outcome.output.strip() == str(tmp_path / "report.html")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        seen.extend((command, options))
+        return type("Done", (), {"returncode": 3})
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    result = CliRunner().invoke(cli.app, ["demo", "--method", "opd", "--processes", "3", "train.steps=2", "seed=4"])
+    assert result.exit_code == 3
+    command, options = seen
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    assert command[5:8] == ["-m", "megatron_tropd", "train"]
+    assert Path(command[8]) == options["cwd"] / "examples" / "demo" / "demo.yaml" and Path(command[8]).exists()
+    assert command[9:] == [
+        "method.name=opd",
+        "checkpoint.resume=never",
+        "student.parallel.tensor=3",
+        "teacher.parallel.tensor=3",
+        "train.steps=2",
+        "seed=4",
+    ]
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+@pytest.fixture(scope="module")
+def broken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of models and files, each wrong in one way."""
+    home = tmp_path_factory.mktemp("broken")
+
+    def model(name: str, **changes: Any) -> Path:
+        return save_model(home / name, TEACHER, tied=False, seed=3, **changes)
+
+    def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+        tree = json.loads(path.read_text())
+        change(tree)
+        path.write_text(json.dumps(tree))
+
+    def swap_two_tokens(tree: dict[str, Any]) -> None:
+        vocabulary = tree["model"]["vocab"]
+        first, second = list(vocabulary)[10:12]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+    edit(model("other_tokenizer") / "tokenizer.json", swap_two_tokens)
+    (model("no_tokenizer") / "tokenizer.json").unlink()
+    edit(model("endless") / "tokenizer_config.json", lambda tree: tree.pop("eos_token"))
+    model("few_ids", vocab_size=100)
+    edit(model("other_config") / "config.json", lambda tree: tree.update(vocab_size=300))
+    edit(model("llama") / "config.json", lambda tree: tree.update(architectures=["LlamaForCausalLM"]))
+    pickled = model("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    os.truncate(model("torn") / "model.safetensors", 5000)
+
+    rows = read_rows(task.prompts)
+    files = {
+        "unanswered": [{"prompt": row["prompt"], "response": row["response"]} for row in rows],
+        "bare": [row if number < 2 else {"prompt": row["prompt"]} for number, row in enumerate(rows)],
+        "unknown_word": [{"prompt": "Zebras?", "response": "1"}],
+    }
+    for name, content in files.items():
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (home / "not_json.jsonl").write_text(task.prompts.read_text() + '{"prompt": \n')
+    (home / "file").touch()
+    for name in ("opd", "sft", "exopd"):
+        text = task.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", f"name: {name}")
+        assert f"name: {name}" in text
+        (home / f"{name}.yaml").write_text(text)
+    return home
+
+
+# (CONFIG is the task's, HOME the directory of broken things), and what the message must say
+TRAINING_MISTAKES = [
+    ("train nothing.yaml", "ConfigError: there is no config file nothing.yaml ("),
+    ("train CONFIG student.model=gone", "ConfigError: student.model = 'gone': there is nothing at "),
+    ("train CONFIG train.stepz=3", "train.stepz is not a key. Did you mean train.steps?"),
+    ("train CONFIG student.parallel.tensor=2", "Launch 2 ranks (or a multiple), as in `torchrun --nproc-per-node 2 -m"),
+    ("train CONFIG run_dir=HOME/file/run", "ConfigError: run_dir: cannot write to HOME/file/run (a file is in the way)"),
+    ("train CONFIG run_dir=/proc/run", "ConfigError: run_dir: cannot write to /proc/run ("),
+    ("train CONFIG export.hf=HOME/file/x", "ConfigError: export.hf: cannot write to HOME/file (a file is in the way)"),
+    ("train CONFIG rollout.record=HOME/file", "ConfigError: rollout.record: cannot write to HOME/file ("),
+    ("train CONFIG teacher.model=HOME/other_config", "Give the config.json that belongs to the weights."),
+    ("train CONFIG teacher.model=HOME/pickled", "has only pickled weights (pytorch_model.bin), which are never loaded"),
+    ("train CONFIG teacher.model=HOME/torn", "HOME/torn/model.safetensors is torn or not safetensors"),
+    ("train CONFIG teacher.recorded_from=HOME", "DataError: HOME is not a recording of a teacher (recording.json is"),
+    ("evaluate CONFIG evaluate.prompts=null", "evaluate.prompts is null: there is nothing to evaluate on."),
+    ("evaluate CONFIG evaluate.suites[0].max_new_tokens=90", "Lower max_new_tokens of the suite 'greedy' to 48 or less."),
+]
+INPUT_MISTAKES = [
+    ("teacher.model=HOME/other_tokenizer", "TokenizerError: student and teacher disagree about 2 of 219 shared token ids"),
+    ("student.model=HOME/no_tokenizer", "TokenizerError: HOME/no_tokenizer holds no tokenizer: expected tokenizer.json"),
+    ("teacher.model=HOME/endless", "HOME/endless names no end-of-sequence token, so responses would never end"),
+    ("teacher.model=HOME/few_ids", "but the teacher has embeddings for 100 ids only (vocab_size in its config.json)."),
+    ("teacher.model=HOME/llama", "teacher.model = 'HOME/llama': architecture ['LlamaForCausalLM'] is not supported."),
+    ("student.model=HOME", "CheckpointError: student.model = 'HOME': HOME/config.json does not exist."),
+    (
+        "data.prompts=HOME/bare.jsonl",
+        "9 of 11 prompts have no teacher response in column 'response' (the first is on line 3), and method.name=tropd",
+    ),
+    ("data.prompts=HOME/not_json.jsonl", "DataError: HOME/not_json.jsonl:12: not valid JSON"),
+    ("data.prompts=HOME/unknown_word.jsonl", "DataError: HOME/unknown_word.jsonl:1: tokenizer "),
+    ("data.max_prompt_tokens=3", "DataError: no usable prompt in "),
+    ("evaluate.prompts=HOME/unanswered.jsonl", "11 of 11 problems have no reference answer in column 'answer'"),
+    ("method.name=tropdd", "ConfigError: unknown method 'tropdd'. Did you mean 'tropd'? Methods: "),
+    ("method.kk=3", "ConfigError: method 'tropd' has no option 'kk'. Did you mean 'k'? "),
+    ("method.k=0", "ConfigError: method 'tropd': option k=0 must be a whole number >= 1"),
+    ("method.k=500", "ConfigError: method.k=500 candidates per token, but the models share 219 ids."),
+    ("rollout.max_new_tokens=60 train.pack_tokens=200", "but the student has 96 positions (max_position_embeddings)."),
+    ("evaluate.suites[1].max_new_tokens=90", "with max_new_tokens of the suite 'sampled' = 90 a sequence may have"),
+    ("student.parallel.tensor=4", "ConfigError: student.parallel: tensor parallel size 4 does not divide the model's 2"),
+    ("rollout.parallel.tensor=4", "ConfigError: rollout.parallel: tensor parallel size 4 does not divide"),
+    ("student.parallel.pipeline=5", "5 stages for a model of 3 layers. Use at most 3 stages."),
+    ("rollout.engine=vllm", "ConfigError: rollout.engine=vllm is not available yet; use megatron or recorded."),
+    ("student.attention=te", "ConfigError: student.attention=te is not available yet"),
+]
+METHOD_MISTAKES = [
+    ("check HOME/exopd.yaml", "ConfigError: method.name='exopd' needs a base model, which is not available yet."),
+    ("check HOME/opd.yaml rollout.samples_per_prompt=0", "nothing would be sampled. Raise rollout.samples_per_prompt."),
+    ("check HOME/opd.yaml train.minibatches=7", "train.minibatches=7 is more than the 6 sequences of a step."),
+    ("check HOME/sft.yaml rollout.guided_per_prompt=0", "method.name=sft learns from the teacher's responses alone"),
+]
+GENERATE_MISTAKES = [
+    ("HOME/gone PROMPTS OUT", "CheckpointError: HOME/gone/config.json does not exist."),
+    ("TEACHER HOME/gone.jsonl OUT", "DataError: prompt file HOME/gone.jsonl does not exist"),
+    ("TEACHER PROMPTS OUT", "there is room for 39 more, not for --max-new-tokens 1024. Give --max-new-tokens 39 or less."),
+    ("TEACHER PROMPTS OUT --dtype fp16", "ConfigError: --dtype is fp16: use one of fp32, bf16."),
+    ("TEACHER PROMPTS OUT --temperature -1", "ConfigError: --temperature is -1.0: 0 is greedy"),
+    ("TEACHER PROMPTS OUT --temperature 0 --samples 2", "ConfigError: --samples is 2: at temperature 0 all would be"),
+    ("TEACHER PROMPTS OUT --prompt-column text", "has neither 'text' nor 'messages', only ['answer', 'prompt'"),
+    ("TEACHER PROMPTS HOME", "ConfigError: HOME is a directory: give the file to write."),
+    ("TEACHER PROMPTS HOME/file/out.jsonl", "cannot write HOME/file/out.jsonl (a file is in the way). Name another file."),
+]
+MISTAKES = [
+    *TRAINING_MISTAKES,
+    *((f"check CONFIG {overrides}", message) for overrides, message in INPUT_MISTAKES),
+    *METHOD_MISTAKES,
+    *((f"generate {arguments}", message) for arguments, message in GENERATE_MISTAKES),
+    ("report HOME/gone", "DataError: there is no run directory HOME/gone"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_one_message_and_exit_status_2(task: Task, broken: Path, tmp_path: Path, command: str, message: str):
+    names = {"CONFIG": task.config, "HOME": broken, "PROMPTS": task.prompts, "TEACHER": task.teacher}
+    for name, path in (names | {"OUT": tmp_path / "out.jsonl"}).items():
+        command, message = command.replace(name, str(path)), message.replace(name, str(path))
+    # defaults first: the last of several overrides wins
+    verb, first, *rest = command.split()
+    run_dir = [f"run_dir={tmp_path}/run"] if verb in ("train", "check", "evaluate") else []
+    outcome = commands().run(verb, first, *run_dir, *rest)
+    assert outcome.status == 2, outcome.output
+    assert message in outcome.output
+    assert outcome.output.count("Error") == 1 and "Traceback" not in outcome.output, outcome.output
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_mistake_that_every_rank_sees_is_told_once(task: Task, tmp_path: Path):
+    outcome = commands().run("train", task.config, f"run_dir={tmp_path}", "method.kk=1", ranks=2)
+    assert outcome.status == 2
+    assert outcome.output.count("ConfigError") == 1
+    assert "Error" not in outcome.outputs[1]
+
+
+def test_what_goes_wrong_on_one_rank_alone_is_told_with_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail() -> None:
+        raise DataError("no file here")
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "DataError on rank 5: no file here" in " ".join(capsys.readouterr().err.split())
