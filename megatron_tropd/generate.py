@@ -77,7 +77,7 @@ def generate_responses(
         texts = [answer_text(rollout, tokenizer) for rollout in rollouts]
         _write_rows(prompts, out, rollouts, texts, columns[1])
         cut = sum(not rollout.finished for rollout in rollouts)
-        Console().print(f"{len(texts)} responses in {out} ({cut} cut off by max_new_tokens)", highlight=False)
+        Console().print(f"{len(texts)} responses in {out} ({cut} cut off by max_new_tokens)", highlight=False, soft_wrap=True)
 
 
 def _check_arguments(params: SamplingParams, *, samples: int, dtype: str, out: Path) -> None:
@@ -163,11 +163,11 @@ def _show_results(
     console.print(accuracy_table(results))
     for model, suite, samples, share in solved:
         if samples > 1:
-            console.print(
-                f"{model}, {suite}: {share:.1%} of problems solved by one of {samples} answers (pass@{samples})"
-            )
+            solved_by = f"{share:.1%} of problems solved by one of {samples} answers (pass@{samples})"
+            console.print(f"{model}, {suite}: {solved_by}", highlight=False, soft_wrap=True)
     if (config.run_dir / "metrics.jsonl").exists():
-        console.print(f"{config.run_dir} holds a training run: its own evaluation.json is left as it is")
+        kept = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
+        console.print(kept, highlight=False, soft_wrap=True)
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     record_evaluations(config.run_dir, results)

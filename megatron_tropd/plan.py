@@ -122,7 +122,7 @@ def check_plan(config: RunConfig) -> None:
             if found.applies
             else "does not apply: this method is not meant to vanish when student and teacher agree"
         )
-        console.print(f"teacher == student self check {verdict}", highlight=False)
+        console.print(f"teacher == student self check {verdict}", highlight=False, soft_wrap=True)
 
 
 def _small(architecture: Architecture, top_k: int) -> Architecture:

@@ -174,6 +174,6 @@ def _conclude(run: Run) -> None:
     if evaluations:
         console.print(accuracy_table(evaluations))
     if config.export.hf is not None:
-        console.print(f"trained student: {config.export.hf}", highlight=False)
+        console.print(f"trained student: {config.export.hf}", highlight=False, soft_wrap=True)
     if config.report.html:
-        console.print(f"report: {write_report(config.run_dir)}", highlight=False)
+        console.print(f"report: {write_report(config.run_dir)}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,8 @@ def test_a_mistake_is_one_message_and_exit_status_2(task: Task, broken: Path, tm
     outcome = commands().run(verb, first, *run_dir, *rest)
     assert outcome.status == 2, outcome.output
     assert message in outcome.output
-    assert outcome.output.count("Error") == 1 and "Traceback" not in outcome.output, outcome.output
+    assert len(re.findall(r"^\w*Error: ", outcome.output, re.MULTILINE)) == 1, outcome.output
+    assert "Traceback" not in outcome.output
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

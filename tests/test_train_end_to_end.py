@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics, weights_of
+from run_inputs import Task, assert_metrics_agree, assert_weights_agree, commands, make_task, steady_metrics, weights_of
 
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0")
@@ -107,16 +106,12 @@ def test_the_exported_student_answers_in_transformers_as_the_sampler_does(task: 
 
 
 def test_two_tensor_parallel_ranks_train_as_one_process_does(task: Task, trained: Path, tmp_path: Path):
-    import torch
-
     wishes = ("train.minibatches=2", f"export.hf={tmp_path}/export")
     command = ("train", task.config, f"run_dir={tmp_path}", *QUIET, *wishes, *TP2)
     outcome = commands().run(*command, ranks=2).expect_success()
     assert outcome.outputs[1] == ""
     assert_metrics_agree(steady_metrics(tmp_path), steady_metrics(trained))
-    found, expected = weights_of(tmp_path / "export"), weights_of(trained / "export")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-6)
+    assert_weights_agree(tmp_path / "export", trained / "export")
 
 
 def test_replicas_with_less_than_a_sequence_each_train_as_one_process_does(task: Task, tmp_path: Path):
@@ -188,8 +183,6 @@ def test_every_method_trains_on_two_ranks(task: Task, tmp_path: Path):
             assert all(value is not None and math.isfinite(value) for value in row.values()), (name, row)
             assert row["grad_norm"] > 1e-3, (name, row)
             assert ("prefix_length" in row) == (name in ("sft", "gkd") or name.startswith("tropd") and "all" not in name)
-        # objectives differ from one another and move the weights: no two methods end alike, but for those that must
-        shutil.rmtree(tmp_path / "export", ignore_errors=True)
 
     def outcome(name: str) -> list[tuple[float, float]]:
         return [(row["loss"], row["grad_norm"]) for row in found[name]]
@@ -203,7 +196,8 @@ def test_every_method_trains_on_two_ranks(task: Task, tmp_path: Path):
 
 
 def test_a_student_that_is_its_own_teacher_learns_nothing(task: Task, tmp_path: Path):
-    same = (f"student.model={task.student}", f"teacher.model={task.student}", f"export.hf={tmp_path}/export")
+    # Adam would make full steps of rounding errors
+    same = (f"teacher.model={task.student}", "optimizer.name=sgd", "optimizer.lr=0.1")
     for name, rows in train_cases(task, tmp_path, AGREEING, *same).items():
         for row in rows:
             assert abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-5, (name, row)
