@@ -77,7 +77,9 @@ def generate_responses(
         texts = [answer_text(rollout, tokenizer) for rollout in rollouts]
         _write_rows(prompts, out, rollouts, texts, columns[1])
         cut = sum(not rollout.finished for rollout in rollouts)
-        Console().print(f"{len(texts)} responses in {out} ({cut} cut off by max_new_tokens)", highlight=False, soft_wrap=True)
+        Console().print(
+            f"{len(texts)} responses in {out} ({cut} cut off by max_new_tokens)", highlight=False, soft_wrap=True
+        )
 
 
 def _check_arguments(params: SamplingParams, *, samples: int, dtype: str, out: Path) -> None:

@@ -21,6 +21,7 @@ from megatron_tropd.errors import CheckpointError, ConfigError, DataError, Token
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, build_method
 from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.rollout.recorded import check_recorded
 from megatron_tropd.types import Architecture, Prompt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,6 +49,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     method = check_method(config)
     check_available(config)
     check_sequences(config, method)
+    if config.rollout.recorded_from is not None:
+        check_recorded(config.rollout.recorded_from, range(config.train.steps))
     student, teacher = read_architectures(config)
     check_layouts(config, student, teacher)
     tokenizer = read_tokenizer(config)

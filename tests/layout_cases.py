@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tiny_models import STUDENT, TEACHER, Objective, random_rollouts
 from torch import Tensor
@@ -42,6 +41,7 @@ from megatron_tropd.teacher.protocol import SignalSpec
 # ids that both models know: what their vocabularies have beyond it must carry nothing
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
 STEPS = 5
+TROPD = Objective()
 ADAM = {"lr": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
 
 
@@ -53,7 +53,7 @@ class Case:
     ranks: int = 1
     student: dict[str, Any] = field(default_factory=dict)  # the keys of student.parallel
     teacher: dict[str, Any] = field(default_factory=dict)
-    objective: Objective = Objective()
+    objective: Objective = TROPD
     method: dict[str, Any] | None = None  # replaces the objective's method section
     tied: bool = False
     pack_tokens: int = 4096
@@ -143,8 +143,7 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
             gradients = whole_gradients(run.student) if not case.distributed_optimizer else {}
             outcome["gradients"] = gradients if dist.get_rank() == 0 else {}
         results = [
-            run.trainer.step(packs, update=step * case.minibatches + number)
-            for number, packs in enumerate(minibatches)
+            run.trainer.step(packs, update=step * case.minibatches + number) for number, packs in enumerate(minibatches)
         ]
         outcome["loss"].append(sum(r.loss for r in results) / len(results))
         outcome["grad_norm"].append(sum(r.grad_norm for r in results) / len(results))
@@ -199,7 +198,7 @@ def _teacher_sees_another_norm(model: Model) -> Iterator[None]:
     scored = MegatronTeacher.score
     norms = [c.decoder.final_layernorm.weight for c in model.chunks if c.post_process]
 
-    def score(self: MegatronTeacher, *args: Any) -> Any:
+    def score(self: Any, *args: Any) -> Any:
         for weight in norms:
             weight.data.mul_(1.003)
         try:
@@ -208,7 +207,7 @@ def _teacher_sees_another_norm(model: Model) -> Iterator[None]:
             for weight in norms:
                 weight.data.div_(1.003)
 
-    MegatronTeacher.score = score  # type: ignore[method-assign]
+    MegatronTeacher.score = score  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Commands as a user runs them: what they write and print, and one readable message with exit status 2 for a mistake."""
+"""Commands as a user runs them: what they write and print, and one readable message and exit status 2 for a mistake."""
 
 from __future__ import annotations
 
@@ -222,7 +222,10 @@ TRAINING_MISTAKES = [
     ("train CONFIG student.model=gone", "ConfigError: student.model = 'gone': there is nothing at "),
     ("train CONFIG train.stepz=3", "train.stepz is not a key. Did you mean train.steps?"),
     ("train CONFIG student.parallel.tensor=2", "Launch 2 ranks (or a multiple), as in `torchrun --nproc-per-node 2 -m"),
-    ("train CONFIG run_dir=HOME/file/run", "ConfigError: run_dir: cannot write to HOME/file/run (a file is in the way)"),
+    (
+        "train CONFIG run_dir=HOME/file/run",
+        "ConfigError: run_dir: cannot write to HOME/file/run (a file is in the way)",
+    ),
     ("train CONFIG run_dir=/proc/run", "ConfigError: run_dir: cannot write to /proc/run ("),
     ("train CONFIG export.hf=HOME/file/x", "ConfigError: export.hf: cannot write to HOME/file (a file is in the way)"),
     ("train CONFIG rollout.record=HOME/file", "ConfigError: rollout.record: cannot write to HOME/file ("),
@@ -231,11 +234,20 @@ TRAINING_MISTAKES = [
     ("train CONFIG teacher.model=HOME/torn", "HOME/torn/model.safetensors is torn or not safetensors"),
     ("train CONFIG teacher.recorded_from=HOME", "DataError: HOME is not a recording of a teacher (recording.json is"),
     ("evaluate CONFIG evaluate.prompts=null", "evaluate.prompts is null: there is nothing to evaluate on."),
-    ("evaluate CONFIG evaluate.suites[0].max_new_tokens=90", "Lower max_new_tokens of the suite 'greedy' to 48 or less."),
+    (
+        "evaluate CONFIG evaluate.suites[0].max_new_tokens=90",
+        "Lower max_new_tokens of the suite 'greedy' to 48 or less.",
+    ),
 ]
 INPUT_MISTAKES = [
-    ("teacher.model=HOME/other_tokenizer", "TokenizerError: student and teacher disagree about 2 of 219 shared token ids"),
-    ("student.model=HOME/no_tokenizer", "TokenizerError: HOME/no_tokenizer holds no tokenizer: expected tokenizer.json"),
+    (
+        "teacher.model=HOME/other_tokenizer",
+        "TokenizerError: student and teacher disagree about 2 of 219 shared token ids",
+    ),
+    (
+        "student.model=HOME/no_tokenizer",
+        "TokenizerError: HOME/no_tokenizer holds no tokenizer: expected tokenizer.json",
+    ),
     ("teacher.model=HOME/endless", "HOME/endless names no end-of-sequence token, so responses would never end"),
     ("teacher.model=HOME/few_ids", "but the teacher has embeddings for 100 ids only (vocab_size in its config.json)."),
     ("teacher.model=HOME/llama", "teacher.model = 'HOME/llama': architecture ['LlamaForCausalLM'] is not supported."),
@@ -254,7 +266,10 @@ INPUT_MISTAKES = [
     ("method.k=500", "ConfigError: method.k=500 candidates per token, but the models share 219 ids."),
     ("rollout.max_new_tokens=60 train.pack_tokens=200", "but the student has 96 positions (max_position_embeddings)."),
     ("evaluate.suites[1].max_new_tokens=90", "with max_new_tokens of the suite 'sampled' = 90 a sequence may have"),
-    ("student.parallel.tensor=4", "ConfigError: student.parallel: tensor parallel size 4 does not divide the model's 2"),
+    (
+        "student.parallel.tensor=4",
+        "ConfigError: student.parallel: tensor parallel size 4 does not divide the model's 2",
+    ),
     ("rollout.parallel.tensor=4", "ConfigError: rollout.parallel: tensor parallel size 4 does not divide"),
     ("student.parallel.pipeline=5", "5 stages for a model of 3 layers. Use at most 3 stages."),
     ("rollout.engine=vllm", "ConfigError: rollout.engine=vllm is not available yet; use megatron or recorded."),
@@ -269,13 +284,19 @@ METHOD_MISTAKES = [
 GENERATE_MISTAKES = [
     ("HOME/gone PROMPTS OUT", "CheckpointError: HOME/gone/config.json does not exist."),
     ("TEACHER HOME/gone.jsonl OUT", "DataError: prompt file HOME/gone.jsonl does not exist"),
-    ("TEACHER PROMPTS OUT", "there is room for 39 more, not for --max-new-tokens 1024. Give --max-new-tokens 39 or less."),
+    (
+        "TEACHER PROMPTS OUT",
+        "there is room for 39 more, not for --max-new-tokens 1024. Give --max-new-tokens 39 or less.",
+    ),
     ("TEACHER PROMPTS OUT --dtype fp16", "ConfigError: --dtype is fp16: use one of fp32, bf16."),
     ("TEACHER PROMPTS OUT --temperature -1", "ConfigError: --temperature is -1.0: 0 is greedy"),
     ("TEACHER PROMPTS OUT --temperature 0 --samples 2", "ConfigError: --samples is 2: at temperature 0 all would be"),
     ("TEACHER PROMPTS OUT --prompt-column text", "has neither 'text' nor 'messages', only ['answer', 'prompt'"),
     ("TEACHER PROMPTS HOME", "ConfigError: HOME is a directory: give the file to write."),
-    ("TEACHER PROMPTS HOME/file/out.jsonl", "cannot write HOME/file/out.jsonl (a file is in the way). Name another file."),
+    (
+        "TEACHER PROMPTS HOME/file/out.jsonl",
+        "cannot write HOME/file/out.jsonl (a file is in the way). Name another file.",
+    ),
 ]
 MISTAKES = [
     *TRAINING_MISTAKES,
@@ -287,7 +308,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_a_mistake_is_one_message_and_exit_status_2(task: Task, broken: Path, tmp_path: Path, command: str, message: str):
+def test_a_mistake_is_one_message_and_exit_status_2(
+    task: Task, broken: Path, tmp_path: Path, command: str, message: str
+):
     names = {"CONFIG": task.config, "HOME": broken, "PROMPTS": task.prompts, "TEACHER": task.teacher}
     for name, path in (names | {"OUT": tmp_path / "out.jsonl"}).items():
         command, message = command.replace(name, str(path)), message.replace(name, str(path))

@@ -19,7 +19,7 @@ from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.engine.decode import sample
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.megatron import MegatronSampler
 from megatron_tropd.types import RolloutRequest, SamplingParams
 
@@ -77,16 +77,17 @@ def with_stops(case: Case, greedy: list[dict[str, Any]]) -> SamplingParams:
     at = slice(case.stop_at, case.stop_at + 2)
     stops = {token for row in greedy for token in row["continuation"][at]}
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_new_tokens")
-    return SamplingParams(
-        **{name: getattr(case.params, name) for name in names}, stop_token_ids=tuple(sorted(stops))
-    )
+    return SamplingParams(**{name: getattr(case.params, name) for name in names}, stop_token_ids=tuple(sorted(stops)))
 
 
-def generate_all(model: str, tensor: int, batch_size: int) -> dict[str, Any]:
-    """On every rank: the rollouts of every case."""
-    device = initialize_distributed()
-    groups = GroupBuilder().build(Layout(tensor=tensor))
-    weights = HFWeights(model)
+def generate_all(model: str, layouts: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """On every rank: the rollouts of every case under each (tensor-parallel size, batch size)."""
+    builder = GroupBuilder()
+    return [generate_cases(model, builder.build(Layout(tensor=tensor)), batch) for tensor, batch in layouts]
+
+
+def generate_cases(model: str, groups: Groups, batch_size: int) -> dict[str, Any]:
+    device, weights = initialize_distributed(), HFWeights(model)
     found: dict[str, Any] = {}
     for case in CASES:
         sampler = MegatronSampler(
@@ -126,7 +127,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rollouts(model: Path) -> dict[str, Any]:
     """What one rank generates, five sequences at a time."""
-    return run_on_ranks(generate_all, str(model), 1, 5, world_size=1)[0]
+    found: dict[str, Any] = run_on_ranks(generate_all, str(model), [(1, 5)], world_size=1)[0][0]
+    return found
 
 
 Logits = Callable[[list[int]], np.ndarray]
@@ -242,10 +244,16 @@ def test_shaping_the_distribution_changes_what_is_drawn(rollouts):
     assert max(token for row in plain for token in row) >= 83
 
 
-@pytest.mark.parametrize(("tensor", "batch_size"), [(1, 5), (2, 100)], ids=["two replicas", "tensor parallel"])
-def test_every_layout_of_the_sampler_writes_the_same(tensor, batch_size, model, rollouts):
-    for rank in run_on_ranks(generate_all, str(model), tensor, batch_size, world_size=2):
-        for name, rows in rank.items():
+@pytest.fixture(scope="module")
+def on_two_ranks(model: Path) -> list[list[dict[str, Any]]]:
+    """What each of two ranks ends up with: as replicas of one rank each, then as one replica of both."""
+    return run_on_ranks(generate_all, str(model), [(1, 5), (2, 100)], world_size=2)
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["two replicas", "tensor parallel"])
+def test_every_layout_of_the_sampler_writes_the_same(layout, on_two_ranks, rollouts):
+    for rank in on_two_ranks:
+        for name, rows in rank[layout].items():
             for found, expected in zip(rows, rollouts[name], strict=True):
                 for key in ("ids", "context", "continuation", "finished"):
                     assert found[key] == expected[key], name

@@ -139,9 +139,7 @@ def found(root: Path) -> Callable[[Case], list[dict[str, Any]]]:
 def hf_logits(directory: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     model = load_hf(directory, dtype)
     with torch.no_grad():
-        return {
-            str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1].float() for r in ROLLOUTS
-        }
+        return {str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1].float() for r in ROLLOUTS}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -68,7 +68,11 @@ CASES = ONE_RANK + TWO_RANKS + FOUR_RANKS
 ALL_TRUSTED = Case(name="all-trusted", method={"name": "tropd", "gate": "all", "prefix_schedule": "none"})
 SELF_CHECKS = {
     1: [Case(name="tropd"), Case(name="fkl", objective=FKL), Case(name="bf16", dtype="bf16", objective=OPD, tied=True)],
-    2: [Case(name="sp", student=TP2_SP, objective=OPD), Case(name="tropd", student=TP2), Case(name="pp", student=PP2, objective=FKL, tied=True)],
+    2: [
+        Case(name="sp", student=TP2_SP, objective=OPD),
+        Case(name="tropd", student=TP2),
+        Case(name="pp", student=PP2, objective=FKL, tied=True),
+    ],
 }
 
 Outcome = Callable[[Case], list[dict[str, Any]]]

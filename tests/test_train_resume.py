@@ -15,7 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
-from run_inputs import Task, assert_metrics_agree, assert_weights_agree, commands, make_task, steady_metrics, torchrun, weights_of
+from run_inputs import (
+    Task,
+    assert_metrics_agree,
+    assert_weights_agree,
+    commands,
+    make_task,
+    steady_metrics,
+    torchrun,
+    weights_of,
+)
 
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")
 STEPS, EVERY = 7, 2
@@ -27,9 +36,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 def arguments(task: Task, run_dir: Path, *overrides: str) -> tuple[str, ...]:
-    """``train`` with little beside training itself; one greedy evaluation on the way, at a step with no checkpoint."""
+    """``train`` with little beside training itself; a greedy evaluation with every checkpoint."""
     quiet = ("report.samples=0", "report.html=false", "evaluate.teacher=false", "evaluate.max_problems=2")
-    evaluate = ("evaluate.suites=[{name: greedy}]", "evaluate.every=3")
+    evaluate = ("evaluate.suites=[{name: greedy}]", "evaluate.every=2")
     train = (f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=9")
     where = (f"run_dir={run_dir}", f"export.hf={run_dir}/export")
     return ("train", str(task.config), *where, *quiet, *evaluate, *train, *overrides)
@@ -56,8 +65,8 @@ def as_it_was(unbroken: Path, run_dir: Path, *, steps: int, checkpoints: tuple[i
     lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join(lines[:steps]))
     evaluations = json.loads((unbroken / "evaluation.json").read_text())
-    before = [evaluation for evaluation in evaluations if evaluation["step"] == 0]
-    (run_dir / "evaluation.json").write_text(json.dumps(before))
+    known = [evaluation for evaluation in evaluations if evaluation["step"] <= min(checkpoints)]
+    (run_dir / "evaluation.json").write_text(json.dumps(known))
     return run_dir
 
 
@@ -66,7 +75,9 @@ def assert_same_outcome(run_dir: Path, unbroken: Path) -> None:
     import torch
 
     assert steady_metrics(run_dir) == steady_metrics(unbroken)
-    assert json.loads((run_dir / "evaluation.json").read_text()) == json.loads((unbroken / "evaluation.json").read_text())
+    assert json.loads((run_dir / "evaluation.json").read_text()) == json.loads(
+        (unbroken / "evaluation.json").read_text()
+    )
     found, expected = weights_of(run_dir / "export"), weights_of(unbroken / "export")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -100,7 +111,9 @@ def kill_tree(pid: int) -> None:
                 os.kill(process.pid, signal.SIGKILL)
 
 
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes], output: Path, timeout_s: float = 150) -> None:
+def wait_until(
+    reached: Callable[[], bool], process: subprocess.Popen[bytes], output: Path, timeout_s: float = 150
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, output.read_text()
@@ -120,11 +133,17 @@ def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbro
     assert job.kill().statuses == (-9, -9)
     assert not (run_dir / "checkpoints").exists()
 
+    # as soon as the checkpoint after the second step is there: what belongs to that step is not repeated
+    job = commands().start(*command, ranks=2)
+    job.until(lambda: (run_dir / "checkpoints" / "latest").exists())
+    assert "going on" not in job.kill().output
+    assert lines(run_dir) == 2
+
     # in the fourth step: the checkpoint after the second exists, the third has left its line in the metrics
     with launched(command, output) as process:
         wait_until(lambda: lines(run_dir) == 3, process, output)
     assert checkpoint_of(run_dir, 2).exists() and not checkpoint_of(run_dir, 4).exists()
-    assert "going on" not in output.read_text()
+    assert "(2 steps done)" in output.read_text()
 
     # while the checkpoint after the fourth step is being written
     partial = checkpoint_of(run_dir, 4).with_suffix(".partial")
@@ -162,7 +181,10 @@ def test_torn_checkpoints_are_passed_over_with_a_warning_that_names_them(task: T
 
     warnings = [line for line in outcome.output.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 2 and "WARNING" not in outcome.outputs[1]
-    assert f"{checkpoint_of(run_dir, 6)} is torn: {shard.name} has {size - 1:,} bytes, {size:,} were written" in warnings[0]
+    assert (
+        f"{checkpoint_of(run_dir, 6)} is torn: {shard.name} has {size - 1:,} bytes, {size:,} were written"
+        in warnings[0]
+    )
     assert f"{checkpoint_of(run_dir, 4)} is not a whole checkpoint (complete.json is missing or broken)" in warnings[1]
     assert "(2 steps done)" in outcome.output
     assert_same_outcome(run_dir, unbroken)
@@ -207,7 +229,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_value(task: Task, un
 
 def test_starting_over_leaves_nothing_of_the_earlier_run(task: Task, unbroken: Path, tmp_path: Path):
     run_dir = as_it_was(unbroken, tmp_path, steps=7, checkpoints=(2, 4, 6, 7))
-    shorter = ("train.steps=3", "checkpoint.every=1", "checkpoint.keep=2", "evaluate.before=false")
+    shorter = ("train.steps=3", "checkpoint.every=1", "checkpoint.keep=2", "evaluate.every=0", "evaluate.before=false")
     command = arguments(task, run_dir, *shorter, "evaluate.after=false", "checkpoint.resume=never")
     commands().run(*command).expect_success()
     assert [row["step"] for row in steady_metrics(run_dir)] == [1, 2, 3]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,7 @@ class Reference:
             with torch.no_grad():
                 old = {r.sequence_id: hf_logprobs(self.student, r.token_ids, self.vocab_size) for r in rollouts}
             ends = np.linspace(0, len(rollouts), minibatches + 1).astype(int).tolist()
-            results = [
-                self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"])
-                for a, b in zip(ends[:-1], ends[1:], strict=True)
-            ]
+            results = [self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"]) for a, b in pairwise(ends)]
             loss, norm, outliers = np.mean(results, axis=0).tolist()
             self.losses.append(loss)
             self.grad_norms.append(norm)

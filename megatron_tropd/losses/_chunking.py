@@ -20,11 +20,9 @@ from torch import Tensor
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.collectives import Group, group_rank, group_size
 
-LN2 = math.log(2.0)  # nats per bit
-
 # Elements of one tile when chunk_tokens is None, and most tokens in a tile. On a CPU a tile and its weights stay in the
 # cache, where the passes over it are free next to the product; a GPU wants few, large launches.
-_CPU_TILE, _CPU_ROWS = 2**20, 512
+_CPU_TILE, _CPU_ROWS = 2**21, 1024
 _GPU_TILE, _GPU_ROWS = 2**26, 2**14
 
 
@@ -104,14 +102,10 @@ def statistics_dtype(hidden_TD: Tensor) -> torch.dtype:
 
 
 class Projection:
-    """Makes tiles of ``hidden @ weight.T / temperature`` in fp32, in one buffer that every tile overwrites.
-
-    The logits come in bits, that is divided by ln 2: the factor costs nothing inside the product, and powers of 2 are
-    several times cheaper than powers of e.
-    """
+    """Makes tiles of ``logits = hidden @ weight.T / temperature`` in fp32, in one buffer that every tile overwrites."""
 
     def __init__(self, hidden_TD: Tensor, weight_vD: Tensor, *, tiles: Tiles, temperature: float) -> None:
-        self._hidden_TD, self._weight_vD, self._scale = hidden_TD, weight_vD, 1.0 / (temperature * LN2)
+        self._hidden_TD, self._weight_vD, self._scale = hidden_TD, weight_vD, 1.0 / temperature
         dtype = statistics_dtype(hidden_TD)
         self._logits = Buffer(tiles, dtype=dtype, device=hidden_TD.device)
         # low-precision products leave the matrix units in the input dtype and are widened from there
@@ -120,12 +114,14 @@ class Projection:
         )
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """The tile's logits ``[R, w]``, bits, fp32 or fp64, valid until the next call; free to overwrite."""
+        """The tile's logits ``[R, w]``, fp32 (fp64 for fp64 inputs), valid until the next call; free to overwrite."""
         hidden_RD, weight_wD = self._hidden_TD[rows], self._weight_vD[columns]
         product_Rw = self._product.tile(rows, columns)
         # beta=0: what the buffer held, nan included, does not count
-        torch.addmm(product_Rw, hidden_RD, weight_wD.t(), beta=0.0, alpha=self._scale, out=product_Rw)
-        return product_Rw if self._product is self._logits else self._logits.tile(rows, columns).copy_(product_Rw)
+        torch.addmm(product_Rw, hidden_RD, weight_wD.t(), beta=0.0, out=product_Rw)
+        wide_Rw = product_Rw if self._product is self._logits else self._logits.tile(rows, columns).copy_(product_Rw)
+        # not inside the product, where the factor may be applied before the sum: equal products must stay equal logits
+        return wide_Rw if self._scale == 1.0 else wide_Rw.mul_(self._scale)
 
 
 class Buffer:
@@ -141,7 +137,7 @@ class Buffer:
 
 
 class ProjectionGradient:
-    """Turns tiles of d loss / d logits (of logits in nats) into the gradients of hidden states and weight, summed in fp32.
+    """Turns tiles of d loss / d logits into the gradients of hidden states and weight, summed in fp32.
 
     The hidden states' gradient is the part that comes from this shard's columns. Padding rows of the weight get 0.
     """

@@ -1,7 +1,6 @@
 """Tile arithmetic of the divergences: pure functions of ``[R, w]`` tiles, which a kernel may replace.
 
-``q`` is the student's softmax, ``p`` the teacher's, ``m = b p + (1 - b) q``. Logits in bits, results in nats. All of these
-overwrite the tiles they get.
+``q`` is the student's softmax, ``p`` the teacher's, ``m = b p + (1 - b) q``. All of these overwrite the tiles they get.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tropd.losses._chunking import LN2
-from megatron_tropd.losses._statistics import Statistics
+from megatron_tropd.losses._statistics import Statistics, exponential
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +30,11 @@ class TileSoftmax:
 
     def scaled_(self, scale_R1: Tensor) -> Tensor:
         """``scale * softmax``, in place of the logits."""
-        return self.logits_Rw.sub_(self.max_R1).exp2_().mul_(scale_R1 / self.sumexp_R1)
+        return exponential(self.logits_Rw.sub_(self.max_R1), out=self.logits_Rw).mul_(scale_R1 / self.sumexp_R1)
 
     def log_(self) -> Tensor:
-        """Log-probabilities, nats, in place of the logits."""
-        return self.logits_Rw.sub_(self.max_R1).sub_(self.sumexp_R1.log2()).mul_(LN2)
+        """Log-probabilities, in place of the logits."""
+        return self.logits_Rw.sub_(self.max_R1).sub_(self.sumexp_R1.log())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class KlStatistics:
 
     first: Statistics
     second: Statistics
-    gap_T: Tensor  # sum 2^(a - max a) (a - b)
+    gap_T: Tensor  # sum exp(a - max a) (a - b)
 
     def merge_(self, rows: slice, other: KlStatistics) -> None:
         """Include further columns for some of the tokens."""
@@ -56,7 +54,7 @@ class KlStatistics:
         self.first.merge_(rows, other.first)
         self.second.merge_(rows, other.second)
         max_R = self.first.max_T[rows]
-        mine_R, theirs_R = (old_max_R - max_R).exp2(), (other.first.max_T - max_R).exp2()
+        mine_R, theirs_R = (old_max_R - max_R).exp(), (other.first.max_T - max_R).exp()
         self.gap_T[rows] = self.gap_T[rows] * mine_R + other.gap_T * theirs_R
 
     def stacked(self) -> Tensor:
@@ -65,14 +63,14 @@ class KlStatistics:
 
     @property
     def mean_gap_T(self) -> Tensor:
-        """Mean of a - b under softmax(a), bits."""
+        """Mean of a - b under softmax(a)."""
         return self.gap_T / self.first.sumexp_T
 
     @property
     def kl_T(self) -> Tensor:
         """KL(first || second), nats."""
-        offset_T = (self.first.max_T - self.second.max_T) + (self.first.log2_sumexp_T - self.second.log2_sumexp_T)
-        return LN2 * (self.mean_gap_T - offset_T)
+        offset_T = (self.first.max_T - self.second.max_T) + (self.first.log_sumexp_T - self.second.log_sumexp_T)
+        return self.mean_gap_T - offset_T
 
 
 def merge_kl_ranks(every_n7T: Tensor) -> KlStatistics:
@@ -92,7 +90,7 @@ def chunk_kl(a_Rw: Tensor, b_Rw: Tensor, scratch_Rw: Tensor) -> KlStatistics:
 
 def _exponentiate_(logits_Rw: Tensor) -> Statistics:
     max_R = logits_Rw.amax(-1)
-    sumexp_R = logits_Rw.sub_(max_R.unsqueeze(-1)).exp2_().sum(-1)
+    sumexp_R = exponential(logits_Rw.sub_(max_R.unsqueeze(-1)), out=logits_Rw).sum(-1)
     return Statistics(max_R, sumexp_R, torch.zeros_like(sumexp_R))
 
 
@@ -118,8 +116,8 @@ def _log_mixture(excess_Rw: Tensor, *, beta: float) -> Tensor:
 
 # --------------------------------------------------------------------------- d loss / d student logits
 # ``grad_R1`` is the gradient of the token's loss. ``centre_R1`` is a mean under q over the whole vocabulary: of the
-# difference of the two models' logits (bits) for reverse_kl, whose two logsumexps cancel against the loss's own, and
-# of log q - log m (nats), which is KL(q||m), for the jsd.
+# difference of the two models' logits for reverse_kl (whose two logsumexps cancel against the loss's own), and of
+# log q - log m, which is KL(q||m), for the jsd.
 
 
 def _forward_kl_gradient(
@@ -132,14 +130,14 @@ def _reverse_kl_gradient(
     student: TileSoftmax, teacher: TileSoftmax, *, centre_R1: Tensor, grad_R1: Tensor, beta: float
 ) -> Tensor:
     gap_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(centre_R1)
-    return student.scaled_(LN2 * grad_R1).mul_(gap_Rw)
+    return student.scaled_(grad_R1).mul_(gap_Rw)
 
 
 def _jsd_gradient(
     student: TileSoftmax, teacher: TileSoftmax, *, centre_R1: Tensor, grad_R1: Tensor, beta: float
 ) -> Tensor:
-    offset_R1 = (student.max_R1 - teacher.max_R1) + (student.sumexp_R1.log2() - teacher.sumexp_R1.log2())
-    excess_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(offset_R1).mul_(LN2)
+    offset_R1 = (student.max_R1 - teacher.max_R1) + (student.sumexp_R1.log() - teacher.sumexp_R1.log())
+    excess_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(offset_R1)
     mixture_Rw = _log_mixture(excess_Rw, beta=beta)
     above_q_Rw = excess_Rw.clamp_(max=0.0).sub_(mixture_Rw).sub_(centre_R1)
     return student.scaled_((1.0 - beta) * grad_R1).mul_(above_q_Rw)

@@ -1,31 +1,32 @@
 """Softmax statistics of logits that arrive in tiles and lie on several ranks, and the gradient they imply.
 
 ``chunk_statistics`` and ``chunk_gradient`` are the two hot loops: functions of one tile, which a kernel may replace.
-Logits come in bits (see ``Projection``), results leave in nats. All powers are relative to a running maximum, so nothing
-overflows and ``log2 s`` stays small beside the maximum.
+All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small beside the maximum.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.errors import DataError
-from megatron_tropd.losses._chunking import LN2
+
+_LOG2_E = 1.0 / math.log(2.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of the logits l (bits) of each token over some set of columns. Mutated in place while tiles are merged in.
+    """Of the logits l of each token over some set of columns. Mutated in place while tiles are merged in.
 
     ``empty`` is the neutral element: its maximum is the lowest finite number, since -inf would make nan of 0 * inf.
     """
 
     max_T: Tensor  # m = max l
-    sumexp_T: Tensor  # s = sum 2^(l - m)
-    weighted_T: Tensor  # u = sum 2^(l - m) (l - m), <= 0
+    sumexp_T: Tensor  # s = sum exp(l - m)
+    weighted_T: Tensor  # u = sum exp(l - m) (l - m), <= 0
 
     @staticmethod
     def empty(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Statistics:
@@ -45,7 +46,7 @@ class Statistics:
     def _relative_to(self, max_R: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """(s, u) of some of the tokens, relative to a maximum at least as large as the own."""
         shift_R, sumexp_R = self.max_T[rows] - max_R, self.sumexp_T[rows]
-        scale_R = shift_R.exp2()
+        scale_R = shift_R.exp()
         return sumexp_R * scale_R, (self.weighted_T[rows] + sumexp_R * shift_R) * scale_R
 
     def stacked(self) -> Tensor:
@@ -53,24 +54,24 @@ class Statistics:
         return torch.stack([self.max_T, self.sumexp_T, self.weighted_T])
 
     @property
-    def log2_sumexp_T(self) -> Tensor:
-        """log2 s: what is to be subtracted from ``l - m`` to make a log-probability in bits."""
-        return self.sumexp_T.log2()
+    def log_sumexp_T(self) -> Tensor:
+        """log s: what is to be subtracted from ``l - m`` to make a log-probability."""
+        return self.sumexp_T.log()
 
     @property
     def logsumexp_T(self) -> Tensor:
-        """log sum exp of the logits, nats."""
-        return LN2 * (self.max_T + self.log2_sumexp_T)
+        """log sum exp l, nats."""
+        return self.max_T + self.log_sumexp_T
 
     @property
     def entropy_T(self) -> Tensor:
         """-sum q log q, nats."""
-        return LN2 * (self.log2_sumexp_T - self.weighted_T / self.sumexp_T)
+        return self.log_sumexp_T - self.weighted_T / self.sumexp_T
 
     def logprob_(self, logits_TK: Tensor) -> Tensor:
-        """Logits (bits) of some ids to log-probabilities (nats), in place."""
+        """Logits of some ids to log-probabilities, in place."""
         # subtracting the maximum first keeps the digits that logit - logsumexp would lose
-        return logits_TK.sub_(self.max_T.unsqueeze(-1)).sub_(self.log2_sumexp_T.unsqueeze(-1)).mul_(LN2)
+        return logits_TK.sub_(self.max_T.unsqueeze(-1)).sub_(self.log_sumexp_T.unsqueeze(-1))
 
 
 def merge_ranks(every_n3T: Tensor) -> Statistics:
@@ -86,11 +87,20 @@ def merge_ranks(every_n3T: Tensor) -> Statistics:
     return whole
 
 
+def exponential(x: Tensor, *, out: Tensor) -> Tensor:
+    """``exp(x)``; ``out`` may be ``x``.
+
+    On CPUs through powers of 2, within 1e-7 |x| of it: torch takes powers of e from one vendor's library there, which
+    was measured to need twice the time of both steps on another vendor's CPU.
+    """
+    return torch.mul(x, _LOG2_E, out=out).exp2_() if x.device.type == "cpu" else torch.exp(x, out=out)
+
+
 def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:
     """Statistics of one tile; overwrites both arguments."""
     max_R = logits_Rw.amax(-1)
     logits_Rw.sub_(max_R.unsqueeze(-1))
-    torch.exp2(logits_Rw, out=scratch_Rw)
+    exponential(logits_Rw, out=scratch_Rw)
     sumexp_R = scratch_Rw.sum(-1)
     weighted_R = scratch_Rw.mul_(logits_Rw).sum(-1)
     return Statistics(max_T=max_R, sumexp_T=sumexp_R, weighted_T=weighted_R)
@@ -105,16 +115,17 @@ def chunk_gradient(
     constant_R: Tensor,
     slope_R: Tensor | None,
 ) -> Tensor:
-    """``q (constant + slope log q)`` with ``q = 2^(logits - max) / sumexp``, in place of the logits.
+    """``q (constant + slope log q)`` with ``q = exp(logits - max) / sumexp``, in place of the logits.
 
     Every gradient of softmax statistics with respect to the logits has this form, up to the picked entries.
     """
     logits_Rw.sub_(max_R.unsqueeze(-1))
     if slope_R is None:
-        return logits_Rw.exp2_().mul_((constant_R / sumexp_R).unsqueeze(-1))
-    torch.exp2(logits_Rw, out=scratch_Rw)
-    logits_Rw.sub_(sumexp_R.log2().unsqueeze(-1)).mul_((LN2 * slope_R / sumexp_R).unsqueeze(-1))
-    logits_Rw.add_((constant_R / sumexp_R).unsqueeze(-1))
+        return exponential(logits_Rw, out=logits_Rw).mul_((constant_R / sumexp_R).unsqueeze(-1))
+    exponential(logits_Rw, out=scratch_Rw)
+    log_sumexp_R = sumexp_R.log()
+    logits_Rw.mul_((slope_R / sumexp_R).unsqueeze(-1))
+    logits_Rw.add_(((constant_R - slope_R * log_sumexp_R) / sumexp_R).unsqueeze(-1))
     return logits_Rw.mul_(scratch_Rw)
 
 

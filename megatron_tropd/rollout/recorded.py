@@ -53,18 +53,27 @@ def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
     Raises:
         DataError: nothing was recorded for the step, or the file is torn.
     """
+    check_recorded(directory, range(step, step + 1))
     path = _file(Path(directory), step)
-    if not path.exists():
-        recorded = sorted(p.stem for p in path.parent.glob("step-*.npz"))
-        span = f"it holds {recorded[0]} to {recorded[-1]}" if recorded else "it holds none"
-        raise DataError(f"{path.absolute()} was not recorded ({span}). Record more steps, or lower train.steps.")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
             return _rollouts(arrays)
     # a file that is a single array opens, but is no archive: it has neither `with` nor names
     except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
+
+
+def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:
+    """DataError when one of the steps was not recorded."""
+    for step in steps:
+        path = _file(Path(directory), step)
+        if not path.exists():
+            recorded = sorted(p.stem for p in path.parent.glob("step-*.npz"))
+            span = f"the directory holds {recorded[0]} to {recorded[-1]}" if recorded else "the directory holds none"
+            raise DataError(
+                f"{path.absolute()} was not recorded ({span}). Record as many steps as train.steps of the replay."
+            )
 
 
 def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:

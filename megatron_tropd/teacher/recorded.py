@@ -129,7 +129,7 @@ def _read(path: Path, spec: SignalSpec, device: torch.device) -> Signal:
             "rollouts, data order and train.pack_tokens, or use the live teacher."
         )
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             found = dict(_tensor(name, stored[name]) for name in stored.files)
         found["logprob_N"]
     # a file that is a single array opens, but is no archive: it has neither `with` nor names
