@@ -206,7 +206,9 @@ def main(
     candidates: int = 64,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     repeats: int = 7,
-    compile_plain: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of the plain loss.")] = False,
+    compile_plain: Annotated[
+        bool, typer.Option("--compile", help="Also time torch.compile of the plain loss.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Prints the table. The GPU budget's shape: --tokens 16384 --hidden 4096 --vocab 151936 --dtype bf16."""

@@ -138,9 +138,7 @@ def entries(architecture: Architecture, layers: range, *, embedding: bool, outpu
     table = [EMBEDDING] if embedding else []
     for i in layers:
         for entry in FAMILIES[architecture.family].layer:
-            table.append(
-                Entry(entry.megatron.format(i=i), tuple(name.format(i=i) for name in entry.hf), entry.rule)
-            )
+            table.append(Entry(entry.megatron.format(i=i), tuple(name.format(i=i) for name in entry.hf), entry.rule))
     if output:
         table.append(FINAL_NORM)
         if not architecture.tied_embeddings:

@@ -57,9 +57,7 @@ def batch_weights(packs: Sequence[Sequence[Pack]], method: Method, facts: BatchF
     return [[next(per_pack)[valid_positions(pack)] for pack in replica] for replica in packs]
 
 
-def token_view(
-    pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, device: torch.device
-) -> TokenView:
+def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, device: torch.device) -> TokenView:
     """The facts about a pack's valid predictions. ``rollouts`` by sequence id."""
     valid = valid_positions(pack)
     uniform, sampled = _per_token(pack, rollouts, facts)
@@ -82,9 +80,7 @@ def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -
     for start, sequence_id in zip(pack.cu_seqlens[:-1].tolist(), pack.sequence_ids.tolist(), strict=False):
         rollout = rollouts[sequence_id]
         length = len(rollout.token_ids)
-        drawn = uniforms(
-            seed=facts.seed, step=facts.step, sequence_id=sequence_id, stream=Stream.GATE, count=length
-        )
+        drawn = uniforms(seed=facts.seed, step=facts.step, sequence_id=sequence_id, stream=Stream.GATE, count=length)
         uniform[start : start + length] = drawn
         # the prediction of continuation token i stands one position before it
         first = start + rollout.prompt_length + rollout.prefix_length - 1

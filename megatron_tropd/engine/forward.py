@@ -73,9 +73,7 @@ def run_packs(
         hidden = module(batch.ids, batch.positions, None, packed_seq_params=batch.plan)
         return hidden, partial(_finish, batch=batch, module=module, model=model, last_stage=last_stage)
 
-    schedule = get_forward_backward_func(
-        pp_size=groups.layout.pipeline, vp_size=virtual if virtual > 1 else None
-    )
+    schedule = get_forward_backward_func(pp_size=groups.layout.pipeline, vp_size=virtual if virtual > 1 else None)
     options: dict[str, Any] = {}
     if groups.layout.pipeline > 1:
         options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, model.config)

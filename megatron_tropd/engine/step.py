@@ -65,7 +65,6 @@ class StepResult:
     stats: Mapping[str, float]
 
 
-
 class Trainer:
     """Trains one Megatron model with one method, a minibatch of packs at a time."""
 
@@ -245,9 +244,7 @@ class Trainer:
             dist.broadcast(flat, src=last, group=groups.pg.pp)
         total, gap_max, *pairs = flat.tolist()
         means = {
-            name: value / count
-            for name, value, count in zip(names, pairs[::2], pairs[1::2], strict=True)
-            if count > 0
+            name: value / count for name, value, count in zip(names, pairs[::2], pairs[1::2], strict=True) if count > 0
         }
         if "logprob_gap" in means:
             means["logprob_gap_mean"], means["logprob_gap_max"] = means.pop("logprob_gap"), gap_max

@@ -150,9 +150,7 @@ def _buckets(pieces: list[_Piece], itemsize: int) -> Iterator[list[_Piece]]:
         yield bucket
 
 
-def _gather_bucket(
-    model: Model, bucket: list[_Piece], stage: int, local: Mapping[str, Tensor]
-) -> list[list[Tensor]]:
+def _gather_bucket(model: Model, bucket: list[_Piece], stage: int, local: Mapping[str, Tensor]) -> list[list[Tensor]]:
     """For each piece, its shards of all tensor ranks, on every rank of the pipeline."""
     groups = model.groups
     tensor, total = groups.layout.tensor, sum(piece.shape.numel() for piece in bucket)
@@ -168,8 +166,7 @@ def _gather_bucket(
     sizes = [piece.shape.numel() for piece in bucket]
     columns = flat.split(sizes, dim=1)
     return [
-        [shard.view(piece.shape) for shard in column.unbind()]
-        for piece, column in zip(bucket, columns, strict=True)
+        [shard.view(piece.shape) for shard in column.unbind()] for piece, column in zip(bucket, columns, strict=True)
     ]
 
 

@@ -39,7 +39,9 @@ class MegatronTeacher:
     def score(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec) -> list[Signal | None]:
         mine = _dealt_to(packs, self.model.groups)
         signals = self._score_mine([packs[r][i] for r, i in mine], spec)
-        return _deliver(packs, dict(zip(mine, signals, strict=True)), self.model.groups, self._student, spec, self.model)
+        return _deliver(
+            packs, dict(zip(mine, signals, strict=True)), self.model.groups, self._student, spec, self.model
+        )
 
     def _score_mine(self, packs: Sequence[Pack], spec: SignalSpec) -> list[Signal | None]:
         if not packs:
