@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_inputs import TEACHER, Task, commands, make_task, save_model
 from typer.testing import CliRunner
 
 from megatron_tropd import cli
+from megatron_tropd.config import SuiteConfig
 from megatron_tropd.errors import DataError
+from megatron_tropd.evaluation import Answered, summarise
 
 CHECK = "check"  # reads and refuses what train does, without a world to fit
 
@@ -117,6 +120,14 @@ def test_evaluate_grades_both_models_and_leaves_the_results_of_a_training_run_al
     assert "100.0" in again.output and "is left as it is" in again.output
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == recorded
     assert again.outputs[1] == ""
+
+
+def test_a_problem_is_solved_when_one_of_its_answers_is_right():
+    right = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    answered = Answered(right=right, mean_length=3.0)
+    assert answered.solved == pytest.approx(2 / 3)  # pass@2; the mean of 2 is 1/2
+    suite = SuiteConfig(name="mean@2", samples=2, temperature=1.0)
+    assert summarise(answered, suite, model="teacher").accuracy == pytest.approx(1 / 2)
 
 
 # --------------------------------------------------------------------------- check, report, demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcome(models: Path) -> Outcome:
     """What every rank reports of a case; all cases of one world size run together, once."""
-    done: dict[int, list[dict[str, Any]]] = {}
+
+    @cache  # a failure too: it would be the same for every case of that size
+    def together(ranks: int) -> list[dict[str, Any]] | Exception:
+        cases = [c for c in [*CASES, ALL_TRUSTED] if c.ranks == ranks]
+        try:
+            return run_on_ranks(run_cases, cases, str(models), world_size=ranks, timeout_s=200)
+        except Exception as error:
+            return error
 
     def of(case: Case) -> list[dict[str, Any]]:
-        if case.ranks not in done:
-            cases = [c for c in [*CASES, ALL_TRUSTED] if c.ranks == case.ranks]
-            done[case.ranks] = run_on_ranks(run_cases, cases, str(models), world_size=case.ranks, timeout_s=200)
-        return [rank[case.name] for rank in done[case.ranks]]
+        found = together(case.ranks)
+        if isinstance(found, Exception):
+            raise found
+        return [rank[case.name] for rank in found]
 
     return of
 

@@ -241,6 +241,24 @@ def test_starting_over_leaves_nothing_of_the_earlier_run(task: Task, unbroken: P
     assert not (run_dir / "evaluation.json").exists()
 
 
+def start_over(config: str, overrides: list[str]) -> None:
+    """On the ranks: what `resume=never` leaves before the first step, should the run be killed there."""
+    from megatron_tropd.config import load_config
+    from megatron_tropd.parallel.groups import initialize_distributed
+    from megatron_tropd.resume import find_start
+
+    initialize_distributed()
+    settings = load_config(config, [*overrides, "checkpoint.resume=never"])
+    assert find_start(settings, {}) is None
+    assert list((settings.run_dir / "checkpoints").iterdir()) == []
+    assert not (settings.run_dir / "evaluation.json").exists()
+
+
+def test_starting_over_forgets_the_earlier_run_before_the_first_step(task: Task, unbroken: Path, tmp_path: Path):
+    run_dir = as_it_was(unbroken, tmp_path, steps=7, checkpoints=(2, 7))
+    commands().call(start_over, task.config, arguments(task, run_dir)[2:])
+
+
 # --------------------------------------------------------------------------- under another layout
 
 

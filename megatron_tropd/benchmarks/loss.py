@@ -2,7 +2,7 @@
 
 ``python -m megatron_tropd.benchmarks.loss``
 
-One run compares, forward and backward, for K log-probs per token and the entropy:
+One run compares, forward and backward, for K log-probs per token (and, with ``--entropy``, the entropy):
 
 * ``fused``: ``losses.linear_logprobs``;
 * ``plain``: ``log_softmax`` of whole fp32 logits under autograd;
@@ -55,7 +55,7 @@ class Inputs:
     weight_VD: Tensor
     ids_TK: Tensor
     grad_TK: Tensor
-    grad_T: Tensor
+    grad_T: Tensor | None  # of the entropy; None: not asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Measurement:
     extra_bytes: int
 
 
-def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> Inputs:
+def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entropy: bool = False) -> Inputs:
     """Random inputs with logits of standard deviation about 3, as a trained model has."""
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -79,24 +79,30 @@ def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> In
         normal(shape.vocab, shape.hidden, scale=3 * shape.hidden**-0.5).requires_grad_(),
         torch.randint(0, shape.vocab, (shape.tokens, shape.candidates), generator=generator, device=device),
         normal(shape.tokens, shape.candidates).float(),
-        normal(shape.tokens).float(),
+        normal(shape.tokens).float() if entropy else None,
     )
 
 
 def fused(x: Inputs) -> None:
     """The package's own loss core."""
     out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=x.weight_VD.shape[0])
-    torch.autograd.backward([out.logprob_TK, out.entropy_T], [x.grad_TK, x.grad_T])
+    _backward([out.logprob_TK, out.entropy_T], x)
 
 
-def _plain_forward(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(outputs: list[Tensor], x: Inputs) -> None:
+    gradients = [x.grad_TK] if x.grad_T is None else [x.grad_TK, x.grad_T]
+    torch.autograd.backward(outputs[: len(gradients)], gradients)
+
+
+def _plain_forward(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, entropy: bool) -> list[Tensor]:
     logprob_TV = F.linear(hidden_TD, weight_VD).float().log_softmax(-1)
-    return logprob_TV.gather(1, ids_TK), -(logprob_TV.exp() * logprob_TV).sum(-1)
+    picked_TK = logprob_TV.gather(1, ids_TK)
+    return [picked_TK, -(logprob_TV.exp() * logprob_TV).sum(-1)] if entropy else [picked_TK]
 
 
 def plain(x: Inputs) -> None:
     """What one writes first."""
-    torch.autograd.backward(list(_plain_forward(x.hidden_TD, x.weight_VD, x.ids_TK)), [x.grad_TK, x.grad_T])
+    _backward(_plain_forward(x.hidden_TD, x.weight_VD, x.ids_TK, x.grad_T is not None), x)
 
 
 def products(x: Inputs) -> None:
@@ -115,7 +121,7 @@ def compiled() -> Callable[[Inputs], None]:
     forward = torch.compile(_plain_forward)
 
     def run(x: Inputs) -> None:
-        torch.autograd.backward(list(forward(x.hidden_TD, x.weight_VD, x.ids_TK)), [x.grad_TK, x.grad_T])
+        _backward(forward(x.hidden_TD, x.weight_VD, x.ids_TK, x.grad_T is not None), x)
 
     return run
 
@@ -206,6 +212,7 @@ def main(
     candidates: int = 64,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     repeats: int = 7,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Differentiate the entropy too.")] = False,
     compile_plain: Annotated[
         bool, typer.Option("--compile", help="Also time torch.compile of the plain loss.")
     ] = False,
@@ -219,12 +226,17 @@ def main(
         variants["compiled"] = compiled()
     if (other := liger()) is not None:
         variants["liger"] = other
-    found = measure(variants, make_inputs(shape, dtype=_DTYPES[dtype], device=device), repeats=repeats)
+    found = measure(variants, make_inputs(shape, dtype=_DTYPES[dtype], device=device, entropy=entropy), repeats=repeats)
     Console().print(_table(found, shape, dtype, device))
     if json_path is not None:
         rows = [{"name": m.name, "seconds": m.seconds, "extra_bytes": m.extra_bytes} for m in found]
         sizes = {name: getattr(shape, name) for name in Shape.__slots__}
-        settings = sizes | {"dtype": dtype, "device": str(device)}
+        settings = sizes | {
+            "dtype": dtype,
+            "device": str(device),
+            "entropy": entropy,
+            "threads": torch.get_num_threads(),
+        }
         json_path.write_text(json.dumps({"settings": settings, "results": rows}, indent=2))
 
 
