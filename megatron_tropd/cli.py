@@ -174,12 +174,24 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
+    changes = [f"method.name={method}", "checkpoint.resume=never"]
+    changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
+    changes += overrides or []
+    _check_early(config, changes, processes)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        *("-m", "megatron_tropd", "train", str(config), f"method.name={method}", "checkpoint.resume=never"),
-        *(f"student.parallel.tensor={processes}", f"teacher.parallel.tensor={processes}"),
-        *(overrides or []),
+        *("-m", "megatron_tropd", "train", str(config), *changes),
     ]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
     raise typer.Exit(done.returncode)
+
+
+def _check_early(config: Path, changes: list[str], processes: int) -> None:
+    """Finds a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
+    from megatron_tropd.config import load_config
+    from megatron_tropd.methods import build_method
+
+    # paths are relative to the root of the repository, where the ranks will be
+    settings = load_config(config, changes, world_size=processes, check_paths=False)
+    build_method(settings.method.name, **settings.method.options)

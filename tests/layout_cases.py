@@ -42,7 +42,9 @@ from megatron_tropd.teacher.protocol import SignalSpec
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
 STEPS = 5
 TROPD = Objective()
-ADAM = {"lr": 2e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
+# Adam divides by the size of a gradient: with a small eps it would enlarge the rounding of those that are nearly zero
+ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-4, "clip_grad": 0.7}
+WARMUP = 2  # steps to the peak, then linearly down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,14 @@ class Case:
         return (self.objective, self.tied, self.minibatches, self.sequences)
 
 
+def learning_rates(minibatches: int) -> list[float]:
+    """Of every update, by hand: up in WARMUP steps, then down so that the update after the last would be at min_lr."""
+    updates, rising = STEPS * minibatches, WARMUP * minibatches
+    up = [ADAM["lr"] * (i + 1) / rising for i in range(rising)]
+    down = [(i + 1) / (updates - rising + 1) for i in range(updates - rising)]
+    return up + [ADAM["lr"] + share * (ADAM["min_lr"] - ADAM["lr"]) for share in down]
+
+
 def config_of(case: Case, models: Path) -> RunConfig:
     return parse_config(
         {
@@ -86,7 +96,12 @@ def config_of(case: Case, models: Path) -> RunConfig:
             "rollout": {"max_new_tokens": 20},
             "method": case.method or case.objective.options(),
             "train": {"steps": STEPS, "pack_tokens": case.pack_tokens, "minibatches": case.minibatches},
-            "optimizer": {**ADAM, "distributed": case.distributed_optimizer},
+            "optimizer": {
+                **ADAM,
+                "schedule": "linear",
+                "warmup_steps": WARMUP,
+                "distributed": case.distributed_optimizer,
+            },
         }
     )
 

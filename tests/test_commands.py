@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 
 from megatron_tropd import cli
 from megatron_tropd.config import SuiteConfig
-from megatron_tropd.errors import DataError
+from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluation import Answered, summarise
 
 CHECK = "check"  # reads and refuses what train does, without a world to fit
@@ -162,8 +164,8 @@ def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pyte
         seen.extend((command, options))
         return type("Done", (), {"returncode": 3})
 
-    monkeypatch.setattr(cli.subprocess, "run", run)
-    result = CliRunner().invoke(cli.app, ["demo", "--method", "opd", "--processes", "3", "train.steps=2", "seed=4"])
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    result = CliRunner().invoke(cli.app, ["demo", "--method", "opd", "--processes", "3", "train.steps=9", "seed=4"])
     assert result.exit_code == 3
     command, options = seen
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
@@ -174,9 +176,20 @@ def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pyte
         "checkpoint.resume=never",
         "student.parallel.tensor=3",
         "teacher.parallel.tensor=3",
-        "train.steps=2",
+        "train.steps=9",
         "seed=4",
     ]
+
+
+def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("launched")))
+    for arguments, message in (
+        (["--method", "tropdd"], "Did you mean 'tropd'?"),
+        (["train.stepz=2"], "Did you mean train.steps?"),
+        (["--processes", "2", "student.parallel.tensor=4"], "world size 2 is not a multiple of"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            CliRunner().invoke(cli.app, ["demo", *arguments], catch_exceptions=False)
 
 
 # --------------------------------------------------------------------------- mistakes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_on_ranks
-from layout_cases import ADAM, STEPS, VOCAB, Case, run_cases, self_checks, student_directory
+from layout_cases import ADAM, STEPS, VOCAB, Case, learning_rates, run_cases, self_checks, student_directory
 from tiny_models import (
     STUDENT,
     TEACHER,
@@ -119,7 +119,7 @@ def reference(models: Path) -> Callable[[Case], Reference]:
             student, teacher = load_hf(models / student_directory(case)), load_hf(models / "teacher")
             truth = Reference(student, teacher, case.objective, VOCAB)
             batches = [random_rollouts(step, vocab_size=VOCAB, count=case.sequences) for step in range(STEPS)]
-            truth.train(batches, ADAM, minibatches=case.minibatches)
+            truth.train(batches, ADAM, learning_rates(case.minibatches), minibatches=case.minibatches)
             done[case.key] = truth
         return done[case.key]
 
@@ -155,7 +155,7 @@ def test_bf16_errs_no_more_than_transformers_in_bf16(case, models, outcome, refe
     found, truth = outcome(case)[0], reference(case)
     student = load_hf(models / student_directory(case), torch.bfloat16)
     plain = Reference(student, load_hf(models / "teacher", torch.bfloat16), case.objective, VOCAB)
-    plain.train([random_rollouts(0, vocab_size=VOCAB)], ADAM)
+    plain.train([random_rollouts(0, vocab_size=VOCAB)], ADAM, learning_rates(1))
 
     def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([gradients[name].flatten().double() for name in truth.first_gradients])

@@ -135,8 +135,15 @@ class Reference:
     outliers: list[float] = field(default_factory=list)
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def train(self, batches: Sequence[list[Rollout]], optimizer: dict[str, float], *, minibatches: int = 1) -> None:
-        """AdamW with clipping; ``batches[i]`` are the rollouts of step i."""
+    def train(
+        self,
+        batches: Sequence[list[Rollout]],
+        optimizer: dict[str, float],
+        rates: Sequence[float],
+        *,
+        minibatches: int = 1,
+    ) -> None:
+        """AdamW with clipping; ``batches[i]`` are the rollouts of step i, ``rates`` the learning rates of all updates."""
         matrices = [p for p in self.student.parameters() if p.dim() > 1]
         vectors = [p for p in self.student.parameters() if p.dim() == 1]
         adam = torch.optim.AdamW(
@@ -145,11 +152,17 @@ class Reference:
             betas=(optimizer["beta1"], optimizer["beta2"]),
             eps=optimizer["eps"],
         )
+        rate = iter(rates)
         for step, rollouts in enumerate(batches):
             with torch.no_grad():
                 old = {r.sequence_id: hf_logprobs(self.student, r.token_ids, self.vocab_size) for r in rollouts}
             ends = np.linspace(0, len(rollouts), minibatches + 1).astype(int).tolist()
-            results = [self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"]) for a, b in pairwise(ends)]
+            results = []
+            for a, b in pairwise(ends):
+                now = next(rate)
+                for group in adam.param_groups:
+                    group["lr"] = now
+                results.append(self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"]))
             loss, norm, outliers = np.mean(results, axis=0).tolist()
             self.losses.append(loss)
             self.grad_norms.append(norm)

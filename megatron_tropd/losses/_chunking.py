@@ -69,12 +69,20 @@ def plan_tiles(hidden_TD: Tensor, weight_vD: Tensor, shard: Shard, *, chunk_toke
     """Tiles of at most ``chunk_tokens * v`` elements, or of a size that suits the device."""
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}. None picks a size for the device.")
-    elements, most_rows = (_CPU_TILE, _CPU_ROWS) if hidden_TD.device.type == "cpu" else (_GPU_TILE, _GPU_ROWS)
+    elements, most_rows = _tile_limits(hidden_TD.device)
     if chunk_tokens is not None:
         elements = chunk_tokens * weight_vD.shape[0]
     rows = max(1, min(hidden_TD.shape[0], most_rows, elements))
     columns = max(1, min(shard.width, elements // rows))
     return Tiles(num_tokens=hidden_TD.shape[0], width=shard.width, rows=rows, columns=columns)
+
+
+def _tile_limits(device: torch.device) -> tuple[int, int]:
+    if device.type != "cpu":
+        return _GPU_TILE, _GPU_ROWS
+    if torch.get_num_threads() > 1:
+        return _CPU_THREADS_TILE, _CPU_THREADS_ROWS
+    return _CPU_TILE, _CPU_ROWS
 
 
 def check_projection(hidden_TD: Tensor, weight_vD: Tensor, *, who: str = "") -> None:
