@@ -42,8 +42,7 @@ from megatron_tropd.teacher.protocol import SignalSpec
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
 STEPS = 5
 TROPD = Objective()
-# Adam divides by the size of a gradient: with a small eps it would enlarge the rounding of those that are nearly zero
-ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-4, "clip_grad": 0.7}
+ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 0.7}
 WARMUP = 2  # steps to the peak, then linearly down
 
 

@@ -137,8 +137,9 @@ def test_five_steps_are_those_of_plain_autograd(case, outcome, reference):
         assert [rank[name] for name in ("loss", "grad_norm", "stats")] == [
             ranks[0][name] for name in ("loss", "grad_norm", "stats")
         ]
-    # policy-gradient losses are means of terms of either sign, about 5 nats each: where they cancel, so do the digits
-    assert ranks[0]["loss"] == pytest.approx(truth.losses, rel=1e-5, abs=5e-6)
+    # policy-gradient losses are means of terms of either sign: where they cancel, so do the digits
+    for loss, exact, size in zip(ranks[0]["loss"], truth.losses, truth.sizes, strict=True):
+        assert abs(loss - exact) < 1e-5 * size
     assert ranks[0]["grad_norm"] == pytest.approx(truth.grad_norms, rel=1e-5)
 
 
@@ -172,7 +173,7 @@ def test_bf16_errs_no_more_than_transformers_in_bf16(case, models, outcome, refe
 def test_layouts_agree_with_one_rank(case, outcome):
     alone = next(c for c in ONE_RANK if c.key == case.key)
     one, many = outcome(alone)[0], outcome(case)[0]
-    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=2e-6)
     assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     for name, gradient in many["gradients"].items():
         assert relative_error(gradient, one["gradients"][name]) < 1e-5, name

@@ -39,7 +39,8 @@ def arguments(task: Task, run_dir: Path, *overrides: str) -> tuple[str, ...]:
     """``train`` with little beside training itself; a greedy evaluation with every checkpoint."""
     quiet = ("report.samples=0", "report.html=false", "evaluate.teacher=false", "evaluate.max_problems=2")
     evaluate = ("evaluate.suites=[{name: greedy}]", "evaluate.every=2")
-    train = (f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=9")
+    # one answer at a time: steps long enough to be killed in
+    train = (f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=9", "rollout.batch_size=1")
     where = (f"run_dir={run_dir}", f"export.hf={run_dir}/export")
     return ("train", str(task.config), *where, *quiet, *evaluate, *train, *overrides)
 

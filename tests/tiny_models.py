@@ -131,6 +131,7 @@ class Reference:
     objective: Objective
     vocab_size: int
     losses: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)  # mean absolute loss of a token: what a loss's rounding is about
     grad_norms: list[float] = field(default_factory=list)
     outliers: list[float] = field(default_factory=list)
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -163,34 +164,35 @@ class Reference:
                 for group in adam.param_groups:
                     group["lr"] = now
                 results.append(self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"]))
-            loss, norm, outliers = np.mean(results, axis=0).tolist()
+            loss, size, norm, outliers = np.mean(results, axis=0).tolist()
             self.losses.append(loss)
+            self.sizes.append(size)
             self.grad_norms.append(norm)
             self.outliers.append(outliers)
 
     def _update(
         self, rollouts: list[Rollout], old: dict[int, Tensor], step: int, adam: Any, clip: float
-    ) -> tuple[float, float, float]:
+    ) -> tuple[float, float, float, float]:
         adam.zero_grad()
-        total: Any = 0.0
-        outliers, valid, written = 0, 0, 0
+        losses, outliers, written = [], 0, 0
         for rollout in rollouts:
-            loss, outside = self._sequence_loss(rollout, old[rollout.sequence_id], step)
-            total = total + loss
+            loss_N, outside = self._token_losses(rollout, old[rollout.sequence_id], step)
+            losses.append(loss_N)
             outliers += outside
-            valid += len(rollout.token_ids) - rollout.prompt_length
             written += len(rollout.token_ids) - rollout.prompt_length - rollout.prefix_length
-        (total / valid).backward()
+        loss_T = torch.cat(losses)
+        loss_T.mean().backward()
         if not self.first_gradients:
             self.first_gradients = {
                 name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None
             }
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip))
         adam.step()
-        return float(total.detach()) / valid, norm, outliers / max(written, 1)
+        loss_T = loss_T.detach()
+        return float(loss_T.mean()), float(loss_T.abs().mean()), norm, outliers / max(written, 1)
 
-    def _sequence_loss(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
-        """Sum of the sequence's token losses, and its number of outliers."""
+    def _token_losses(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
+        """Loss of every response token of the sequence, and its number of outliers."""
         tokens = torch.from_numpy(rollout.token_ids)
         first = rollout.prompt_length - 1  # the position that predicts the first response token
         logq_NV = hf_logprobs(self.student, rollout.token_ids, self.vocab_size)[first:]
@@ -201,9 +203,9 @@ class Reference:
         continuation = torch.arange(len(logq)) >= rollout.prefix_length
         on_policy = -(logp - logq).detach() * logq
         if self.objective.name == "fkl":
-            return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)[continuation].sum(), 0
+            return torch.where(continuation, (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1), 0.0), 0
         if self.objective.name == "opd":
-            return on_policy[continuation].sum(), 0
+            return torch.where(continuation, on_policy, 0.0), 0
         drawn = uniforms(
             seed=self.objective.seed,
             step=step,
@@ -216,7 +218,7 @@ class Reference:
         top = logp_NV.topk(self.objective.k)
         forward_kl = (top.values.exp() * (top.values - logq_NV.gather(1, top.indices))).sum(-1)
         loss = torch.where(continuation, torch.where(trusted, on_policy, forward_kl), self.objective.beta * -logq)
-        return loss.sum(), int((continuation & ~trusted).sum())
+        return loss, int((continuation & ~trusted).sum())
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

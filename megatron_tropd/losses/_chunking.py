@@ -23,6 +23,8 @@ from megatron_tropd.parallel.collectives import Group, group_rank, group_size
 # Elements of one tile when chunk_tokens is None, and most tokens in a tile. On a CPU a tile and its weights stay in the
 # cache, where the passes over it are free next to the product; a GPU wants few, large launches.
 _CPU_TILE, _CPU_ROWS = 2**21, 1024
+# several threads pay for each parallel region they enter, so they get fewer and larger ones
+_CPU_THREADS_TILE, _CPU_THREADS_ROWS = 2**22, 2048
 _GPU_TILE, _GPU_ROWS = 2**26, 2**14
 
 
