@@ -162,6 +162,7 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _config(task: Task) -> str:
+    # eps: Adam's first steps are otherwise as large for a rounding error as for a gradient
     return f"""\
 run_dir: {task.directory}/run
 seed: 7
@@ -190,6 +191,7 @@ optimizer:
   lr: 2.0e-3
   schedule: linear
   warmup_steps: 1
+  eps: 1.0e-5
 checkpoint:
   every: 2
 evaluate:
@@ -280,7 +282,7 @@ class Job:
             os.killpg(self.pids[0], signal.SIGKILL)
         return self.wait()
 
-    def wait(self, timeout_s: float = 120) -> Outcome:
+    def wait(self, timeout_s: float = 240) -> Outcome:
         """Waits for every rank; what still runs when the time is over is killed, which is an error."""
         statuses = self.commands.ask(what="wait", pids=self.pids, timeout_s=timeout_s)
         outputs = tuple(file.read_text(errors="replace") for file in self.files)
@@ -292,7 +294,7 @@ class Job:
         state = Path(f"/proc/{self.pids[0]}/stat").read_text().rsplit(")", 1)[1].split()[0]
         return state != "Z"
 
-    def until(self, reached: Callable[[], bool], timeout_s: float = 120) -> None:
+    def until(self, reached: Callable[[], bool], timeout_s: float = 240) -> None:
         """Returns as soon as ``reached()``; a job that ends or takes longer first is an error."""
         deadline = time.monotonic() + timeout_s
         while not reached():
@@ -346,11 +348,11 @@ class Commands:
         )
         return Job(commands=self, pids=tuple(pids), files=files)
 
-    def run(self, *argv: object, ranks: int = 0, timeout_s: float = 120, **options: Any) -> Outcome:
+    def run(self, *argv: object, ranks: int = 0, timeout_s: float = 240, **options: Any) -> Outcome:
         """Runs ``tropd ARGV`` to its end."""
         return self.start(*argv, ranks=ranks, **options).wait(timeout_s)
 
-    def call(self, function: Callable[..., None], *arguments: object, ranks: int = 0, timeout_s: float = 120) -> None:
+    def call(self, function: Callable[..., None], *arguments: object, ranks: int = 0, timeout_s: float = 240) -> None:
         """Runs a module-level function with JSON-able arguments on every rank; what fails there fails here."""
         name = f"{function.__module__}:{function.__qualname__}"
         packed = json.dumps(arguments, default=str)

@@ -181,7 +181,7 @@ def train_cases(
     text = task.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", "name: opd")
     (directory / "config.yaml").write_text(text)
     overrides = [*QUIET, *TP2, "train.steps=2", "train.prompts_per_step=2", *extra]
-    commands().call(train_each, directory / "config.yaml", directory, overrides, cases, ranks=2, timeout_s=280)
+    commands().call(train_each, directory / "config.yaml", directory, overrides, cases, ranks=2, timeout_s=290)
     return {name: steady_metrics(directory / f"{number}") for number, name in enumerate(cases)}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
@@ -51,6 +53,7 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     dist.barrier()
     with megatron_sees(model.groups):
+        _collect_writes_in_process()
         dist_checkpointing.save(_sharded_state(model, optimization, loading=False), str(aside))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -63,6 +66,16 @@ def save_checkpoint(
         _drop_others(root, target, keep)
     dist.barrier()
     return target
+
+
+def _collect_writes_in_process() -> None:
+    """Spares Megatron the manager process it starts to collect what was written.
+
+    Saving is synchronous here, so writer and collector are one process. The manager takes seconds to start on every
+    rank, imports ``__main__`` again, and outlives a rank that is killed: each kill and restart would leave some behind.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def find_checkpoint(root: str | Path) -> Path | None:
