@@ -95,7 +95,7 @@ class ParallelConfig(Section):
 class TeacherConfig(Section):
     """The model that grades. Never trained."""
 
-    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory or a checkpoint of this package.")
+    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
     parallel: ParallelConfig = ParallelConfig()
     attention: Literal["auto", "sdpa", "te"] = key(
         "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
@@ -118,7 +118,7 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     """The model that writes and learns."""
 
-    model: UserPath = Field(description="Student: a Hugging Face checkpoint directory or a checkpoint of this package.")
+    model: UserPath = Field(description="Student: a Hugging Face checkpoint directory.")
     parallel: ParallelConfig = ParallelConfig()
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."

@@ -42,7 +42,8 @@ from megatron_tropd.teacher.protocol import SignalSpec
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
 STEPS = 5
 TROPD = Objective()
-ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 0.7}
+# Adam divides a gradient by its size: far below this eps it would turn the rounding of a vanishing one into whole steps
+ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
 WARMUP = 2  # steps to the peak, then linearly down
 
 

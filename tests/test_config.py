@@ -321,3 +321,8 @@ def test_reference_describes_every_key():
     assert all(len(row[-1].strip(" |")) > 10 for row in rows)
     assert "| `optimizer.lr` | number > 0 | `5e-06` | Peak learning rate. |" in config_reference()
     assert "| `evaluate.max_problems` | whole number >= 1 \\| null | `null` |" in config_reference()
+
+
+def test_the_configuration_reference_in_the_docs_is_up_to_date():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page.endswith(config_reference()), "write docs/configuration.md again: its first lines say how."

@@ -173,7 +173,8 @@ def test_bf16_errs_no_more_than_transformers_in_bf16(case, models, outcome, refe
 def test_layouts_agree_with_one_rank(case, outcome):
     alone = next(c for c in ONE_RANK if c.key == case.key)
     one, many = outcome(alone)[0], outcome(case)[0]
-    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=2e-6)
+    # the absolute part is for means of terms of either sign, some 5 nats each, that nearly cancel
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=5e-6)
     assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     for name, gradient in many["gradients"].items():
         assert relative_error(gradient, one["gradients"][name]) < 1e-5, name
