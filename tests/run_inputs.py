@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -446,9 +446,8 @@ def _start(
     return pids
 
 
-def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict[str, str]) -> None:
-    """Turns this fork into ``python -m megatron_tropd ARGV``; never returns."""
-    status = 1
+def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict[str, str]) -> NoReturn:
+    """Turns this fork into ``python -m megatron_tropd ARGV``, up to the interpreter's own end."""
     try:
         nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
@@ -456,16 +455,14 @@ def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict
         os.environ.update(variables)
         os.chdir(cwd)
         sys.argv = ["tropd", *argv]
-        _call(function, argv) if function else runpy.run_module("megatron_tropd", run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except BaseException:
+        if function:
+            _call(function, argv)
+        else:
+            runpy.run_module("megatron_tropd", run_name="__main__", alter_sys=True)
+    except Exception:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        sys.exit(1)
+    sys.exit(0)
 
 
 def _call(function: str, argv: list[str]) -> None:
@@ -492,6 +489,8 @@ def _wait(*, pids: list[int], timeout_s: float) -> list[int] | None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
         time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):  # what they have left running
+        os.killpg(pids[0], signal.SIGKILL)
     return None if late else [statuses[pid] for pid in pids]
 
 

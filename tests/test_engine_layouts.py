@@ -165,7 +165,8 @@ def test_bf16_errs_no_more_than_transformers_in_bf16(case, models, outcome, refe
         return relative_error(flat(gradients), flat(truth.first_gradients))
 
     assert error(found["gradients"]) < 1.5 * error(plain.first_gradients)
-    assert found["loss"] == pytest.approx(truth.losses, abs=0.1)
+    for loss, exact, size in zip(found["loss"], truth.losses, truth.sizes, strict=True):
+        assert abs(loss - exact) < 3e-2 * size
     assert found["grad_norm"] == pytest.approx(truth.grad_norms, rel=3e-2)
 
 

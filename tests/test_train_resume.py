@@ -143,6 +143,8 @@ def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbro
     # in the fourth step: the checkpoint after the second exists, the third has left its line in the metrics
     with launched(command, output) as process:
         wait_until(lambda: lines(run_dir) == 3, process, output)
+        # the two ranks: nothing that would outlive them
+        assert len(psutil.Process(process.pid).children(recursive=True)) == 2
     assert checkpoint_of(run_dir, 2).exists() and not checkpoint_of(run_dir, 4).exists()
     assert "(2 steps done)" in output.read_text()
 

@@ -144,7 +144,7 @@ class Reference:
         *,
         minibatches: int = 1,
     ) -> None:
-        """AdamW with clipping; ``batches[i]`` are the rollouts of step i, ``rates`` the learning rates of all updates."""
+        """AdamW with clipping. ``batches[i]``: the rollouts of step i. ``rates``: the learning rate of every update."""
         matrices = [p for p in self.student.parameters() if p.dim() > 1]
         vectors = [p for p in self.student.parameters() if p.dim() == 1]
         adam = torch.optim.AdamW(
