@@ -7,9 +7,11 @@ gradient where there must be none, before a run is spent on them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.data.packing import pack
@@ -17,13 +19,13 @@ from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.score import score_packs
-from megatron_tropd.engine.step import StepResult, Trainer
+from megatron_tropd.engine.step import Trainer, TrainPack
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import Method
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec
-from megatron_tropd.types import Pack, Rollout
+from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
 
 # share of the gradient of plain likelihood on the same tokens that rounding may leave
 _TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
@@ -55,15 +57,17 @@ def check_self(
         num_replicas=model.groups.num_replicas,
     )
     likelihood = Method(gate=gates.ALL, trusted=terms.nll())
-    results = []
+    results, trusts_equals = [], True
     for objective in (method, likelihood):
         trainer = Trainer(
             model, optimization, objective, vocab_size=vocab_size, teacher_weight_vE=_own_output_weight(model)
         )
-        results.append(_probe(trainer, model, objective, packs, rollouts, vocab_size))
+        items = _items(model, objective, packs, rollouts, vocab_size)
+        trusts_equals = trusts_equals and _trusts_an_equal(objective, items, model)
+        results.append(trainer.probe(items))
     found, scale = results
-    # equal models are trusted by most gates; where one does not, its outlier term must vanish too
-    outliers_vanish = method.outlier.vanishes or found.stats["outlier_fraction"] == 0.0
+    # where the gate does not trust even an equal teacher, the outlier term must vanish too
+    outliers_vanish = method.outlier.vanishes or trusts_equals
     applies = method.trusted.vanishes and method.extra.vanishes and outliers_vanish
     check = SelfCheck(
         loss=abs(found.loss) / max(abs(scale.loss), 1e-6),
@@ -107,28 +111,43 @@ def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rol
     return rollouts
 
 
-def _probe(
-    trainer: Trainer,
-    model: Model,
-    method: Method,
-    packs: Sequence[Sequence[Pack]],
-    rollouts: Sequence[Rollout],
-    vocab_size: int,
-) -> StepResult:
+def _items(
+    model: Model, method: Method, packs: Sequence[Sequence[Pack]], rollouts: Sequence[Rollout], vocab_size: int
+) -> list[TrainPack]:
+    """This replica's packs, graded by the model itself."""
     groups = model.groups
     facts = BatchFacts(seed=0, step=0, progress=0.0)
     spec = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
     teacher = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
     mine = packs[groups.replica]
-    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature)
-    items = train_packs(
+    return train_packs(
         mine,
         batch_weights(packs, method, facts)[groups.replica],
         teacher.score(packs, spec),
-        scores,
+        score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature),
         rollouts={rollout.sequence_id: rollout for rollout in rollouts},
         method=method,
         facts=facts,
         device=model.device,
     )
-    return trainer.probe(items)
+
+
+def _trusts_an_equal(method: Method, items: Sequence[TrainPack], model: Model) -> bool:
+    """Whether the gate trusts every token of a teacher whose log-probs are the student's own. Collective."""
+    trusted = True
+    for item in items if model.groups.is_last_stage else ():
+        logprob, entropy = item.old_logprob_N, item.old_entropy_N
+        assert logprob is not None
+        student = StudentView(logprob_T=logprob, old_logprob_T=logprob, entropy_T=entropy, old_entropy_T=entropy)
+        equal = TeacherView(
+            logprob_T=logprob,
+            support_ids_TK=item.support_ids_NK,
+            support_logprob_TK=item.support_logprob_NK,
+            support_mask_TK=item.support_mask_NK,
+            entropy_T=entropy,
+        )
+        gate = method.gate_weight(student, equal, replace(item.tokens, rollout_logprob_T=logprob))
+        trusted = trusted and bool((gate == 1.0).all())
+    everywhere = torch.tensor(float(trusted), device=model.device)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)

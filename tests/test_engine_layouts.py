@@ -223,9 +223,6 @@ def test_a_teacher_that_disagrees_a_little_is_caught(self_check):
                 assert "disagree about log-probs" in found["broken"], name
 
 
-@pytest.mark.xfail(
-    reason="check_self excuses tropd (its outlier term does not vanish) as soon as the damage makes an outlier"
-)
 def test_a_teacher_that_disagrees_a_little_is_caught_under_tropd(self_check):
     caught = [rank["tropd"]["broken"] for rank in self_check if "tropd" in rank]
     assert all("disagree about log-probs" in message for message in caught)
