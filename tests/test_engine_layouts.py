@@ -219,10 +219,5 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(self_check):
 def test_a_teacher_that_disagrees_a_little_is_caught(self_check):
     for rank in self_check:
         for name, found in rank.items():
-            if name not in ("bf16", "tropd"):  # bf16: so little is rounding
+            if name != "bf16":  # there, so little is rounding
                 assert "disagree about log-probs" in found["broken"], name
-
-
-def test_a_teacher_that_disagrees_a_little_is_caught_under_tropd(self_check):
-    caught = [rank["tropd"]["broken"] for rank in self_check if "tropd" in rank]
-    assert all("disagree about log-probs" in message for message in caught)
