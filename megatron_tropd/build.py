@@ -103,7 +103,7 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
         optimize(student, optimizer_settings(config)),
         method,
         vocab_size=inputs.vocab_size,
-        teacher_weight_vE=output_weight_for(teacher, world.student) if teacher and signal.hidden_states else None,
+        teacher_weight_vE=output_weight_for(teacher, student) if teacher and signal.hidden_states else None,
     )
     return Run(
         config=config,
@@ -196,13 +196,16 @@ def embedded_sampler(
     )
 
 
-def output_weight_for(teacher: Model, student: Groups) -> Tensor:
-    """``[v, E]``: the teacher's output weight under the student's vocabulary partition. Collective."""
+def output_weight_for(teacher: Model, student: Model) -> Tensor:
+    """``[v, E]``: the teacher's output weight under the student's vocabulary partition. Collective.
+
+    The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
+    """
     name = (EMBEDDING if teacher.architecture.tied_embeddings else OUTPUT).hf[0]
     whole = next(tensor for tensor in _only(teacher, name))
-    layout = student.layout
-    padded = padded_vocab_size(teacher.architecture.vocab_size, layout.tensor)
-    cut = Cut(teacher.architecture, student.tensor_rank, layout.tensor, padded)
+    tensor = student.groups.layout.tensor
+    padded = padded_vocab_size(student.architecture.vocab_size, tensor)
+    cut = Cut(teacher.architecture, student.groups.tensor_rank, tensor, padded)
     return RULES[OUTPUT.rule].cut([whole], cut).clone()
 
 

@@ -38,6 +38,7 @@ COMMUNICATES = {
     "engine",
     "teacher",
     "rollout",
+    "selfcheck",
     "inputs",
     "build",
     "loop",

@@ -160,7 +160,9 @@ class HFWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        save_file(self._pending, self._aside / f"part-{len(self._files)}", metadata={"format": "pt"})
+        part = self._aside / f"part-{len(self._files)}"
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors leaves its files to their owner alone, a model is for whoever may read the rest
         self._files.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
