@@ -33,7 +33,6 @@ class StudentScores:
 
     logprob_N: torch.Tensor
     entropy_N: torch.Tensor
-    topk_ids_NK: torch.Tensor | None = None
 
 
 def batch_weights(packs: Sequence[Sequence[Pack]], method: Method, facts: BatchFacts) -> list[list[np.ndarray]]:
