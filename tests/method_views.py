@@ -39,6 +39,14 @@ def entropy(logprob_TV: Tensor) -> Tensor:
     return -(logprob_TV.exp() * logprob_TV).sum(-1)
 
 
+def log_outside(logprob_TV: Tensor, ids_TK: Tensor) -> Tensor:
+    """Log mass of the ids that are not listed."""
+    listed_TV = torch.zeros_like(logprob_TV, dtype=torch.bool).scatter_(1, ids_TK, True)
+    empty_T = listed_TV.all(-1)
+    logtail_T = logprob_TV.masked_fill(listed_TV & ~empty_T[:, None], -torch.inf).logsumexp(-1)
+    return logtail_T.masked_fill(empty_T, -torch.inf)
+
+
 def divergence(student_TV: Tensor, teacher_TV: Tensor, kind: str, beta: float) -> Tensor:
     """Textbook formulas on log-probs."""
     q, p = student_TV.exp(), teacher_TV.exp()
@@ -72,6 +80,7 @@ def views(
         logprob_T=student_TV.gather(1, target_T1)[:, 0],
         old_logprob_T=old_T,
         support_logprob_TK=student_TV.gather(1, ids_TK),
+        support_logtail_T=log_outside(student_TV, ids_TK),
         entropy_T=entropy(student_TV).detach(),
         old_entropy_T=entropy(old_TV),
         divergence=lambda kind, beta: divergence(student_TV, teacher_TV, kind, beta),
@@ -81,6 +90,7 @@ def views(
         support_ids_TK=ids_TK,
         support_logprob_TK=teacher_TV.gather(1, ids_TK),
         support_mask_TK=mask_TK,
+        support_logtail_T=log_outside(teacher_TV, ids_TK),
         entropy_T=entropy(teacher_TV),
         base_logprob_T=base_TV.gather(1, target_T1)[:, 0],
     )

@@ -8,13 +8,13 @@ from dataclasses import replace
 import mpmath
 import pytest
 import torch
-from method_views import K, T, V, divergence, gradient, rows, views
+from method_views import K, T, V, divergence, gradient, log_outside, rows, views
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from megatron_tropd.errors import ConfigError, EngineError
 from megatron_tropd.losses import terms
-from megatron_tropd.losses.support import kl_on_support, log_tail
+from megatron_tropd.losses.support import kl_on_support, log_tail, tail_beside
 
 close = torch.testing.assert_close
 
@@ -329,31 +329,42 @@ def test_log_tail_from_fp32_is_within_two_percent_at_a_mass_of_0_99999():
     assert log_tail(given_TK).exp().item() == pytest.approx(1e-5, rel=0.02)
 
 
-def test_log_tail_gradient_is_minus_mass_over_tail():
-    given_TK, exact_T = peaked_logprobs("0.99999", torch.float64)
-    given_TK.requires_grad_()
-    log_tail(given_TK).sum().backward()
-    close(given_TK.grad, -given_TK.detach().exp() / exact_T.exp(), rtol=1e-9, atol=0)
-
-
 @pytest.mark.parametrize("excess", [0.0, 1e-6, -1e-8], ids=["exact", "above one", "below noise"])
-def test_a_support_holding_everything_has_a_finite_tail_and_gradient(excess):
+def test_log_tail_of_a_support_holding_everything_is_the_noise_of_its_input(excess):
     """fp32 noise can bring the sum of the support to 1 or above."""
     logprob_TK = torch.tensor([[0.75, 0.25]], dtype=torch.float32).log() + excess
-    logprob_TK.requires_grad_()
-    kl_T = kl_on_support(torch.tensor([[0.5, 0.25]]).log(), logprob_TK, tail="bucket")
-    kl_T.sum().backward()
-    assert torch.isfinite(kl_T).all() and torch.isfinite(logprob_TK.grad).all()
-    # p_tail / q_tail is bounded by the floor of 8 ulps
-    assert logprob_TK.grad.abs().max() <= 0.25 / (7.9 * torch.finfo(torch.float32).eps)
+    assert log_tail(logprob_TK).exp().item() == pytest.approx(8 * torch.finfo(torch.float32).eps, rel=1e-6)
 
 
-def test_the_floor_of_the_tail_keeps_equal_distributions_at_rest():
-    """d KL / d log q = q p_tail / q_tail - p on the support: 0 when both tails are equal, floored or not."""
-    teacher_TK = torch.tensor([[0.75, 0.25]], dtype=torch.float32).log()
-    student_TK = teacher_TK.clone().requires_grad_()
-    kl_on_support(teacher_TK, student_TK, tail="bucket").sum().backward()
-    close(student_TK.grad, torch.zeros(1, 2), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("factory", [terms.fkl_topk, terms.rkl_topk])
+def test_an_empty_tail_adds_nothing_and_leaves_no_nan(factory):
+    data = rows(dtype=torch.float32)
+    student, teacher, _ = views(data, k=V)
+    assert student.support_logtail_T.isneginf().all() and teacher.support_logtail_T.isneginf().all()
+    bucket_T, none_T = (factory(k=V, tail=tail).loss(student, teacher) for tail in ("bucket", "none"))
+    assert torch.equal(bucket_T, none_T)
+    assert torch.equal(gradient(bucket_T, data), gradient(none_T, data))
+
+
+def test_bucket_without_the_tails_mass_is_refused():
+    student, teacher, _ = views(rows())
+    with pytest.raises(EngineError, match=r"TeacherView.support_logtail_T is None.*Needs.tail_mass"):
+        terms.fkl_topk(k=K, tail="bucket").loss(student, replace(teacher, support_logtail_T=None))
+    with pytest.raises(EngineError, match=r"StudentView.support_logtail_T is None.*Needs.tail_mass"):
+        terms.rkl_topk(k=K, tail="bucket").loss(replace(student, support_logtail_T=None), teacher)
+    assert terms.fkl_topk(k=K, tail="bucket").needs.tail_mass and not terms.fkl_topk(k=K).needs.tail_mass
+    merged = terms.merge_needs(terms.fkl_topk(k=K).needs, terms.rkl_topk(k=K, tail="bucket").needs)
+    assert merged.tail_mass
+
+
+def test_tail_beside_adds_the_id_where_it_is_not_in_the_support():
+    logtail_T = torch.tensor([0.2, 0.2, 0.0, 0.0], dtype=torch.float64).log().requires_grad_()
+    logprob_T = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64).log().requires_grad_()
+    found_T = tail_beside(logtail_T, logprob_T, torch.tensor([False, True, False, True]))
+    close(found_T.detach().exp(), torch.tensor([0.5, 0.2, 0.3, 0.0], dtype=torch.float64))
+    found_T[:3].sum().backward()
+    close(logtail_T.grad, torch.tensor([0.4, 1.0, 0.0, 0.0], dtype=torch.float64))
+    close(logprob_T.grad, torch.tensor([0.6, 0.0, 1.0, 0.0], dtype=torch.float64))
 
 
 def test_kl_with_bucket_is_never_negative():
@@ -365,8 +376,9 @@ def test_kl_with_bucket_is_never_negative():
     ids_TK = teacher_TV.topk(K).indices
     student_TK, teacher_TK = student_TV.gather(1, ids_TK), teacher_TV.gather(1, ids_TK)
     # rounding of fp32 log-probs is first order, the divergence second: allow the former
-    assert kl_on_support(teacher_TK, student_TK, tail="bucket").min() > -2e-6
-    assert kl_on_support(student_TK, teacher_TK, tail="bucket").min() > -2e-6
+    tails = (log_outside(teacher_TV, ids_TK), log_outside(student_TV, ids_TK))
+    assert kl_on_support(teacher_TK, student_TK, tail="bucket", logtails=tails).min() > -2e-6
+    assert kl_on_support(student_TK, teacher_TK, tail="bucket", logtails=tails[::-1]).min() > -2e-6
     assert (kl_on_support(teacher_TK, student_TK, tail="none") < -1e-3).any()
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
+from parity_problems import peaked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -282,6 +283,93 @@ def test_corner_cases_empty_input_padding_frozen_and_strided_inputs(world_size: 
     on_ranks(check_corner_cases, world_size=world_size)
 
 
+# --------------------------------------------------------------------------- the mass outside the given ids
+
+
+def textbook_logtail(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, temperature: float) -> Tensor:
+    logq_TV, _ = log_softmax_of(hidden_TD, weight_VD, temperature)
+    listed_TV = torch.zeros_like(logq_TV, dtype=torch.bool).scatter_(1, ids_TK, True)
+    return logq_TV.masked_fill(listed_TV, -torch.inf).logsumexp(-1)
+
+
+def check_tails_match_the_textbook() -> None:
+    for problem, pattern in logprob_problems():
+        if problem.chunk_tokens in (1, 17, 1000):
+            continue
+        hidden_TD, weight_VD = problem.student()
+        check_tail(problem, hidden_TD, weight_VD, ids_of(problem, pattern), name=pattern)
+    for mass_outside in (1e-5, 1e-12):
+        hidden_TD, weight_VD, ids_TK = peaked(mass_outside)
+        problem = Problem(hidden=41, chunk_tokens=3)
+        check_tail(problem, hidden_TD, weight_VD, ids_TK, name=f"tail {mass_outside}")
+        logtail_T = textbook_logtail(hidden_TD, weight_VD, ids_TK, 1.0)
+        assert abs(float(logtail_T.exp().log10().mean()) - np.log10(mass_outside)) < 1.0
+
+
+def check_tail(problem: Problem, hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, *, name: str) -> None:
+    truth_inputs = [x.detach().clone().requires_grad_() for x in (hidden_TD, weight_VD)]
+    truth = textbook_logprobs(*truth_inputs, ids_TK, problem.temperature)
+    truth.append(textbook_logtail(*truth_inputs, ids_TK, problem.temperature))
+    inputs = problem.learned(hidden_TD, weight_VD)
+    answer = linear_logprobs(*inputs, ids_TK, **problem.options(), tail=True)
+    assert answer.logtail_T is not None
+    found = [answer.logprob_TK, answer.entropy_T, answer.logsumexp_T, answer.logtail_T]
+    incoming = [problem.draw(*x.shape, stream=10 + i) for i, x in enumerate(truth)]
+    empty_T = truth[3].isneginf()
+    assert torch.equal(answer.logtail_T.isneginf(), empty_T)
+    if empty_T.any():
+        # what comes in for an empty tail must leave no trace, least of all nan
+        assert empty_T.all()
+        kept = torch.autograd.grad(found, inputs, [g.float() for g in incoming], retain_graph=True)
+        truth, found, incoming = truth[:3], found[:3], incoming[:3]
+        without = torch.autograd.grad(found, inputs, [g.float() for g in incoming], retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(kept, without, strict=True))
+    else:  # as a factor of the mass: what the divergences multiply by
+        assert relative_error(answer.logtail_T.double().sub(truth[3].detach()).exp(), torch.ones(len(empty_T))) < 1e-5
+    for used in ([3], [0, 1, 2, 3]):
+        pick = [[x[i] for i in used if i < len(x)] for x in (found, truth, incoming)]
+        if pick[0]:
+            assert_gradients(
+                problem,
+                torch.autograd.grad(pick[0], inputs, [g.float() for g in pick[2]], retain_graph=True),
+                torch.autograd.grad(pick[1], truth_inputs, pick[2], retain_graph=True),
+                limit=1e-5,
+            )
+    plain = linear_logprobs(*inputs, ids_TK, **problem.options())
+    assert plain.logtail_T is None
+    assert relative_error(plain.logprob_TK, answer.logprob_TK) < 1e-6, name
+
+
+def check_tails_of_the_top_k() -> None:
+    for k, (chunk_tokens, seed) in product((1, 5, 36, 37), ((None, 0), (4, 1))):
+        problem = Problem(chunk_tokens=chunk_tokens, temperature=0.7, seed=seed)
+        hidden, weight = problem.student()
+        for wanted_TJ in (ids_of(problem, "shard_starts"), ids_of(problem, "duplicates"), None):
+            options = problem.options() | {"ids_TJ": wanted_TJ}
+            top = linear_topk(hidden.float(), problem.cut(weight), k, **options, tail=True)
+            plain = linear_topk(hidden.float(), problem.cut(weight), k, **options)
+            assert torch.equal(top.ids_TK, plain.ids_TK) and plain.logtail_T is None
+            assert relative_error(top.logprob_TK, plain.logprob_TK) < 1e-6
+            assert relative_error(top.entropy_T, plain.entropy_T) < 1e-6
+            listed = top.ids_TK if wanted_TJ is None else torch.cat([top.ids_TK, wanted_TJ], dim=1)
+            logtail_T = textbook_logtail(hidden, weight, listed, problem.temperature)
+            assert top.logtail_T is not None
+            error_T = (top.logtail_T.double() - logtail_T).exp() - 1.0
+            assert torch.equal(top.logtail_T.isneginf(), logtail_T.isneginf())
+            finite_T = ~logtail_T.isneginf()
+            assert not finite_T.any() or error_T[finite_T].abs().max() < 1e-5
+
+
+def check_tails() -> None:
+    check_tails_match_the_textbook()
+    check_tails_of_the_top_k()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES, ids="tp{}".format)
+def test_mass_outside_the_given_ids_and_its_gradient_match_fp64_however_small_it_is(world_size: int) -> None:
+    on_ranks(check_tails, world_size=world_size)
+
+
 # --------------------------------------------------------------------------- low precision
 
 
@@ -481,15 +569,22 @@ def functions_under_watch(problem: Problem) -> dict[str, Callable[[], Tensor]]:
         answer = linear_logprobs(*mine, ids_TK, **problem.options())
         return answer.logprob_TK.sum() + answer.entropy_T.sum() + answer.logsumexp_T.sum()
 
+    def logtail() -> Tensor:
+        answer = linear_logprobs(*mine, ids_TK, **problem.options(), tail=True)
+        assert answer.logtail_T is not None
+        return answer.logprob_TK.sum() + answer.entropy_T.sum() + answer.logtail_T.sum()
+
     def divergence(kind: str) -> Callable[[], Tensor]:
         return lambda: linear_divergence(*mine, *teacher, kind=kind, **problem.options()).sum()
 
     def topk() -> Tensor:
-        top = linear_topk(*mine, 3, ids_TJ=ids_TK, **problem.options())
+        top = linear_topk(*mine, 3, ids_TJ=ids_TK, **problem.options(), tail=True)
         assert not top.logprob_TK.requires_grad
         return torch.zeros((), requires_grad=True)
 
-    return {"logprobs": logprobs, "topk": topk} | {k: divergence(k) for k in ("forward_kl", "reverse_kl", "jsd")}
+    return {"logprobs": logprobs, "logtail": logtail, "topk": topk} | {
+        k: divergence(k) for k in ("forward_kl", "reverse_kl", "jsd")
+    }
 
 
 def check_traffic_and_memory() -> None:

@@ -4,36 +4,46 @@
 
 One run compares, forward and backward, for K log-probs per token (and, with ``--entropy``, the entropy):
 
-* ``fused``: ``losses.linear_logprobs``;
+* ``fused``: ``losses.linear_logprobs``, by kernels on a GPU;
+* ``kept``: the same with its logits kept in the inputs' dtype, so that it needs three products (``--keep-gb``);
+* ``no kernels``: the same by torch alone (GPU only);
 * ``plain``: ``log_softmax`` of whole fp32 logits under autograd;
 * ``compiled``: the same under ``torch.compile``;
 * ``liger``: Liger's fused linear JSD, where installed: another objective of the same four products;
 * ``products``: the floor, its four matrix products alone (logits, logits again, two gradients).
 
-Variants take turns, so that a busy machine is busy for all; times are medians. Peak extra memory is what is allocated
-beyond the inputs: counted allocation by allocation on a CPU, by the allocator's peak on a GPU.
+Variants take turns, so that a busy machine is busy for all; times are medians, between CUDA events on a GPU. Peak extra
+memory is what is allocated beyond the inputs and their gradients: counted allocation by allocation on a CPU, by the
+allocator's peak on a GPU. With ``--traffic`` the collectives are counted instead: bytes a rank hands in per token.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_tropd import kernels
 from megatron_tropd.losses.vocab_parallel import linear_logprobs
 
+_GPU_SLICE = 8192  # columns of the vocabulary
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -83,10 +93,24 @@ def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entro
     )
 
 
-def fused(x: Inputs) -> None:
+def fused(x: Inputs, *, keep_bytes: int = 0) -> None:
     """The package's own loss core."""
-    out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=x.weight_VD.shape[0])
+    vocab_size = x.weight_VD.shape[0]
+    out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=vocab_size, keep_bytes=keep_bytes)
     _backward([out.logprob_TK, out.entropy_T], x)
+
+
+def without_kernels(x: Inputs) -> None:
+    """``fused`` by torch alone."""
+    before = os.environ.get(kernels.SWITCH)
+    os.environ[kernels.SWITCH] = "off"
+    try:
+        fused(x)
+    finally:
+        if before is None:
+            del os.environ[kernels.SWITCH]
+        else:
+            os.environ[kernels.SWITCH] = before
 
 
 def _backward(outputs: list[Tensor], x: Inputs) -> None:
@@ -106,7 +130,10 @@ def plain(x: Inputs) -> None:
 
 
 def products(x: Inputs) -> None:
-    """The four matrix products of a loss that recomputes its logits, in slices of tokens, nothing else."""
+    """The four matrix products of a loss that recomputes its logits, in slices, nothing else."""
+    if x.hidden_TD.is_cuda:
+        _gpu_products(x)
+        return
     with torch.no_grad():
         weight_gradient = torch.zeros_like(x.weight_VD)
         for hidden in x.hidden_TD.split(1024):
@@ -114,6 +141,18 @@ def products(x: Inputs) -> None:
             torch.mm(hidden, x.weight_VD.T, out=logits)
             logits @ x.weight_VD
             weight_gradient.addmm_(logits.T, hidden)
+
+
+@torch.no_grad()
+def _gpu_products(x: Inputs) -> None:
+    """In slices of the vocabulary, as large as ``fused`` takes them, which leaves each weight gradient one product."""
+    hidden_gradient, weight_gradient = torch.empty_like(x.hidden_TD), torch.empty_like(x.weight_VD)
+    slices = zip(x.weight_VD.split(_GPU_SLICE), weight_gradient.split(_GPU_SLICE), strict=True)
+    for weight, gradient in slices:
+        logits = x.hidden_TD @ weight.T
+        torch.mm(x.hidden_TD, weight.T, out=logits)
+        torch.mm(logits, weight, out=hidden_gradient)
+        torch.mm(logits.T, x.hidden_TD, out=gradient)
 
 
 def compiled() -> Callable[[Inputs], None]:
@@ -152,11 +191,7 @@ def measure(variants: dict[str, Callable[[Inputs], None]], x: Inputs, *, repeats
     for _ in range(repeats):
         for name, run in variants.items():
             _clear(x)
-            _synchronize(x)
-            started = time.perf_counter()
-            run(x)
-            _synchronize(x)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(_seconds(run, x))
     _clear(x)
     return [
         Measurement(name=name, seconds=statistics.median(seconds[name]), extra_bytes=_peak_extra(run, x))
@@ -168,9 +203,55 @@ def _clear(x: Inputs) -> None:
     x.hidden_TD.grad = x.weight_VD.grad = None
 
 
-def _synchronize(x: Inputs) -> None:
-    if x.hidden_TD.is_cuda:
-        torch.cuda.synchronize()
+def _seconds(run: Callable[[Inputs], None], x: Inputs) -> float:
+    """Of one call: between two events in the GPU's own queue, or by the clock."""
+    if not x.hidden_TD.is_cuda:
+        started = time.perf_counter()
+        run(x)
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run(x)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+class _Collectives(TorchDispatchMode):
+    """Adds up what collectives are given, by pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            # of a gather the first argument is what is received, from one rank here, so of the same size
+            given = [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)]
+            self.found.append((func._schema.name.split("::")[1], sum(x.numel() * x.element_size() for x in given)))
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(shape: Shape, *, entropy: bool) -> dict[str, list[tuple[str, float]]]:
+    """(collective, bytes per token that a rank hands in) of every collective of the loss, forward and backward."""
+    x = make_inputs(shape, dtype=torch.float32, device=torch.device("cpu"), entropy=entropy)
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            with _Collectives() as forward:
+                out = linear_logprobs(
+                    x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=shape.vocab, group=dist.group.WORLD
+                )
+            with _Collectives() as backward:
+                _backward([out.logprob_TK, out.entropy_T], x)
+        finally:
+            dist.destroy_process_group()
+    return {
+        name: [(what, size / shape.tokens) for what, size in watch.found]
+        for name, watch in (("forward", forward), ("backward", backward))
+    }
 
 
 def _peak_extra(run: Callable[[Inputs], None], x: Inputs) -> int:
@@ -216,12 +297,26 @@ def main(
     compile_plain: Annotated[
         bool, typer.Option("--compile", help="Also time torch.compile of the plain loss.")
     ] = False,
+    keep_gb: Annotated[float, typer.Option(help="Also time the loss with so many GiB of its logits kept.")] = 0.0,
+    traffic_only: Annotated[
+        bool, typer.Option("--traffic", help="Count the bytes of the collectives per token, on a CPU, and stop.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Prints the table. The GPU budget's shape: --tokens 16384 --hidden 4096 --vocab 151936 --dtype bf16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(tokens=tokens, hidden=hidden, vocab=vocab, candidates=candidates)
+    if traffic_only:
+        small = Shape(tokens=16, hidden=8, vocab=max(64, candidates), candidates=candidates)
+        for name, found_in in traffic(small, entropy=entropy).items():
+            listed = ", ".join(f"{what} of {size:,.0f} bytes" for what, size in found_in) or "none"
+            Console().print(f"{name}: {listed} (K={candidates}, per token and rank)", highlight=False, soft_wrap=True)
+        return
     variants: dict[str, Callable[[Inputs], None]] = {"fused": fused, "plain": plain, "products": products}
+    if keep_gb:
+        variants["kept"] = partial(fused, keep_bytes=int(keep_gb * 2**30))
+    if device.type == "cuda":
+        variants["no kernels"] = without_kernels
     if compile_plain:
         variants["compiled"] = compiled()
     if (other := liger()) is not None:
@@ -236,6 +331,8 @@ def main(
             "device": str(device),
             "entropy": entropy,
             "threads": torch.get_num_threads(),
+            "kernels": kernels.serve(device, _DTYPES[dtype]),
+            "torch": torch.__version__,
         }
         json_path.write_text(json.dumps({"settings": settings, "results": rows}, indent=2))
 

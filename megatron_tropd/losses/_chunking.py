@@ -11,7 +11,7 @@ Additional dimension names: ``R`` tokens of one tile, ``w`` vocabulary columns o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,10 @@ _CPU_TILE, _CPU_ROWS = 2**21, 1024
 # several threads pay for each parallel region they enter, so they get fewer and larger ones
 _CPU_THREADS_TILE, _CPU_THREADS_ROWS = 2**22, 2048
 _GPU_TILE, _GPU_ROWS = 2**26, 2**14
+# kernels need no wider copies of a tile. Wide tiles, since each adds to the whole hidden gradient, of all tokens where
+# possible, since then a slice of the weight's gradient is one product; 256 MiB in bfloat16
+_KERNEL_TILE, _KERNEL_ROWS = 2**27, 2**15
+_GPU_COLUMNS = 128  # a multiple of this keeps the rows of a tile aligned for wide loads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,21 +71,25 @@ def shard_of(weight_vD: Tensor, *, vocab_size: int, group: Group) -> Shard:
     return Shard(start=start, width=min(max(vocab_size - start, 0), per_rank))
 
 
-def plan_tiles(hidden_TD: Tensor, weight_vD: Tensor, shard: Shard, *, chunk_tokens: int | None) -> Tiles:
-    """Tiles of at most ``chunk_tokens * v`` elements, or of a size that suits the device."""
+def plan_tiles(
+    hidden_TD: Tensor, weight_vD: Tensor, shard: Shard, *, chunk_tokens: int | None, by_kernels: bool = False
+) -> Tiles:
+    """Tiles of at most ``chunk_tokens * v`` elements, or of a size that suits the device and who works on them."""
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}. None picks a size for the device.")
-    elements, most_rows = _tile_limits(hidden_TD.device)
+    elements, most_rows = _tile_limits(hidden_TD.device, by_kernels)
     if chunk_tokens is not None:
         elements = chunk_tokens * weight_vD.shape[0]
     rows = max(1, min(hidden_TD.shape[0], most_rows, elements))
     columns = max(1, min(shard.width, elements // rows))
+    if hidden_TD.device.type != "cpu" and _GPU_COLUMNS <= columns < shard.width:
+        columns -= columns % _GPU_COLUMNS
     return Tiles(num_tokens=hidden_TD.shape[0], width=shard.width, rows=rows, columns=columns)
 
 
-def _tile_limits(device: torch.device) -> tuple[int, int]:
+def _tile_limits(device: torch.device, by_kernels: bool) -> tuple[int, int]:
     if device.type != "cpu":
-        return _GPU_TILE, _GPU_ROWS
+        return (_KERNEL_TILE, _KERNEL_ROWS) if by_kernels else (_GPU_TILE, _GPU_ROWS)
     if torch.get_num_threads() > 1:
         return _CPU_THREADS_TILE, _CPU_THREADS_ROWS
     return _CPU_TILE, _CPU_ROWS
@@ -112,36 +120,89 @@ def statistics_dtype(hidden_TD: Tensor) -> torch.dtype:
 
 
 class Projection:
-    """Makes tiles of ``logits = hidden @ weight.T / temperature`` in fp32, in one buffer that every tile overwrites."""
+    """Makes tiles of ``hidden @ weight.T``, in one buffer that every tile overwrites; keeps some of them if it may.
 
-    def __init__(self, hidden_TD: Tensor, weight_vD: Tensor, *, tiles: Tiles, temperature: float) -> None:
-        self._hidden_TD, self._weight_vD, self._scale = hidden_TD, weight_vD, 1.0 / temperature
-        dtype = statistics_dtype(hidden_TD)
-        self._logits = Buffer(tiles, dtype=dtype, device=hidden_TD.device)
+    Kept tiles are the first ones, as many as ``keep_bytes`` hold, in the dtype of the product: a later pass, the
+    backward's too, then reads the very bits that it would compute.
+    """
+
+    def __init__(
+        self,
+        hidden_TD: Tensor,
+        weight_vD: Tensor,
+        *,
+        tiles: Tiles,
+        temperature: float,
+        keep_bytes: int = 0,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """``kept``: the tiles that another projection of the same tensors kept, in their order."""
+        self._hidden_TD, self._weight_vD = hidden_TD, weight_vD
+        self.scale = 1.0 / temperature  # of the logits, still to be applied to a product
+        self._left = keep_bytes
+        self._kept = dict(zip(((rows.start, columns.start) for rows, columns in tiles), kept, strict=False))
+        self._tiles = tiles
+        self._wide = Buffer(tiles, dtype=statistics_dtype(hidden_TD), device=hidden_TD.device)
         # low-precision products leave the matrix units in the input dtype and are widened from there
-        self._product = (
-            self._logits if hidden_TD.dtype == dtype else Buffer(tiles, dtype=hidden_TD.dtype, device=hidden_TD.device)
+        self._narrow = (
+            self._wide
+            if hidden_TD.dtype == self._wide.dtype
+            else Buffer(tiles, dtype=hidden_TD.dtype, device=hidden_TD.device)
         )
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The tiles held, in the order of ``Tiles``."""
+        return list(self._kept.values())
+
+    def product(self, rows: slice, columns: slice) -> Tensor:
+        """The tile's product ``[R, w]`` in the inputs' dtype, valid until the next call; to be read only.
+
+        (Hiding listed columns is no offence: their gradient does not look at the logits.)
+        """
+        place = (rows.start, columns.start)
+        if place in self._kept:
+            return self._kept[place]
+        hidden_RD, weight_wD = self._hidden_TD[rows], self._weight_vD[columns]
+        product_Rw = self._narrow.tile(rows, columns)
+        size = product_Rw.numel() * product_Rw.element_size()
+        if size <= self._left:
+            product_Rw = torch.empty_like(product_Rw)
+            self._kept[place], self._left = product_Rw, self._left - size
+        else:
+            self._left = 0  # the first ones are kept, not whichever fit
+        # beta=0: what the buffer held, nan included, does not count
+        return torch.addmm(product_Rw, hidden_RD, weight_wD.t(), beta=0.0, out=product_Rw)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """The tile's logits ``[R, w]``, fp32 (fp64 for fp64 inputs), valid until the next call; free to overwrite."""
-        hidden_RD, weight_wD = self._hidden_TD[rows], self._weight_vD[columns]
-        product_Rw = self._product.tile(rows, columns)
-        # beta=0: what the buffer held, nan included, does not count
-        torch.addmm(product_Rw, hidden_RD, weight_wD.t(), beta=0.0, out=product_Rw)
-        wide_Rw = product_Rw if self._product is self._logits else self._logits.tile(rows, columns).copy_(product_Rw)
+        product_Rw = self.product(rows, columns)
+        wide_Rw = self._wide.tile(rows, columns)
+        if product_Rw.data_ptr() != wide_Rw.data_ptr():
+            wide_Rw.copy_(product_Rw)
         # not inside the product, where the factor may be applied before the sum: equal products must stay equal logits
-        return wide_Rw if self._scale == 1.0 else wide_Rw.mul_(self._scale)
+        return wide_Rw if self.scale == 1.0 else wide_Rw.mul_(self.scale)
+
+    def buffer(self) -> Buffer:
+        """Further memory of the kind that ``logits`` returns."""
+        return Buffer(self._tiles, dtype=self._wide.dtype, device=self._hidden_TD.device)
+
+    def room(self, rows: slice, columns: slice) -> Tensor:
+        """Where a result of the tile's size and the inputs' dtype may go; the product itself unless that is kept."""
+        return self._narrow.tile(rows, columns)
 
 
 class Buffer:
-    """Memory for one tile, shaped anew for each: allocating per tile costs page faults on a CPU."""
+    """Memory for one tile, shaped anew for each: allocating per tile costs page faults on a CPU. Taken when needed."""
 
     def __init__(self, tiles: Tiles, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._flat = torch.empty(tiles.rows * tiles.columns, dtype=dtype, device=device)
+        self.dtype, self._device, self._size = dtype, device, tiles.rows * tiles.columns
+        self._flat: Tensor | None = None
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """An uninitialised ``[R, w]`` tensor."""
+        if self._flat is None:
+            self._flat = torch.empty(self._size, dtype=self.dtype, device=self._device)
         height, width = rows.stop - rows.start, columns.stop - columns.start
         return self._flat[: height * width].view(height, width)
 
@@ -174,8 +235,8 @@ class ProjectionGradient:
         self._sum_wD = weight_vD.new_empty((tiles.columns, weight_vD.shape[1]), dtype=dtype) if in_fp32 else None
 
     def add(self, rows: slice, columns: slice, dlogits_Rw: Tensor) -> None:
-        """Add one tile; tiles come in the order of ``Tiles``."""
-        if self._narrow is not None:
+        """Add one tile, wide or in the inputs' dtype; tiles come in the order of ``Tiles``."""
+        if self._narrow is not None and dlogits_Rw.dtype != self._narrow.dtype:
             dlogits_Rw = self._narrow.tile(rows, columns).copy_(dlogits_Rw)
         if self._grad_hidden_TD is not None:
             _accumulate(self._grad_hidden_TD[rows], dlogits_Rw, self._weight_vD[columns], scale=self._scale)
@@ -205,5 +266,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, scale: float) -> 
     """``total += scale * left @ right`` where total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)
+    elif total.is_cuda:  # the product's own fp32 accumulator goes on from the total
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)
     else:
         total.add_(left @ right, alpha=scale)

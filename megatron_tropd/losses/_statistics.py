@@ -151,6 +151,12 @@ class Picks:
         """Put the logits of the ids inside the tile where they belong; leave the others."""
         torch.where(self.inside_RK, logits_Rw.gather(1, self.column_RK), picked_RK, out=picked_RK)
 
+    def hide(self, logits_Rw: Tensor, counts_RK: Tensor, *, hidden: float) -> None:
+        """Lower the columns of the ids to ``hidden``; each id must count once, further mentions not at all."""
+        # added, not assigned, like every write at an end column; a sum with so low a number is that number
+        lowered_RK = torch.where(self.inside_RK & counts_RK, hidden, 0.0).to(logits_Rw.dtype)
+        logits_Rw.scatter_add_(1, self.column_RK, lowered_RK)
+
     def add_to(self, dlogits_Rw: Tensor, grad_RK: Tensor) -> None:
         """Add each id's gradient at its column; duplicates add up."""
         dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)

@@ -51,35 +51,57 @@ def log_mass(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
     return torch.logsumexp(wide_TK, dim=-1)
 
 
+@torch.no_grad()
 def log_tail(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
-    """Log of the probability outside the support, nats, ``[T]``, fp64 and finite.
+    """Log of the probability outside the support, from the support's own log-probs: nats, ``[T]``, finite, no gradient.
 
-    ``log(1 - exp(s))`` with ``s`` the log mass of the support, through expm1 or log1p, whichever is exact there.
-
-    Accuracy: no digit is lost here, so the error is that of the log-probs given. An absolute error d in them (about
-    1e-7 for exact fp32 log-probs, 1e-6 when they were differences of fp32 logits near 20) is a relative error
-    ``d / tail`` of the tail: 1-10 % at a support mass of 0.99999, in fp64 1e-11. Tails below 8 units in the last
-    place of 1.0 (9.5e-7 in fp32) are raised to that; the gradient passes through the floor as if it were the true
-    tail, so that equal distributions still give a zero gradient and others a bounded one.
+    For teachers that tell nothing but their top k (a server); those with logits sum the tail itself
+    (``vocab_parallel``). ``log(1 - sum)`` loses no digit here, so the error is that of the log-probs given: an absolute
+    error d in them (1e-7 to 1e-6 in fp32) is a relative error ``d / tail`` of the tail, 1-10 % at a support mass of
+    0.99999. Tails below 8 units in the last place of 1.0 (9.5e-7 in fp32) are noise and raised to that.
     """
-    log_mass_T = log_mass(logprob_TK, mask_TK)
     floor = _TAIL_FLOOR_ULPS * torch.finfo(logprob_TK.dtype).eps
-    floored_T = log_mass_T + (log_mass_T.clamp(max=-floor) - log_mass_T).detach()
-    # Each formula sees a harmless value where the other one is used: `where` hides a nan forward, not backward.
-    heavy_T = floored_T > -math.log(2.0)
-    from_heavy_T = torch.log(-torch.expm1(torch.where(heavy_T, floored_T, -1.0)))
-    from_light_T = torch.log1p(-torch.exp(torch.where(heavy_T, -1.0, floored_T)))
-    return torch.where(heavy_T, from_heavy_T, from_light_T)
+    return torch.log(-torch.expm1(log_mass(logprob_TK, mask_TK).clamp(max=-floor)))
 
 
-def kl_on_support(first_TK: Tensor, second_TK: Tensor, *, tail: Tail, mask_TK: Tensor | None = None) -> Tensor:
-    """``sum_A f (log f - log g)`` plus the tail's share, nats, ``[T]``; differentiable in both arguments.
+def first_of_each(ids_TK: Tensor) -> Tensor:
+    """True where a token lists an id for the first time, bool ``[T, K]``."""
+    sorted_TK, order_TK = ids_TK.sort(dim=-1, stable=True)
+    fresh_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    fresh_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+    return torch.zeros_like(fresh_TK).scatter_(1, order_TK, fresh_TK)
+
+
+def tail_beside(logtail_T: Tensor, logprob_T: Tensor, inside_T: Tensor) -> Tensor:
+    """Log mass outside a support, from that outside the support *and* one more id; differentiable in both.
+
+    Args:
+        logtail_T: log mass on what is neither in the support nor the id.
+        logprob_T: log-prob of the id.
+        inside_T: bool, True where the id is in the support anyway.
+    """
+    return torch.where(inside_T, logtail_T, torch.logaddexp(logtail_T, logprob_T))
+
+
+def kl_on_support(
+    first_TK: Tensor,
+    second_TK: Tensor,
+    *,
+    tail: Tail,
+    mask_TK: Tensor | None = None,
+    logtails: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """``sum_A f (log f - log g)`` plus the tail's share, nats, ``[T]``; differentiable in both distributions.
 
     Args:
         first_TK: log-probs of the distribution the expectation is under (teacher: forward KL, student: reverse KL).
         second_TK: log-probs of the other one on the same ids.
         tail: what to do with the mass outside the support, see the module docstring.
         mask_TK: True where a column counts; None: everywhere.
+        logtails: log of either's mass outside the support, ``[T]``, for the bucket; -inf: nothing is outside.
+
+    Raises:
+        EngineError: a bucket without the tails it needs.
     """
     check_tail(tail)
     dtype = first_TK.dtype
@@ -92,9 +114,8 @@ def kl_on_support(first_TK: Tensor, second_TK: Tensor, *, tail: Tail, mask_TK: T
     kl_T = (first_TK.exp() * (first_TK - second_TK)).sum(-1)
     if tail != "bucket":
         return kl_T
-    return kl_T + _bucket(first_TK, second_TK, mask_TK).to(dtype)
-
-
-def _bucket(first_TK: Tensor, second_TK: Tensor, mask_TK: Tensor | None) -> Tensor:
-    first_tail_T, second_tail_T = log_tail(first_TK, mask_TK), log_tail(second_TK, mask_TK)
-    return first_tail_T.exp() * (first_tail_T - second_tail_T)
+    first_tail_T, second_tail_T = required(logtails, field="logtails", need="tail_mass")
+    # an empty tail adds 0 and has no gradient; it is replaced before any arithmetic, which would make nan of it
+    empty_T = first_tail_T.isneginf()
+    first_tail_T, second_tail_T = first_tail_T.masked_fill(empty_T, 0.0), second_tail_T.masked_fill(empty_T, 0.0)
+    return kl_T + (first_tail_T.exp() * (first_tail_T - second_tail_T)).to(dtype)

@@ -132,7 +132,8 @@ def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -
 
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         student_TK, teacher_TK = _on_support(student, teacher)
-        return kl_on_support(teacher_TK, student_TK, tail=tail, mask_TK=teacher.support_mask_TK)
+        logtails = _tails(student, teacher)[::-1] if tail == "bucket" else None
+        return kl_on_support(teacher_TK, student_TK, tail=tail, mask_TK=teacher.support_mask_TK, logtails=logtails)
 
     return _support_term("fkl_topk", loss, k=k, tail=tail, support=support)
 
@@ -146,7 +147,8 @@ def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher")
 
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         student_TK, teacher_TK = _on_support(student, teacher)
-        return kl_on_support(student_TK, teacher_TK, tail=tail, mask_TK=teacher.support_mask_TK)
+        logtails = _tails(student, teacher) if tail == "bucket" else None
+        return kl_on_support(student_TK, teacher_TK, tail=tail, mask_TK=teacher.support_mask_TK, logtails=logtails)
 
     return _support_term("rkl_topk", loss, k=k, tail=tail, support=support)
 
@@ -170,11 +172,17 @@ def _on_support(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Ten
     return student_TK, required(teacher.support_logprob_TK, field="TeacherView.support_logprob_TK", need="top_k")
 
 
+def _tails(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Tensor]:
+    student_T = required(student.support_logtail_T, field="StudentView.support_logtail_T", need="tail_mass")
+    return student_T, required(teacher.support_logtail_T, field="TeacherView.support_logtail_T", need="tail_mass")
+
+
 def _support_term(name: str, loss: Loss, *, k: int, tail: Tail, support: SupportKind) -> Term:
     check_tail(tail)
     if k < 1:
         raise ConfigError(f"{name} needs k >= 1 candidates, got {k}.")
-    return Term(name=f"{name}_{tail}", loss=loss, needs=Needs(top_k=k, support=support), vanishes=tail != "none")
+    needs = Needs(top_k=k, support=support, tail_mass=tail == "bucket")
+    return Term(name=f"{name}_{tail}", loss=loss, needs=needs, vanishes=tail != "none")
 
 
 # --------------------------------------------------------------------------- full-vocabulary terms
@@ -254,6 +262,7 @@ def merge_needs(*needs: Needs) -> Needs:
     return Needs(
         top_k=max((n.top_k for n in needs), default=0),
         support=supports.pop() if supports else "teacher",
+        tail_mass=any(n.tail_mass for n in needs),
         student_entropy=any(n.student_entropy for n in needs),
         teacher_entropy=any(n.teacher_entropy for n in needs),
         old_logprob=any(n.old_logprob for n in needs),

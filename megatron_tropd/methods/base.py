@@ -172,11 +172,13 @@ def _weighted(term: Term, weight_T: Tensor, student: StudentView, teacher: Teach
 
 def _gradient_only_where(keep_T: Tensor, student: StudentView) -> StudentView:
     """The same values; gradients outside ``keep_T`` are dropped, not multiplied by 0 (0 * inf would be nan)."""
-    support_TK = student.support_logprob_TK
+    support_TK, logtail_T = student.support_logprob_TK, student.support_logtail_T
     if support_TK is not None:
         support_TK = torch.where(keep_T[:, None], support_TK, support_TK.detach())
+    if logtail_T is not None:
+        logtail_T = torch.where(keep_T, logtail_T, logtail_T.detach())
     logprob_T = torch.where(keep_T, student.logprob_T, student.logprob_T.detach())
-    return replace(student, logprob_T=logprob_T, support_logprob_TK=support_TK)
+    return replace(student, logprob_T=logprob_T, support_logprob_TK=support_TK, support_logtail_T=logtail_T)
 
 
 @torch.no_grad()
