@@ -19,9 +19,11 @@ from tiny_models import STUDENT, TEACHER, load_hf, random_rollouts, save_qwen3
 from torch import Tensor
 
 from megatron_tropd.build import load_model
-from megatron_tropd.convert.hf import HFWriter
+from megatron_tropd.convert.families import hf_shapes
+from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
-from megatron_tropd.engine.forward import run_packs, valid_positions
+from megatron_tropd.engine.context import valid_positions
+from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.weights import hf_tensors, load_stream
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
@@ -105,7 +107,13 @@ def _export(model: Model, *, source: Path, target: Path) -> None:
     writer = None
     if dist.get_rank() == 0:
         target.parent.mkdir(exist_ok=True)
-        writer = HFWriter(target, companions_from=source, max_file_bytes=FILE_BYTES)
+        writer = HFWriter(
+            target,
+            companions_from=source,
+            tensors=hf_shapes(model.architecture),
+            dtype=model.dtype,
+            max_file_bytes=FILE_BYTES,
+        )
     for pair in hf_tensors(model):
         if writer is not None:
             writer.write([pair])

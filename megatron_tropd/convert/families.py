@@ -1,148 +1,160 @@
-"""Which Hugging Face architectures are understood, and what each of their tensors becomes in Megatron.
+"""What each tensor of a Hugging Face checkpoint becomes in Megatron: one name table per model family.
 
-A family is an ``Architecture`` read from ``config.json`` plus a table of ``Entry``: one Megatron parameter, the HF
-tensors it is made of, and the rule (``convert.rules``) that cuts and joins them under tensor parallelism.
+A row is one Megatron parameter, the HF tensors it is made of with their shapes, and the rule (``convert.rules``) that
+cuts and joins them under tensor parallelism. ``entries`` fills in the numbers of layers and experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_tropd.errors import CheckpointError
+from megatron_tropd.convert.rules import Shape
 from megatron_tropd.types import Architecture
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One Megatron parameter. ``{i}`` in the names stands for the global layer number."""
+    """One Megatron parameter. Layers and experts are counted over the whole model, in Megatron's names too."""
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]  # of the HF tensors
     rule: str  # key of convert.rules.RULES
+    layer: int | None = None
+    expert: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How to read one HF architecture."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: ``{i}`` stands for the layer and ``{e}`` for the expert; see ``_sizes`` for the letters."""
 
-    architecture: Callable[[Mapping[str, Any]], Architecture]
-    layer: tuple[Entry, ...]
+    megatron: str
+    hf: Mapping[str, str]  # HF name -> the letters of its dimensions
+    rule: str
+
+    def entry(self, sizes: Mapping[str, int], layer: int | None = None, expert: int | None = None) -> Entry:
+        return Entry(
+            self.megatron.format(i=layer, e=expert),
+            tuple(name.format(i=layer, e=expert) for name in self.hf),
+            tuple(tuple(sizes[letter] for letter in letters) for letters in self.hf.values()),
+            self.rule,
+            layer,
+            expert,
+        )
 
 
-EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
-FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "whole")
-OUTPUT = Entry("output_layer.weight", ("lm_head.weight",), "vocabulary")
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    return {
+        "V": architecture.vocab_size,
+        "D": architecture.hidden_size,
+        "H": architecture.head_dim,
+        "Q": architecture.num_heads * architecture.head_dim,
+        "K": architecture.num_kv_heads * architecture.head_dim,
+        "F": architecture.ffn_size,
+        "E": architecture.num_experts,
+    }
 
-_LAYER = "decoder.layers.{i}."
-_HF_LAYER = "model.layers.{i}."
+
+EMBEDDING = Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "VD"}, "vocabulary")
+FINAL_NORM = Row("decoder.final_layernorm.weight", {"model.norm.weight": "D"}, "whole")
+OUTPUT = Row("output_layer.weight", {"lm_head.weight": "VD"}, "vocabulary")
+_TIED_OUTPUT = Row(OUTPUT.megatron, EMBEDDING.hf, OUTPUT.rule)
 
 
-def _layer_entry(megatron: str, hf: tuple[str, ...], rule: str) -> Entry:
-    return Entry(_LAYER + megatron, tuple(_HF_LAYER + name for name in hf), rule)
+def _layer(megatron: str, hf: Mapping[str, str], rule: str) -> Row:
+    return Row("decoder.layers.{i}." + megatron, {"model.layers.{i}." + name: dims for name, dims in hf.items()}, rule)
 
 
-_DECODER = (
-    _layer_entry("input_layernorm.weight", ("input_layernorm.weight",), "whole"),
-    _layer_entry(
+_ATTENTION = (
+    _layer("input_layernorm.weight", {"input_layernorm.weight": "D"}, "whole"),
+    _layer(
         "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        {"self_attn.q_proj.weight": "QD", "self_attn.k_proj.weight": "KD", "self_attn.v_proj.weight": "KD"},
         "qkv",
     ),
-    _layer_entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "columns"),
-    _layer_entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "whole"),
-    _layer_entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "stacked_rows"),
-    _layer_entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns"),
+    _layer("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "DQ"}, "columns"),
+    _layer("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "D"}, "whole"),
+)
+_QKV_BIAS = (
+    _layer(
+        "self_attention.linear_qkv.bias",
+        {"self_attn.q_proj.bias": "Q", "self_attn.k_proj.bias": "K", "self_attn.v_proj.bias": "K"},
+        "qkv",
+    ),
 )
 _QK_NORM = (
-    _layer_entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "whole"),
-    _layer_entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "whole"),
+    _layer("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "H"}, "whole"),
+    _layer("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "H"}, "whole"),
+)
+_DENSE_MLP = (
+    _layer("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "FD", "mlp.up_proj.weight": "FD"}, "stacked_rows"),
+    _layer("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "DF"}, "columns"),
 )
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    # transformers 5 writes rope_parameters, earlier versions a top-level rope_theta
-    parameters = config.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta", config.get("rope_theta", 10_000.0)))
-
-
-def _refuse(config: Mapping[str, Any], **expected: Any) -> None:
-    """Options this family has but this package does not carry are refused by name, before anything is read."""
-    for option, value in expected.items():
-        if config.get(option, value) not in (value, None):
-            raise CheckpointError(
-                f"config.json has {option}={config[option]!r}, which is not supported (only {value!r} is). "
-                "Use a checkpoint without it."
-            )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # one set of parameters per kind of layer is a table of tables
-    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
-    kind = nested or rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"config.json asks for RoPE of type {kind!r}, which is not supported, only 'default' is.")
-
-
-def _qwen3(config: Mapping[str, Any]) -> Architecture:
-    _refuse(config, hidden_act="silu", attention_bias=False, use_sliding_window=False, quantization_config=None)
-    heads = int(config["num_attention_heads"])
-    return Architecture(
-        family="Qwen3ForCausalLM",
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        ffn_size=int(config["intermediate_size"]),
-        num_heads=heads,
-        num_kv_heads=int(config["num_key_value_heads"] or heads),
-        head_dim=int(config["head_dim"]),
-        vocab_size=int(config["vocab_size"]),
-        max_positions=int(config["max_position_embeddings"]),
-        rope_theta=_rope_theta(config),
-        norm_eps=float(config["rms_norm_eps"]),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=True,
+def _experts(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """The mixture of experts of a layer, by the family's names for the router, an expert and its three matrices."""
+    fc1 = {f"{expert}.{gate}.weight": "FD", f"{expert}.{up}.weight": "FD"}
+    return (
+        _layer("mlp.router.weight", {f"{router}.weight": "ED"}, "whole"),
+        _layer("mlp.experts.local_experts.{e}.linear_fc1.weight", fc1, "stacked_rows"),
+        _layer("mlp.experts.local_experts.{e}.linear_fc2.weight", {f"{expert}.{down}.weight": "DF"}, "columns"),
     )
 
 
-FAMILIES: dict[str, Family] = {
-    "Qwen3ForCausalLM": Family(architecture=_qwen3, layer=_DECODER + _QK_NORM),
+_LLAMA = _ATTENTION + _DENSE_MLP
+# the rows of one layer, by the name of the architecture in config.json
+FAMILIES: dict[str, tuple[Row, ...]] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA + _QKV_BIAS,
+    "Qwen3ForCausalLM": _LLAMA + _QK_NORM,
+    "Qwen3MoeForCausalLM": _ATTENTION
+    + _QK_NORM
+    + _experts("mlp.gate", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj"),
+    "MixtralForCausalLM": _ATTENTION
+    + _experts("block_sparse_moe.gate", "block_sparse_moe.experts.{e}", "w1", "w3", "w2"),
 }
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The ``Architecture`` of an HF ``config.json``.
+def layer_entries(architecture: Architecture, layer: int) -> list[Entry]:
+    """The table of one layer, experts in turn."""
+    sizes, table = _sizes(architecture), []
+    rows = FAMILIES[architecture.family]
+    table += [row.entry(sizes, layer) for row in rows if "{e}" not in row.megatron]
+    for expert in range(architecture.num_experts):
+        table += [row.entry(sizes, layer, expert) for row in rows if "{e}" in row.megatron]
+    return table
 
-    Raises:
-        CheckpointError: the architecture, or an option of it, is not supported; a required key is missing.
-    """
-    if not isinstance(config, Mapping):
-        raise CheckpointError(f"config.json holds a {type(config).__name__}, not the settings of a model.")
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
-        raise CheckpointError(
-            f"architecture {names or 'missing'} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
-        )
-    try:
-        return FAMILIES[names[0]].architecture(config)
-    except KeyError as error:
-        raise CheckpointError(f"config.json of a {names[0]} lacks {error}: it needs all its sizes.") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"config.json of a {names[0]} has a value of the wrong kind: {error}.") from error
+
+def embedding_entry(architecture: Architecture) -> Entry:
+    """The input embedding."""
+    return EMBEDDING.entry(_sizes(architecture))
+
+
+def output_entry(architecture: Architecture) -> Entry:
+    """The output layer, which a tied model makes of its embedding."""
+    return (_TIED_OUTPUT if architecture.tied_embeddings else OUTPUT).entry(_sizes(architecture))
 
 
 def entries(architecture: Architecture, layers: range, *, embedding: bool, output: bool) -> list[Entry]:
-    """The table of one pipeline stage, layer numbers filled in (global numbers).
+    """The table of one model chunk, with all experts.
 
-    ``embedding`` and ``output``: whether the stage holds the first and the last end of the model. A tied model's last
+    ``embedding`` and ``output``: whether the chunk holds the first and the last end of the model. A tied model's last
     stage, when it is not also the first, keeps its own copy of the embedding under the output layer's name.
     """
-    table = [EMBEDDING] if embedding else []
-    for i in layers:
-        for entry in FAMILIES[architecture.family].layer:
-            table.append(Entry(entry.megatron.format(i=i), tuple(name.format(i=i) for name in entry.hf), entry.rule))
+    table = [embedding_entry(architecture)] if embedding else []
+    for layer in layers:
+        table += layer_entries(architecture, layer)
     if output:
-        table.append(FINAL_NORM)
-        if not architecture.tied_embeddings:
-            table.append(OUTPUT)
-        elif not embedding:
-            table.append(Entry(OUTPUT.megatron, EMBEDDING.hf, OUTPUT.rule))
+        table.append(FINAL_NORM.entry(_sizes(architecture)))
+        if not (architecture.tied_embeddings and embedding):
+            table.append(output_entry(architecture))
     return table
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, Shape]:
+    """Every tensor of the model's checkpoint by name, in the order in which the table walks them."""
+    table = entries(architecture, range(architecture.num_layers), embedding=True, output=True)
+    return {name: shape for entry in table for name, shape in zip(entry.hf, entry.shapes, strict=True)}

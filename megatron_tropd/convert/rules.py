@@ -1,12 +1,14 @@
 """How tensors are cut for, and joined from, tensor-parallel ranks. Pure tensor algebra.
 
-A rule's ``cut`` takes anything that can be indexed like a tensor (``tensor[a:b]``, ``tensor[:, a:b]``), so a lazily
-opened safetensors slice is read only where this rank needs it. ``join`` is its exact inverse over all ranks.
+A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``Block``). That one list is
+read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``join``
+puts all ranks' rows back. Rows travel in strips, so neither holds a second copy of anything large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +17,19 @@ from torch import Tensor
 
 from megatron_tropd.types import Architecture
 
+Shape = tuple[int, ...]
+
+_STRIP_BYTES = 16 << 20
+
 
 class Sliceable(Protocol):
     """A tensor, or a lazily read one."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def __getitem__(self, index: Any) -> Tensor: ...
 
@@ -37,111 +49,112 @@ class Cut:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-Shape = tuple[int, ...]
-CutRule = Callable[[Sequence[Sliceable], Cut], Tensor]
-JoinRule = Callable[[Sequence[Tensor], Cut], list[Tensor]]
-ShapeRule = Callable[[Shape, Cut], list[Shape]]
+@dataclass(frozen=True, slots=True)
+class Block:
+    """``rows`` rows of a rank's parameter from ``shard_row`` are those of HF tensor ``part`` from ``hf_row``."""
+
+    part: int
+    rows: int
+    shard_row: int
+    hf_row: int
+    columns: slice | None = None  # of the HF tensor; None: all
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A pair of inverse functions: HF tensors -> one rank's parameter, and all ranks' parameters -> HF tensors.
+    """``blocks``: where one rank's rows are. ``shard_shape``: the shape of its parameter. Both from the HF shapes."""
 
-    ``shapes`` says, from the shape of one rank's parameter, which shapes the HF tensors must have: a cut alone would
-    take what it needs of a larger tensor, and pad a vocabulary that is too small.
-    """
-
-    cut: CutRule
-    join: JoinRule
-    shapes: ShapeRule
+    blocks: Callable[[Sequence[Shape], Cut], list[Block]]
+    shard_shape: Callable[[Sequence[Shape], Cut], Shape]
 
 
-def shape_of(tensor: Sliceable) -> Shape:
-    """The shape of a tensor, or of one that has not been read yet."""
-    lazy = hasattr(tensor, "get_shape")
-    return tuple(tensor.get_shape() if lazy else tensor.shape)  # type: ignore[attr-defined]
+def _whole(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+    return [Block(0, shapes[0][0], 0, 0)]
 
 
-def _cut_whole(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
-    return parts[0][:]
+def _columns(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+    return [Block(0, shapes[0][0], 0, 0, cut.span(shapes[0][1]))]
 
 
-def _join_whole(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    return [shards[0]]
+def _stacked_rows(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+    span = cut.span(shapes[0][0])
+    rows = span.stop - span.start
+    return [Block(part, rows, part * rows, span.start) for part in range(len(shapes))]
 
 
-def _shapes_whole(shard: Shape, cut: Cut) -> list[Shape]:
-    return [shard]
-
-
-def _cut_columns(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
-    return parts[0][:, cut.span(shape_of(parts[0])[1])]
-
-
-def _join_columns(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    return [torch.cat(list(shards), dim=1)]
-
-
-def _shapes_columns(shard: Shape, cut: Cut) -> list[Shape]:
-    return [(shard[0], shard[1] * cut.size)]
-
-
-def _cut_stacked_rows(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
-    return torch.cat([part[cut.span(cut.architecture.ffn_size)] for part in parts])
-
-
-def _join_stacked_rows(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    halves = [shard.chunk(2) for shard in shards]
-    return [torch.cat([half[i] for half in halves]) for i in range(2)]
-
-
-def _shapes_stacked_rows(shard: Shape, cut: Cut) -> list[Shape]:
-    return [(cut.architecture.ffn_size, *shard[1:])] * 2
-
-
-def _cut_vocabulary(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
+def _vocabulary(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
     span = cut.span(cut.padded_vocab)
-    vocab = cut.architecture.vocab_size
-    real = parts[0][min(span.start, vocab) : min(span.stop, vocab)]
-    missing = (span.stop - span.start) - real.shape[0]
-    return torch.cat([real, real.new_zeros(missing, *real.shape[1:])]) if missing else real
+    real = min(span.stop, shapes[0][0]) - span.start
+    return [Block(0, real, 0, span.start)] if real > 0 else []
 
 
-def _join_vocabulary(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    return [torch.cat(list(shards))[: cut.architecture.vocab_size]]
-
-
-def _shapes_vocabulary(shard: Shape, cut: Cut) -> list[Shape]:
-    return [(cut.architecture.vocab_size, *shard[1:])]
-
-
-def _cut_qkv(parts: Sequence[Sliceable], cut: Cut) -> Tensor:
+def _qkv(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
     """Megatron interleaves per key/value group: its query heads, its key head, its value head."""
-    a = cut.architecture
-    groups = a.num_kv_heads // cut.size
-    q = parts[0][cut.span(a.num_heads * a.head_dim)]
-    k, v = (part[cut.span(a.num_kv_heads * a.head_dim)] for part in parts[1:])
-    return torch.cat([x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)], dim=1).reshape(-1, *q.shape[1:])
+    groups = cut.architecture.num_kv_heads
+    per_group = [shape[0] // groups for shape in shapes]
+    mine = cut.span(groups)
+    blocks, row = [], 0
+    for group in range(mine.start, mine.stop):
+        for part, rows in enumerate(per_group):
+            blocks.append(Block(part, rows, row, group * rows))
+            row += rows
+    return blocks
 
 
-def _join_qkv(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    a = cut.architecture
-    per_group = a.num_heads // a.num_kv_heads * a.head_dim
-    whole = torch.cat(list(shards))
-    grouped = whole.reshape(a.num_kv_heads, per_group + 2 * a.head_dim, *whole.shape[1:])
-    parts = grouped.split([per_group, a.head_dim, a.head_dim], dim=1)
-    return [part.reshape(-1, *whole.shape[1:]) for part in parts]
-
-
-def _shapes_qkv(shard: Shape, cut: Cut) -> list[Shape]:
-    a = cut.architecture
-    return [(heads * a.head_dim, *shard[1:]) for heads in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]
+def _share_of_rows(shapes: Sequence[Shape], cut: Cut) -> Shape:
+    return (sum(shape[0] for shape in shapes) // cut.size, *shapes[0][1:])
 
 
 RULES: dict[str, Rule] = {
-    "whole": Rule(_cut_whole, _join_whole, _shapes_whole),
-    "columns": Rule(_cut_columns, _join_columns, _shapes_columns),
-    "stacked_rows": Rule(_cut_stacked_rows, _join_stacked_rows, _shapes_stacked_rows),
-    "vocabulary": Rule(_cut_vocabulary, _join_vocabulary, _shapes_vocabulary),
-    "qkv": Rule(_cut_qkv, _join_qkv, _shapes_qkv),
+    "whole": Rule(_whole, lambda shapes, cut: shapes[0]),
+    "columns": Rule(_columns, lambda shapes, cut: (shapes[0][0], shapes[0][1] // cut.size)),
+    "stacked_rows": Rule(_stacked_rows, _share_of_rows),
+    "vocabulary": Rule(_vocabulary, lambda shapes, cut: (cut.padded_vocab // cut.size, *shapes[0][1:])),
+    "qkv": Rule(_qkv, _share_of_rows),
 }
+
+
+def fill(rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: Sequence[Shape], cut: Cut) -> None:
+    """Copies this rank's rows of the HF tensors into its ``parameter``, in the parameter's dtype.
+
+    Args:
+        parts: the HF tensors by their place in the table's entry; those missing are left for another call.
+        shapes: of all HF tensors of the entry.
+    """
+    blocks = RULES[rule].blocks(shapes, cut)
+    filled = max((block.shard_row + block.rows for block in blocks), default=0)
+    parameter[filled:].zero_()  # a vocabulary's padding
+    for block in blocks:
+        if block.part not in parts:
+            continue
+        source, target = parts[block.part], parameter[block.shard_row : block.shard_row + block.rows]
+        for strip in strips(target.shape, target.element_size()):
+            rows = slice(block.hf_row + strip.start, block.hf_row + strip.stop)
+            target[strip].copy_(source[rows] if block.columns is None else source[rows, block.columns])
+
+
+def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: Cut) -> list[Tensor]:
+    """The whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
+    whole = [shards[0].new_empty(shape) for shape in shapes]
+    for rank, shard in enumerate(shards):
+        place(rule, whole, shard, 0, shapes, Cut(cut.architecture, rank, cut.size, cut.padded_vocab))
+    return whole
+
+
+def place(rule: str, whole: Sequence[Tensor], rows: Tensor, first: int, shapes: Sequence[Shape], cut: Cut) -> None:
+    """Copies some rows of the parameter of rank ``cut.rank``, the first of them its row ``first``, into HF tensors."""
+    last = first + len(rows)
+    for block in RULES[rule].blocks(shapes, cut):
+        start, stop = max(block.shard_row, first), min(block.shard_row + block.rows, last)
+        if start >= stop:
+            continue
+        moved = block.hf_row - block.shard_row
+        target = whole[block.part][start + moved : stop + moved]
+        (target if block.columns is None else target[:, block.columns]).copy_(rows[start - first : stop - first])
+
+
+def strips(shape: Sequence[int], itemsize: int) -> Iterator[slice]:
+    """The rows of a tensor in runs of bounded size."""
+    rows = max(_STRIP_BYTES // max(math.prod(shape[1:]) * itemsize, 1), 1)
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))

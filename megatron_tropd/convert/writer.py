@@ -1,0 +1,230 @@
+"""Writes a Hugging Face checkpoint directory tensor by tensor, aside, and puts it in place when it is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.convert.hf import INDEX, SINGLE, read_json
+from megatron_tropd.convert.rules import Shape, strips
+from megatron_tropd.errors import CheckpointError
+
+# what a model directory holds besides weights, and an export carries over
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SOURCE = "source.json"
+
+
+@dataclass(slots=True)
+class _File:
+    """One safetensors file to be: what precedes its tensors, where each goes, and which are still missing."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+    missing: set[str]
+
+
+class HFWriter:
+    """Holds no more than a strip of a tensor. The target directory appears, or is replaced, in one rename."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        companions_from: str | Path,
+        tensors: Mapping[str, Shape],
+        dtype: torch.dtype,
+        max_file_bytes: int = 4 << 30,
+        resume_from: str | None = None,
+    ) -> None:
+        """Prepares the files.
+
+        Args:
+            companions_from: a model directory whose config and tokenizer the new one gets.
+            tensors: everything that will be written, in the order of the files.
+            resume_from: identifies the source. Files that an earlier writer of the same source finished before it was
+                killed are kept, and what they hold is in ``done``. None starts over.
+        """
+        self.target = Path(directory)
+        self._aside = self.target.with_name(self.target.name + ".partial")
+        self._companions_from = Path(companions_from)
+        self._shapes, self._dtype = dict(tensors), dtype
+        self._files = _plan(self._shapes, dtype, max_file_bytes)
+        self._file_of = {name: file for file in self._files for name in file.offsets}
+        self._open: tuple[_File, BufferedRandom] | None = None
+        self._prepare(resume_from)
+        self.done = frozenset(name for name, file in self._file_of.items() if not file.missing)
+
+    def _prepare(self, source: str | None) -> None:
+        note = self._aside / _SOURCE
+        if source is None or not note.exists() or read_json(note) != source:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside.mkdir(parents=True)
+            note.write_text(json.dumps(source))
+            return
+        for file in self._files:
+            path = self._aside / file.name
+            if path.exists() and path.stat().st_size == file.size and _begins_with(path, file.header):
+                file.missing.clear()
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes every tensor to its place, in the writer's dtype.
+
+        Raises:
+            CheckpointError: a tensor that was not announced, or of another shape.
+        """
+        for name, tensor in tensors:
+            if self._shapes.get(name) != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{self.target.absolute()}: asked to write {name} of shape {list(tensor.shape)}, "
+                    f"but was announced {list(self._shapes.get(name, ())) or 'no such tensor'}."
+                )
+            file = self._file_of[name]
+            if name in file.missing:
+                self._write(file, name, tensor)
+
+    def _write(self, file: _File, name: str, tensor: Tensor) -> None:
+        handle = self._handle(file)
+        handle.seek(file.offsets[name])
+        for strip in strips(tensor.shape, tensor.element_size()):
+            part = tensor.detach()[strip].to(device="cpu", dtype=self._dtype).contiguous()
+            handle.write(part.view(-1).view(torch.uint8).numpy().data)
+        file.missing.remove(name)
+        if not file.missing:
+            self._close()
+            self._part(file).rename(self._aside / file.name)
+
+    def _part(self, file: _File) -> Path:
+        return self._aside / (file.name + ".part")
+
+    def _handle(self, file: _File) -> BufferedRandom:
+        if self._open is None or self._open[0] is not file:
+            self._close()
+            part = self._part(file)
+            fresh = not part.exists() or len(file.missing) == len(file.offsets)
+            handle = part.open("w+b" if fresh else "r+b")
+            if fresh:
+                handle.write(file.header)
+            self._open = file, handle
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            _, handle = self._open
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+            self._open = None
+
+    def finish(self) -> Path:
+        """Writes the index and companions and replaces the target directory in one rename.
+
+        Raises:
+            CheckpointError: a tensor that was announced never came. The target is left as it was.
+        """
+        missing = [name for file in self._files for name in file.missing]
+        if missing:
+            raise CheckpointError(
+                f"{self.target.absolute()}: {missing[0]!r} was never written ({len(missing)} tensors are missing)."
+            )
+        if len(self._files) > 1:
+            total = sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+            weight_map = {name: file.name for name, file in self._file_of.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+        copy_companions(self._companions_from, self._aside)
+        _name_dtype(self._aside / "config.json", self._dtype)
+        (self._aside / _SOURCE).unlink()
+        put_in_place(self._aside, self.target)
+        return self.target
+
+
+def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_file_bytes: int) -> list[_File]:
+    """Deals the tensors in order to files of at most that many bytes, or of one tensor."""
+    groups: list[dict[str, Shape]] = [{}]
+    held = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and held + size > max_file_bytes:
+            groups.append({})
+            held = 0
+        groups[-1][name] = shape
+        held += size
+    names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
+    return [
+        _lay_out(name, group, dtype)
+        for name, group in zip([SINGLE] if len(groups) == 1 else names, groups, strict=True)
+    ]
+
+
+def _lay_out(name: str, shapes: Mapping[str, Shape], dtype: torch.dtype) -> _File:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, at = {}, 0
+    for tensor, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[tensor] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        offsets[tensor] = at
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8 bytes
+    start = 8 + len(text)
+    return _File(
+        name,
+        len(text).to_bytes(8, "little") + text,
+        {tensor: start + offset for tensor, offset in offsets.items()},
+        start + at,
+        set(shapes),
+    )
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies config and tokenizer files, those that there are."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """config.json says in which dtype the weights are; it is otherwise left byte for byte as it came."""
+    settings = read_json(config) if config.exists() else {}
+    name = str(dtype).removeprefix("torch.")
+    changed = {key: name for key in ("dtype", "torch_dtype") if settings.get(key, name) != name}
+    if changed:
+        config.write_text(json.dumps(settings | changed, indent=2) + "\n")
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Makes ``aside`` the target directory; whatever stood there goes once the new one is in its place."""
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    aside.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,187 @@
+"""``tropd convert``: from any layout to any other and back, bit for bit; resumed when killed; nothing unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_on_ranks
+from safetensors.torch import load_file
+from tiny_families import save_family
+
+from megatron_tropd import conversion
+from megatron_tropd.conversion import Plan, hf_to_megatron, megatron_to_hf
+from megatron_tropd.convert.hf import HFWeights
+from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.engine.metadata import check_metadata
+from megatron_tropd.engine.weights import load_weights
+from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+ALONE, TP2, PP2, EP2 = Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(expert=2)
+# name -> family, layout it is read in, layout it is written in
+ROUTES = {
+    "llama3-tp2-pp2": ("llama3", TP2, PP2),
+    "qwen2-tied-pp2-tp2": ("qwen2-tied", PP2, TP2),
+    "mixtral-ep2-tp2": ("mixtral", EP2, TP2),
+    "qwen3-moe-raw-pp2-ep2": ("qwen3-moe-raw", PP2, EP2),
+}
+
+
+def convert_all(root: str) -> dict[str, Any]:
+    """On every rank: all routes, a broken checkpoint, a conversion that is killed, and bytes read."""
+    folder, said = Path(root), {}
+    for name, (family, reading, writing) in ROUTES.items():
+        hf_to_megatron(folder / family, folder / name, Plan(layout=reading))
+        megatron_to_hf(folder / name, folder / f"{name}-back", Plan(layout=writing))
+    before = (folder / "llama3-tp2-pp2" / "complete.json").stat().st_mtime_ns
+    hf_to_megatron(folder / "llama3", folder / "llama3-tp2-pp2", Plan(layout=TP2))
+    said["untouched"] = (folder / "llama3-tp2-pp2" / "complete.json").stat().st_mtime_ns == before
+    said["other source"] = _error(
+        lambda: hf_to_megatron(folder / "mistral", folder / "llama3-tp2-pp2", Plan(layout=TP2))
+    )
+    said["resumed"] = _killed_and_resumed(folder)
+    said["verified"] = _error(lambda: hf_to_megatron(DEMO / "teacher", folder / "demo", _verifying(TP2)))
+    said["wrong config"] = _error(
+        lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", Plan(layout=TP2), like=folder / "mistral")
+    )
+    said["read"] = [_bytes_read(folder / "llama3", layout) for layout in (ALONE, TP2, PP2)]
+    return said
+
+
+def _verifying(layout: Layout) -> Plan:
+    row = json.loads((DEMO / "data" / "heldout.jsonl").read_text().splitlines()[0])
+    return Plan(layout=layout, texts=(row["prompt"],))
+
+
+def _error(convert: Any) -> str:
+    try:
+        convert()
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
+    return ""
+
+
+def _killed_and_resumed(folder: Path) -> list[int]:
+    """How many tensors are written by a conversion that dies half way, and by the one after it."""
+    written, counts = HFWriter._write, []
+
+    def small_files(*args: Any, **options: Any) -> HFWriter:
+        return HFWriter(*args, max_file_bytes=30_000, **options)
+
+    for limit in (10, 1000):
+        count = 0
+
+        def counting(self: HFWriter, *args: Any, limit: int = limit) -> None:
+            nonlocal count
+            if count == limit:
+                raise KeyboardInterrupt
+            count += 1
+            written(self, *args)
+
+        HFWriter._write, conversion.HFWriter = counting, small_files  # type: ignore[method-assign,assignment,misc]
+        try:
+            megatron_to_hf(folder / "llama3-tp2-pp2", folder / "resumed", Plan(layout=ALONE))
+        except KeyboardInterrupt:
+            dist.barrier()  # the other rank, which writes nothing, waits at the end of its conversion
+            assert not (folder / "resumed").exists()
+        finally:
+            HFWriter._write, conversion.HFWriter = written, HFWriter  # type: ignore[method-assign,misc]
+        counts.append(count)
+        dist.barrier()
+    return counts
+
+
+def _bytes_read(source: Path, layout: Layout) -> tuple[int, int]:
+    """Bytes this rank asks the kernel for while it fills its parameters, and the bytes that these hold."""
+    from megatron_tropd.build import read_architecture
+    from megatron_tropd.engine.model import build_model
+
+    groups = GroupBuilder().build(layout)
+    model = build_model(
+        read_architecture(source), groups, dtype=torch.float32, device=initialize_distributed(), initialise=False
+    )
+    weights = HFWeights(source)
+    before = _read_so_far()
+    load_weights(model, weights)
+    return _read_so_far() - before, sum(p.nbytes for chunk in model.chunks for p in chunk.parameters())
+
+
+def _read_so_far() -> int:
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("rchar"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("conversion")
+    for family in ("llama3", "qwen2-tied", "mixtral", "qwen3-moe-raw", "mistral"):
+        save_family(root / family, family)
+        shutil.copy(DEMO / "teacher" / "tokenizer.json", root / family)
+    return root
+
+
+@pytest.fixture(scope="module")
+def said(root: Path) -> list[dict[str, Any]]:
+    return run_on_ranks(convert_all, str(root), world_size=2, timeout_s=100)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    found, expected = ({k: v for f in path.glob("*.safetensors") for k, v in load_file(f).items()} for path in (a, b))
+    return found.keys() == expected.keys() and all(found[k].equal(expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_model_comes_back_bit_for_bit_with_config_and_tokenizer(name, said, root):
+    family, back = root / ROUTES[name][0], root / f"{name}-back"
+    assert same_weights(back, family)
+    for companion in ("config.json", "tokenizer.json"):
+        assert (back / companion).read_bytes() == (family / companion).read_bytes()
+
+
+def test_a_finished_conversion_is_left_alone_and_another_source_refused(said):
+    assert all(rank["untouched"] and "made of something else" in rank["other source"] for rank in said)
+
+
+def test_a_killed_export_goes_on_after_its_last_whole_file(said, root):
+    first, second = said[0]["resumed"]
+    total = len(load_file(root / "llama3" / "model.safetensors"))
+    assert first == 10 and total - 10 <= second < total
+    assert same_weights(root / "resumed", root / "llama3")
+
+
+def test_converted_logits_are_compared_with_transformers(said):
+    assert all(rank["verified"] == "" for rank in said)
+
+
+def test_a_config_of_another_model_is_refused_and_nothing_written(said, root):
+    assert all("does not hold the model of config.json" in rank["wrong config"] for rank in said)
+    assert not [path for path in root.iterdir() if path.name.startswith("never")]
+
+
+def test_every_rank_reads_the_bytes_of_its_own_shard(said):
+    for rank in said:
+        for read, held in rank["read"]:
+            assert 0 < read <= held + 4096  # /proc itself is read too; the padding of a vocabulary is not
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("table", [pickle.dumps(Harmful()), b"", b"no pickle"], ids=["harmful", "empty", "no pickle"])
+def test_a_table_that_is_not_one_is_refused_before_it_can_do_anything(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(table)
+    with pytest.raises(CheckpointError, match="not loaded"):
+        check_metadata(tmp_path)
+    assert not (tmp_path / "harm").exists()
