@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_tropd.data.grading import accuracy_interval, final_answer, grade, pass_at_k
+from megatron_tropd.data.grading import chosen_letter, extracted, final_answer, grade, program_of
+from megatron_tropd.data.statistics import accuracy_interval, pass_at_k, pass_at_k_interval
 from megatron_tropd.errors import ConfigError, DataError
 
 FINAL_ANSWERS = {
@@ -96,8 +97,58 @@ def test_math_kind_works_off_the_main_thread():
 def test_references_and_kinds_that_cannot_be_used_are_refused():
     with pytest.raises(DataError, match="math-verify can read"):
         grade("math", "42", "")
-    with pytest.raises(ConfigError, match="exact, final_number, math, regex"):
+    with pytest.raises(ConfigError, match="choice, code, exact, final_number, math, regex"):
         grade("f1", "a", "b")
+
+
+CHOICES = {
+    r"I think \boxed{B}": "B",
+    r"\boxed{\text{(C)}}": "C",
+    "The answer is (D).": "D",
+    "Answer: **A**": "A",
+    "The correct option is C, not B": "C",
+    "answer is A. Wait, the answer is B": "B",
+    "#### E": "E",
+    "B": "B",
+    "(B)": "B",
+    "B) because it is odd": "B",
+    "Both are odd.\nC\n": "C",
+    "A good question. I do not know.": None,
+    "the answer is a number": None,
+    "Answer: Because": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", CHOICES)
+def test_the_letter_a_response_settles_on(text):
+    assert chosen_letter(text) == CHOICES[text]
+    if CHOICES[text]:
+        assert grade("choice", text, CHOICES[text]) and not grade("choice", text, "J")
+
+
+def test_choices_are_letters():
+    assert grade("choice", "B", "(B)")
+    for answer in ("", "3", "Berlin", "Z"):
+        with pytest.raises(DataError, match="is not a choice: give one letter"):
+            grade("choice", "B", answer)
+
+
+def test_extraction_gives_the_last_match_and_nothing_where_there_is_none():
+    assert extracted("x=1, x=2", r"x=(\d)") == "2"
+    assert extracted("x=1, x=2", r"x=\d") == "x=2"
+    assert extracted("all of it", ".*") == "all of it"  # and not the nothing behind it
+    assert extracted("nothing", r"x=(\d)") == "" and extracted("as it is", None) == "as it is"
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        extracted("x", "(")
+
+
+def test_the_program_of_a_response_is_its_last_python_block():
+    first, second = "def f():\n    return 1\n", "def f():\n    return 2\n"
+    assert program_of(f"Try\n```python\n{first}```\nor\n```py\n{second}```\nand run\n```bash\npython x\n```") == second
+    assert program_of(f"```\n{first}```") == first
+    assert program_of(f"```python\n{first}") == first  # cut off before its end
+    assert program_of(first) == first
 
 
 # --------------------------------------------------------------------------- statistics
@@ -170,3 +221,33 @@ def test_pass_at_k_counts_subsets():
         pass_at_k(5, 2, 6)
     with pytest.raises(DataError, match="6 right samples of 5"):
         pass_at_k(5, 6, 2)
+
+
+def test_pass_at_k_of_many_problems_agrees_with_the_bootstrap():
+    rng = np.random.default_rng(2)
+    right = rng.random((400, 8)) < rng.beta(0.7, 1.2, size=(400, 1))
+    for k in (1, 3, 8):
+        estimates = np.array([1 - math.comb(8 - c, k) / math.comb(8, k) for c in right.sum(axis=1)])
+        expected = stats.bootstrap((estimates,), np.mean, method="BCa", rng=rng).confidence_interval
+        interval = pass_at_k_interval(right, k)
+        assert interval.mean == pytest.approx(estimates.mean())
+        assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=0.006)
+
+
+def test_pass_at_k_covers_the_truth_about_95_times_in_100():
+    rng, hits, samples, k = np.random.default_rng(3), 0, 4, 2
+    # of Beta(2, 1) chances the share of problems that k samples miss is E[(1-p)^2] = 1 - 2 * 2/3 + 2/4
+    truth = 1 - (1 - 2 * 2 / 3 + 1 / 2)
+    for _ in range(600):
+        chance = rng.beta(2, 1, size=(60, 1))
+        interval = pass_at_k_interval(rng.random((60, samples)) < chance, k)
+        hits += interval.low <= truth <= interval.high
+    assert 0.92 <= hits / 600 <= 0.98
+
+
+def test_pass_at_k_intervals_stay_open_when_all_or_nothing_is_solved():
+    expected = stats.binomtest(9, 9).proportion_ci(method="wilson")
+    assert pass_at_k_interval(np.ones((9, 4)), 2) == pytest.approx((1.0, expected.low, 1.0))
+    assert pass_at_k_interval(np.zeros((9, 4)), 2) == pytest.approx((0.0, 0.0, 1 - expected.low))
+    with pytest.raises(DataError, match="pass@k needs"):
+        pass_at_k_interval([1, 0], 1)

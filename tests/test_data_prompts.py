@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from megatron_tropd.data.prompts import Columns, PromptStream, read_prompts
+from megatron_tropd.data.prompts import Columns, read_prompts
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.types import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LETTERS = {chr(code) for code in range(32, 127)} | {"\n"}
@@ -156,55 +154,3 @@ def test_chat_rows_are_rendered_with_the_template(tokenizer, tmp_path):
     first, second = read_prompts(path, load_tokenizer(directory)).prompts
     assert first.token_ids.tolist() == ids("s:S;u:U;a:") and first.text == "S\nU"
     assert second.token_ids.tolist() == ids("u:V;a:")
-
-
-# --------------------------------------------------------------------------- order
-
-
-def stream(count: int, seed: int = 3, **options: Any) -> PromptStream:
-    prompts = [Prompt(index=i, token_ids=np.array([i]), text=str(i)) for i in range(count)]
-    return PromptStream(prompts, seed, **options)
-
-
-def walk(source: PromptStream, steps: range, size: int) -> list[int]:
-    return [prompt.index for step in steps for prompt in source.batch(step, size)]
-
-
-def test_every_epoch_visits_each_prompt_once_in_an_order_of_its_own():
-    order = walk(stream(13), range(5 * 13), 5)  # 25 epochs; batches straddle their ends
-    epochs = [tuple(order[start : start + 13]) for start in range(0, len(order), 13)]
-    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
-    assert len(set(epochs)) == len(epochs)
-
-
-def test_the_order_ranks_raw_philox_words_keyed_by_seed_and_epoch():
-    words = np.random.Philox(key=np.array([3, 2], dtype=np.uint64)).random_raw(7)
-    assert walk(stream(7), range(2, 3), 7) == sorted(range(7), key=lambda row: words[row])
-
-
-def test_a_batch_depends_on_seed_and_step_only():
-    whole = walk(stream(11), range(20), 4)
-    assert walk(stream(11), range(9, 20), 4) == whole[36:]  # a resumed run
-    shared = stream(11)
-    assert walk(shared, range(19, 20), 4) + walk(shared, range(0, 1), 4) == whole[76:] + whole[:4]
-    assert walk(stream(11, seed=4), range(20), 4) != whole
-
-
-def test_first_places_are_uniform_over_prompts():
-    first = Counter(stream(5, seed=seed).batch(0, 1)[0].index for seed in range(2000))
-    assert all(count == pytest.approx(400, abs=90) for count in first.values())  # 5 standard deviations
-
-
-def test_batches_larger_than_the_data_and_unshuffled_walks_work():
-    assert walk(stream(3, shuffle=False), range(2), 4) == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert Counter(walk(stream(3), range(1), 6)) == {0: 2, 1: 2, 2: 2}
-    assert stream(8).epoch(3, 4) == 1.5
-
-
-def test_empty_streams_and_impossible_arguments_are_refused():
-    with pytest.raises(DataError, match="at least one prompt"):
-        stream(0)
-    with pytest.raises(ConfigError, match="seed is -1"):
-        stream(3, seed=-1)
-    with pytest.raises(ValueError, match="step -1"):
-        stream(3).batch(-1, 2)

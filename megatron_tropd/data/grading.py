@@ -1,28 +1,28 @@
-"""Is a response right, and how sure can we be of an accuracy?"""
+"""Is a response right? The rules, one response at a time. ``data.judge`` applies them to many, with time limits."""
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
-from statistics import NormalDist
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_tropd.errors import ConfigError, DataError
-
-_Z95 = NormalDist().inv_cdf(0.975)
 
 _NUMBER = r"\$?[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
 _FINAL = re.compile(rf"####\s*({_NUMBER})(?![\w/^*]|[.,:]\d)")  # "#### 1/2" and "#### 1,23" are not plain numbers
 _ONLY_NUMBER = re.compile(_NUMBER)
+CODE = "code"  # graded by running it, which only ``data.judge`` does
 
 
-# --------------------------------------------------------------------------- one response
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How the responses of one data set are graded."""
+
+    kind: str = "final_number"
+    extract: str | None = None  # regular expression; its last match that is not empty (group 1 if any) is graded
+    seconds: float = 10.0  # for one response; what takes longer is wrong
 
 
 def final_answer(text: str) -> Decimal | None:
@@ -43,15 +43,83 @@ def grade(kind: str, response: str, answer: str) -> bool:
         final_number: ``final_answer(response)`` equals the reference, a number or a text that ends in ``#### number``.
         exact: same text, white space at both ends aside.
         math: mathematically equal, by the library math-verify (LaTeX, fractions, sets, ...).
+        choice: ``chosen_letter(response)`` is the reference, a letter from A to J.
         regex: ``answer`` is a regular expression that must be found in ``response``.
 
     Raises:
-        ConfigError: unknown kind.
+        ConfigError: unknown kind, or one that needs ``data.judge``.
         DataError: the reference cannot be used with this kind.
     """
     if kind not in _GRADERS:
-        raise ConfigError(f"unknown grading kind {kind!r}: use one of {', '.join(sorted(_GRADERS))}.")
+        raise ConfigError(f"unknown grading kind {kind!r}: use one of {', '.join(sorted((*_GRADERS, CODE)))}.")
     return _GRADERS[kind](response, answer)
+
+
+def extracted(response: str, pattern: str | None) -> str:
+    """The part of a response that is graded; empty where the pattern is not found.
+
+    Raises:
+        ConfigError: the pattern is not a regular expression.
+    """
+    if pattern is None:
+        return response
+    try:
+        matches = [match for match in re.finditer(pattern, response) if match.group()]
+    except re.error as error:
+        raise ConfigError(f"extract = {pattern!r} is not a regular expression: {error}.") from None
+    if not matches:
+        return ""
+    return matches[-1].group(1 if matches[-1].re.groups else 0) or ""
+
+
+# in the order in which they are believed; the last match of the first that is found counts
+_CHOICES = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\\boxed\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\{)?\s*\(?([A-J])\)?\s*\}",
+        r"####\s*\(?([A-J])\b",
+        r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*[*_\"'(\[]{0,3}([A-J])\b(?![\w'])",
+        r"^\W{0,3}([A-J])(?:[.):]|\W{0,3}$)",
+        r"(?m:^\W{0,3}([A-J])\W{0,3}$)",
+    )
+)
+
+
+def chosen_letter(response: str) -> str | None:
+    """The letter, A to J, that a response to a multiple-choice question settles on.
+
+    Believed in this order: ``\\boxed{B}``; ``#### B``; "the answer is (B)"; a response that begins with the letter
+    ("B) because ..."); a line that holds nothing else. Only capital letters count: "a" is mostly a word.
+    """
+    for pattern in _CHOICES:
+        matches = pattern.findall(response)
+        if matches:
+            return str(matches[-1])
+    return None
+
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def program_of(response: str) -> str:
+    """The program in a response: its last Python block, or its last block without a language, or all of it."""
+    blocks = [(language.lower(), code) for language, code in _FENCE.findall(response)]
+    for languages in (("python", "python3", "py"), ("",)):
+        found = [code for language, code in blocks if language in languages]
+        if found:
+            return found[-1]
+    return response
+
+
+def check_reference(kind: str, answer: str) -> None:
+    """Raises DataError when ``answer`` cannot be what responses are graded against under this kind."""
+    if kind == CODE:
+        try:
+            compile(answer, "tests", "exec")
+        except (SyntaxError, ValueError) as error:
+            raise DataError(f"reference answer {answer[:80]!r} is not a Python program of tests: {error}.") from None
+    else:
+        grade(kind, "", answer)
 
 
 def _to_decimal(number: str) -> Decimal | None:
@@ -69,6 +137,13 @@ def _grade_final_number(response: str, answer: str) -> bool:
 
 def _grade_exact(response: str, answer: str) -> bool:
     return response.strip() == answer.strip()
+
+
+def _grade_choice(response: str, answer: str) -> bool:
+    reference = answer.strip().strip("().")
+    if not re.fullmatch("[A-J]", reference):
+        raise DataError(f"reference answer {answer!r} is not a choice: give one letter from A to J.")
+    return chosen_letter(response) == reference
 
 
 def _grade_regex(response: str, answer: str) -> bool:
@@ -95,68 +170,6 @@ _GRADERS: dict[str, Callable[[str, str], bool]] = {
     "final_number": _grade_final_number,
     "exact": _grade_exact,
     "math": _grade_math,
+    "choice": _grade_choice,
     "regex": _grade_regex,
 }
-
-
-# --------------------------------------------------------------------------- many responses
-
-
-class Accuracy(NamedTuple):
-    """Mean accuracy with its 95 % interval, all in [0, 1]."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def accuracy_interval(correct_per_problem: npt.ArrayLike) -> Accuracy:
-    """95 % interval of the accuracy on problems like these.
-
-    One sample per problem: Wilson's interval. Several (mean@n): samples of one problem are alike, so the *problems*
-    are the independent draws; the standard error of their means gives an effective number of independent samples,
-    with which Wilson's formula is used. For many problems that is the normal interval over problem means, but it stays
-    inside [0, 1] and does not collapse when every problem is solved.
-
-    Args:
-        correct_per_problem: [problems] or [problems, samples], 1 (True) where right.
-
-    Source: Wilson 1927; effective sample size as in Korn and Graubard 1998.
-    """
-    correct_PN = np.asarray(correct_per_problem, dtype=np.float64)
-    if correct_PN.ndim not in (1, 2) or correct_PN.size == 0:
-        raise DataError(f"accuracy needs [problems] or [problems, samples], got shape {correct_PN.shape}.")
-    mean = float(correct_PN.mean())
-    low, high = _wilson(mean, _effective_samples(correct_PN.reshape(len(correct_PN), -1), mean))
-    return Accuracy(mean, low, high)
-
-
-def _effective_samples(correct_PN: npt.NDArray[np.float64], mean: float) -> float:
-    problems, samples = correct_PN.shape
-    if samples == 1 or problems == 1 or mean in (0.0, 1.0):
-        return problems  # no spread between problems to be seen: each counts once
-    variance_of_mean = correct_PN.mean(axis=1).var(ddof=1) / problems
-    independent = problems * samples  # samples cannot tell more than that
-    return independent if variance_of_mean == 0 else min(mean * (1 - mean) / variance_of_mean, independent)
-
-
-def _wilson(mean: float, count: float) -> tuple[float, float]:
-    shrink = 1 + _Z95**2 / count
-    centre = (mean + _Z95**2 / (2 * count)) / shrink
-    half = _Z95 / shrink * math.sqrt(mean * (1 - mean) / count + _Z95**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that at least one of ``k`` samples is right, from ``n`` samples of which ``c`` are.
-
-    ``1 - C(n-c, k) / C(n, k)`` in exact integers (Chen et al. 2021, arXiv 2107.03374, equation 1).
-
-    Raises:
-        ConfigError: ``k`` is not in 1..n.
-    """
-    if not 1 <= k <= n:
-        raise ConfigError(f"pass@{k} needs 1 <= k <= samples per problem, got {n} samples: draw more, or lower k.")
-    if not 0 <= c <= n:
-        raise DataError(f"{c} right samples of {n} is impossible.")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)

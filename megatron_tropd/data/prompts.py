@@ -1,17 +1,18 @@
-"""Prompt files (JSON lines) and the order in which training walks through them."""
+"""Rows of data files become tokenized prompts, each with its reference answer and one response, where it has them."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_tropd.data.files import BadRow, RawRow, column_of, find_files, read_rows
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.templates import RowTemplate, row_template
 from megatron_tropd.data.tokenizer import Message, Tokenizer
 from megatron_tropd.errors import ConfigError, DataError, TokenizerError
 from megatron_tropd.types import Int64Array, Prompt
@@ -23,25 +24,46 @@ OnBadRow = Literal["error", "skip"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Names of the columns. GSM8K files: ``Columns(prompt="question", answer="answer", response="answer")``."""
+    """Names of the columns, ``a.b`` for a field. GSM8K: ``Columns(prompt="question", response="answer")``."""
 
-    prompt: str = "prompt"  # text
+    prompt: str = "prompt"  # text, or chat messages
     messages: str = "messages"  # chat messages; read where a row has no prompt column
     response: str = "response"  # optional: one response of the teacher, used for guidance
     answer: str = "answer"  # optional: reference for grading, text or number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where prompts come from and how a row becomes one."""
+
+    paths: tuple[Path, ...]  # files, globs and directories
+    name: str = ""
+    teacher: str = ""  # who grades it; empty where there is only one teacher
+    columns: Columns = Columns()
+    template: str | None = (
+        None  # Jinja over the row's columns, ``{{ prompt }}`` the prompt column; None: the prompt alone
+    )
+    answer_template: str | None = None  # the same for the reference answer
+    system: str | None = None  # system message of every conversation that has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Which rows to leave out. Rows that are too long are left out and counted, never cut."""
+
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None  # of the response column, end token included
+    max_rows: int | None = None  # usable rows of every source
+    require_response: bool = False  # rows without a response are bad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """What a reading gave: prompts in file order, and what was left out."""
 
-    prompts: tuple[Prompt, ...]
-    too_long: tuple[int, ...] = ()  # row numbers beyond max_prompt_tokens
+    prompts: PromptTable
+    too_long: tuple[int, ...] = ()  # row numbers beyond a limit
     bad_rows: tuple[str, ...] = ()  # "file:line: reason", only with on_bad_row="skip"
-
-
-class _BadRow(Exception):
-    """Why one row cannot be used; the reader adds file and line."""
 
 
 def read_prompts(
@@ -53,182 +75,217 @@ def read_prompts(
     require_response: bool = False,
     on_bad_row: OnBadRow = "error",
 ) -> PromptSet:
-    """Reads, checks and tokenizes one or more JSON-lines files.
+    """``read_sources`` for a single unnamed source."""
+    given = (paths,) if isinstance(paths, str | Path) else paths
+    source = Source(paths=tuple(Path(path) for path in given), columns=columns)
+    limits = Limits(max_prompt_tokens=max_prompt_tokens, require_response=require_response)
+    return read_sources([source], tokenizer, limits=limits, on_bad_row=on_bad_row)
 
-    ``Prompt.index`` is the row's line number from 0, counted through all files, so it does not change when rows are
-    filtered. ``Prompt.response_ids`` ends in ``tokenizer.eos_ids[0]``. Blank lines are ignored.
+
+def read_sources(
+    sources: Sequence[Source], tokenizer: Tokenizer, *, limits: Limits = Limits(), on_bad_row: OnBadRow = "error"
+) -> PromptSet:
+    """Reads, checks and tokenizes every row of every source.
+
+    ``Prompt.index`` is the row's number from 0 (the line of a text file, blank ones included), counted through all
+    files of all sources, so it does not change when rows are filtered. ``Prompt.response_ids`` ends in
+    ``tokenizer.eos_ids[0]``. A conversation that ends in an assistant message is a prompt with that response, unless
+    the row has a response column.
 
     Args:
-        max_prompt_tokens: rows whose rendered prompt is longer are left out (and counted), not cut.
-        require_response: rows without a response are bad; set when training is guided by teacher prefixes.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and logs how many.
 
     Raises:
-        DataError: a file is missing, a row is bad, or no row is left. The message has file, line and reason.
+        DataError: a file is missing or torn, a row is bad, or a source has no row left. The message has file, line
+            and reason.
+        ConfigError: a template is not valid.
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}: use 'error' or 'skip'.")
-    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    prompts: list[Prompt] = []
-    too_long: list[int] = []
-    bad: list[str] = []
-    for index, place, line in _lines(files):
+    reading = _Reading(limits=limits, on_bad_row=on_bad_row)
+    for source in sources:
+        reading.read(source, tokenizer)
+    return PromptSet(prompts=reading.table, too_long=tuple(reading.too_long), bad_rows=tuple(reading.bad))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Reading:
+    """The state of one pass over the files."""
+
+    limits: Limits
+    on_bad_row: OnBadRow
+    table: PromptTable = field(default_factory=PromptTable)
+    too_long: list[int] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    rows_before: int = 0  # of the files already read
+
+    def read(self, source: Source, tokenizer: Tokenizer) -> None:
+        files, parser = find_files(source.paths), _RowParser(source, tokenizer, self.limits.require_response)
+        kept, too_long, bad = len(self.table), len(self.too_long), len(self.bad)
+        most = self.limits.max_rows
+        for file, row in self._rows(files, parser):
+            self._take(file, row, parser)
+            if most is not None and len(self.table) - kept == most:
+                break
+        _report_left_out(
+            source.name or ", ".join(map(str, files)),
+            kept=len(self.table) - kept,
+            too_long=len(self.too_long) - too_long,
+            bad=self.bad[bad:],
+            limits=self.limits,
+        )
+
+    def _rows(self, files: Sequence[Path], parser: _RowParser) -> Iterator[tuple[Path, RawRow]]:
+        for file in files:
+            number = 0
+            for row in read_rows(file, columns=parser.columns, one_of=parser.one_of):
+                number = row.number
+                yield file, row
+            self.rows_before += number
+
+    def _take(self, file: Path, row: RawRow, parser: _RowParser) -> None:
+        index = self.rows_before + row.number - 1
         try:
-            prompt = _parse_row(index, line, tokenizer, columns, require_response)
-        except _BadRow as reason:
-            if on_bad_row == "error":
-                raise DataError(f"{place}: {reason} Fix the row, or set on_bad_row to 'skip'.") from reason.__cause__
-            bad.append(f"{place}: {reason}")
-            continue
-        if max_prompt_tokens is not None and len(prompt.token_ids) > max_prompt_tokens:
-            too_long.append(index)
+            if isinstance(row.content, BadRow):
+                raise row.content
+            prompt = parser.prompt(index, row.content)
+        except BadRow as reason:
+            place = f"{file}:{row.number}"
+            if self.on_bad_row == "error":
+                raise DataError(f"{place}: {reason} Fix the row, or set on_bad_row to 'skip'.") from None
+            self.bad.append(f"{place}: {reason}")
+            return
+        if _is_too_long(prompt, self.limits):
+            self.too_long.append(index)
         else:
-            prompts.append(prompt)
-    _report_left_out(files, kept=len(prompts), too_long=too_long, bad=bad, limit=max_prompt_tokens)
-    return PromptSet(prompts=tuple(prompts), too_long=tuple(too_long), bad_rows=tuple(bad))
+            self.table.add(prompt, file=file, line=row.number)
 
 
-def _lines(files: Sequence[Path]) -> Iterator[tuple[int, str, bytes]]:
-    """(row number over all files, "file:line", content) of every line that is not blank."""
-    index = 0
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"prompt file {file} does not exist or is not a file: give a JSON-lines file.")
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield index, f"{file}:{number}", line
-                index += 1
+def _is_too_long(prompt: Prompt, limits: Limits) -> bool:
+    response = 0 if prompt.response_ids is None else len(prompt.response_ids)
+    return any(
+        most is not None and length > most
+        for length, most in ((len(prompt.token_ids), limits.max_prompt_tokens), (response, limits.max_response_tokens))
+    )
 
 
-def _report_left_out(
-    files: Sequence[Path], *, kept: int, too_long: list[int], bad: list[str], limit: int | None
-) -> None:
-    names = ", ".join(map(str, files))
-    long = f"{len(too_long)} longer than {limit} tokens, " if too_long else ""
+def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str], limits: Limits) -> None:
+    allowed = f"{limits.max_prompt_tokens} tokens"
+    if limits.max_response_tokens is not None:
+        allowed += f" of prompt or {limits.max_response_tokens} of response"
+    long = f"{too_long} longer than {allowed}, " if too_long else ""
     summary = f"{long}{len(bad)} bad" + "".join(f"\n  {row}" for row in bad[:3])
     if not kept:
-        raise DataError(f"no usable prompt in {names}: {summary}. Check the column names and length limits.")
+        raise DataError(f"no usable prompt in {what}: {summary}. Check the column names and length limits.")
     if too_long or bad:
-        logger.warning("%s: kept %d prompts, left out %s", names, kept, summary)
+        logger.warning("%s: kept %d prompts, left out %s", what, kept, summary)
 
 
 # --------------------------------------------------------------------------- one row
 
 
-def _parse_row(index: int, line: bytes, tokenizer: Tokenizer, columns: Columns, require_response: bool) -> Prompt:
-    row = _parse_json(line)
-    prompt = _prompt_of(row, columns)
-    answer = row.get(columns.answer)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        raise _BadRow(f"column {columns.answer!r} holds {type(answer).__name__}, expected text or a number.")
-    return Prompt(
-        index=index,
-        token_ids=_encoded(tokenizer.render_prompt, prompt),
-        text=prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt),
-        answer=None if answer is None else str(answer),
-        response_ids=_response_of(row, tokenizer, columns, require_response),
-    )
+class _RowParser:
+    """Turns rows of one source into prompts. Its methods raise BadRow."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, require_response: bool) -> None:
+        self._source, self._tokenizer, self._required = source, tokenizer, require_response
+        self._template, self._answer_template = _compiled(source.template), _compiled(source.answer_template)
+        names, used = source.columns, [t.columns for t in (self._template, self._answer_template) if t]
+        self.columns = frozenset({names.prompt, names.messages, names.response, names.answer}.union(*used))
+        # with a template of its own a source may have neither
+        self.one_of = () if self._template else (names.prompt, names.messages)
+
+    def prompt(self, index: int, row: dict[str, Any]) -> Prompt:
+        conversation, response = self._conversation(row)
+        shown = conversation if isinstance(conversation, str) else "\n".join(m["content"] for m in conversation)
+        return Prompt(
+            index=index,
+            token_ids=_encoded(self._tokenizer.render_prompt, conversation),
+            text=shown,
+            answer=self._answer(row),
+            response_ids=self._response(row, response),
+            source=self._source.name,
+            teacher=self._source.teacher,
+        )
+
+    def _conversation(self, row: dict[str, Any]) -> tuple[str | list[Message], str | None]:
+        """What the model is to continue, and how the row itself continues it."""
+        given, response = self._given(row), None
+        if isinstance(given, list) and given[-1]["role"] == "assistant":
+            response = given.pop()["content"]
+            if not given:
+                raise BadRow("the conversation has only an assistant message: there is nothing to answer.")
+        if self._template is not None:
+            given = self._filled(self._template, given, row)
+        if isinstance(given, str):
+            if not given.strip():
+                raise BadRow(f"column {self._source.columns.prompt!r} is empty.")
+            given = given if self._source.system is None else [{"role": "user", "content": given}]
+        if isinstance(given, list) and self._source.system is not None and given[0]["role"] != "system":
+            given = [{"role": "system", "content": self._source.system}, *given]
+        assert given is not None  # without a template a row has a prompt
+        return given, response
+
+    def _given(self, row: dict[str, Any]) -> str | list[Message] | None:
+        """The prompt column as it stands; None where a template does without."""
+        names = self._source.columns
+        prompt = column_of(row, names.prompt)
+        if prompt is None:
+            prompt = column_of(row, names.messages)
+        if prompt is None and self._template is None:
+            raise BadRow(f"has neither {names.prompt!r} nor {names.messages!r}, only {sorted(row)}.")
+        if prompt is None or isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+            return list(prompt)
+        if self._template is not None:
+            return str(prompt)
+        raise BadRow(
+            f"prompt holds {str(prompt)[:80]!r}, expected text or a list of messages with text 'role' and 'content'."
+        )
+
+    def _filled(
+        self, template: RowTemplate, given: str | list[Message] | None, row: dict[str, Any]
+    ) -> str | list[Message]:
+        """The template around a text, or around the last message of a conversation."""
+        if not isinstance(given, list):
+            return template.render(row if given is None else row | {"prompt": given})
+        *before, last = given
+        return [*before, {**last, "content": template.render(row | {"prompt": last["content"]})}]
+
+    def _answer(self, row: dict[str, Any]) -> str | None:
+        column = self._source.columns.answer
+        answer = column_of(row, column)
+        if self._answer_template is not None:
+            return self._answer_template.render(row if answer is None else row | {"answer": answer})
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+            raise BadRow(f"column {column!r} holds {type(answer).__name__}, expected text or a number.")
+        return None if answer is None else str(answer)
+
+    def _response(self, row: dict[str, Any], spoken: str | None) -> Int64Array | None:
+        column = self._source.columns.response
+        response = column_of(row, column)
+        response = spoken if response is None else response
+        if response is None and not self._required:
+            return None
+        if not isinstance(response, str) or not response:
+            raise BadRow(f"column {column!r} holds {str(response)[:80]!r}, expected text that is not empty.")
+        ids = _encoded(self._tokenizer.encode, response)
+        if ids.size and ids[-1] in self._tokenizer.eos_ids:  # some files keep the end token in the text
+            return ids
+        return np.append(ids, np.int64(self._tokenizer.eos_ids[0]))
 
 
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # of the JSON or of the UTF-8
-        raise _BadRow(f"not valid JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise _BadRow(f"holds {type(row).__name__}, expected a JSON object with a prompt.")
-    return row
-
-
-def _prompt_of(row: dict[str, Any], columns: Columns) -> str | list[Message]:
-    prompt = row.get(columns.prompt)
-    if prompt is None:
-        prompt = row.get(columns.messages)
-    if prompt is None:
-        raise _BadRow(f"has neither {columns.prompt!r} nor {columns.messages!r}, only {sorted(row)}.")
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise _BadRow(f"column {columns.prompt!r} is empty.")
-        return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
-    raise _BadRow(
-        f"prompt holds {str(prompt)[:80]!r}, expected text or a list of messages with text 'role' and 'content'."
-    )
+def _compiled(template: str | None) -> RowTemplate | None:
+    return None if template is None else row_template(template)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _response_of(row: dict[str, Any], tokenizer: Tokenizer, columns: Columns, required: bool) -> Int64Array | None:
-    response = row.get(columns.response)
-    if response is None and not required:
-        return None
-    if not isinstance(response, str) or not response:
-        raise _BadRow(f"column {columns.response!r} holds {str(response)[:80]!r}, expected text that is not empty.")
-    ids = _encoded(tokenizer.encode, response)
-    if ids.size and ids[-1] in tokenizer.eos_ids:  # some files keep the end token in the text
-        return ids
-    return np.append(ids, np.int64(tokenizer.eos_ids[0]))
-
-
-def _encoded(encode: Any, prompt: str | list[Message]) -> Int64Array:
+def _encoded(encode: Callable[[Any], list[int]], prompt: str | list[Message]) -> Int64Array:
     try:
         return np.asarray(encode(prompt), dtype=np.int64)
     except TokenizerError as error:
-        raise _BadRow(f"{error}") from error
-
-
-# --------------------------------------------------------------------------- order of training
-
-
-@dataclass(frozen=True, slots=True)
-class PromptStream:
-    """An endless shuffled walk through the prompts; every epoch visits each prompt once, in an order of its own.
-
-    ``batch`` is a pure function of (seed, step), so there is no position to save: a run resumes from its step number
-    alone. That holds as long as prompts, seed and batch size stay the same over the run.
-    """
-
-    prompts: Sequence[Prompt]
-    seed: int
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise DataError("a prompt stream needs at least one prompt, got none.")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed is {self.seed}: give an integer in 0..2^64-1.")
-
-    def batch(self, step: int, size: int) -> list[Prompt]:
-        """Prompts of training step ``step`` (from 0). A batch may span the end of one epoch and the next one's start.
-
-        ``size`` may exceed the number of prompts; then prompts repeat within the batch.
-        """
-        if step < 0 or size < 1:
-            raise ValueError(f"step {step} must be >= 0 and size {size} >= 1.")
-        places = range(step * size, (step + 1) * size)
-        return [self.prompts[self._row(place)] for place in places]
-
-    def epoch(self, step: int, size: int) -> float:
-        """Epochs completed before ``step``; a whole number when an epoch has just ended."""
-        return step * size / len(self.prompts)
-
-    def _row(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.prompts))
-        return int(_order(self.seed, epoch, len(self.prompts))[offset]) if self.shuffle else offset
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> Int64Array:
-    """A permutation of 0..count-1: the ranks of raw Philox words.
-
-    Sorting the words of the bit generator, rather than calling ``Generator.permutation``, keeps the order the same
-    over numpy versions: only bit streams are promised not to change.
-    """
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
-    order = np.argsort(words, kind="stable")
-    order.setflags(write=False)
-    return order
+        raise BadRow(f"{error}") from error

@@ -82,11 +82,14 @@ def load_tokenizer(
     )
 
 
-def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, *, ignore_ids: Collection[int] = ()) -> int:
+def check_same_vocabulary(
+    student: Tokenizer, teacher: Tokenizer, *, ignore_ids: Collection[int] = (), role: str = "teacher"
+) -> int:
     """Makes sure that an id means the same token to both models, and returns the number of ids they share.
 
     One vocabulary may be longer: ids from the returned number on exist on one side only and have probability 0 on the
-    other. ``ignore_ids`` are not compared (special tokens that were renamed and are masked from the loss).
+    other. ``ignore_ids`` are not compared (special tokens that were renamed and are masked from the loss). ``role``:
+    what the second model is called in the message.
 
     Raises:
         TokenizerError: some shared id stands for different tokens; the first differences are shown.
@@ -96,10 +99,10 @@ def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, *, ignore_ids:
     student_token, teacher_token = _by_id(student), _by_id(teacher)
     different = [i for i in range(shared) if i not in skip and student_token.get(i) != teacher_token.get(i)]
     if different:
-        lines = [f"  id {i}: student {student_token.get(i)!r}, teacher {teacher_token.get(i)!r}" for i in different[:5]]
+        lines = [f"  id {i}: student {student_token.get(i)!r}, {role} {teacher_token.get(i)!r}" for i in different[:5]]
         more = f"\n  and {len(different) - 5} more" if len(different) > 5 else ""
         raise TokenizerError(
-            f"student and teacher disagree about {len(different)} of {shared} shared token ids, so the teacher's "
+            f"student and {role} disagree about {len(different)} of {shared} shared token ids, so the {role}'s "
             "probabilities would be read off the wrong tokens. Choose two models of one tokenizer family.\n"
             + "\n".join(lines)
             + more

@@ -1,0 +1,293 @@
+"""Programs of a model are confined: what they may not do fails inside, and nothing of them is left outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_tropd.data import sandbox
+from megatron_tropd.data.sandbox import Isolation, Limits, Outcome, run_program
+
+TIGHT = Limits(
+    seconds=2.0, cpu_seconds=1, memory_bytes=256 << 20, processes=8, file_bytes=1 << 20, output_bytes=1 << 16
+)
+ROOMY = Limits(seconds=60.0, cpu_seconds=60)
+
+
+def run(program: str, limits: Limits = ROOMY) -> Outcome:
+    return run_program(textwrap.dedent(program), limits=limits)
+
+
+@pytest.fixture(scope="module")
+def isolated() -> Isolation:
+    return sandbox.detect_isolation()
+
+
+def needs_namespaces(isolated: Isolation) -> None:
+    if not isolated.namespaces:
+        pytest.skip(f"no namespaces for this user on this machine: programs could {'; '.join(isolated.missing)}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Neither a process nor a directory of a program outlives it."""
+    before = {path.name for path in Path("/tmp").glob("tropd-sandbox-*")}
+    yield
+    mine = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in mine if "sandbox_child.py" in " ".join(p.cmdline())]
+    assert {path.name for path in Path("/tmp").glob("tropd-sandbox-*")} <= before
+
+
+def test_a_program_passes_when_its_last_line_has_run():
+    assert run("print('hello')\nassert 1 + 1 == 2") == Outcome(ok=True, output="hello\n")
+    assert run("if __name__ == '__main__':\n    assert input()").ok  # a demonstration at its end does not run
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 + 1 == 3, 'sum'", "AssertionError: sum"),
+        ("def f(:\n", "SyntaxError: invalid syntax"),
+        ("import os; os._exit(0)", "ended with status 0 before its last line"),
+        ("raise SystemExit(0)", "ended with status 0 before its last line"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended with status 139 before its last line"),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("import torch_that_is_not_there", "ModuleNotFoundError: No module named 'torch_that_is_not_there'"),
+    ],
+)
+def test_everything_else_fails_with_its_reason(program, reason):
+    outcome = run(program)
+    assert not outcome.ok and outcome.reason == reason and not outcome.timed_out
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import time\nwhile True: time.sleep(1)", "ran longer than 2 s"),
+        ("while True: pass", "s of CPU time|ran longer than 2 s"),
+        (
+            "import sys\nsys.stdout.close()\nimport os\nos.close(1)\nos.close(2)\nwhile True: pass",
+            "s of CPU|ran longer",
+        ),
+        ("hold = [bytearray(10**7) for _ in range(10**3)]", "^MemoryError$"),
+        (
+            "import os\nwhile True: os.fork()",
+            "BlockingIOError: .* Resource temporarily unavailable|ran longer than 2 s",
+        ),
+        ("while True: print('x' * 1000)", "printed more than 64 KiB"),
+        ("open('big', 'wb').write(bytes(10**7))", r"OSError: \[Errno 2[78]\]"),
+        ("hold = [open('/dev/null') for _ in range(1000)]", r"OSError: \[Errno 24\]"),
+    ],
+    ids=["sleep", "loop", "silent loop", "memory", "fork bomb", "output", "file", "open files"],
+)
+def test_what_uses_too_much_is_ended_and_said(program, reason):
+    started = time.monotonic()
+    outcome = run(program, TIGHT)
+    assert not outcome.ok
+    assert re.search(reason, outcome.reason), outcome
+    assert time.monotonic() - started < 20
+
+
+def test_memory_is_counted_over_all_processes_together():
+    hungry = """
+        import os, time
+        for _ in range(4):
+            if os.fork() == 0:
+                hold = b"x" * (100 << 20)
+                time.sleep(60)
+        time.sleep(60)
+    """
+    limits = Limits(seconds=30.0, memory_bytes=256 << 20)
+    assert run(hungry, limits).reason == "used more than 256 MiB of memory"
+
+
+def test_the_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
+    outcome = run(
+        """
+        import glob, os
+        assert "SECRET_TOKEN" not in os.environ and "s3cret" not in str(dict(os.environ))
+        assert os.environ["HOME"] == os.getcwd()
+        for file in glob.glob("/proc/[0-9]*/environ"):
+            try:
+                content = open(file, "rb").read()
+            except OSError:
+                continue
+            assert b"s3cret" not in content, file
+        """
+    )
+    assert outcome.ok or sandbox.detect_isolation().user == "same", outcome
+
+
+def test_the_file_system_is_read_only_and_shows_nothing_of_ours(isolated, tmp_path):
+    needs_namespaces(isolated)
+    (tmp_path / "ours").write_text("ours")
+    os.chmod(tmp_path, 0o777)
+    outcome = run(
+        f"""
+        import os, pathlib, sys
+        pathlib.Path("mine").write_text("x")  # its own directory is there to write in
+        assert sorted(os.listdir(".")) == ["mine", "program.py"]
+        assert not os.path.exists({str(tmp_path)!r}) and not os.path.exists({str(Path(__file__).parent)!r})
+        assert not {{"home", "run", "var", "sys", "opt"}} & set(os.listdir("/"))
+        for place in ("/", "/usr", "/etc", "/dev", os.path.dirname(sys.executable), os.path.dirname(os.__file__)):
+            try:
+                open(place + "/written", "w")
+            except OSError:
+                continue
+            raise AssertionError(place)
+        """
+    )
+    assert outcome.ok, outcome
+
+
+def test_other_processes_are_neither_seen_nor_reached(isolated):
+    needs_namespaces(isolated)
+    outcome = run(
+        f"""
+        import os, signal
+        assert max(int(name) for name in os.listdir("/proc") if name.isdigit()) < 10
+        assert os.getuid() != 0
+        try:
+            os.kill({os.getpid()}, signal.SIGKILL)
+        except OSError:
+            pass
+        """
+    )
+    assert outcome.ok, outcome
+
+
+def test_the_network_is_not_reached(isolated):
+    needs_namespaces(isolated)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        outcome = run(f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)")
+        assert "Network is unreachable" in outcome.reason
+        with pytest.raises(TimeoutError):
+            server.accept()
+    outcome = run("import socket\nsocket.getaddrinfo('example.org', 80)")
+    assert not outcome.ok and "gaierror" in outcome.reason
+
+
+def test_privileges_cannot_be_got_back(isolated):
+    needs_namespaces(isolated)
+    outcome = run(
+        """
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mount(b"tmpfs", b"/usr", b"tmpfs", 0, None) != 0
+        assert libc.umount2(os.getcwd().encode(), 2) != 0
+        for change in (os.setuid, os.setgid):
+            try:
+                change(0)
+            except PermissionError:
+                continue
+            raise AssertionError("root again")
+        assert "NoNewPrivs:\\t1" in open("/proc/self/status").read()
+        assert "CapEff:\\t0000000000000000" in open("/proc/self/status").read()
+        """
+    )
+    assert outcome.ok, outcome
+
+
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        while True:
+            time.sleep(0.05)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("then", ["", "while True: time.sleep(1)"], ids=["ends itself", "is ended"])
+def test_a_daemon_ends_with_its_program(then):
+    before = {process.pid for process in psutil.process_iter()}
+    outcome = run(DAEMON + then, Limits(seconds=2.0) if then else ROOMY)
+    assert outcome.ok == (not then)
+    assert not [p for p in psutil.process_iter() if p.pid not in before and _is_sandboxed(p)]
+
+
+def _is_sandboxed(process: psutil.Process) -> bool:
+    try:
+        return 'exec(compile(source, "program.py"' in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_program_ends_with_whoever_runs_it(tmp_path):
+    call = f"run_program({DAEMON + 'time.sleep(100)'!r}, limits=Limits(seconds=90.0))"
+    code = f"from megatron_tropd.data.sandbox import *\n{call}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[2]), "TMPDIR": str(tmp_path)}
+    runner = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while sum(map(_is_sandboxed, psutil.Process(runner.pid).children(recursive=True))) < 2:
+            assert time.monotonic() < deadline and runner.poll() is None
+            time.sleep(0.1)
+        family = psutil.Process(runner.pid).children(recursive=True)
+    finally:
+        os.kill(runner.pid, signal.SIGKILL)
+        runner.wait()
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive and len(gone) >= 3
+
+
+def test_many_programs_run_side_by_side():
+    outcomes: list[Outcome] = []
+    threads = [
+        threading.Thread(target=lambda n=n: outcomes.append(run(f"import os\nos.fork()\nassert {n} % 2 == 0")))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcome.ok for outcome in outcomes) == [False] * 4 + [True] * 4
+
+
+def test_without_namespaces_limits_hold_and_what_is_missing_is_said():
+    plain = Isolation(namespaces=False, user="same")
+    assert plain.missing == (
+        "reach the network",
+        "read and write what this user can on this machine",
+        "see its processes",
+    )
+    for program, ok, reason in (
+        ("assert True", True, ""),
+        ("while True: print('x' * 1000)", False, "printed more than 64 KiB"),
+        (DAEMON + "while True: time.sleep(1)", False, "ran longer than 2 s"),
+    ):
+        outcome = run_program(program, limits=TIGHT, isolation=plain)
+        assert (outcome.ok, outcome.reason) == (ok, reason)
+
+
+def test_a_machine_that_can_confine_nothing_runs_nothing(monkeypatch):
+    tried: list[Isolation] = []
+
+    def fail(program: str, *, limits: Limits, isolation: Isolation) -> Outcome:
+        tried.append(isolation)
+        return Outcome(ok=False, reason="sandbox: unshare: Operation not permitted")
+
+    monkeypatch.setattr(sandbox, "run_program", fail)
+    sandbox.detect_isolation.cache_clear()
+    try:
+        with pytest.raises(sandbox.ConfigError, match=r"cannot confine a program of a model \(sandbox: unshare"):
+            sandbox.detect_isolation()
+    finally:
+        sandbox.detect_isolation.cache_clear()
+    assert tried[0].namespaces and not tried[-1].namespaces
+    assert os.getuid() != 0 or all(choice.user != "same" for choice in tried)
