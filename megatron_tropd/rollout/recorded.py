@@ -109,6 +109,9 @@ class RecordedSampler:
         for _ in tensors:
             pass
 
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> list[Rollout]:

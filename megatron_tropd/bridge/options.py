@@ -1,0 +1,20 @@
+"""From the ``vllm`` section of a configuration to vLLM's own arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_tropd.config import VLLMConfig
+
+_CPU_CACHE_MIB = 1024
+
+
+def engine_options(config: VLLMConfig, *, gpu: bool) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` and of its server that this section decides."""
+    options: dict[str, Any] = {"max_num_seqs": config.max_sequences}
+    cache_mib = config.cache_mib or (None if gpu else _CPU_CACHE_MIB)
+    if cache_mib is not None:
+        options["kv_cache_memory_bytes"] = cache_mib << 20
+    if gpu:
+        options["gpu_memory_utilization"] = config.memory_fraction
+    return options | dict(config.options)
