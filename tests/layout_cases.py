@@ -22,11 +22,13 @@ from megatron_tropd.build import (
     World,
     check_method,
     layout_of,
+    live_teacher,
     load_model,
     optimizer_settings,
     output_weight_for,
 )
 from megatron_tropd.config import RunConfig, parse_config
+from megatron_tropd.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.step import Trainer
@@ -55,9 +57,11 @@ class Case:
     ranks: int = 1
     student: dict[str, Any] = field(default_factory=dict)  # the keys of student.parallel
     teacher: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] | None = None  # the keys of base.parallel, for a base model of its own; None: the default
     objective: Objective = TROPD
     method: dict[str, Any] | None = None  # replaces the objective's method section
     tied: bool = False
+    deep: bool = False  # four layers instead of three, for two stages of two chunks
     pack_tokens: int = 4096
     minibatches: int = 1
     recompute: str = "none"
@@ -69,7 +73,7 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Cases with one key must have one outcome."""
-        return (self.objective, self.tied, self.minibatches, self.sequences)
+        return (self.objective, self.base is None, self.tied, self.deep, self.minibatches, self.sequences)
 
 
 def learning_rates(minibatches: int) -> list[float]:
@@ -92,6 +96,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
                 "recompute": case.recompute,
             },
             "teacher": {"model": str(models / "teacher"), "parallel": case.teacher},
+            "base": {} if case.base is None else {"model": str(models / "base"), "parallel": case.base},
             "data": {"prompts": "unused", "max_prompt_tokens": 20},
             "rollout": {"max_new_tokens": 20},
             "method": case.method or case.objective.options(),
@@ -107,7 +112,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
 
 
 def student_directory(case: Case) -> str:
-    return "tied" if case.tied else "untied"
+    return ("deep-" if case.deep else "") + ("tied" if case.tied else "untied")
 
 
 def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
@@ -116,18 +121,22 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     method, dtype = check_method(config), DTYPES[config.dtype]
     layouts = [layout_of(config.student.parallel), layout_of(config.teacher.parallel), Layout()]
     student_groups, teacher_groups, sampler_groups = [builder.build(layout) for layout in layouts]
+    base_groups = builder.build(layout_of(config.base_parallel)) if method.needs.base_model else None
+    world = World(
+        device=device, student=student_groups, teacher=teacher_groups, sampler=sampler_groups, base=base_groups
+    )
     student = load_model(
         config.student.model, student_groups, dtype=dtype, device=device, recompute=config.student.recompute
     )
     teacher = load_model(config.teacher.model, teacher_groups, dtype=dtype, device=device).freeze()
-    signal = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
+    signal = SignalSpec.of(method.needs)
     weight = output_weight_for(teacher, student) if signal.hidden_states else None
     optimization = optimize(student, optimizer_settings(config))
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
     return Run(
         config=config,
-        world=World(device=device, student=student_groups, teacher=teacher_groups, sampler=sampler_groups),
+        world=world,
         tokenizer=tokenizer,
         prompts=nothing,
         problems=(),
@@ -136,7 +145,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
         student=student,
         trainer=Trainer(student, optimization, method, vocab_size=VOCAB, teacher_weight_vE=weight),
         teacher_model=teacher,
-        teacher=MegatronTeacher(teacher, student_groups, vocab_size=VOCAB, temperature=method.temperature),
+        teacher=live_teacher(config, teacher, world, vocab_size=VOCAB, temperature=method.temperature),
         sampler=nothing,
         signal=signal,
     )
@@ -164,6 +173,23 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
         outcome["grad_norm"].append(sum(r.grad_norm for r in results) / len(results))
         outcome["stats"].append({name: results[-1].stats[name] for name in sorted(results[-1].stats)})
         outcome["packs"].append([len(packs) for packs in minibatches])
+    return outcome
+
+
+def run_chain(cases: Sequence[Case], models: str, checkpoints: str) -> list[dict[str, Any]]:
+    """One training, a step under each case's layout in turn, carried from one to the next by a checkpoint."""
+    builder, outcome = GroupBuilder(), []
+    for step, case in enumerate(cases):
+        run = assemble(config_of(case, Path(models)), builder)
+        if step:
+            path = find_checkpoint(checkpoints)
+            assert path is not None
+            assert load_checkpoint(path, run.student, run.trainer.optimization)["step"] == step
+        rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
+        [packs] = grade_rollouts(run, rollouts, step=step, watch=Stopwatch())
+        result = run.trainer.step(packs, update=step)
+        outcome.append({"loss": result.loss, "grad_norm": result.grad_norm})
+        save_checkpoint(Path(checkpoints), run.student, run.trainer.optimization, step=step + 1, state={})
     return outcome
 
 

@@ -7,9 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from distributed import run_on_ranks
 from torch import Tensor
 
 from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PackedPlan, PrefillPlan
+from megatron_tropd.engine.context import ContextPlan, held_tokens
+from megatron_tropd.errors import EngineError
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 6, 2, 10
@@ -115,6 +119,51 @@ def test_no_group_is_mostly_padding():
     for _ in range(20):
         plan = PackedPlan.build(boundaries(rng.integers(1, 500, 60).tolist()), CPU)
         assert all(group.real_NL.float().mean() > 0.7 for group in plan.groups)
+
+
+# --------------------------------------------------------------------------- over context-parallel ranks
+
+STREAMS = ([24], [5, 19], [1, 1, 1, 21], [13, 2, 4, 5], [7, 1, 3, 3, 8, 2], [6, 6, 6, 6])  # 24 tokens: 4 or 6 blocks
+
+
+def attend_in_parts() -> list[list[tuple[Tensor, ...]]]:
+    """On the ranks: this one's rows of the output and of the three gradients, for every stream."""
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    found = []
+    for lengths in STREAMS:
+        held = held_tokens(sum(lengths), rank=rank, ranks=ranks)
+        qkv = [x.detach()[held].requires_grad_() for x in streams(sum(lengths))]
+        weight = torch.randn(sum(lengths), HEADS, DIM, generator=torch.Generator().manual_seed(1))[held]
+        output = ContextPlan.build(boundaries(lengths), group, CPU).attend(1, *qkv, SCALE)
+        gradients = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
+        found.append((output.detach(), *gradients))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_attend_to_what_others_hold(ranks):
+    parts = run_on_ranks(attend_in_parts, world_size=ranks)
+    for number, lengths in enumerate(STREAMS):
+        weight = torch.randn(sum(lengths), HEADS, DIM, generator=torch.Generator().manual_seed(1))
+        expected, gradients = truth_of(streams(sum(lengths)), lengths, weight)
+        for rank in range(ranks):
+            held = held_tokens(sum(lengths), rank=rank, ranks=ranks)
+            output, *found = parts[rank][number]
+            assert close(output[:, 0], expected.detach()[held], 1e-6)
+            for mine, truth in zip(found, gradients, strict=True):
+                assert (mine.double() - truth[held]).norm() <= 1e-6 * truth.norm()
+
+
+def test_every_token_is_held_once_and_the_causal_work_is_even():
+    for ranks in (1, 2, 3, 4):
+        held = [held_tokens(48, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert sorted(np.concatenate(held).tolist()) == list(range(48))
+        assert len({int((positions + 1).sum()) for positions in held}) == 1  # keys that a token sees
+
+
+def test_a_stream_that_cannot_be_cut_evenly_is_refused():
+    with pytest.raises(EngineError, match="a pack of 26 tokens does not divide into 4 blocks for 2 context-parallel"):
+        held_tokens(26, rank=0, ranks=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_on_ranks
-from layout_cases import ADAM, STEPS, VOCAB, Case, learning_rates, run_cases, self_checks, student_directory
+from layout_cases import ADAM, STEPS, VOCAB, Case, learning_rates, run_cases, run_chain, self_checks, student_directory
 from tiny_models import (
     STUDENT,
     TEACHER,
@@ -23,9 +23,21 @@ from tiny_models import (
 )
 
 OPD, FKL = Objective(name="opd"), Objective(name="fkl")
+# what the student asks about: as a bucketed divergence either way, whose tails leave out just the candidates
+STUDENT_TOP = Objective(name="rkl", support="student", k=5)
+UNION = Objective(name="fkl", support="union", k=5)
+UNION_RENORM = Objective(name="rkl", support="union", k=9, tail="renorm")
+STUDENT_NONE = Objective(name="fkl", support="student", k=3, tail="none")
+EXOPD = Objective(name="exopd")
+# one more vocabulary, larger than what the others share
+BASE = TEACHER | {"vocab_size": 103, "num_hidden_layers": 3}
+SAMPLED = Objective(name="fkl", support="teacher_and_sampled", k=4)
 TP2, PP2 = {"tensor": 2}, {"pipeline": 2}
 TP2_SP = {"tensor": 2, "sequence": True}
 TP2_PP2, TP2_SP_PP2 = TP2 | PP2, TP2_SP | PP2
+CP2 = {"context": 2}
+VPP2 = PP2 | {"virtual_pipeline": 2}
+DEEP = STUDENT | {"num_hidden_layers": 4}
 
 ONE_RANK = [
     Case(name="tp1"),
@@ -39,6 +51,16 @@ ONE_RANK = [
     Case(name="one-sequence", sequences=1),
     Case(name="tp1-fkl", objective=FKL),
     Case(name="bf16", dtype="bf16", objective=OPD),
+    Case(name="deep", deep=True),
+    Case(name="deep-tied", deep=True, tied=True),
+    Case(name="student-top", objective=STUDENT_TOP, pack_tokens=64),
+    Case(name="union", objective=UNION),
+    Case(name="union-minibatches", objective=UNION, minibatches=2),
+    Case(name="union-renorm", objective=UNION_RENORM, pack_tokens=64),
+    Case(name="student-none", objective=STUDENT_NONE),
+    Case(name="sampled", objective=SAMPLED),
+    Case(name="exopd", objective=EXOPD, pack_tokens=64),
+    Case(name="exopd-based", objective=EXOPD, base={}),
 ]
 TWO_RANKS = [
     Case(name="tp2", ranks=2, student=TP2, teacher=TP2),
@@ -56,23 +78,53 @@ TWO_RANKS = [
     Case(name="tp2-teacher-dp2", ranks=2, student=TP2, pack_tokens=41),
     Case(name="pp2-teacher-tp2-sp", ranks=2, student=PP2, teacher=TP2_SP, pack_tokens=64),
     Case(name="tp2-sp-fkl-teacher-pp2", ranks=2, student=TP2_SP, teacher=PP2, objective=FKL, pack_tokens=64),
+    Case(name="cp2", ranks=2, student=CP2, teacher=CP2),
+    Case(name="cp2-tied-small-packs", ranks=2, student=CP2, teacher=TP2, tied=True, pack_tokens=64, recompute="full"),
+    Case(name="cp2-one-sequence", ranks=2, student=CP2, teacher=PP2, sequences=1),
+    Case(name="cp2-minibatches", ranks=2, student=CP2, minibatches=2, pack_tokens=64),
+    Case(name="cp2-fkl-teacher-dp2", ranks=2, student=CP2, objective=FKL),
+    Case(name="pp2-teacher-cp2", ranks=2, student=PP2, teacher=CP2, pack_tokens=64),
+    Case(name="vpp2", ranks=2, student=VPP2, deep=True, pack_tokens=64),
+    Case(name="vpp2-one-pack-tied", ranks=2, student=VPP2, teacher=TP2, deep=True, tied=True),
+    Case(name="student-top-tp2-teacher-pp2", ranks=2, student=TP2_SP, teacher=PP2, objective=STUDENT_TOP),
+    Case(name="student-none-pp2-teacher-tp2", ranks=2, student=PP2, teacher=TP2, objective=STUDENT_NONE),
+    Case(name="union-dp2-teacher-tp2", ranks=2, teacher=TP2, objective=UNION, pack_tokens=64, minibatches=2),
+    Case(name="union-tp2-teacher-dp2", ranks=2, student=TP2, objective=UNION, pack_tokens=64),
+    Case(name="union-cp2-teacher-dp2", ranks=2, student=CP2, objective=UNION, pack_tokens=64),
+    Case(name="union-renorm-pp2-teacher-cp2", ranks=2, student=PP2, teacher=CP2, objective=UNION_RENORM),
+    Case(name="exopd-tp2-teacher-pp2", ranks=2, student=TP2, teacher=PP2, objective=EXOPD),
+    Case(name="exopd-pp2-base-tp2", ranks=2, student=PP2, base=TP2_SP, objective=EXOPD, pack_tokens=64),
+    Case(name="sampled-tp2", ranks=2, student=TP2, teacher=TP2, objective=SAMPLED),
     Case(name="bf16-tp2-sp", ranks=2, student=TP2_SP, teacher=TP2, dtype="bf16", objective=OPD),
     Case(name="bf16-pp2-tied", ranks=2, student=PP2, teacher=TP2, dtype="bf16", objective=OPD, tied=True),
 ]
 FOUR_RANKS = [
     Case(name="tp2-pp2", ranks=4, student=TP2_PP2, teacher=TP2, pack_tokens=64),
     Case(name="tp2-sp-pp2-tied", ranks=4, student=TP2_SP_PP2, teacher=TP2_PP2, tied=True, pack_tokens=64),
+    Case(name="tp2-sp-cp2", ranks=4, student=TP2_SP | CP2, teacher=CP2 | PP2, pack_tokens=90),
+    Case(name="cp2-pp2-tied", ranks=4, student=CP2 | PP2, teacher=TP2_PP2, tied=True, pack_tokens=64),
+    Case(name="cp4-teacher-cp2", ranks=4, student={"context": 4}, teacher=CP2, pack_tokens=64),
+    Case(name="tp2-sp-vpp2", ranks=4, student=TP2_SP | VPP2, teacher=PP2, deep=True, tied=True, pack_tokens=48),
+    Case(name="student-top-tp2-pp2", ranks=4, student=TP2_PP2, teacher=TP2, objective=STUDENT_TOP, pack_tokens=64),
+    Case(name="union-pp2-dp2", ranks=4, student=PP2, teacher=TP2_SP, objective=UNION, pack_tokens=64),
+    Case(name="union-tp2-cp2", ranks=4, student=TP2_SP | CP2, teacher=TP2_PP2, objective=UNION, minibatches=2),
     Case(name="tp2-dp2", ranks=4, student=TP2_SP, teacher=PP2, minibatches=2, pack_tokens=64),
     Case(name="pp2-dp2-opd-tied", ranks=4, student=PP2, teacher=TP2_PP2, objective=OPD, tied=True, pack_tokens=64),
 ]
 CASES = ONE_RANK + TWO_RANKS + FOUR_RANKS
 ALL_TRUSTED = Case(name="all-trusted", method={"name": "tropd", "gate": "all", "prefix_schedule": "none"})
+# here the sampled token, random in the self check, is mostly in no top k: each side's tail must leave it out by itself
+BUCKET_AND_SAMPLED = {"name": "rkl", "form": "topk", "k": 5, "support": "teacher_and_sampled", "tail": "bucket"}
 SELF_CHECKS = {
     1: [Case(name="tropd"), Case(name="fkl", objective=FKL), Case(name="bf16", dtype="bf16", objective=OPD, tied=True)],
     2: [
         Case(name="sp", student=TP2_SP, objective=OPD),
         Case(name="tropd", student=TP2),
         Case(name="pp", student=PP2, objective=FKL, tied=True),
+        Case(name="bucket", student=TP2, method={"name": "fkl", "form": "topk", "k": 5}),
+        Case(name="bucket-sampled", student=PP2, method=BUCKET_AND_SAMPLED),
+        Case(name="bucket-student", student=PP2, method={**BUCKET_AND_SAMPLED, "support": "student"}),
+        Case(name="bucket-union", student=TP2, method={**BUCKET_AND_SAMPLED, "support": "union"}),
     ],
 }
 
@@ -84,7 +136,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
     save_qwen3(directory / "untied", STUDENT, seed=1)
     save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
+    save_qwen3(directory / "deep-untied", DEEP, seed=4)
+    save_qwen3(directory / "deep-tied", DEEP, tied=True, seed=5)
     save_qwen3(directory / "teacher", TEACHER, seed=3)
+    save_qwen3(directory / "base", BASE, seed=6)
     return directory
 
 
@@ -117,7 +172,9 @@ def reference(models: Path) -> Callable[[Case], Reference]:
     def of(case: Case) -> Reference:
         if case.key not in done:
             student, teacher = load_hf(models / student_directory(case)), load_hf(models / "teacher")
-            truth = Reference(student, teacher, case.objective, VOCAB)
+            # without one of its own, the base model is the student as it was before training
+            base = load_hf(models / (student_directory(case) if case.base is None else "base"))
+            truth = Reference(student, teacher, case.objective, VOCAB, base)
             batches = [random_rollouts(step, vocab_size=VOCAB, count=case.sequences) for step in range(STEPS)]
             truth.train(batches, ADAM, learning_rates(case.minibatches), minibatches=case.minibatches)
             done[case.key] = truth
@@ -181,6 +238,24 @@ def test_layouts_agree_with_one_rank(case, outcome):
         assert relative_error(gradient, one["gradients"][name]) < 1e-5, name
     for here, there in zip(many["stats"], one["stats"], strict=True):
         assert here == pytest.approx(there, rel=1e-5, abs=1e-6)
+
+
+MOVES = [
+    Case(name="move-tp2", ranks=4, student=TP2, deep=True, tied=True),
+    Case(name="move-pp2", ranks=4, student=PP2, deep=True, tied=True),
+    Case(name="move-vpp2", ranks=4, student=VPP2, deep=True, tied=True, pack_tokens=64),
+    Case(name="move-tp2-pp2", ranks=4, student=TP2_SP_PP2, deep=True, tied=True),
+    Case(name="move-tp2-vpp2", ranks=4, student=TP2 | VPP2, deep=True, tied=True),
+]
+
+
+def test_a_checkpoint_goes_from_layout_to_layout(models, tmp_path, reference):
+    """Adam's moments and the schedule move with the weights: the steps are those of a training that never moved."""
+    truth = reference(MOVES[0])
+    for rank in run_on_ranks(run_chain, MOVES, str(models), str(tmp_path), world_size=4, timeout_s=120):
+        for step, exact, size in zip(rank, truth.losses, truth.sizes, strict=True):
+            assert abs(step["loss"] - exact) < 1e-5 * size
+        assert [step["grad_norm"] for step in rank] == pytest.approx(truth.grad_norms, rel=1e-5)
 
 
 def test_packs_of_the_cases_differ_in_number(outcome):

@@ -22,7 +22,10 @@ from torch import Tensor
 class Plan(Protocol):
     """Which tokens attend to which, for one forward pass."""
 
-    qkv_format: str  # anything but "thd", which Megatron would treat itself
+    @property
+    def qkv_format(self) -> str:
+        """Anything but "thd", which Megatron would treat itself."""
+        ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Causal attention of one layer, ``[s, b, heads, d]`` each and back; there may be fewer key heads."""
@@ -71,30 +74,42 @@ class PackedPlan:
     @staticmethod
     def build(cu_seqlens: npt.NDArray[np.int32], device: torch.device) -> PackedPlan:
         starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
-        order = np.argsort(-lengths, kind="stable")
-        groups = []
-        first = 0
-        while first < len(order):
-            longest = lengths[order[first]]
-            count = int(np.searchsorted(-lengths[order[first:]], -_GROUP_FILL * longest, side="right"))
-            rows = order[first : first + max(count, 1)]
-            groups.append(_group(starts[rows], lengths[rows], device))
-            first += len(rows)
-        return PackedPlan(tuple(groups))
+        return PackedPlan(groups_of(starts, lengths, device))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if len(self.groups) == 1 and self.groups[0].gather_NL.size(0) == 1:
             return _one_sequence(query, key, value, scale)
-        outputs = [self._attend_group(group, query, key, value, scale) for group in self.groups]
+        outputs = attend_groups(self.groups, query, key, value, scale)
         merged = torch.empty_like(query)
         return merged.index_copy(0, torch.cat([group.restore for group in self.groups]), torch.cat(outputs))
 
-    @staticmethod
-    def _attend_group(group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # [T, 1, h, d] -> [n, h, L, d]
-        q, k, v = (x.squeeze(1)[group.gather_NL].transpose(1, 2) for x in (query, key, value))
-        out = _causal_attention(q, k, v, scale).transpose(1, 2)
-        return out[group.real_NL].unsqueeze(1)
+
+def groups_of(
+    starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], device: torch.device
+) -> tuple[_Group, ...]:
+    """Sequences by where they start and how long they are, in groups of similar length."""
+    order = np.argsort(-lengths, kind="stable")
+    groups = []
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        count = int(np.searchsorted(-lengths[order[first:]], -_GROUP_FILL * longest, side="right"))
+        rows = order[first : first + max(count, 1)]
+        groups.append(_group(starts[rows], lengths[rows], device))
+        first += len(rows)
+    return tuple(groups)
+
+
+def attend_groups(groups: tuple[_Group, ...], query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Tensor]:
+    """``[n, 1, heads, d]`` of each group's real steps, in the order of its ``restore``."""
+    return [_attend_group(group, query, key, value, scale) for group in groups]
+
+
+def _attend_group(group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    # [T, 1, h, d] -> [n, h, L, d]
+    q, k, v = (x.squeeze(1)[group.gather_NL].transpose(1, 2) for x in (query, key, value))
+    out = _causal_attention(q, k, v, scale).transpose(1, 2)
+    return out[group.real_NL].unsqueeze(1)
 
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

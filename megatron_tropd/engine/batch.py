@@ -9,10 +9,13 @@ import numpy as np
 import torch
 
 from megatron_tropd.data.random import Stream, uniforms
-from megatron_tropd.engine.forward import valid_positions
+from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import TrainPack
 from megatron_tropd.losses.reduce import special_token_keep, token_weights
+from megatron_tropd.losses.support import first_of_each, tail_beside
 from megatron_tropd.methods import Method
+from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.types import Pack, Rollout, Signal, TokenView
 
 
@@ -33,10 +36,14 @@ class StudentScores:
 
     logprob_N: torch.Tensor
     entropy_N: torch.Tensor
+    model_logprob_N: torch.Tensor  # at temperature 1, as the sampler reports it
+    topk_ids_NK: torch.Tensor | None = None  # its most likely tokens, int64
 
 
-def batch_weights(packs: Sequence[Sequence[Pack]], method: Method, facts: BatchFacts) -> list[list[np.ndarray]]:
-    """``[N]`` normalisation weights of every pack, computed over all replicas' packs at once."""
+def batch_weights(
+    packs: Sequence[Sequence[Pack]], method: Method, facts: BatchFacts, groups: Groups
+) -> list[np.ndarray]:
+    """``[N]`` normalisation weights of this rank's packs, computed over all replicas' packs at once."""
     flat = [pack for replica in packs for pack in replica]
     region, sequence, target = (
         np.concatenate([getattr(pack, name) for pack in flat]) for name in ("region_T", "sequence_T", "target_T")
@@ -53,12 +60,14 @@ def batch_weights(packs: Sequence[Sequence[Pack]], method: Method, facts: BatchF
     weights = token_weights(region, sequence, normalization=method.normalization, keep_T=keep)
     ends = np.cumsum([len(pack.token_T) for pack in flat])[:-1]
     per_pack = iter(np.split(weights, ends))
-    return [[next(per_pack)[valid_positions(pack)] for pack in replica] for replica in packs]
+    of_replicas = [[next(per_pack) for _ in replica] for replica in packs]
+    mine = zip(of_replicas[groups.replica], packs[groups.replica], strict=True)
+    return [weight_T[own_valid_positions(pack, groups)] for weight_T, pack in mine]
 
 
-def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, device: torch.device) -> TokenView:
-    """The facts about a pack's valid predictions. ``rollouts`` by sequence id."""
-    valid = valid_positions(pack)
+def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, model: Model) -> TokenView:
+    """The facts about the valid predictions of a pack that this rank computes. ``rollouts`` by sequence id."""
+    valid, device = own_valid_positions(pack, model.groups), model.device
     uniform, sampled = _per_token(pack, rollouts, facts)
     return TokenView(
         region_T=torch.from_numpy(pack.region_T[valid].astype(np.int64)).to(device),
@@ -96,37 +105,55 @@ def train_packs(
     rollouts: Mapping[int, Rollout],
     method: Method,
     facts: BatchFacts,
-    device: torch.device,
+    model: Model,
 ) -> list[TrainPack]:
-    """One replica's packs, ready for ``Trainer.step``."""
+    """One rank's packs, ready for ``Trainer.step``."""
     return [
-        _train_pack(*item, rollouts=rollouts, method=method, facts=facts, device=device)
+        _train_pack(*item, rollouts=rollouts, method=method, facts=facts, model=model)
         for item in zip(packs, weights, signals, scores, strict=True)
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Support:
-    """The candidates of each token and the teacher's log-probs of them; the mask is False on duplicates."""
+class Support:
+    """The candidates of each token and the teacher's log-probs of them and of the rest; mask: False on duplicates."""
 
     ids_NK: torch.Tensor | None = None
     logprob_NK: torch.Tensor | None = None
     mask_NK: torch.Tensor | None = None
+    logtail_N: torch.Tensor | None = None
 
 
-def _support(signal: Signal | None, target_N: torch.Tensor, method: Method) -> _Support:
-    if signal is None or not method.needs.top_k:
-        return _Support()
-    ids, logprob = signal.topk_ids_NK, signal.topk_logprob_NK
-    assert ids is not None and logprob is not None
-    if method.needs.support != "teacher_and_sampled":
-        return _Support(ids, logprob)
-    fresh_N1 = (ids != target_N[:, None]).all(-1, keepdim=True)
-    return _Support(
-        torch.cat([ids, target_N[:, None]], dim=1),
-        torch.cat([logprob, signal.logprob_N[:, None]], dim=1),
-        torch.cat([torch.ones_like(ids, dtype=torch.bool), fresh_N1], dim=1),
+def support_of(signal: Signal | None, target_N: torch.Tensor, method: Method) -> Support:
+    """The support that the method looks at, from what the teacher has told."""
+    needs = method.needs
+    if signal is None or not needs.top_k:
+        return Support()
+    parts = {
+        "teacher": [(signal.topk_ids_NK, signal.topk_logprob_NK)],
+        "student": [(signal.asked_ids_NJ, signal.asked_logprob_NJ)],
+        "union": [(signal.topk_ids_NK, signal.topk_logprob_NK), (signal.asked_ids_NJ, signal.asked_logprob_NJ)],
+        "teacher_and_sampled": [
+            (signal.topk_ids_NK, signal.topk_logprob_NK),
+            (target_N[:, None], signal.logprob_N[:, None]),
+        ],
+    }[needs.support]
+    ids_NK = torch.cat([_given(ids) for ids, _ in parts], dim=1)
+    logtail_N = None
+    if needs.tail_mass:
+        inside_N = (ids_NK == target_N[:, None]).any(-1)
+        logtail_N = tail_beside(_given(signal.topk_logtail_N), signal.logprob_N, inside_N)
+    return Support(
+        ids_NK=ids_NK,
+        logprob_NK=torch.cat([_given(logprob) for _, logprob in parts], dim=1),
+        mask_NK=first_of_each(ids_NK) if len(parts) > 1 else None,
+        logtail_N=logtail_N,
     )
+
+
+def _given(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None  # the teacher was asked for it: SignalSpec.of
+    return value
 
 
 def _train_pack(
@@ -138,19 +165,21 @@ def _train_pack(
     rollouts: Mapping[int, Rollout],
     method: Method,
     facts: BatchFacts,
-    device: torch.device,
+    model: Model,
 ) -> TrainPack:
     old = None if score is None else score.logprob_N
-    tokens = token_view(pack, rollouts, facts, device)
-    support = _support(signal, tokens.target_T, method)
+    tokens = token_view(pack, rollouts, facts, model)
+    support = support_of(signal, tokens.target_T, method)
     return TrainPack(
         pack=pack,
         tokens=tokens,
-        weight_N=torch.from_numpy(weight_N).to(device),
+        weight_N=torch.from_numpy(weight_N).to(model.device),
         signal=signal,
         support_ids_NK=support.ids_NK,
         support_logprob_NK=support.logprob_NK,
         support_mask_NK=support.mask_NK,
+        support_logtail_N=support.logtail_N,
         old_logprob_N=old,
+        old_model_logprob_N=None if score is None else score.model_logprob_N,
         old_entropy_N=None if score is None else score.entropy_N,
     )

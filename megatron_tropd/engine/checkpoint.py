@@ -13,7 +13,7 @@ import os
 import queue
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tropd.engine.metadata import check_metadata
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import CheckpointError
 
 _LATEST = "latest"
+COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest was there
 
 
@@ -47,6 +50,32 @@ def save_checkpoint(
     """
     root = Path(root)
     target = _directory(root, step)
+    with megatron_sees(model.groups):
+        sharded = _sharded_state(model, optimization, loading=False)
+    _write_whole(target, sharded, {"step": step, **state}, model)
+    if dist.get_rank() == 0:
+        _write_synced(root / (_LATEST + ".partial"), target.name)
+        os.replace(root / (_LATEST + ".partial"), root / _LATEST)
+        _drop_others(root, target, keep)
+    dist.barrier()
+    return target
+
+
+def save_model(target: Path, model: Model, *, state: Mapping[str, Any], companions: Iterable[Path] = ()) -> None:
+    """Saves a model that is not being trained as the checkpoint ``target``, of step 0. Collective.
+
+    Args:
+        companions: config and tokenizer files, which go into its directory ``hf``.
+    """
+    with megatron_sees(model.groups):
+        sharded = _sharded_model(model)
+    _write_whole(target, sharded, {"step": 0, **state}, model, companions)
+
+
+def _write_whole(
+    target: Path, sharded: dict[str, Any], facts: dict[str, Any], model: Model, companions: Iterable[Path] = ()
+) -> None:
+    """Writes aside, then the list of what was written, then puts it in place. Collective."""
     aside = target.with_name(target.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,18 +83,17 @@ def save_checkpoint(
     dist.barrier()
     with megatron_sees(model.groups):
         _collect_writes_in_process()
-        dist_checkpointing.save(_sharded_state(model, optimization, loading=False), str(aside))
+        dist_checkpointing.save(sharded, str(aside))
     dist.barrier()
     if dist.get_rank() == 0:
+        for path in companions:
+            (aside / COMPANIONS).mkdir(exist_ok=True)
+            shutil.copyfile(path, aside / COMPANIONS / path.name)
         sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in aside.rglob("*") if path.is_file()}
-        _write_synced(aside / _COMPLETE, json.dumps({"step": step, **state, "files": sizes}, indent=2, sort_keys=True))
+        _write_synced(aside / _COMPLETE, json.dumps({**facts, "files": sizes}, indent=2, sort_keys=True))
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        _write_synced(root / (_LATEST + ".partial"), target.name)
-        os.replace(root / (_LATEST + ".partial"), root / _LATEST)
-        _drop_others(root, target, keep)
     dist.barrier()
-    return target
 
 
 def _collect_writes_in_process() -> None:
@@ -139,12 +167,13 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
         CheckpointError: torn, or of another model or optimizer.
     """
     state = read_state(checkpoint)
+    check_metadata(Path(checkpoint))
     with megatron_sees(model.groups):
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
             )
-        except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{Path(checkpoint).absolute()} does not fit this model and optimizer: {error}. "
                 "It was written by a run with another student or optimizer; start afresh with checkpoint.resume=never."
@@ -157,19 +186,50 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     return state
 
 
+def load_model_weights(checkpoint: str | Path, model: Model) -> None:
+    """Fills the model from a checkpoint of training or of ``save_model``, written under any layout. Collective.
+
+    Raises:
+        CheckpointError: torn, or of another model.
+    """
+    read_state(checkpoint)
+    check_metadata(Path(checkpoint))
+    with megatron_sees(model.groups):
+        # weights alone: what else a module saves comes as pickles, and is nothing here
+        sharded = {
+            key: {name: part for name, part in chunk.items() if not name.endswith("_extra_state")}
+            for key, chunk in _sharded_model(model).items()
+        }
+        try:
+            loaded = dist_checkpointing.load(sharded, str(Path(checkpoint).absolute()))
+        except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{Path(checkpoint).absolute()} does not hold the model of config.json: {str(error)[:400]}. "
+                "Give the config.json of the model it was trained from."
+            ) from error
+        for number, chunk in enumerate(model.chunks):
+            found = chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=False)
+            missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
+            if missing:
+                raise CheckpointError(f"{Path(checkpoint).absolute()} has no {missing[0]}.")
+
+
+def _sharded_model(model: Model) -> dict[str, Any]:
+    metadata = {"dp_cp_group": model.groups.pg.dp_cp}
+    return {
+        _model_key(number, len(model.chunks)): chunk.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(model.chunks)
+    }
+
+
 def _model_key(number: int, chunks: int) -> str:
     return "model" if chunks == 1 else f"model{number}"
 
 
 def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": model.groups.pg.dp_cp}
-    state: dict[str, Any] = {}
-    for number, chunk in enumerate(model.chunks):
-        state[_model_key(number, len(model.chunks))] = chunk.sharded_state_dict(metadata=metadata)
-    weights = {key: value for part in state.values() for key, value in part.items()}
-    if len(model.chunks) == 1:
-        weights = state["model"]
-    state["optimizer"] = optimization.optimizer.sharded_state_dict(weights, is_loading=loading)
+    state = _sharded_model(model)
+    # the chunks' own names collide (each counts its layers from 0): they stay apart, under the chunk's key
+    state["optimizer"] = optimization.optimizer.sharded_state_dict(dict(state), is_loading=loading)
     state["scheduler"] = optimization.scheduler.state_dict()
     state["torch_rng"] = torch.get_rng_state()
     return state

@@ -13,10 +13,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron_tropd.engine.attention import PackedPlan
+from megatron_tropd.engine.attention import PackedPlan, Plan
+from megatron_tropd.engine.context import ContextPlan, carries_loss, held_tokens
 from megatron_tropd.engine.model import HiddenStateGPT, Model
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
+from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Pack, Region
 
 # (number of the pack in the call, hidden states of its valid predictions [N, D], output weight shard [v, D])
@@ -30,22 +32,25 @@ class _Inputs:
     number: int
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
-    plan: PackedPlan
-    valid: Tensor  # [N] stream positions of PREFIX and CONTINUATION predictions
+    plan: Plan
+    valid: Tensor  # [N] rows of this rank's tokens that are PREFIX and CONTINUATION predictions
+    unbalanced: Tensor | None  # [1, T] bool, True where a token does not count for the balance of experts' loads
 
 
-def valid_positions(pack: Pack) -> np.ndarray:
-    """``[N]`` stream positions whose prediction carries loss, in stream order."""
-    return np.flatnonzero((pack.region_T == Region.PREFIX) | (pack.region_T == Region.CONTINUATION))
-
-
-def _inputs(number: int, pack: Pack, device: torch.device) -> _Inputs:
+def _inputs(number: int, pack: Pack, model: Model) -> _Inputs:
+    groups, device = model.groups, model.device
+    held_t = held_tokens(len(pack.token_T), rank=groups.context_rank, ranks=groups.layout.context)
+    carries_t = carries_loss(pack)[held_t]
+    alone = groups.layout.context == 1
     return _Inputs(
         number=number,
-        ids=torch.from_numpy(pack.token_T)[None].to(device),
-        positions=torch.from_numpy(pack.position_T)[None].to(device),
-        plan=PackedPlan.build(pack.cu_seqlens, device),
-        valid=torch.from_numpy(valid_positions(pack)).to(device),
+        ids=torch.from_numpy(pack.token_T[held_t])[None].to(device),
+        positions=torch.from_numpy(pack.position_T[held_t])[None].to(device),
+        plan=PackedPlan.build(pack.cu_seqlens, device)
+        if alone
+        else ContextPlan.build(pack.cu_seqlens, groups.pg.cp, device),
+        valid=torch.from_numpy(np.flatnonzero(carries_t)).to(device),
+        unbalanced=torch.from_numpy(~carries_t)[None].to(device) if model.config.moe_aux_loss_coeff else None,
     )
 
 
@@ -64,14 +69,18 @@ def run_packs(
     accumulated into ``wrapped`` (the DDP-wrapped chunks), and the result holds the infos.
     """
     modules = list(wrapped if wrapped is not None else model.chunks)
-    device = model.device
-    prepared = [_inputs(i, pack, device) for i, pack in enumerate(packs)]
     groups, virtual = model.groups, model.groups.layout.virtual_pipeline
+    prepared = [_inputs(i, pack, model) for i, pack in enumerate([*packs, *_fillers(len(packs), groups.layout)])]
+
+    def last_of_packs(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> Any:
+        if number < len(packs):
+            return last_stage(number, hidden_ND, weight_vD)
+        return (hidden_ND.sum(), None) if backward else None
 
     def forward_step(batches: Iterator[_Inputs], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
-        hidden = module(batch.ids, batch.positions, None, packed_seq_params=batch.plan)
-        return hidden, partial(_finish, batch=batch, module=module, model=model, last_stage=last_stage)
+        hidden = module(batch.ids, batch.positions, None, packed_seq_params=batch.plan, padding_mask=batch.unbalanced)
+        return hidden, partial(_finish, batch=batch, module=module, model=model, last_stage=last_of_packs)
 
     schedule = get_forward_backward_func(pp_size=groups.layout.pipeline, vp_size=virtual if virtual > 1 else None)
     options: dict[str, Any] = {}
@@ -83,14 +92,33 @@ def run_packs(
             data_iterator=[iter(prepared) for _ in modules],
             model=modules,
             num_microbatches=len(prepared),
-            seq_length=max(len(pack.token_T) for pack in packs),
+            seq_length=max(len(pack.token_T) for pack in packs) // groups.layout.context,
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,
             pg_collection=groups.pg,
             **options,
         )
-    return collected
+    return collected[: len(packs)]
+
+
+def _fillers(count: int, layout: Layout) -> list[Pack]:
+    """Packs of padding: interleaved stages take microbatches by the whole round of the pipeline."""
+    if layout.virtual_pipeline == 1:
+        return []
+    length = layout.tensor * layout.context * 2
+    zeros = np.zeros(length, np.int64)
+    filler = Pack(
+        token_T=zeros,
+        target_T=zeros,
+        position_T=np.arange(length),
+        region_T=np.full(length, Region.PAD, np.uint8),
+        sequence_T=np.full(length, -1),
+        cu_seqlens=np.array([0, length], np.int32),
+        sequence_ids=np.empty(0, np.int64),
+        num_valid=0,
+    )
+    return [filler] * (-count % layout.pipeline)
 
 
 def _finish(

@@ -6,6 +6,7 @@ states is left to the vocabulary-parallel losses, so logits are never materialis
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,6 +28,8 @@ from torch import Tensor
 
 from megatron_tropd.engine import shim
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
+from megatron_tropd.engine.experts import expert_options, use_balancing_router
+from megatron_tropd.engine.rope import rotary_frequencies
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.groups import Groups, Layout
@@ -47,7 +56,11 @@ class HiddenStateGPT(GPTModel):
     ) -> tuple[Tensor | None, Tensor, None, None, None, Tensor | None]:
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        table = self.rotary_pos_emb(self.max_sequence_length)  # [max, 1, 1, d], cached by Megatron
+        if padding_mask is not None and self.config.sequence_parallel:
+            # activations are cut along the sequence between tensor-parallel regions
+            padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
+        # [max, 1, 1, d], cached by Megatron; as if packed, or context parallelism would cut it
+        table = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
         rotary = table[:, 0][position_ids.transpose(0, 1)]  # [s, b, 1, d]
         return decoder_input, rotary, None, None, None, padding_mask
 
@@ -85,6 +98,12 @@ class Model:
             for i in range(len(self.chunks))
         ]
 
+    def local_experts(self) -> range:
+        """Numbers of the experts of each layer that this rank holds; empty in a dense model."""
+        share = self.architecture.num_experts // self.groups.layout.expert
+        first = self.groups.pg.ep.rank() * share
+        return range(first, first + share)
+
     def freeze(self) -> Model:
         """Makes the model one that is only asked, never trained."""
         for chunk in self.chunks:
@@ -109,22 +128,46 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     recompute: str = "none",
+    balance: float = 0.0,
+    initialise: bool = True,
     seed: int = 0,
 ) -> Model:
-    """Builds this rank's chunks with random weights (``seed`` is layout-dependent: load weights to compare layouts)."""
+    """Builds this rank's chunks with random weights (``seed`` is layout-dependent: load weights to compare layouts).
+
+    Args:
+        balance: coefficient of the load-balancing loss of a mixture of experts.
+        initialise: False leaves the weights as memory happens to be, for a model that is about to be loaded: Megatron
+            would make every tensor-parallel matrix whole before it cuts it.
+    """
     shim.install()
     model_parallel_cuda_manual_seed(
         seed + 1, inference_rng_tracker=True, force_reset_rng=True, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=0
     )
     torch.manual_seed(seed + 1000 * groups.stage + groups.tensor_rank)
-    config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute)
+    config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute, balance=balance)
+    config.perform_initialization = initialise
     virtual = groups.layout.virtual_pipeline
     with megatron_sees(groups):
         chunks = tuple(
             _build_chunk(architecture, groups, config, stage if virtual > 1 else None).to(device)
             for stage in range(virtual)
         )
+    if not initialise:
+        _mark_shards(chunks)
     return Model(architecture=architecture, groups=groups, config=config, chunks=chunks, device=device)
+
+
+def _mark_shards(chunks: Iterable[torch.nn.Module]) -> None:
+    """Says of every weight how it is cut, by which the gradient norm counts it once or once per rank.
+
+    Megatron does so only where it initialises a weight.
+    """
+    cuts = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for chunk in chunks:
+        for module in chunk.modules():
+            weight = getattr(module, "weight", None)  # a tied output layer has none
+            if type(module) in cuts and weight is not None:
+                set_tensor_model_parallel_attributes(weight, True, cuts[type(module)], 1)
 
 
 def check_divisible(architecture: Architecture, layout: Layout) -> None:
@@ -139,6 +182,7 @@ def check_divisible(architecture: Architecture, layout: Layout) -> None:
         raise ConfigError(
             f"tensor parallel size {layout.tensor} does not divide the model's ffn size {architecture.ffn_size}."
         )
+    _check_experts(architecture, layout)
     stages = layout.pipeline * layout.virtual_pipeline
     if architecture.num_layers < stages:
         raise ConfigError(
@@ -152,19 +196,37 @@ def check_divisible(architecture: Architecture, layout: Layout) -> None:
         )
 
 
+def _check_experts(architecture: Architecture, layout: Layout) -> None:
+    if layout.expert > 1 and not architecture.num_experts:
+        raise ConfigError(f"expert parallel size {layout.expert} for a model without experts. Use expert=1.")
+    if architecture.num_experts % layout.expert:
+        raise ConfigError(
+            f"expert parallel size {layout.expert} does not divide the model's {architecture.num_experts} experts."
+        )
+
+
+def check_trainable(architecture: Architecture, layout: Layout) -> None:
+    """Refuses layouts in which this architecture can be asked, but not trained."""
+    if architecture.num_experts and layout.tensor > 1 and not layout.sequence:
+        raise ConfigError(
+            f"tensor parallel size {layout.tensor} without sequence parallelism: every tensor rank would send the same "
+            "tokens to the experts, whose gradients would count them that many times. Set sequence to true."
+        )
+
+
 def transformer_config(
-    architecture: Architecture, groups: Groups, *, dtype: torch.dtype, recompute: str = "none"
+    architecture: Architecture, groups: Groups, *, dtype: torch.dtype, recompute: str = "none", balance: float = 0.0
 ) -> TransformerConfig:
     """Megatron's description of the model under this layout."""
     layout = groups.layout
     check_divisible(architecture, layout)
-    options: dict[str, Any] = {}
+    options = expert_options(architecture, balance=balance)
     if recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if layout.pipeline > 1 and layout.virtual_pipeline == 1 and architecture.num_layers % layout.pipeline:
-        options |= _uneven_stages(architecture.num_layers, layout.pipeline)
+        options |= uneven_stages(architecture.num_layers, layout.pipeline)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -184,6 +246,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
@@ -209,7 +272,7 @@ def transformer_config(
     )
 
 
-def _uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:
+def uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:
     """Fewer layers on the last stage, which also carries the loss; the rest share evenly."""
     even, last = divmod(num_layers, pipeline)
     for last_stage in range(even, 0, -1):
@@ -225,7 +288,6 @@ def _build_chunk(
     architecture: Architecture, groups: Groups, config: TransformerConfig, vp_stage: int | None
 ) -> HiddenStateGPT:
     layout = groups.layout
-    scaling = architecture.rope_scaling or {}
     first = groups.is_first_stage and (vp_stage in (None, 0))
     last = groups.is_last_stage and (vp_stage in (None, layout.virtual_pipeline - 1))
     chunk = HiddenStateGPT(
@@ -239,20 +301,24 @@ def _build_chunk(
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
-        rope_scaling=bool(scaling),
-        rope_scaling_factor=float(scaling.get("factor", 1.0)),
         pg_collection=groups.pg,
         vp_stage=vp_stage,
     )
+    rotary = chunk.rotary_pos_emb
+    rotary.inv_freq = rotary_frequencies(architecture).to(rotary.inv_freq.device)
     return chunk
 
 
 def _block_spec(config: TransformerConfig, groups: Groups, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PlannedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        use_balancing_router(layer.submodules.mlp)
     count = get_num_layers_to_build(config, vp_stage, pp_rank=groups.stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

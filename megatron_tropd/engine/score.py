@@ -8,28 +8,43 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.engine.batch import StudentScores
-from megatron_tropd.engine.forward import run_packs, valid_positions
+from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
-from megatron_tropd.losses.vocab_parallel import linear_logprobs
+from megatron_tropd.engine.step import model_logprob
+from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.types import Pack
 
 
 def score_packs(
-    model: Model, packs: Sequence[Pack], *, vocab_size: int, temperature: float = 1.0
+    model: Model, packs: Sequence[Pack], *, vocab_size: int, temperature: float = 1.0, top_k: int = 0
 ) -> list[StudentScores | None]:
-    """Log-prob and entropy of every valid prediction at the model's current weights; None off the last stage."""
+    """Log-prob and entropy of every valid prediction, and its ``top_k`` most likely tokens, at the model's current
+    weights; None off the last stage."""
 
     def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> StudentScores:
         pack = packs[number]
-        target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(model.device)
-        out = linear_logprobs(
-            hidden_ND,
-            weight_vD,
-            target_N[:, None],
-            group=model.groups.tp,
-            vocab_size=vocab_size,
-            temperature=temperature,
+        target_N = torch.from_numpy(pack.target_T[own_valid_positions(pack, model.groups)]).to(model.device)
+        ids_N1, tp = target_N[:, None], model.groups.tp
+        plain_N = None
+        if temperature != 1.0:
+            plain_N = model_logprob(hidden_ND, weight_vD, target_N, group=tp, vocab_size=vocab_size)
+        if not top_k:
+            out = linear_logprobs(
+                hidden_ND, weight_vD, ids_N1, group=tp, vocab_size=vocab_size, temperature=temperature
+            )
+            logprob_N = out.logprob_TK[:, 0]
+            return StudentScores(logprob_N, out.entropy_T, logprob_N if plain_N is None else plain_N)
+        top = linear_topk(
+            hidden_ND, weight_vD, top_k, ids_TJ=ids_N1, group=tp, vocab_size=vocab_size, temperature=temperature
         )
-        return StudentScores(out.logprob_TK[:, 0], out.entropy_T)
+        assert top.picked_logprob_TJ is not None
+        logprob_N = top.picked_logprob_TJ[:, 0]
+        return StudentScores(logprob_N, top.entropy_T, logprob_N if plain_N is None else plain_N, top.ids_TK)
 
     return run_packs(model, packs, last_stage) or [None] * len(packs)
+
+
+def asked_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
+    """The student's own most likely tokens of every pack, for the teacher to grade; None where there are none."""
+    return [None if score is None else score.topk_ids_NK for score in scores]

@@ -8,17 +8,19 @@ Megatron-Core names CUDA in a handful of places (``device="cuda"`` literals, ``t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Process-wide part of the shim: two ``torch.cuda`` functions, and the CUDA RNG of activation recompute.
+    """Process-wide part of the shim: two ``torch.cuda`` functions, CUDA RNG of recompute, dispatch to experts.
 
     Recompute saves and restores the CUDA RNG state; this package trains without dropout, so there is nothing to save.
     """
@@ -26,10 +28,56 @@ def install() -> None:
         return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as mcore_random
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
     mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _CPU  # anything but None, for which a CUDA stream would be made
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_as_lists
+    if mappings._gather_along_first_dim is not _gather_uneven:
+        _even["gather"] = mappings._gather_along_first_dim
+        _even["reduce_scatter"] = mappings._reduce_scatter_along_first_dim
+        mappings._gather_along_first_dim = _gather_uneven
+        mappings._reduce_scatter_along_first_dim = _reduce_scatter_uneven
+
+
+def _splits_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """What Megatron's token dispatcher copies from the device on a stream of its own is already on the CPU."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(dispatcher, name)
+            if isinstance(splits, torch.Tensor):
+                setattr(dispatcher, name, splits.tolist())
+    return tokens_per_expert
+
+
+# gloo gathers and scatters equal parts only; tensor ranks of a mixture of experts hold unequal ones
+_even: dict[str, Callable[..., Tensor]] = {}
+
+
+def _gather_uneven(
+    input_: Tensor, group: dist.ProcessGroup, output_split_sizes: list[int] | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if output_split_sizes is None or group.size() == 1:
+        return _even["gather"](input_, group, output_split_sizes, *args, **kwargs)
+    output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+    everywhere = torch.cat([input_] * group.size())
+    dist.all_to_all_single(output, everywhere, output_split_sizes, [len(input_)] * group.size(), group=group)
+    return output
+
+
+def _reduce_scatter_uneven(
+    input_: Tensor, group: dist.ProcessGroup, input_split_sizes: list[int] | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if input_split_sizes is None or group.size() == 1:
+        return _even["reduce_scatter"](input_, group, input_split_sizes, *args, **kwargs)
+    mine, ranks = input_split_sizes[group.rank()], group.size()
+    parts = input_.new_empty(ranks * mine, *input_.shape[1:])
+    dist.all_to_all_single(parts, input_.contiguous(), [mine] * ranks, input_split_sizes, group=group)
+    return parts.view(ranks, mine, *input_.shape[1:]).sum(0)
 
 
 def _names_cuda(device: Any) -> bool:

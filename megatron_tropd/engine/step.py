@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import EngineError
+from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
 from megatron_tropd.types import Pack, Region, Signal, StudentView, TeacherView, TokenLoss, TokenView
@@ -35,7 +37,9 @@ class TrainPack:
     support_ids_NK: Tensor | None = None
     support_logprob_NK: Tensor | None = None
     support_mask_NK: Tensor | None = None
+    support_logtail_N: Tensor | None = None  # log of the teacher's mass outside the support
     old_logprob_N: Tensor | None = None
+    old_model_logprob_N: Tensor | None = None  # old_logprob_N at temperature 1, as the sampler reports its own
     old_entropy_N: Tensor | None = None
 
 
@@ -63,6 +67,7 @@ class StepResult:
     grad_norm: float
     lr: float
     stats: Mapping[str, float]
+    optimizer_seconds: float = 0.0  # gradient norm and update, of the step's wall time
 
 
 class Trainer:
@@ -76,17 +81,21 @@ class Trainer:
         *,
         vocab_size: int | None = None,
         teacher_weight_vE: Tensor | None = None,
+        keep_logits_bytes: int = 0,
     ) -> None:
         """``vocab_size``: ids both models know (default: all of the student's).
 
         ``teacher_weight_vE``: the teacher's output weight under the student's vocabulary partition, for methods that
         need full-vocabulary divergences; only read on the last stage.
+        ``keep_logits_bytes``: of a pack's logits, kept from the loss's forward to its backward.
         """
         self.model = model
         self.optimization = optimization
         self.method = method
         self._vocab_size = vocab_size or model.architecture.vocab_size
         self._teacher_weight_vE = teacher_weight_vE
+        # a method with a divergence has two losses over the vocabulary
+        self._keep_bytes = keep_logits_bytes // (1 if teacher_weight_vE is None else 2)
         self._sums = self._new_sums()
         self._stat_names: list[str] | None = None
 
@@ -104,6 +113,7 @@ class Trainer:
                 f"the loss of update {update} is {loss}. No weight was changed. "
                 "Lower optimizer.lr, or check the models with `tropd check`."
             )
+        started = time.perf_counter()
         grad_norm = self._gradient_norm()
         if not math.isfinite(grad_norm):
             raise EngineError(
@@ -111,7 +121,7 @@ class Trainer:
             )
         with megatron_sees(self.model.groups):
             optimization.optimizer.step()
-        return StepResult(loss, grad_norm, lr, stats)
+        return StepResult(loss, grad_norm, lr, stats, time.perf_counter() - started)
 
     def probe(self, packs: Sequence[TrainPack]) -> StepResult:
         """Loss and gradient norm of the packs without an update; the gradients stay in ``main_grad``. Collective."""
@@ -147,13 +157,24 @@ class Trainer:
         """Sum of one pack's weighted token losses."""
         student = self._student_view(item, hidden_ND, weight_vD)
         teacher = _teacher_view(item, student.logprob_T)
-        answer: TokenLoss = self.method.token_loss(student, teacher, _complete(item.tokens, student))
+        plain_N = self._old_model_logprob(item, student, hidden_ND, weight_vD)
+        tokens = complete_tokens(item.tokens, student.old_logprob_T, plain_N)
+        answer: TokenLoss = self.method.token_loss(student, teacher, tokens)
         weight_N = item.weight_N if answer.weight_T is None else item.weight_N * answer.weight_T
         loss = (answer.loss_T * weight_N).sum()
         self._sums.loss += loss.detach().double()
         self._sums.denominator += weight_N.double().sum()
         self._add_stats(answer, item)
         return loss
+
+    def _old_model_logprob(self, item: TrainPack, student: StudentView, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
+        """``[N]`` the rollout-time log-prob at temperature 1; only another one of the method's takes a pass for it."""
+        if self.method.temperature == 1.0:
+            return student.old_logprob_T
+        if item.old_model_logprob_N is not None:
+            return item.old_model_logprob_N
+        target_N, groups = item.tokens.target_T, self.model.groups
+        return model_logprob(hidden_ND, weight_vD, target_N, group=groups.tp, vocab_size=self._vocab_size)
 
     def _student_view(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> StudentView:
         model, support = self.model, item.support_ids_NK
@@ -166,13 +187,19 @@ class Trainer:
             group=model.groups.tp,
             vocab_size=self._vocab_size,
             temperature=self.method.temperature,
+            tail=support is not None and self.method.needs.tail_mass,
+            keep_bytes=self._keep_bytes,
         )
         logprob = out.logprob_TK[:, 0]
+        logtail = out.logtail_T
+        if support is not None and logtail is not None:  # so far outside the support and the target
+            logtail = tail_beside(logtail, logprob, (support == target_N1).any(-1))
         old = item.old_logprob_N
         return StudentView(
             logprob_T=logprob,
             old_logprob_T=logprob.detach() if old is None else old,
             support_logprob_TK=None if support is None else out.logprob_TK[:, 1:],
+            support_logtail_T=logtail,
             entropy_T=out.entropy_T,
             old_entropy_T=out.entropy_T.detach() if item.old_entropy_N is None else item.old_entropy_N,
             divergence=self._divergence(item, hidden_ND, weight_vD),
@@ -197,6 +224,7 @@ class Trainer:
                 group=self.model.groups.tp,
                 vocab_size=self._vocab_size,
                 temperature=self.method.temperature,
+                keep_bytes=self._keep_bytes,
             )
 
         return divergence
@@ -263,10 +291,25 @@ class Trainer:
         return self._stat_names
 
 
-def _complete(tokens: TokenView, student: StudentView) -> TokenView:
-    """The sampler has no log-prob (nan) of teacher-written tokens: they count as the trainer's own."""
-    sampled = tokens.rollout_logprob_T
-    return replace(tokens, rollout_logprob_T=torch.where(sampled.isnan(), student.old_logprob_T, sampled))
+@torch.no_grad()
+def model_logprob(
+    hidden_ND: Tensor, weight_vD: Tensor, target_N: Tensor, *, group: dist.ProcessGroup | None, vocab_size: int
+) -> Tensor:
+    """``[N]`` log-prob of each target under the model itself (temperature 1), nats, no gradient."""
+    out = linear_logprobs(hidden_ND, weight_vD, target_N[:, None], group=group, vocab_size=vocab_size)
+    return out.logprob_TK[:, 0]
+
+
+def complete_tokens(tokens: TokenView, old_N: Tensor, old_model_N: Tensor) -> TokenView:
+    """The tokens with the sampler's log-probs comparable to the trainer's ``old_N``, at the method's temperature.
+
+    The sampler's are at temperature 1. What they differ by from the trainer's there, ``old_model_N``, they are made to
+    differ by here. Of teacher-written tokens the sampler has none (nan): they count as the trainer's own.
+    """
+    sampled_N = tokens.rollout_logprob_T
+    if old_model_N is not old_N:
+        sampled_N = old_N + (sampled_N - old_model_N)
+    return replace(tokens, rollout_logprob_T=torch.where(sampled_N.isnan(), old_N, sampled_N))
 
 
 def _teacher_view(item: TrainPack, logprob_N: Tensor) -> TeacherView:
@@ -278,5 +321,7 @@ def _teacher_view(item: TrainPack, logprob_N: Tensor) -> TeacherView:
         support_ids_TK=item.support_ids_NK,
         support_logprob_TK=item.support_logprob_NK,
         support_mask_TK=item.support_mask_NK,
+        support_logtail_T=item.support_logtail_N,
         entropy_T=signal.entropy_N,
+        base_logprob_T=signal.base_logprob_N,
     )

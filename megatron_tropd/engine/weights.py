@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_tropd.convert.families import Entry, entries
-from megatron_tropd.convert.rules import RULES, Cut, Sliceable, shape_of
+from megatron_tropd.convert.hf import HFWeights, check_weights
+from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, place
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
-from megatron_tropd.types import Architecture
 
-_BUCKET_BYTES = 256 << 20
-_WEIGHT_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]
+# what is gathered at once, over all ranks that hold a part
+_BUCKET_BYTES = 16 << 20
 
 
 def _cut_of(model: Model, *, rank: int | None = None) -> Cut:
@@ -29,172 +33,225 @@ def _cut_of(model: Model, *, rank: int | None = None) -> Cut:
     )
 
 
-def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
-    """Every table entry this rank holds, with its parameter."""
-    found = []
-    for chunk, offset in zip(model.chunks, model.layer_offsets(), strict=True):
-        layers = range(offset, offset + len(chunk.decoder.layers))
-        parameters = {_global_name(name, offset): p for name, p in chunk.named_parameters()}
-        table = entries(model.architecture, layers, embedding=chunk.pre_process, output=chunk.post_process)
-        unknown = set(parameters) - {entry.megatron for entry in table}
-        if unknown:
-            raise CheckpointError(f"parameters without a name in the conversion table: {sorted(unknown)}.")
-        found += [(entry, parameters[entry.megatron]) for entry in table]
-    return found
-
-
-def _global_name(name: str, layer_offset: int) -> str:
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + layer_offset)
-    return ".".join(parts)
-
-
-@torch.no_grad()
-def load_weights(model: Model, source: Mapping[str, Sliceable]) -> None:
-    """Fills this rank's parameters from HF-named tensors, reading only this rank's slices.
-
-    Raises:
-        CheckpointError: a tensor is missing, quantized, of another shape than ``config.json`` promises, or of a layer
-            that it does not describe.
-    """
-    _refuse_homeless_layers(model.architecture, source)
-    cut = _cut_of(model)
-    for entry, parameter in local_table(model):
-        _fill(entry, parameter, [source[name] for name in entry.hf], cut)
-
-
-def _refuse_homeless_layers(architecture: Architecture, source: Iterable[str]) -> None:
-    """Layer tensors that config.json has no place for (more layers, biases) would silently be another model."""
-    known = {
-        name
-        for entry in entries(architecture, range(architecture.num_layers), embedding=True, output=True)
-        for name in entry.hf
-    }
-    homeless = sorted(
-        name
-        for name in set(source) - known
-        if name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
-    )
-    if homeless:
-        raise CheckpointError(
-            f"the checkpoint has {homeless[0]!r} ({len(homeless)} such tensors), for which the model described by its "
-            f"config.json ({architecture.family}, {architecture.num_layers} layers) has no place. "
-            "Give the config.json that belongs to the weights."
-        )
-
-
-def _fill(entry: Entry, parameter: Tensor, parts: Sequence[Sliceable], cut: Cut) -> None:
-    rule = RULES[entry.rule]
-    for name, part, needed in zip(entry.hf, parts, rule.shapes(tuple(parameter.shape), cut), strict=True):
-        if shape_of(part) != needed:
-            raise CheckpointError(
-                f"{name} has shape {list(shape_of(part))}, but the model of config.json needs {list(needed)}. "
-                "Give the config.json that belongs to the weights."
-            )
-        if (dtype := part[:0].dtype) not in _WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{name} is {dtype}: quantized weights are not supported. Save the model as float32 or bfloat16."
-            )
-    parameter.copy_(rule.cut(parts, cut))
+# --------------------------------------------------------------------------- who holds what
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """What every rank must know of one entry to take part in its gathering."""
+class _Chunk:
+    """One chunk of the model: the pipeline stage it is on and what it is made of."""
 
-    entry: Entry
-    shape: torch.Size
-
-
-def _stage_tables(model: Model) -> list[list[_Piece]]:
-    """The tables of all pipeline stages, the same on every rank."""
-    mine = [_Piece(entry, p.shape) for entry, p in local_table(model)]
-    if model.groups.layout.pipeline == 1:
-        return [mine]
-    gathered: list[list[_Piece] | None] = [None] * model.groups.layout.pipeline
-    dist.all_gather_object(gathered, mine, group=model.groups.pg.pp)
-    return [table or [] for table in gathered]
+    stage: int
+    table: list[Entry]  # with the experts of all expert-parallel ranks
 
 
-def hf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Yields ``(HF name, whole tensor)`` for the model, on every rank, in a fixed order and the model's dtype.
+def _chunks(model: Model) -> list[_Chunk]:
+    """Every chunk of the model in layer order, the same on every rank, without asking any of them."""
+    layout, config, found = model.groups.layout, model.config, []
+    for chunk in range(layout.virtual_pipeline):
+        virtual = chunk if layout.virtual_pipeline > 1 else None
+        for stage in range(layout.pipeline):
+            first = get_transformer_layer_offset(config, virtual, pp_rank=stage)
+            table = entries(
+                model.architecture,
+                range(first, first + get_num_layers_to_build(config, virtual, pp_rank=stage)),
+                embedding=stage == 0 and chunk == 0,
+                output=stage == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1,
+            )
+            found.append(_Chunk(stage, table))
+    return found
 
-    Shards are gathered over tensor ranks and handed from the pipeline stage that holds them to the others in buckets
-    of at most 256 MiB per rank. Collective: every rank must run the iterator to its end.
+
+def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
+    """Every table entry this rank holds, with its parameter."""
+    tables = [chunk.table for chunk in _chunks(model) if chunk.stage == model.groups.stage]
+    found = []
+    for chunk, offset, table in zip(model.chunks, model.layer_offsets(), tables, strict=True):
+        experts = model.local_experts()
+        mine = [entry for entry in table if entry.expert is None or entry.expert in experts]
+        parameters = {_global_name(name, offset, experts.start): p for name, p in chunk.named_parameters()}
+        unknown = set(parameters) - {entry.megatron for entry in mine}
+        if unknown:
+            raise CheckpointError(f"parameters without a name in the conversion table: {sorted(unknown)}.")
+        found += [(entry, parameters[entry.megatron]) for entry in mine]
+    return found
+
+
+def _global_name(name: str, first_layer: int, first_expert: int) -> str:
+    """Megatron counts layers from the chunk's first and experts from the rank's first; the table over the model."""
+    parts = name.split(".")
+    for kind, first in (("layers", first_layer), ("local_experts", first_expert)):
+        if kind in parts:
+            number = parts.index(kind) + 1
+            parts[number] = str(int(parts[number]) + first)
+    return ".".join(parts)
+
+
+# --------------------------------------------------------------------------- into the model
+
+
+@torch.no_grad()
+def load_weights(model: Model, source: HFWeights, *, watch: Watch = iter) -> None:
+    """Fills this rank's parameters from a Hugging Face directory, reading only this rank's slices.
+
+    ``watch`` passes the parameters on as they are filled: a progress bar.
+
+    Raises:
+        CheckpointError: a tensor is missing, quantized, of another shape than ``config.json`` promises, or of a layer
+            that it does not describe. Found before the first parameter is filled.
     """
-    local = {entry.megatron: p.detach() for entry, p in local_table(model)}
-    seen: set[str] = set()
-    for stage, table in enumerate(_stage_tables(model)):
-        # a tied model's last stage repeats the embedding: once is enough
-        pieces = [piece for piece in table if not seen & set(piece.entry.hf)]
-        seen.update(name for piece in pieces for name in piece.entry.hf)
-        for bucket in _buckets(pieces, model.dtype.itemsize):
-            shards = _gather_bucket(model, bucket, stage, local)
-            for piece, parts in zip(bucket, shards, strict=True):
-                joined = RULES[piece.entry.rule].join(parts, _cut_of(model, rank=0))
-                yield from zip(piece.entry.hf, joined, strict=True)
-
-
-def _buckets(pieces: list[_Piece], itemsize: int) -> Iterator[list[_Piece]]:
-    bucket: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        bytes_ = piece.shape.numel() * itemsize
-        if bucket and size + bytes_ > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(piece)
-        size += bytes_
-    if bucket:
-        yield bucket
-
-
-def _gather_bucket(model: Model, bucket: list[_Piece], stage: int, local: Mapping[str, Tensor]) -> list[list[Tensor]]:
-    """For each piece, its shards of all tensor ranks, on every rank of the pipeline."""
-    groups = model.groups
-    tensor, total = groups.layout.tensor, sum(piece.shape.numel() for piece in bucket)
-    flat = torch.empty(tensor, total, dtype=model.dtype, device=model.device)
-    if groups.stage == stage:
-        mine = torch.cat([local[piece.entry.megatron].reshape(-1) for piece in bucket])
-        if tensor == 1:
-            flat[0] = mine
-        else:
-            dist.all_gather(list(flat.unbind()), mine, group=groups.pg.tp)
-    if groups.layout.pipeline > 1:
-        dist.broadcast(flat, src=dist.get_global_rank(groups.pg.pp, stage), group=groups.pg.pp)
-    sizes = [piece.shape.numel() for piece in bucket]
-    columns = flat.split(sizes, dim=1)
-    return [
-        [shard.view(piece.shape) for shard in column.unbind()] for piece, column in zip(bucket, columns, strict=True)
-    ]
+    check_weights(source, model.architecture)
+    cut = _cut_of(model)
+    for entry, parameter in watch(local_table(model)):
+        fill(entry.rule, parameter, {part: source[name] for part, name in enumerate(entry.hf)}, entry.shapes, cut)
 
 
 @torch.no_grad()
 def load_stream(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Fills this rank's parameters from a stream of whole HF-named tensors, holding only what is not yet complete.
+    """Fills this rank's parameters from a stream of whole HF-named tensors in any order, holding none of them.
 
     Raises:
         CheckpointError: the stream ended before every parameter was filled, or a shape is wrong.
     """
-    waiting: dict[str, list[tuple[Entry, Tensor]]] = {}
+    waiting: dict[str, list[tuple[Entry, int, Tensor]]] = defaultdict(list)
     for entry, parameter in local_table(model):
-        for name in entry.hf:
-            waiting.setdefault(name, []).append((entry, parameter))
+        for part, name in enumerate(entry.hf):
+            waiting[name].append((entry, part, parameter))
     cut = _cut_of(model)
-    held: dict[str, Tensor] = {}
-    filled: set[str] = set()
     for name, tensor in tensors:
-        if name not in waiting:
-            continue
-        held[name] = tensor
-        for entry, parameter in waiting[name]:
-            if all(part in held for part in entry.hf):
-                _fill(entry, parameter, [held[part] for part in entry.hf], cut)
-                filled.update(entry.hf)
-        # a tensor is let go once all that it is part of has been filled
-        for part in [part for part in held if part in filled]:
-            del held[part]
-    missing = sorted(set(waiting) - filled)
-    if missing:
-        raise CheckpointError(f"the weight stream ended without {missing[0]!r} ({len(missing)} tensors missing).")
+        for entry, part, parameter in waiting.pop(name, ()):
+            if tuple(tensor.shape) != entry.shapes[part]:
+                raise CheckpointError(
+                    f"the weight stream brought {name} of shape {list(tensor.shape)}, "
+                    f"but the model needs {list(entry.shapes[part])}."
+                )
+            fill(entry.rule, parameter, {part: tensor}, entry.shapes, cut)
+    if waiting:
+        raise CheckpointError(f"the weight stream ended without {min(waiting)!r} ({len(waiting)} tensors missing).")
+
+
+# --------------------------------------------------------------------------- out of the model
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Parameters gathered together: one, or the experts that stand at the same place on every expert-parallel rank."""
+
+    entries: tuple[Entry, ...]
+    shard: Shape  # of the parameter on each rank
+
+    @property
+    def spread(self) -> bool:
+        return len(self.entries) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a piece: large pieces are gathered a few rows at a time."""
+
+    piece: _Piece
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> Shape:
+        return (self.count, *self.piece.shard[1:])
+
+    @property
+    def is_last(self) -> bool:
+        return self.first + self.count == self.piece.shard[0]
+
+
+def hf_tensors(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yields ``(HF name, whole tensor)`` for the model, on every rank, in a fixed order and the model's dtype.
+
+    Shards are gathered over tensor ranks, experts over expert ranks too, and handed from the pipeline stage that holds
+    them to the others, 16 MiB at a time: beyond that, a rank holds the tensors of one parameter, or those of one
+    expert from each expert rank. Collective: every rank must run the iterator to its end.
+
+    Args:
+        skip: names that need not come, the same on every rank. Others of the same parameter still may.
+    """
+    local = {entry.megatron: p.detach() for entry, p in local_table(model)}
+    whole: list[list[Tensor]] = []
+    for chunk in _without_repeats(_chunks(model)):
+        for bucket in _buckets(_pieces(model, chunk.table, set(skip)), model):
+            for rows, shards in zip(bucket, _gather(model, bucket, chunk.stage, local), strict=True):
+                if rows.first == 0:
+                    whole = [[shards[0].new_empty(s) for s in entry.shapes] for entry in rows.piece.entries]
+                _put(model, rows, shards, whole)
+                if rows.is_last:
+                    for entry, tensors in zip(rows.piece.entries, whole, strict=True):
+                        yield from zip(entry.hf, tensors, strict=True)
+
+
+def _without_repeats(chunks: list[_Chunk]) -> Iterator[_Chunk]:
+    """A tied model's last stage repeats the embedding: once is enough."""
+    seen: set[str] = set()
+    for one in chunks:
+        yield _Chunk(one.stage, [entry for entry in one.table if not seen & set(entry.hf)])
+        seen.update(name for entry in one.table for name in entry.hf)
+
+
+def _pieces(model: Model, table: list[Entry], skip: set[str]) -> Iterator[_Piece]:
+    """Dense parameters one by one, then the experts of each layer."""
+    ranks = model.groups.layout.expert
+    per_rank = model.architecture.num_experts // ranks
+    together: dict[tuple[int | None, int, str], list[Entry]] = defaultdict(list)
+    for number, entry in enumerate(table):
+        # entries of one rank stand apart; so do the matrices of an expert
+        key = (None, number, "") if entry.expert is None else (entry.layer, entry.expert % per_rank, entry.rule)
+        together[key].append(entry)
+    cut = _cut_of(model)
+    for group in together.values():
+        if not skip.issuperset(name for entry in group for name in entry.hf):
+            yield _Piece(tuple(group), RULES[group[0].rule].shard_shape(group[0].shapes, cut))
+
+
+def _buckets(pieces: Iterable[_Piece], model: Model) -> Iterator[list[_Rows]]:
+    bucket: list[_Rows] = []
+    size = 0
+    for piece in pieces:
+        row_bytes = torch.Size(piece.shard[1:]).numel() * model.dtype.itemsize
+        row_bytes *= model.groups.layout.tensor * len(piece.entries)
+        step = max(_BUCKET_BYTES // max(row_bytes, 1), 1)
+        for first in range(0, piece.shard[0], step):
+            rows = _Rows(piece, first, min(step, piece.shard[0] - first))
+            added = rows.count * row_bytes
+            if bucket and (size + added > _BUCKET_BYTES or piece.spread != bucket[0].piece.spread):
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(rows)
+            size += added
+    if bucket:
+        yield bucket
+
+
+def _gather(model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """For each of the bucket's rows, those of all holders, by expert and tensor rank, on every rank of the pipeline."""
+    groups = model.groups
+    group = groups.pg.tp_ep if bucket[0].piece.spread else groups.pg.tp
+    sizes = [torch.Size(rows.shape).numel() for rows in bucket]
+    flat = torch.empty(group.size(), sum(sizes), dtype=model.dtype, device=model.device)
+    if groups.stage == stage:
+        mine = torch.cat([_local_rows(rows, local).reshape(-1) for rows in bucket])
+        if group.size() == 1:
+            flat[0] = mine
+        else:
+            dist.all_gather(list(flat.unbind()), mine, group=group)
+    if groups.layout.pipeline > 1:
+        dist.broadcast(flat, src=dist.get_global_rank(groups.pg.pp, stage), group=groups.pg.pp)
+    columns = flat.split(sizes, dim=1)
+    return [[shard.view(rows.shape) for shard in column.unbind()] for rows, column in zip(bucket, columns, strict=True)]
+
+
+def _local_rows(rows: _Rows, local: Mapping[str, Tensor]) -> Tensor:
+    mine = next(local[entry.megatron] for entry in rows.piece.entries if entry.megatron in local)
+    return mine[rows.first : rows.first + rows.count]
+
+
+def _put(model: Model, rows: _Rows, shards: list[Tensor], whole: list[list[Tensor]]) -> None:
+    """Places the gathered rows in the tensors they belong to."""
+    tensor = model.groups.layout.tensor
+    for number, entry in enumerate(rows.piece.entries):
+        for rank, shard in enumerate(shards[number * tensor : (number + 1) * tensor]):
+            place(entry.rule, whole[number], shard, rows.first, entry.shapes, _cut_of(model, rank=rank))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,3 +23,16 @@ def all_gather_arrays(array: np.ndarray, group: dist.ProcessGroup | None) -> lis
     gathered = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(gathered, padded, group=group)
     return [row[: int(n)].numpy() for row, n in zip(gathered, lengths, strict=True)]
+
+
+def broadcast_arrays(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype]) -> list[np.ndarray]:
+    """The first rank's one-dimensional arrays, of these dtypes, on every rank; elsewhere ``arrays`` is not read."""
+    lengths = torch.tensor([len(array) for array in arrays] if dist.get_rank() == 0 else [0] * len(dtypes))
+    dist.broadcast(lengths, src=0)
+    received = []
+    for number, (length, dtype) in enumerate(zip(lengths.tolist(), dtypes, strict=True)):
+        array = arrays[number] if dist.get_rank() == 0 else np.empty(length, dtype)
+        whole = torch.from_numpy(np.ascontiguousarray(array))
+        dist.broadcast(whole, src=0)
+        received.append(whole.numpy())
+    return received

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from megatron_tropd.errors import ConfigError
 
@@ -56,6 +57,10 @@ class Groups:
         return self.pg.tp.rank()
 
     @property
+    def context_rank(self) -> int:
+        return self.pg.cp.rank()
+
+    @property
     def stage(self) -> int:
         return self.pg.pp.rank()
 
@@ -78,10 +83,15 @@ class Groups:
         return ((stage * self.num_replicas + replica) * size.context + context) * size.tensor + tensor
 
 
-def initialize_distributed(*, timeout_s: int = 1800) -> torch.device:
+# ranks start at different times: nodes boot, a file system is slow, an environment is unpacked
+_JOIN_TIMEOUT_S = 1800.0
+
+
+def initialize_distributed(*, timeout_s: float = _JOIN_TIMEOUT_S) -> torch.device:
     """Joins torchrun's world, or makes a world of one. Returns this rank's device.
 
-    Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere.
+    Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere. Joining may take as long as it takes; from
+    then on a collective over all ranks that lasts longer than ``timeout_s`` is an error.
     """
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -91,11 +101,12 @@ def initialize_distributed(*, timeout_s: int = 1800) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=max(timeout_s, _JOIN_TIMEOUT_S))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))
     return device
 
 
@@ -105,7 +116,9 @@ class GroupBuilder:
     Every rank of the world must build the same layouts in the same order: ``new_group`` is collective.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_s: float = _JOIN_TIMEOUT_S) -> None:
+        """``timeout_s``: a collective or message within a group that takes longer is an error."""
+        self._timeout = datetime.timedelta(seconds=timeout_s)
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def build(self, layout: Layout) -> Groups:
@@ -143,7 +156,7 @@ class GroupBuilder:
         for ranks in partitions:
             key = tuple(ranks)
             if key not in self._made:
-                self._made[key] = dist.new_group(ranks)
+                self._made[key] = dist.new_group(ranks, timeout=self._timeout)
             if dist.get_rank() in key:
                 mine = self._made[key]
         return mine
