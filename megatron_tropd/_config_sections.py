@@ -6,9 +6,12 @@ is its reference documentation: ``config.config_reference`` prints it.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
@@ -31,6 +34,13 @@ def _path(value: object) -> object:
         raise ValueError("names a home directory that does not exist") from None
 
 
+def _paths(value: object) -> object:
+    """One path stands for a list of one, null for none."""
+    if value is None:
+        return ()
+    return tuple(_path(item) for item in value) if isinstance(value, list | tuple) else (_path(value),)
+
+
 def _bool_to_project(value: object) -> object:
     return {True: "megatron_tropd", False: None}[value] if isinstance(value, bool) else value
 
@@ -38,8 +48,9 @@ def _bool_to_project(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
+UserPaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]  # a path, a glob, a directory, or a list of them
 Dtype = Literal["fp32", "bf16"]
-Grader = Literal["final_number", "exact", "math", "regex"]
+Grader = Literal["final_number", "exact", "math", "choice", "regex", "code"]
 RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]
 
 
@@ -59,7 +70,9 @@ class ParallelConfig(Section):
     pipeline: Whole = key(1, "Pipeline stages: each holds a run of consecutive layers.", ge=1)
     virtual_pipeline: Whole = key(1, "Model chunks per pipeline stage (interleaved schedule).", ge=1)
     context: Whole = key(1, "Context-parallel ranks: each holds a slice of every sequence.", ge=1)
-    expert: Whole = key(1, "Expert-parallel ranks, for mixture-of-experts models.", ge=1)
+    expert: Whole = key(
+        1, "Expert-parallel ranks among the data- and context-parallel ones: each holds some experts.", ge=1
+    )
     sequence: bool = key(False, "Sequence parallelism: split activations between tensor-parallel regions.")
 
     @model_validator(mode="after")
@@ -80,6 +93,11 @@ class ParallelConfig(Section):
         """Ranks that together hold one copy of the model: tensor * pipeline * context."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks this layout runs on: experts are dealt over the data-parallel and context-parallel ranks."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
+
     def data_size(self, world_size: int) -> int:
         """Number of data-parallel replicas. Raises ConfigError when the axes do not divide ``world_size``."""
         if world_size % self.model_ranks:
@@ -89,7 +107,14 @@ class ParallelConfig(Section):
                 f"Launch {self.model_ranks} ranks (or a multiple), as in `torchrun --nproc-per-node {self.model_ranks} "
                 "-m megatron_tropd ...`, or lower one axis."
             )
-        return world_size // self.model_ranks
+        data = world_size // self.model_ranks
+        if data * self.context % self.expert:
+            raise ConfigError(
+                f"expert = {self.expert} does not divide data*context = {data}*{self.context} = {data * self.context}, "
+                f"over whose ranks the experts are dealt. Launch {self.smallest_world} ranks (or a multiple), or lower "
+                "expert."
+            )
+        return data
 
 
 class TeacherConfig(Section):
@@ -115,6 +140,18 @@ class TeacherConfig(Section):
         return self
 
 
+class BaseConfig(Section):
+    """A third model, which only methods that measure the teacher against one ask for (`exopd`). Never trained."""
+
+    model: UserPath | None = key(
+        None,
+        "Base model of `exopd`: a Hugging Face checkpoint directory, such as what the teacher was trained from; null: "
+        "the student's own weights before training. Without base.parallel it is laid out as the student where it is "
+        "the student's, else as the teacher.",
+    )
+    parallel: ParallelConfig | None = None
+
+
 class StudentConfig(Section):
     """The model that writes and learns."""
 
@@ -126,34 +163,171 @@ class StudentConfig(Section):
     attention: Literal["auto", "sdpa", "te"] = key(
         "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
     )
+    router_aux_loss: Real = key(
+        0.0,
+        "Coefficient of the load-balancing loss of a mixture of experts, a mean over response tokens; 0 is none.",
+        ge=0,
+    )
 
 
 class ColumnsConfig(Section):
-    """Which column of a data row holds what."""
+    """Which column of a data row holds what; `a.b` is the field `b` of the column `a`."""
 
-    prompt: str = key("prompt", "Column with the prompt as text.", min_length=1)
-    messages: str = key("messages", "Column with the prompt as a list of chat messages.", min_length=1)
+    prompt: str = key("prompt", "Column with the prompt, as text or as a list of chat messages.", min_length=1)
+    messages: str = key("messages", "Column with chat messages, read where a row has no prompt column.", min_length=1)
     response: str = key("response", "Column with one teacher response, for guidance.", min_length=1)
     answer: str = key("answer", "Column with the reference answer, for grading.", min_length=1)
 
 
-class DataConfig(Section):
-    """The prompts to train on."""
+class SourceConfig(Section):
+    """One of several sources of prompts."""
 
-    prompts: UserPath = Field(description="JSONL file with one prompt per line.")
+    name: str = Field(min_length=1, description="Name of the source: in metrics, and of what a prompt remembers.")
+    prompts: UserPaths = Field(description="Its files, as `data.prompts`.")
+    weight: Real | None = key(
+        None,
+        "Its share of the prompts, relative to the others'; null, for all or none: the number of its prompts.",
+        gt=0,
+    )
+    columns: ColumnsConfig | None = key(None, "Columns, where they differ from data.columns.")
+    template: str | None = key(None, "Jinja over the row's columns that makes the prompt; null takes data.template.")
+    answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
+    system: str | None = key(None, "System message; null takes data.system.")
+    grader: Grader | None = key(None, "Rule that grades its responses; null takes data.grader.")
+
+
+class DataConfig(Section):
+    """The prompts to train on: `data.prompts`, or several `data.sources` that are mixed."""
+
+    prompts: UserPaths = key(
+        (), "Files of prompts (JSONL, Parquet, Arrow): a path, a glob, a directory, or a list of them."
+    )
+    sources: tuple[SourceConfig, ...] = key((), "Several sources instead of `prompts`, mixed by weight; a list.")
+    shuffle: bool = key(True, "Visit prompts in an order of its own in every epoch; false: in file order.")
     columns: ColumnsConfig = ColumnsConfig()
+    template: str | None = key(
+        None, "Jinja over the row's columns that makes the prompt, such as `{{ prompt }} Answer:`; null: as it stands."
+    )
+    answer_template: str | None = key(None, "Jinja that makes the reference answer; null: the answer column.")
+    system: str | None = key(None, "System message of every conversation without one; needs a chat template.")
     chat_template: bool = key(
         True, "Wrap prompts in the tokenizer's chat template where it has one; false: plain text."
     )
-    max_prompt_tokens: Whole = key(1024, "Longest prompt, in tokens; longer rows are bad rows.", ge=1)
+    template_options: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template, such as `{enable_thinking: false}`."
+    )
+    max_prompt_tokens: Whole = key(1024, "Longest prompt, in tokens; longer rows are left out and counted.", ge=1)
+    max_response_tokens: Whole | None = key(
+        None, "Longest response in the data, in tokens; longer rows are left out and counted. null: any.", ge=1
+    )
     on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
     grader: Grader = key("final_number", "Rule that grades a response against the reference answer.")
+
+    @model_validator(mode="after")
+    def _one_way_of_naming_the_data(self) -> Self:
+        if bool(self.prompts) == bool(self.sources):
+            both = "both are set" if self.prompts else "neither is set"
+            raise ValueError(f"prompts or sources names the data to train on: {both}. Set exactly one of them.")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"sources holds {names.count(name)} sources named {name!r}. Give each its own name.")
+        weighed = [source.weight is not None for source in self.sources]
+        if any(weighed) and not all(weighed):
+            bare = names[weighed.index(False)]
+            raise ValueError(f"sources gives a weight to some, but not to {bare!r}. Weigh all of them, or none.")
+        return self
 
 
 class RolloutParallelConfig(Section):
     """How the sampler's own copy of the student is laid out."""
 
     tensor: Whole = key(1, "Tensor-parallel ranks of the sampler.", ge=1)
+
+
+class VLLMConfig(Section):
+    """How a vLLM engine is set up: in the trainer's processes, or by `tropd serve`."""
+
+    max_sequences: Whole = key(256, "Sequences worked on at a time.", ge=1)
+    memory_fraction: Real = key(0.4, "Share of the GPU's memory for its weights and cache.", gt=0, lt=1)
+    cache_mib: Whole | None = key(
+        None, "Key-value cache in MiB, instead of what memory_fraction leaves; null is 1024 without a GPU.", ge=1
+    )
+    sleep: bool = key(True, "In process, on GPU: leave the memory to the trainer while nothing is sampled.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="More arguments of vLLM's `LLM`, or of its server, by their Python names."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_ours_alone(self) -> Self:
+        for name, fix in _VLLM_OURS.items():
+            if name in self.options:
+                raise ValueError(f"options.{name} is set by this program. {fix}")
+        return self
+
+
+# arguments of vLLM that other keys decide, or that must be as they are
+_VLLM_OURS = {
+    "model": "Use student.model or teacher.model.",
+    "dtype": "Use dtype.",
+    "seed": "Use seed.",
+    "tensor_parallel_size": "Use rollout.parallel.tensor or teacher.parallel.tensor.",
+    "max_model_len": "It follows from data.max_prompt_tokens and rollout.max_new_tokens.",
+    "max_num_seqs": "Use max_sequences.",
+    "gpu_memory_utilization": "Use memory_fraction.",
+    "kv_cache_memory_bytes": "Use cache_mib.",
+    "enable_sleep_mode": "Use sleep.",
+    "trust_remote_code": "Code of a checkpoint is never run.",
+    **dict.fromkeys(
+        ("load_format", "skip_tokenizer_init", "generation_config", "logprobs_mode", "max_logprobs"),
+        "Other values would give wrong tokens or log-probs.",
+    ),
+}
+
+
+class ServersConfig(Section):
+    """vLLM servers, each started by `tropd serve`, and how much is asked of them."""
+
+    urls: tuple[str, ...] = key((), "Addresses, a list, such as `[http://127.0.0.1:8100]`.")
+    key_variable: str = key(
+        "TROPD_API_KEY",
+        "Environment variable with the servers' API key; when it is not set no key is used.",
+        min_length=1,
+    )
+    tensor: Whole = key(1, "Tensor-parallel workers of each server.", ge=1)
+    requests: Whole = key(256, "Requests under way per server; others wait in the trainer.", ge=1)
+    timeout_s: Real = key(1800.0, "Longest time for one answer; a server that takes longer is left out.", gt=0)
+    heartbeat_s: Real = key(30.0, "Longest time for a sign of life.", gt=0)
+    attempts: Whole = key(5, "Wrong answers to one request before the run ends.", ge=1)
+    patience_s: Real = key(600.0, "Longest time without any server before the run ends.", gt=0)
+
+    @model_validator(mode="after")
+    def _addresses_are_plain(self) -> Self:
+        for url in self.urls:
+            parts = urlsplit(url)
+            # a name or password in it would be another key, a path or query is ours to add
+            plain = not (parts.username or parts.password or parts.path.strip("/") or parts.query or parts.fragment)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+                raise ValueError(f"urls holds {url!r}: give scheme, host and port alone, as in http://127.0.0.1:8100.")
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError("urls names a server twice. List each one once.")
+        return self
+
+
+class StudentServersConfig(ServersConfig):
+    """Servers that sample, and how they get new weights."""
+
+    publish: Literal["files", "broadcast"] = key(
+        "files", "`files` that servers on this host read, or `broadcast` by NCCL or gloo to servers anywhere."
+    )
+    publish_dir: UserPath | None = key(
+        None, "Directory for those files; null: /dev/shm where there is one, RUN/publish elsewhere."
+    )
+    publish_address: str = key(
+        "127.0.0.1", "Address of the first rank's host, as servers reach it, for `broadcast`.", min_length=1
+    )
+    bucket_mib: Whole = key(256, "Weights sent at a time, in MiB.", ge=1)
+    transfer_s: Real = key(600.0, "Longest time for a bucket to arrive.", gt=0)
 
 
 class RolloutConfig(Section):
@@ -171,6 +345,15 @@ class RolloutConfig(Section):
     record: UserPath | None = key(None, "Directory to record every rollout in; null records nothing.")
     recorded_from: UserPath | None = key(None, "Directory to replay, for engine `recorded`.")
     parallel: RolloutParallelConfig = RolloutParallelConfig()
+    verify: bool = key(
+        True,
+        "After new weights, compare a vLLM engine's log-probs of a probe with the trainer's, and stop if they differ.",
+    )
+    verify_tolerance: Real | None = key(
+        None, "Largest mean difference allowed there, nats; null is 1e-4 for fp32, 0.1 for bf16.", gt=0
+    )
+    vllm: VLLMConfig = VLLMConfig()
+    vllm_server: StudentServersConfig = StudentServersConfig()
 
     @model_validator(mode="after")
     def _something_is_sampled_and_recordings_fit(self) -> Self:
@@ -184,6 +367,10 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"recorded_from = '{self.recorded_from}' is only read by engine 'recorded', got engine = "
                 f"{self.engine!r}. Set engine to recorded, or recorded_from to null."
+            )
+        if self.engine == "vllm_server" and not self.vllm_server.urls:
+            raise ValueError(
+                "engine = 'vllm_server' needs vllm_server.urls, addresses of servers started by `tropd serve student`."
             )
         if self.record is not None and self.record == self.recorded_from:
             raise ValueError(
@@ -220,6 +407,9 @@ class TrainConfig(Section):
     prompts_per_step: Whole = key(128, "Prompts per step, over all ranks.", ge=1)
     pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
     minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
+    keep_logits_gb: Real = key(
+        0.0, "GiB per rank in which a pack's logits wait for the backward, which else makes them again.", ge=0
+    )
 
 
 class OptimizerConfig(Section):
@@ -248,7 +438,9 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     """What a killed run goes on from."""
 
-    every: Whole = key(10, "Steps between checkpoints; 0 saves none.", ge=0)
+    every: Whole = key(
+        10, "Steps between checkpoints; 0 saves none, unless the run is asked to stop (SIGTERM, SIGUSR1).", ge=0
+    )
     keep: Whole = key(2, "Newest checkpoints to keep.", ge=1)
     resume: str = key(
         "auto",
@@ -259,14 +451,38 @@ class CheckpointConfig(Section):
 
 
 class SuiteConfig(Section):
-    """One way of answering the evaluation problems."""
+    """One way of answering and grading a set of problems. `file: SUITE.yaml` takes its keys from there first."""
 
     name: str = Field(min_length=1, description="Name of the suite, a column of the result table.")
-    samples: Whole = key(1, "Answers per problem; the accuracy is their mean.", ge=1)
+    prompts: UserPaths = key((), "Its own problems, as `data.prompts`; null takes evaluate.prompts.")
+    max_problems: Whole | None = key(None, "Use the first so many problems; null takes evaluate.max_problems.", ge=1)
+    columns: ColumnsConfig | None = key(None, "Columns, where they differ from data.columns.")
+    template: str | None = key(None, "Jinja over the row's columns that makes the prompt; null takes data.template.")
+    answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
+    system: str | None = key(None, "System message; null takes data.system.")
+    grader: Grader | None = key(None, "Rule that grades its answers; null takes data.grader.")
+    extract: str | None = key(None, "Regular expression; its last match in an answer (group 1 if any) is graded.")
+    timeout_s: Real = key(
+        10.0, "Longest grading of one answer, or run of one program; what takes longer is wrong.", gt=0
+    )
+    samples: Whole = key(1, "Answers per problem; the accuracy is their mean (mean@n).", ge=1)
+    pass_at: tuple[Whole, ...] = key((), "Every k for which to report pass@k, each at most `samples`; a list.")
     temperature: Real = key(0.0, "Sampling temperature; 0 is greedy.", ge=0)
     top_p: Real = key(1.0, "Nucleus sampling.", gt=0, le=1)
     top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
     max_new_tokens: Whole | None = key(None, "Longest answer; null takes rollout.max_new_tokens.", ge=1)
+
+    @model_validator(mode="after")
+    def _can_be_graded(self) -> Self:
+        if self.extract is not None:
+            try:
+                re.compile(self.extract)
+            except re.error as error:
+                raise ValueError(f"extract = {self.extract!r} is not a regular expression: {error}.") from None
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples:
+                raise ValueError(f"pass_at holds {k} of {self.samples} samples. Raise samples, or leave {k} out.")
+        return self
 
     @model_validator(mode="after")
     def _greedy_once(self) -> Self:
@@ -288,17 +504,20 @@ DEFAULT_SUITES = (
 class EvaluateConfig(Section):
     """Accuracy on held-out problems. Nothing is evaluated while ``prompts`` is null."""
 
-    prompts: UserPath | None = key(None, "JSONL file of held-out problems with answers; null is off.")
+    prompts: UserPaths = key((), "Files of held-out problems with answers, as `data.prompts`; null or [] is off.")
     every: Whole = key(0, "Steps between evaluations during training; 0 is none.", ge=0)
     before: bool = key(True, "Evaluate the student before training.")
     after: bool = key(True, "Evaluate the student after training.")
     teacher: bool = key(True, "Evaluate the teacher too.")
     max_problems: Whole | None = key(None, "Use the first so many problems; null uses all.", ge=1)
     suites: tuple[SuiteConfig, ...] = key(DEFAULT_SUITES, "Ways of answering, a list.")
+    allow_code_execution: bool = key(
+        False, "Whether the grader `code` may run programs that the model wrote (docs/evaluation.md says how confined)."
+    )
 
     @model_validator(mode="after")
     def _has_problems_and_distinct_names(self) -> Self:
-        if self.every and self.prompts is None:
+        if self.every and not self.prompts and not any(suite.prompts for suite in self.suites):
             raise ValueError(f"every = {self.every} needs prompts, a file of held-out problems. Set it, or every to 0.")
         if not self.suites:
             raise ValueError("suites is empty. Leave it out for the default suites, or set prompts to null.")

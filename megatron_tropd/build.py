@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,26 +12,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.bridge.connect import open_pool
+from megatron_tropd.bridge.options import engine_options
 from megatron_tropd.config import RunConfig
-from megatron_tropd.convert.families import EMBEDDING, OUTPUT
+from megatron_tropd.convert.families import output_entry
 from megatron_tropd.convert.hf import HFWeights, read_architecture
-from megatron_tropd.convert.rules import RULES, Cut
-from megatron_tropd.data.prompts import PromptStream
+from megatron_tropd.convert.rules import RULES, Cut, fill
+from megatron_tropd.data.stream import PromptStream
+from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.publish import BroadcastPublisher, FilePublisher, Publisher
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
-from megatron_tropd.inputs import DTYPES, Inputs, check_method, identity, layout_of
+from megatron_tropd.inputs import DTYPES, Inputs, check_method, identity, layout_of, longest_sequence
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.reading import shares_of
 from megatron_tropd.rollout.megatron import MegatronSampler
 from megatron_tropd.rollout.recorded import RecordedSampler
 from megatron_tropd.rollout.sampler import Sampler
+from megatron_tropd.rollout.vllm import VLLMSampler
+from megatron_tropd.rollout.vllm_server import ServerSampler
+from megatron_tropd.teacher.base import TeacherAndBase
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.teacher.recorded import RecordedTeacher, RecordingTeacher
-from megatron_tropd.types import Architecture, Prompt
+from megatron_tropd.types import Architecture
 
 __all__ = [
     "DTYPES",
@@ -43,6 +52,7 @@ __all__ = [
     "check_method",
     "embedded_sampler",
     "layout_of",
+    "live_teacher",
     "load_model",
     "optimizer_settings",
     "output_weight_for",
@@ -57,6 +67,7 @@ class World:
     student: Groups
     teacher: Groups
     sampler: Groups
+    base: Groups | None = None  # None without a base model
 
     @property
     def is_first(self) -> bool:
@@ -71,9 +82,9 @@ class Run:
     world: World
     tokenizer: Tokenizer
     prompts: PromptStream
-    problems: tuple[Prompt, ...]  # held out, for evaluation; empty when there is none
+    problems: Mapping[str, PromptTable]  # held out, by suite; empty when nothing is evaluated
     method: Method
-    vocab_size: int  # ids both models know
+    vocab_size: int  # ids all models know
     student: Model
     trainer: Trainer
     teacher_model: Model | None  # None where a recording stands in and nothing else asks for the model
@@ -90,11 +101,17 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
         TropdError: weights or a recording cannot be used.
     """
     device = initialize_distributed()
-    method, world, dtype = inputs.method, build_world(config, device), DTYPES[config.dtype]
+    method, dtype = inputs.method, DTYPES[config.dtype]
+    world = build_world(config, device, base=inputs.base is not None)
     student = load_model(
-        config.student.model, world.student, dtype=dtype, device=device, recompute=config.student.recompute
+        config.student.model,
+        world.student,
+        dtype=dtype,
+        device=device,
+        recompute=config.student.recompute,
+        balance=config.student.router_aux_loss,
     )
-    signal = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
+    signal = SignalSpec.of(method.needs)
     teacher = None
     if needs_teacher_model(config, inputs, signal):
         teacher = load_model(config.teacher.model, world.teacher, dtype=dtype, device=device).freeze()
@@ -104,12 +121,15 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
         method,
         vocab_size=inputs.vocab_size,
         teacher_weight_vE=output_weight_for(teacher, student) if teacher and signal.hidden_states else None,
+        keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
     return Run(
         config=config,
         world=world,
         tokenizer=inputs.tokenizer,
-        prompts=PromptStream(inputs.prompts, config.seed),
+        prompts=PromptStream(
+            inputs.prompts, config.seed, shuffle=config.data.shuffle, shares=shares_of(config.data, inputs.prompts)
+        ),
         problems=inputs.problems,
         method=method,
         vocab_size=inputs.vocab_size,
@@ -130,37 +150,47 @@ def needs_teacher_model(config: RunConfig, inputs: Inputs, signal: SignalSpec) -
 
 
 def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world: World) -> Teacher:
-    """The teacher, live or recorded, recording itself when asked to."""
+    """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one."""
     facts = {
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
         "temperature": inputs.method.temperature,
+        **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
     }
     if config.teacher.recorded_from is not None:
         return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
     assert model is not None
-    live = MegatronTeacher(model, world.student, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature)
+    live = live_teacher(config, model, world, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature)
     if config.teacher.record is None:
         return live
     return RecordingTeacher(live, config.teacher.record, world.student, facts=facts)
 
 
-def build_world(config: RunConfig, device: torch.device) -> World:
-    """Process groups of the three layouts, made in the same order on every rank."""
-    builder = GroupBuilder()
+def live_teacher(config: RunConfig, model: Model, world: World, *, vocab_size: int, temperature: float) -> Teacher:
+    """The teacher's model, and the base model where the world has a place for one."""
+    teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
+    if world.base is None:
+        return teacher
+    base = load_model(config.base_model, world.base, dtype=DTYPES[config.dtype], device=world.device).freeze()
+    beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
+    return TeacherAndBase(teacher, beside)
+
+
+def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:
+    """Process groups of all layouts, made in the same order on every rank."""
+    builder = GroupBuilder(timeout_s=config.collective_timeout_s)
     return World(
         device=device,
         student=builder.build(layout_of(config.student.parallel)),
         teacher=builder.build(layout_of(config.teacher.parallel)),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
+        base=builder.build(layout_of(config.base_parallel)) if base else None,
     )
 
 
-def load_model(
-    path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, recompute: str = "none"
-) -> Model:
-    """A model with the weights of a Hugging Face directory."""
-    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, recompute=recompute)
+def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
+    """A model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
+    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialise=False, **options)
     load_weights(model, HFWeights(path))
     return model
 
@@ -179,7 +209,52 @@ def build_sampler(config: RunConfig, architecture: Architecture, world: World, v
     if config.rollout.engine == "recorded":
         assert config.rollout.recorded_from is not None  # config.py sees to it
         return RecordedSampler(config.rollout.recorded_from)
+    if config.rollout.engine == "vllm":
+        gpu = world.device.type == "cuda"
+        sleep = {"enable_sleep_mode": True} if gpu and config.rollout.vllm.sleep else {}
+        return VLLMSampler(
+            config.student.model,
+            architecture,
+            world.sampler,
+            dtype=DTYPES[config.dtype],
+            device=world.device,
+            max_tokens=longest_sequence(config),
+            vocab_size=vocab_size,
+            options=engine_options(config.rollout.vllm, gpu=gpu) | sleep,
+        )
+    if config.rollout.engine == "vllm_server":
+        return server_sampler(config, architecture, world, vocab_size)
     return embedded_sampler(config, architecture, world, vocab_size)
+
+
+def server_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> ServerSampler:
+    """A sampler that asks servers, which the first rank talks to."""
+    servers, longest = config.rollout.vllm_server, longest_sequence(config)
+    needs = {
+        "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
+        "vocab_size": architecture.vocab_size,
+        "max_model_len": longest + 1,
+        "logprobs_mode": "processed_logprobs",
+        "takes_weights": True,
+    }
+    pool = open_pool(servers, section="rollout.vllm_server", needs=needs) if world.is_first else None
+    publisher: Publisher
+    if servers.publish == "files":
+        directory = servers.publish_dir or publish_directory(config)
+        publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20)
+    else:
+        publisher = BroadcastPublisher(
+            pool, address=servers.publish_address, bucket_bytes=servers.bucket_mib << 20, device=world.device
+        )
+    return ServerSampler(
+        pool, publisher, architecture, max_tokens=longest, timeout_s=servers.timeout_s, vocab_size=vocab_size
+    )
+
+
+def publish_directory(config: RunConfig) -> Path:
+    """Where weights are left for servers on this host: memory where there is a file system of it."""
+    memory = Path("/dev/shm")
+    return memory / f"tropd-{os.getuid()}-{os.getpid()}" if memory.is_dir() else config.run_dir.absolute() / "publish"
 
 
 def embedded_sampler(
@@ -201,12 +276,14 @@ def output_weight_for(teacher: Model, student: Model) -> Tensor:
 
     The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
     """
-    name = (EMBEDDING if teacher.architecture.tied_embeddings else OUTPUT).hf[0]
-    whole = next(tensor for tensor in _only(teacher, name))
+    entry = output_entry(teacher.architecture)
+    whole = next(tensor for tensor in _only(teacher, entry.hf[0]))
     tensor = student.groups.layout.tensor
     padded = padded_vocab_size(student.architecture.vocab_size, tensor)
     cut = Cut(teacher.architecture, student.groups.tensor_rank, tensor, padded)
-    return RULES[OUTPUT.rule].cut([whole], cut).clone()
+    weight = whole.new_empty(RULES[entry.rule].shard_shape(entry.shapes, cut))
+    fill(entry.rule, weight, {0: whole}, entry.shapes, cut)
+    return weight
 
 
 def _only(model: Model, name: str) -> Sequence[Tensor]:

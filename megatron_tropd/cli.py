@@ -1,15 +1,17 @@
-"""The command line: ``tropd train | generate | evaluate | check | report | demo``, alone or under ``torchrun``."""
+"""The command line: ``tropd train | generate | evaluate | convert | check | health | serve | report | demo``."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,6 +32,15 @@ Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are rela
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
 Prompts = Annotated[Path, typer.Argument(help="JSONL file with one prompt per line.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints between Hugging Face and Megatron.")
+app.add_typer(convert, name="convert")
+Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the conversion.")]
+Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline stages of the conversion.")]
+Expert = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks of the conversion.")]
+ConvertDtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto keeps the source's.")]
+Verify = Annotated[
+    list[str] | None, typer.Option(help="A text on which to compare logits with transformers; may be given often.")
+]
 
 
 def main() -> None:
@@ -37,7 +48,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     # Megatron's checkpoints use it; there is nothing for a user to do
     warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor")
-    first = os.environ.get("RANK", "0") == "0"
+    first = _is_first()
     warnings.showwarning = _show_warning if first else _show_nothing
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
     try:
@@ -72,6 +83,10 @@ def _show_nothing(*_: object, **__: object) -> None:
     """What other ranks would say is what the first one says."""
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -85,15 +100,34 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def _leave_preempted(stop: Exception) -> NoReturn:
+    from megatron_tropd.preemption import EXIT_PREEMPTED, SIGNALS
+
+    # a launcher that sees the first rank go ends the others, who are on their way out with the same status
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if _is_first():
+        print(stop, flush=True)
+    _leave()
+    os._exit(EXIT_PREEMPTED)
+
+
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Distil the student from the teacher."""
+    """Distil the student from the teacher.
+
+    SIGTERM and SIGUSR1 ask it to stop: it writes a checkpoint and exits with status 75. Start it again to go on.
+    """
     from megatron_tropd.config import load_config
 
     settings = load_config(config, overrides or [], world_size=_world_size())
+    from megatron_tropd.preemption import Preempted
     from megatron_tropd.session import run_training
 
-    run_training(settings)
+    try:
+        run_training(settings)
+    except Preempted as stop:
+        _leave_preempted(stop)
     _leave()
 
 
@@ -142,17 +176,148 @@ def generate(
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Grade student and teacher of a configuration on its evaluation problems, without training."""
-    from megatron_tropd.config import load_config
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or Hugging Face directory of one model.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the configuration; with a model, of every suite.")
+    ] = None,
+    suite: Annotated[list[Path] | None, typer.Option(help="YAML file of a suite; may be given several times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With a model: directory for evaluation.json.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="With a model: longest answer where a suite does not say.")
+    ] = 1024,
+    dtype: Annotated[str, typer.Option(help="With a model: fp32 or bf16.")] = "bf16",
+    tensor: Annotated[int, typer.Option(help="With a model: tensor-parallel ranks.")] = 1,
+    seed: Annotated[int, typer.Option(help="With a model: seed of the answers.")] = 0,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let the grader `code` run programs that the model wrote.")
+    ] = False,
+) -> None:
+    """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
+    from megatron_tropd.config import load_config, load_suite
 
-    settings = load_config(config, overrides or [], world_size=_world_size())
-    if settings.evaluate.prompts is None:
-        raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a JSONL file of problems.")
+    if target.is_dir():
+        if not suite:
+            raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
+        suites = [load_suite(file, overrides or []) for file in suite]
+        from megatron_tropd.generate import evaluate_model
+
+        evaluate_model(
+            target,
+            suites,
+            seed=seed,
+            dtype=dtype,
+            tensor=tensor,
+            max_new_tokens=max_new_tokens,
+            out=out,
+            allow_code=allow_code_execution,
+        )
+        _leave()
+        return
+    changes = list(overrides or [])
+    if suite:
+        changes.append(f"evaluate.suites=[{', '.join(f'{{file: {json.dumps(str(file))}}}' for file in suite)}]")
+    if allow_code_execution:
+        changes.append("evaluate.allow_code_execution=true")
+    settings = load_config(target, changes, world_size=_world_size())
+    if not settings.evaluate.prompts and not any(suite.prompts for suite in settings.evaluate.suites):
+        raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")
     from megatron_tropd.generate import evaluate_models
 
     evaluate_models(settings)
     _leave()
+
+
+@convert.command("hf-to-megatron")
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    target: Annotated[Path, typer.Argument(help="Megatron checkpoint to write.")],
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    expert: Expert = 1,
+    dtype: ConvertDtype = "auto",
+    verify: Verify = None,
+) -> None:
+    """Write a Hugging Face directory as a Megatron checkpoint, which any layout can load."""
+    _convert("hf_to_megatron", source, target, (tensor, pipeline, expert), dtype, verify)
+
+
+@convert.command("megatron-to-hf")
+def megatron_to_hf(
+    source: Annotated[Path, typer.Argument(help="Megatron checkpoint: RUN/checkpoints/step-..., or a converted one.")],
+    target: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")],
+    like: Annotated[Path | None, typer.Option(help="Model directory to take config and tokenizer from.")] = None,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    expert: Expert = 1,
+    dtype: ConvertDtype = "auto",
+    verify: Verify = None,
+) -> None:
+    """Write a Megatron checkpoint as a Hugging Face directory. Killed, it goes on where it was."""
+    _convert("megatron_to_hf", source, target, (tensor, pipeline, expert), dtype, verify, like=like)
+
+
+def _convert(
+    name: str,
+    source: Path,
+    target: Path,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    texts: list[str] | None,
+    **options: Any,
+) -> None:
+    """Converts here when there are as many ranks as the layout needs, else in as many new processes."""
+    tensor, pipeline, expert = sizes
+    ranks = tensor * pipeline * expert
+    if ranks > 1 and "RANK" not in os.environ:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        command = [sys.executable, *launcher, "-m", "megatron_tropd", *sys.argv[1:]]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        raise typer.Exit(subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)
+    from megatron_tropd import conversion
+    from megatron_tropd.parallel.groups import Layout
+
+    layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert)
+    plan = conversion.Plan(layout=layout, dtype=dtype, texts=tuple(texts or ()))
+    getattr(conversion, name)(source, target, plan, **options)
+    _leave()
+
+
+@app.command()
+def health(
+    shared: Annotated[
+        Path | None, typer.Option(help="A directory that all ranks should see, such as that of the runs.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that ranks wait for one another.")] = 120.0,
+) -> None:
+    """Check devices, versions, collectives and the shared file system, under the launcher of the training."""
+    from megatron_tropd.errors import HealthError
+    from megatron_tropd.health import check_health
+
+    problems = check_health(shared=shared, timeout_s=timeout_s)
+    if problems and _is_first():
+        raise HealthError(f"{len(problems)} problem(s):\n" + "\n".join(f"  {problem}" for problem in problems))
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def serve(
+    role: Annotated[str, typer.Argument(help="student: samples, and takes new weights.")],
+    config: Config,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address; beyond loopback only with an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
+) -> None:
+    """Start a vLLM server that this configuration can train with, on GPUs or on CPU."""
+    from megatron_tropd.config import load_config
+
+    if role != "student":
+        raise ConfigError(f"a server for {role!r} is not available yet; use student.")
+    settings = load_config(config, overrides or [])
+    from megatron_tropd.serve import serve_student
+
+    serve_student(settings, host=host, port=port)
 
 
 @app.command()

@@ -10,6 +10,7 @@ Method options are collected here but checked by ``methods.build_method``, which
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from megatron_tropd._config_errors import explain, read_tree
 from megatron_tropd._config_reference import reference_rows
 from megatron_tropd._config_sections import (
     DEFAULT_SUITES,
+    BaseConfig,
     CheckpointConfig,
     ColumnsConfig,
     DataConfig,
@@ -33,16 +35,21 @@ from megatron_tropd._config_sections import (
     MethodConfig,
     OptimizerConfig,
     ParallelConfig,
+    Real,
     ReportConfig,
     RolloutConfig,
     RolloutEngine,
     RolloutParallelConfig,
     Section,
+    ServersConfig,
+    SourceConfig,
     StudentConfig,
+    StudentServersConfig,
     SuiteConfig,
     TeacherConfig,
     TrainConfig,
     UserPath,
+    VLLMConfig,
     Whole,
     key,
 )
@@ -50,6 +57,7 @@ from megatron_tropd.errors import ConfigError
 
 __all__ = [
     "DEFAULT_SUITES",
+    "BaseConfig",
     "CheckpointConfig",
     "ColumnsConfig",
     "DataConfig",
@@ -65,13 +73,18 @@ __all__ = [
     "RolloutEngine",
     "RolloutParallelConfig",
     "RunConfig",
+    "ServersConfig",
+    "SourceConfig",
     "StudentConfig",
+    "StudentServersConfig",
     "SuiteConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VLLMConfig",
     "config_reference",
     "dump_config",
     "load_config",
+    "load_suite",
     "parse_config",
 ]
 
@@ -82,8 +95,15 @@ class RunConfig(Section):
     run_dir: UserPath = Field(description="Directory of the run: metrics, config, checkpoints, report.")
     seed: Whole = key(0, "Seed of every random number of the run.", ge=0, lt=2**63)
     dtype: Dtype = key("bf16", "Compute type. `bf16` keeps fp32 master weights.")
+    collective_timeout_s: Real = key(
+        1800.0,
+        "Seconds that ranks wait for one another before they give up; a node that is cut off is noticed no sooner. "
+        "Above the longest that one rank works alone: loading a model, writing a checkpoint or an export.",
+        gt=0,
+    )
     student: StudentConfig
     teacher: TeacherConfig
+    base: BaseConfig = BaseConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()
@@ -115,12 +135,26 @@ class RunConfig(Section):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} never ends: train.steps = {self.train.steps}. "
                 "Lower it, or raise train.steps."
             )
-        for name, model in (("student.model", self.student.model), ("teacher.model", self.teacher.model)):
+        for name, model in (
+            ("student.model", self.student.model),
+            ("teacher.model", self.teacher.model),
+            ("base.model", self.base_model),
+        ):
             if self.export.hf is not None and self.export.hf.absolute() == model.absolute():
                 raise ValueError(
                     f"export.hf = '{self.export.hf}' is {name}, which would be overwritten. Name another directory."
                 )
         return self
+
+    @property
+    def base_model(self) -> Path:
+        """Where the base model's weights are: the student's before training unless another is named."""
+        return self.base.model or self.student.model
+
+    @property
+    def base_parallel(self) -> ParallelConfig:
+        """How the base model is laid out."""
+        return self.base.parallel or (self.teacher.parallel if self.base.model else self.student.parallel)
 
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
@@ -128,6 +162,7 @@ class RunConfig(Section):
         for role, parallel in (
             ("student", self.student.parallel),
             ("teacher", self.teacher.parallel),
+            ("base", self.base_parallel),
             ("rollout", sampler),
         ):
             try:
@@ -142,8 +177,19 @@ class RunConfig(Section):
         for name, path, fix in (
             ("student.model", self.student.model, model),
             ("teacher.model", self.teacher.model, model),
-            ("data.prompts", self.data.prompts, "Give a JSONL file with one prompt per line."),
-            ("evaluate.prompts", self.evaluate.prompts, "Give a JSONL file of problems, or null for no evaluation."),
+            ("base.model", self.base.model, model),
+            *(("data.prompts", path, _PROMPTS) for path in self.data.prompts),
+            *(
+                (f"data.sources[{i}].prompts", path, _PROMPTS)
+                for i, source in enumerate(self.data.sources)
+                for path in source.prompts
+            ),
+            *(("evaluate.prompts", path, f"{_PROMPTS} Null is no evaluation.") for path in self.evaluate.prompts),
+            *(
+                (f"prompts of the suite {suite.name!r}", path, _PROMPTS)
+                for suite in self.evaluate.suites
+                for path in suite.prompts
+            ),
             ("rollout.recorded_from", self.rollout.recorded_from, "Give the directory of a run with rollout.record."),
             ("teacher.recorded_from", self.teacher.recorded_from, "Give the directory of a run with teacher.record."),
             (
@@ -152,11 +198,19 @@ class RunConfig(Section):
                 "Give a checkpoint directory, auto or never.",
             ),
         ):
-            if path is not None and not path.exists():
+            if path is not None and not path.exists() and not (fix.startswith(_PROMPTS) and _matches(path)):
                 raise ConfigError(
                     f"{name} = '{path}': there is nothing at {path.absolute()} "
                     f"(relative paths are relative to the current directory). {fix}"
                 )
+
+
+_PROMPTS = "Give a JSONL, Parquet or Arrow file, a glob, or a directory of them."
+
+
+def _matches(pattern: Path) -> bool:
+    """Whether a pattern such as ``data/*.parquet`` finds anything."""
+    return next(glob.iglob(str(pattern), recursive=True), None) is not None
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:
@@ -181,6 +235,7 @@ def load_config(
         ConfigError: for everything that is wrong with the file, an override or a value.
     """
     tree, text = read_tree(Path(path), overrides)
+    _include_suites(tree)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -190,6 +245,33 @@ def load_config(
     if world_size is not None:
         config.check_world(world_size)
     return config
+
+
+def _include_suites(tree: dict[str, Any]) -> None:
+    """Puts the keys of ``file`` under those of every suite that names one."""
+    evaluate = tree.get("evaluate")
+    suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
+    for i, suite in enumerate(suites if isinstance(suites, list) else ()):
+        if isinstance(suite, dict) and "file" in suite:
+            own = {key: value for key, value in suite.items() if key != "file"}
+            suites[i] = read_tree(Path(str(suite["file"])).expanduser(), ())[0] | own  # type: ignore[index]
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Reads a suite of its own file, with ``key=value`` overrides, and checks that its problems exist.
+
+    Raises:
+        ConfigError: for everything that is wrong with the file, an override or a value.
+    """
+    tree, text = read_tree(Path(path), overrides)
+    try:
+        suite = SuiteConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, SuiteConfig, source=str(path), text=text, overrides=overrides)) from None
+    for prompts in suite.prompts:
+        if not prompts.exists() and not _matches(prompts):
+            raise ConfigError(f"{path}: prompts = '{prompts}': there is nothing at {prompts.absolute()}. {_PROMPTS}")
+    return suite
 
 
 def dump_config(config: RunConfig, path: str | Path) -> None:

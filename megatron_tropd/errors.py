@@ -27,3 +27,11 @@ class SelfCheckError(TropdError, RuntimeError):
 
 class EngineError(TropdError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite, a rank disagrees."""
+
+
+class ServingError(TropdError, RuntimeError):
+    """An inference engine or server cannot be used: unreachable, failing, answering nonsense, or with other weights."""
+
+
+class HealthError(TropdError, RuntimeError):
+    """The machines are not fit to train on."""

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.config import RunConfig
+from megatron_tropd.config import DataConfig, EvaluateConfig, RunConfig, SuiteConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
+from megatron_tropd.data.files import find_files, read_rows
 from megatron_tropd.data.prompts import Columns, read_prompts
+from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.evaluation import answer_suite, answer_text, summarise
-from megatron_tropd.inputs import (
-    DTYPES,
+from megatron_tropd.evaluation import answer_suites, answer_text
+from megatron_tropd.inputs import DTYPES, check_layouts, read_architectures, why_not_written
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.reading import (
     check_ids,
-    check_layouts,
     check_problem_lengths,
-    read_architectures,
+    complete_suites,
     read_problems,
     read_tokenizer,
-    why_not_written,
+    suites_of,
 )
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
 from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.megatron import MegatronSampler
-from megatron_tropd.types import Prompt, Rollout, SamplingParams
+from megatron_tropd.types import Rollout, SamplingParams
 
 _BATCH = 64
 
@@ -61,7 +63,7 @@ def generate_responses(
     device = initialize_distributed()
     architecture, tokenizer = read_architecture(model), load_tokenizer(model)
     found = _read_prompts(prompts, tokenizer, columns[0])
-    check_ids({"prompt": found}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
+    check_ids({"prompt": [found]}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
     _check_room(found, params.max_new_tokens, architecture.max_positions)
     sampler = _sampler(model, GroupBuilder().build(Layout()), dtype=DTYPES[dtype], device=device)
     requests = make_requests(found, samples=samples, guided=0, fraction=0.0, max_new_tokens=params.max_new_tokens)
@@ -102,31 +104,47 @@ def _check_arguments(params: SamplingParams, *, samples: int, dtype: str, out: P
         raise ConfigError(f"cannot write {out.absolute()} ({why_not_written(error)}). Name another file.") from error
 
 
-def _read_prompts(path: Path, tokenizer: Tokenizer, column: str) -> tuple[Prompt, ...]:
+def _read_prompts(path: Path, tokenizer: Tokenizer, column: str) -> PromptTable:
     # responses and answers that the file may have are copied, not read: any kind will do
     unread = "\0"
     return read_prompts(path, tokenizer, columns=Columns(prompt=column, response=unread, answer=unread)).prompts
 
 
-def _check_room(prompts: Sequence[Prompt], budget: int, positions: int) -> None:
-    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-    room = positions - len(longest.token_ids)
+def _check_room(prompts: PromptTable, budget: int, positions: int) -> None:
+    length_N = prompts.prompt_lengths()
+    row = int(length_N.argmax())
+    room = positions - int(length_N[row])
     if budget > room:
         raise ConfigError(
-            f"the prompt on line {longest.index + 1} has {len(longest.token_ids)} tokens and the model {positions} "
+            f"the prompt at {prompts.place(row)} has {length_N[row]} tokens and the model {positions} "
             f"positions (max_position_embeddings): there is room for {max(room, 0)} more, not for --max-new-tokens "
             f"{budget}. " + (f"Give --max-new-tokens {room} or less." if room > 0 else "Leave that prompt out.")
         )
 
 
 def _write_rows(source: Path, out: Path, rollouts: Sequence[Rollout], texts: Sequence[str], column: str) -> None:
-    lines = source.read_text(encoding="utf-8-sig").split("\n")
+    """Every row that was answered, whole, once per answer."""
+    answers: dict[int, list[str]] = {}
+    for rollout, text in zip(rollouts, texts, strict=True):
+        answers.setdefault(rollout.prompt_index, []).append(text)
     partial = out.with_name(out.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for rollout, text in zip(rollouts, texts, strict=True):
-            row = json.loads(lines[rollout.prompt_index]) | {column: text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for index, row in _numbered_rows(source):
+            for text in answers.get(index, ()):
+                # a table may hold dates and the like, which JSON writes as text
+                file.write(json.dumps({**row, column: text}, ensure_ascii=False, default=str) + "\n")
     os.replace(partial, out)
+
+
+def _numbered_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by ``Prompt.index``."""
+    before = 0
+    for path in find_files(source):
+        number = 0
+        for number, content in ((row.number, row.content) for row in read_rows(path, columns=None)):
+            if isinstance(content, dict):
+                yield before + number - 1, content
+        before += number
 
 
 def evaluate_models(config: RunConfig) -> None:
@@ -138,41 +156,94 @@ def evaluate_models(config: RunConfig) -> None:
     student, teacher = read_architectures(config)
     check_layouts(config, student, teacher)
     tokenizer, vocab_size = read_tokenizer(config), min(student.vocab_size, teacher.vocab_size)
-    problems = read_problems(config, tokenizer)
+    suites, allowed = suites_of(config), config.evaluate.allow_code_execution
+    problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
     sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
-    check_ids({"problem": problems}, tokenizer, vocab_sizes=sizes)
-    check_problem_lengths(config, problems, {"student": student, "teacher": teacher})
-    groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
-    models = {BEFORE: config.student.model}
+    check_ids({"problem": problems.values()}, tokenizer, vocab_sizes=sizes)
+    models, answering = {BEFORE: config.student.model}, {"student": student}
     if config.evaluate.teacher:
-        models[TEACHER] = config.teacher.model
+        models[TEACHER], answering["teacher"] = config.teacher.model, teacher
+    check_problem_lengths(suites, problems, answering)
+    groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
     results: list[Evaluation] = []
-    solved: list[tuple[str, str, int, float]] = []
     for name, path in models.items():
         sampler = _sampler(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
-        for suite in config.evaluate.suites:
-            answered = answer_suite(sampler, suite, problems, tokenizer, config=config)
-            results.append(summarise(answered, suite, model=name, step=0 if name == BEFORE else None))
-            solved.append((name, suite.name, suite.samples, answered.solved))
+        step = 0 if name == BEFORE else None
+        results += answer_suites(
+            sampler, suites, problems, tokenizer, model=name, step=step, seed=config.seed, allow_code=allowed
+        )
     if dist.get_rank() == 0:
-        _show_results(config, results, solved)
+        show_results(results)
+        if (config.run_dir / "metrics.jsonl").exists():
+            kept = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
+            Console().print(kept, highlight=False, soft_wrap=True)
+        else:
+            record_evaluations(config.run_dir, results)
 
 
-def _show_results(
-    config: RunConfig, results: Sequence[Evaluation], solved: Sequence[tuple[str, str, int, float]]
+def evaluate_model(
+    model: Path,
+    suites: Sequence[SuiteConfig],
+    *,
+    seed: int,
+    dtype: str,
+    tensor: int,
+    max_new_tokens: int,
+    out: Path | None,
+    allow_code: bool,
 ) -> None:
+    """Grades one Hugging Face directory on suites that name their problems; prints a table. Collective.
+
+    Args:
+        max_new_tokens: for suites that do not say.
+        out: directory for ``evaluation.json``.
+
+    Raises:
+        TropdError: what is wrong with the arguments, the model, or the data.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype}: use one of {', '.join(DTYPES)}.")
+    device = initialize_distributed()
+    architecture, tokenizer = read_architecture(model), load_tokenizer(model)
+    # of a training configuration only the defaults of ``data`` count here
+    data = DataConfig(prompts=(Path("none"),), max_prompt_tokens=architecture.max_positions)
+    whole = complete_suites(EvaluateConfig(suites=tuple(suites)), data, budget=max_new_tokens)
+    without = [suite.name for suite in suites if not suite.prompts]
+    if without:
+        raise ConfigError(
+            f"the suite {without[0]!r} names no problems. Give it prompts=FILE, in its file or after MODEL."
+        )
+    problems = read_problems(whole, data, tokenizer, allow_code=allow_code)
+    check_ids({"problem": problems.values()}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
+    check_problem_lengths(whole, problems, {"model": architecture})
+    groups = GroupBuilder().build(Layout(tensor=tensor))
+    sampler = _sampler(model, groups, dtype=DTYPES[dtype], device=device)
+    results = answer_suites(
+        sampler, whole, problems, tokenizer, model=model.absolute().name, step=None, seed=seed, allow_code=allow_code
+    )
+    if dist.get_rank() == 0:
+        show_results(results)
+        if out is not None:
+            record_evaluations(out, results)
+
+
+def show_results(results: Sequence[Evaluation]) -> None:
+    """The table of accuracies, and a line for every suite with more to say."""
     console = Console()
     console.print(accuracy_table(results))
-    for model, suite, samples, share in solved:
-        if samples > 1:
-            solved_by = f"{share:.1%} of problems solved by one of {samples} answers (pass@{samples})"
-            console.print(f"{model}, {suite}: {solved_by}", highlight=False, soft_wrap=True)
-    if (config.run_dir / "metrics.jsonl").exists():
-        kept = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
-        console.print(kept, highlight=False, soft_wrap=True)
-        return
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    record_evaluations(config.run_dir, results)
+    for result in results:
+        facts = [f"mean length {result.mean_length:.0f} tokens"]
+        if result.finished is not None:
+            facts.append(f"{result.finished:.1%} ended by themselves")
+        facts += [
+            f"pass@{k} {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            for k, (mean, low, high) in result.pass_at.items()
+        ]
+        if result.timed_out:
+            facts.append(f"{result.timed_out} answers took too long to grade and count as wrong")
+        console.print(
+            f"{result.model}, {result.suite}: {', '.join(facts)}", highlight=False, soft_wrap=True, markup=False
+        )
 
 
 def _sampler(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,23 +16,37 @@ from megatron_tropd.build import Run
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, StudentScores, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
-from megatron_tropd.engine.score import score_packs
+from megatron_tropd.engine.publish import WeightStream
+from megatron_tropd.engine.score import asked_ids, score_packs
 from megatron_tropd.engine.step import StepResult, TrainPack
-from megatron_tropd.engine.weights import hf_tensors
-from megatron_tropd.evaluation import correctness
+from megatron_tropd.evaluation import correctness, training_rule
 from megatron_tropd.losses.reduce import entropy_threshold
 from megatron_tropd.parallel.arrays import all_gather_arrays
+from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.recorded import write_rollouts
+from megatron_tropd.rollout.sampler import Probed
+from megatron_tropd.rollout.verify import probe_of, verify_publish
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 AfterStep = Callable[[int], None]  # told the number of finished steps
+Pause = Callable[[int], None]  # the same, wherever the weights are those of that many steps: it may leave by raising
 
 
-def train(run: Run, *, first_step: int, writer: MetricsWriter | None, after_step: AfterStep | None = None) -> None:
-    """Trains from ``first_step`` to the end. Collective; ``writer`` on the first rank only."""
+def train(
+    run: Run,
+    *,
+    first_step: int,
+    writer: MetricsWriter | None,
+    after_step: AfterStep | None = None,
+    pause: Pause | None = None,
+) -> None:
+    """Trains from ``first_step`` to the end. Collective; ``writer`` on the first rank only.
+
+    ``pause`` is called after every step, and within a step after the rollouts, which are the longest part of it.
+    """
     config, watch = run.config, Stopwatch()
     with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
         for step in range(first_step, config.train.steps):
@@ -39,6 +55,8 @@ def train(run: Run, *, first_step: int, writer: MetricsWriter | None, after_step
             fraction = run.method.schedule.fraction(step, config.train.steps) if run.method.guided else 0.0
             with watch("rollout"):
                 rollouts = sample_rollouts(run, prompts, step=step, fraction=fraction)
+            if pause is not None:
+                pause(step)
             minibatches = grade_rollouts(run, rollouts, step=step, watch=watch)
             with watch("train"):
                 results = [
@@ -46,8 +64,9 @@ def train(run: Run, *, first_step: int, writer: MetricsWriter | None, after_step
                     for number, packs in enumerate(minibatches)
                 ]
             with watch("publish"):
-                run.sampler.update_weights(hf_tensors(run.student), version=step + 1)
+                publish(run, step + 1)
             metrics = describe(run, step, prompts, rollouts, results, fraction) | watch.metrics()
+            metrics["time_optimizer"] = sum(result.optimizer_seconds for result in results)
             metrics["tokens_per_second"] = metrics["tokens"] / metrics["time_step"]
             if writer is not None:
                 writer.write(metrics)
@@ -57,6 +76,18 @@ def train(run: Run, *, first_step: int, writer: MetricsWriter | None, after_step
                 after_step(step + 1)
             if is_due(step + 1, every=config.checkpoint.every, last=config.train.steps):
                 save(run, step + 1)
+            if pause is not None:
+                pause(step + 1)
+
+
+def publish(run: Run, version: int) -> None:
+    """Hands the student's weights to the sampler and makes sure that they have arrived. Collective."""
+    rollout = run.config.rollout
+    run.sampler.update_weights(WeightStream(run.student), version=version)
+    if isinstance(run.sampler, Probed) and rollout.verify:
+        longest = run.config.data.max_prompt_tokens + rollout.max_new_tokens
+        probe = probe_of(run.prompts.prompts[0], longest)
+        verify_publish(run.student, run.sampler, probe, rollout.verify_tolerance)
 
 
 def sample_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, fraction: float) -> list[Rollout]:
@@ -99,7 +130,10 @@ def grade_rollouts(run: Run, rollouts: Sequence[Rollout], *, step: int, watch: S
     with watch("student"):
         scores = [student_scores(run, packs) for packs in minibatches]
     with watch("teacher"):
-        signals = [run.teacher.score(packs, run.signal) for packs in minibatches]
+        signals = [
+            run.teacher.score(packs, run.signal, asked_ids(score))
+            for packs, score in zip(minibatches, scores, strict=True)
+        ]
     facts = BatchFacts(
         seed=config.seed,
         step=step,
@@ -112,13 +146,13 @@ def grade_rollouts(run: Run, rollouts: Sequence[Rollout], *, step: int, watch: S
         return [
             train_packs(
                 packs[run.world.student.replica],
-                batch_weights(packs, run.method, facts)[run.world.student.replica],
+                batch_weights(packs, run.method, facts, run.world.student),
                 signal,
                 score,
                 rollouts=by_id,
                 method=run.method,
                 facts=facts,
-                device=run.world.device,
+                model=run.student,
             )
             for packs, signal, score in zip(minibatches, signals, scores, strict=True)
         ]
@@ -132,9 +166,10 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
 
 def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
     """Packs for every student replica."""
-    layout = run.world.student.layout
-    # the teacher runs the same packs, so their length must suit both layouts
-    multiple = int(np.lcm(layout.tensor * layout.context, run.world.teacher.layout.tensor)) * 2
+    # teacher and base model run the same packs, so their length must suit all layouts
+    layouts = [groups.layout for groups in (run.world.student, run.world.teacher, run.world.base) if groups is not None]
+    cuts = [layout.tensor * layout.context for layout in layouts]
+    multiple = math.lcm(*cuts) * 2
     return pack(
         rollouts,
         max_tokens=run.config.train.pack_tokens,
@@ -145,12 +180,14 @@ def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
 
 
 def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:
-    """Old log-probs and entropies, when the method needs them or the rollouts serve several updates."""
+    """Old log-probs, entropies and likeliest tokens, when the method needs them or rollouts serve several updates."""
     mine = packs[run.world.student.replica]
     needs = run.method.needs
-    if not (needs.old_logprob or needs.entropy_top or run.config.train.minibatches > 1):
+    if not (needs.old_logprob or needs.entropy_top or run.signal.asked or run.config.train.minibatches > 1):
         return [None] * len(mine)
-    return score_packs(run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature)
+    return score_packs(
+        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
+    )
 
 
 def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | None]]) -> float:
@@ -161,7 +198,7 @@ def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | 
     groups = run.world.student
     own = [score.entropy_N.cpu().numpy() for minibatch in scores for score in minibatch if score is not None]
     mine = np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32)
-    everyone = all_gather_arrays(mine, groups.pg.dp)
+    everyone = all_gather_arrays(mine, groups.pg.dp_cp)
     # only last stages have scores; the others hear from theirs
     everyone = all_gather_arrays(np.concatenate(everyone), groups.pg.pp)
     return entropy_threshold(everyone[-1], fraction=share)
@@ -196,18 +233,41 @@ def describe(
         metrics["prefix_fraction"] = fraction
         metrics["prefix_length"] = sum(prefixes) / (len(prompts) * guided)
     metrics |= _training_accuracy(run, prompts, rollouts)
+    return metrics | _length_by_source(prompts, rollouts)
+
+
+def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Sequences and mean response length of every source, where there are several."""
+    lengths: dict[str, list[int]] = {}
+    per_prompt = len(rollouts) // len(prompts)
+    for number, rollout in enumerate(rollouts):
+        source = prompts[number // per_prompt].source
+        lengths.setdefault(source, []).append(len(rollout.token_ids) - rollout.prompt_length)
+    metrics: dict[str, float] = {}
+    for source, found in sorted(lengths.items()):
+        if source:
+            metrics[of_source("sequences", source)] = len(found)
+            metrics[of_source("response_length", source)] = float(np.mean(found))
     return metrics
 
 
 def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Share of correct fully on-policy responses, where the prompts have answers."""
+    """Share of correct fully on-policy responses: of all prompts, and of every source, where each has an answer."""
     samples = run.config.rollout.samples_per_prompt
-    if not samples or any(prompt.answer is None for prompt in prompts):
-        return {}
     per_prompt = len(rollouts) // len(prompts)
-    alone = [r for number, r in enumerate(rollouts) if number % per_prompt < samples]
-    right = correctness(alone, prompts, run.tokenizer, run.config.data.grader, samples)
-    return {"accuracy_train": float(right.mean())}
+    answered = [number for number, prompt in enumerate(prompts) if prompt.answer is not None]
+    if not samples or not answered:
+        return {}
+    alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
+    graded = [prompts[number] for number in answered]
+    allowed = run.config.evaluate.allow_code_execution
+    right = correctness(alone, graded, run.tokenizer, partial(training_rule, run.config.data), allow_code=allowed)
+    metrics = {"accuracy_train": float(right.mean())} if len(graded) == len(prompts) else {}
+    for source in sorted({prompt.source for prompt in graded} - {""}):
+        rows = [row for row, prompt in enumerate(graded) if prompt.source == source]
+        if len(rows) == sum(prompt.source == source for prompt in prompts):
+            metrics[of_source("accuracy_train", source)] = float(right[rows].mean())
+    return metrics
 
 
 def is_due(step: int, *, every: int, last: int) -> bool:

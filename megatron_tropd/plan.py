@@ -13,13 +13,16 @@ from rich.table import Table
 
 from megatron_tropd.config import ParallelConfig, RunConfig
 from megatron_tropd.data.packing import backend, pack
+from megatron_tropd.data.table import PromptTable
 from megatron_tropd.engine.model import build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.inputs import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.losses._chunking import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.selfcheck import check_self
-from megatron_tropd.types import Architecture, Prompt, Rollout
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.types import Architecture, Rollout
 
 _MIB = 2**20
 
@@ -34,6 +37,7 @@ class Memory:
     activations: int
     loss: int
     teacher: int
+    base: int
     sampler: int
 
     @property
@@ -41,36 +45,35 @@ class Memory:
         return sum(getattr(self, name) for name in self.__slots__)
 
 
-def parameters_per_rank(architecture: Architecture, layout: Layout) -> int:
-    """Parameters of the fullest rank: its layers, and both ends of the model when it holds them."""
-    a, tensor = architecture, layout.tensor
-    heads = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    layer = a.hidden_size * (heads + a.num_heads * a.head_dim + 3 * a.ffn_size) // tensor + 2 * a.hidden_size
-    layers = -(-a.num_layers // layout.pipeline)
-    vocabulary = padded_vocab_size(a.vocab_size, tensor) // tensor * a.hidden_size
-    ends = 1 if a.tied_embeddings or layout.pipeline > 1 else 2
-    return layers * layer + ends * vocabulary + a.hidden_size
-
-
-def estimate_memory(student: Architecture, teacher: Architecture, config: RunConfig, *, loss_bytes: int) -> Memory:
+def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Memory:
     """Bytes per rank: weights, fp32 gradients, Adam states, activations of the packs in flight, loss, frozen models."""
-    itemsize = DTYPES[config.dtype].itemsize
+    itemsize, student = DTYPES[config.dtype].itemsize, inputs.student
     layout = layout_of(config.student.parallel)
-    own = parameters_per_rank(student, layout)
+    own = trained_states(
+        student,
+        layout,
+        # alone: more replicas only make a distributed optimizer's share smaller
+        data_ranks=layout.context * layout.expert,
+        itemsize=itemsize,
+        moments={"adam": 2, "sgd": int(config.optimizer.momentum > 0)}[config.optimizer.name],
+        distributed=config.optimizer.distributed,
+    )
     # a stage of a pipeline holds the activations of up to `pipeline` packs
     per_token = _activation_floats(student, layout, config.student.recompute)
     layers = -(-student.num_layers // layout.pipeline)
     activations = per_token * layers * config.train.pack_tokens * layout.pipeline * itemsize
-    states = {"adam": 2, "sgd": 0}[config.optimizer.name] + (itemsize < 4)  # fp32 moments, and fp32 master weights
-    sampler = parameters_per_rank(student, Layout(tensor=config.rollout.parallel.tensor))
+    sampler = frozen_states(student, Layout(tensor=config.rollout.parallel.tensor), itemsize=itemsize)
     return Memory(
-        weights=own * itemsize,
-        gradients=own * 4,
-        optimizer=own * 4 * states,
+        weights=own.weights,
+        gradients=own.gradients,
+        optimizer=own.optimizer,
         activations=activations,
         loss=loss_bytes,
-        teacher=parameters_per_rank(teacher, layout_of(config.teacher.parallel)) * itemsize,
-        sampler=sampler * itemsize,
+        teacher=frozen_states(inputs.teacher, layout_of(config.teacher.parallel), itemsize=itemsize).weights,
+        base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
+        if inputs.base
+        else 0,
+        sampler=sampler.weights,
     )
 
 
@@ -93,7 +96,11 @@ def _activation_floats(a: Architecture, layout: Layout, recompute: str) -> int:
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     # norms and residuals are whole on every tensor rank unless sequence parallel cuts them
     whole = 5 * a.hidden_size // (layout.tensor if layout.sequence else 1)
-    return whole + (heads * (1 if recompute == "selective" else 2) + 4 * a.ffn_size) // layout.tensor
+    return (
+        whole
+        + (heads * (1 if recompute == "selective" else 2) + 4 * a.ffn_size * max(a.experts_per_token, 1))
+        // layout.tensor
+    )
 
 
 def check_plan(config: RunConfig) -> None:
@@ -105,7 +112,7 @@ def check_plan(config: RunConfig) -> None:
     device = initialize_distributed()
     inputs = read_inputs(config)
     student = inputs.student
-    memory = estimate_memory(student, inputs.teacher, config, loss_bytes=_loss_bytes(student, config, device))
+    memory = estimate_memory(config, inputs, loss_bytes=_loss_bytes(student, config, device))
     groups = GroupBuilder().build(Layout())
     small = build_model(
         _small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed
@@ -138,6 +145,7 @@ def _small(architecture: Architecture, top_k: int) -> Architecture:
         head_dim=16,
         vocab_size=max(211, top_k + 1),
         max_positions=64,
+        num_experts=min(architecture.num_experts, 2 * architecture.experts_per_token),
     )
 
 
@@ -149,8 +157,9 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("method", config.method.name),
         ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
         ("teacher", _describe(config.teacher.model, inputs.teacher, config.teacher.parallel)),
+        *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
         ("ranks", f"a multiple of {_smallest_world(config)}"),
-        ("prompts", f"{len(prompts):,} to train on, {len(inputs.problems):,} to evaluate on"),
+        ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
         (
             "step",
             f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)",
@@ -159,15 +168,35 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
             "packs",
             f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)",
         ),
+        ("grades", _traffic(config, inputs, sequences)),
         ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
     ):
         table.add_row(name, value)
     return table
 
 
+def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
+    """What the teacher tells of a response token, what it is asked, and how much of that travels in a step."""
+    spec = SignalSpec.of(inputs.method.needs)
+    told = spec.bytes_per_row(hidden_bytes=inputs.teacher.hidden_size * DTYPES[config.dtype].itemsize)
+    text = f"{told:,} bytes per response token from the teacher"
+    if spec.asked:
+        text += f", {spec.asked_bytes_per_row:,} to it for the student's own likeliest tokens"
+    layouts = [config.student.parallel, config.teacher.parallel, *([config.base_parallel] if inputs.base else [])]
+    if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1:
+        return f"{text}; none travels, as the layouts agree"
+    most = sequences * config.rollout.max_new_tokens * (told + spec.asked_bytes_per_row)
+    return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
+
+
+def _count_problems(inputs: Inputs) -> int:
+    """Different ones: suites may share theirs."""
+    return sum(len(table) for table in {id(table): table for table in inputs.problems.values()}.values())
+
+
 def _smallest_world(config: RunConfig) -> int:
-    models = (config.student.parallel.model_ranks, config.teacher.parallel.model_ranks)
-    return int(np.lcm.reduce([*models, config.rollout.parallel.tensor]))
+    models = (config.student.parallel, config.teacher.parallel, config.base_parallel)
+    return int(np.lcm.reduce([*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]))
 
 
 def _checkpoints(config: RunConfig) -> str:
@@ -176,19 +205,21 @@ def _checkpoints(config: RunConfig) -> str:
 
 
 def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
-    count = parameters_per_rank(a, Layout())
-    axes = [f"{name}={getattr(parallel, name)}" for name in ("tensor", "pipeline") if getattr(parallel, name) > 1]
+    count = total_parameters(a)
+    cut = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    axes = [f"{name}={getattr(parallel, name)}" for name in cut if getattr(parallel, name) > 1]
     return (
         f"{path}: {a.family}, {count / 1e6:,.1f}M parameters, {a.num_layers} layers, hidden {a.hidden_size}, "
         f"vocabulary {a.vocab_size:,}; {', '.join(axes) or 'one rank'}{', sequence parallel' * parallel.sequence}"
     )
 
 
-def _expected_packs(config: RunConfig, prompts: tuple[Prompt, ...], sequences: int) -> tuple[int, float]:
+def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> tuple[int, float]:
     """Packs of a step whose responses all use their whole budget, the most there can be, and how full they are."""
     per_prompt = sequences // config.train.prompts_per_step
+    prompt_N = prompts.prompt_lengths()
     lengths = [
-        len(prompts[i % len(prompts)].token_ids) + config.rollout.max_new_tokens
+        int(prompt_N[i % len(prompt_N)]) + config.rollout.max_new_tokens
         for i in range(config.train.prompts_per_step)
         for _ in range(per_prompt)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -10,26 +11,29 @@ import torch.distributed as dist
 
 from megatron_tropd import loop
 from megatron_tropd.build import Run
-from megatron_tropd.engine.batch import BatchFacts, token_view
-from megatron_tropd.engine.score import score_packs
-from megatron_tropd.evaluation import correctness
+from megatron_tropd.engine.batch import BatchFacts, support_of, token_view
+from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.engine.step import complete_tokens
+from megatron_tropd.evaluation import correctness, training_rule
+from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.report.records import Sample, SampleToken
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.rollout.megatron import MegatronSampler
+from megatron_tropd.rollout.sampler import Sampler
 from megatron_tropd.teacher.recorded import RecordedTeacher
-from megatron_tropd.types import Pack, Region, Rollout, Signal, StudentView, TeacherView
+from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
 
 # how much of the teacher's response the guided samples start with
 _SHOWN_PREFIX = 0.5
 
 
-def sample_answers(run: Run, sampler: MegatronSampler, *, when: Literal["before", "after"], count: int) -> list[Sample]:
+def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after"], count: int) -> list[Sample]:
     """Answers to the first training prompts, token by token with region, gate and log ratio. Collective.
 
     Where the method is guided, each prompt has one answer of the student's own and one that continues the first half
     of the teacher's.
     """
-    prompts = list(run.prompts.prompts[:count])
+    prompts = run.prompts.first(count)
     guided = 1 if run.method.guided and run.config.rollout.guided_per_prompt else 0
     budget = run.config.rollout.max_new_tokens
     requests = make_requests(prompts, samples=1, guided=guided, fraction=_SHOWN_PREFIX, max_new_tokens=budget)
@@ -42,7 +46,8 @@ def sample_answers(run: Run, sampler: MegatronSampler, *, when: Literal["before"
         prompt = prompts[number // (1 + guided)]
         right = None
         if prompt.answer is not None:
-            right = bool(correctness([rollout], [prompt], run.tokenizer, run.config.data.grader, 1)[0, 0])
+            rule, allowed = partial(training_rule, run.config.data), run.config.evaluate.allow_code_execution
+            right = bool(correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0])
         tokens = _sample_tokens(run, rollout, gates.get(rollout.sequence_id))
         samples.append(Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens))
     return samples
@@ -68,40 +73,53 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray
     """``[response, 2]`` gate weight and log ratio of every response token, on every rank."""
     packs = loop.pack_rollouts(run, rollouts)
     mine = packs[run.world.student.replica]
-    signals = run.teacher.score(packs, run.signal)
-    scores = score_packs(run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature)
+    scores = score_packs(
+        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
+    )
+    signals = run.teacher.score(packs, run.signal, asked_ids(scores))
     by_id = {rollout.sequence_id: rollout for rollout in rollouts}
     facts = BatchFacts(seed=run.config.seed, step=run.config.train.steps, progress=1.0)
     found: dict[int, np.ndarray] = {}
     for item, signal, score in zip(mine, signals, scores, strict=True):
         if signal is None or score is None or run.world.student.tensor_rank:
             continue
-        tokens = token_view(item, by_id, facts, run.world.device)
+        tokens = token_view(item, by_id, facts, run.student)
         student = StudentView(
             logprob_T=score.logprob_N,
             old_logprob_T=score.logprob_N,
             entropy_T=score.entropy_N,
             old_entropy_T=score.entropy_N,
         )
-        teacher = _teacher_view(signal)
+        support = support_of(signal, tokens.target_T, run.method)
+        teacher = TeacherView(
+            logprob_T=signal.logprob_N,
+            support_ids_TK=support.ids_NK,
+            support_logprob_TK=support.logprob_NK,
+            support_mask_TK=support.mask_NK,
+            support_logtail_T=support.logtail_N,
+            entropy_T=signal.entropy_N,
+        )
+        tokens = complete_tokens(tokens, score.logprob_N, score.model_logprob_N)
         weight = run.method.gate_weight(student, teacher, tokens)
         values = torch.stack([weight, signal.logprob_N - score.logprob_N], dim=1).float().cpu().numpy()
-        found.update(_split_by_sequence(item, values))
+        found.update(_split_by_sequence(item, run.world.student, values))
     gathered: list[dict[int, np.ndarray] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
-    return {key: value for part in gathered if part for key, value in part.items()}
+    return _joined([part for part in gathered if part])
 
 
-def _teacher_view(signal: Signal) -> TeacherView:
-    return TeacherView(
-        logprob_T=signal.logprob_N,
-        support_ids_TK=signal.topk_ids_NK,
-        support_logprob_TK=signal.topk_logprob_NK,
-        entropy_T=signal.entropy_N,
-    )
-
-
-def _split_by_sequence(item: Pack, values_N2: np.ndarray) -> dict[int, np.ndarray]:
-    valid = (item.region_T == Region.PREFIX) | (item.region_T == Region.CONTINUATION)
+def _split_by_sequence(item: Pack, groups: Groups, values_N2: np.ndarray) -> dict[int, np.ndarray]:
+    """``[n, 3]`` by sequence: position of each prediction, then its two values."""
+    valid = own_valid_positions(item, groups)
     owner_N = item.sequence_T[valid]
-    return {int(sequence): values_N2[owner_N == sequence] for sequence in item.sequence_ids}
+    rows_N3 = np.column_stack([item.position_T[valid], values_N2])
+    return {int(sequence): rows_N3[owner_N == sequence] for sequence in item.sequence_ids}
+
+
+def _joined(parts: list[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+    """Each sequence whole (context-parallel ranks have parts of it), in the order of its tokens, without positions."""
+    whole: dict[int, np.ndarray] = {}
+    for sequence in sorted(set().union(*parts)):
+        rows_N3 = np.concatenate([part[sequence] for part in parts if sequence in part])
+        whole[sequence] = rows_N3[np.argsort(rows_N3[:, 0], kind="stable"), 1:]
+    return whole

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
+from megatron_tropd.engine.experts import without_balancing
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.score import score_packs
+from megatron_tropd.engine.score import asked_ids, score_packs
 from megatron_tropd.engine.step import Trainer, TrainPack
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import Method
+from megatron_tropd.teacher.base import TeacherAndBase
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
@@ -53,7 +55,7 @@ def check_self(
     packs = pack(
         rollouts,
         max_tokens=256,
-        multiple_of=2 * model.groups.layout.tensor,
+        multiple_of=2 * model.groups.layout.tensor * model.groups.layout.context,
         num_replicas=model.groups.num_replicas,
     )
     likelihood = Method(gate=gates.ALL, trusted=terms.nll())
@@ -64,7 +66,8 @@ def check_self(
         )
         items = _items(model, objective, packs, rollouts, vocab_size)
         trusts_equals = trusts_equals and _trusts_an_equal(objective, items, model)
-        results.append(trainer.probe(items))
+        with without_balancing(model.config):
+            results.append(trainer.probe(items))
     found, scale = results
     # where the gate does not trust even an equal teacher, the outlier term must vanish too
     outliers_vanish = method.outlier.vanishes or trusts_equals
@@ -117,18 +120,20 @@ def _items(
     """This replica's packs, graded by the model itself."""
     groups = model.groups
     facts = BatchFacts(seed=0, step=0, progress=0.0)
-    spec = SignalSpec(top_k=method.needs.top_k, entropy=True, hidden_states=method.needs.hidden_states)
-    teacher = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
+    spec = SignalSpec.of(method.needs)
+    own = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
+    teacher = TeacherAndBase(own, own)
     mine = packs[groups.replica]
+    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature, top_k=spec.asked)
     return train_packs(
         mine,
-        batch_weights(packs, method, facts)[groups.replica],
-        teacher.score(packs, spec),
-        score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature),
+        batch_weights(packs, method, facts, groups),
+        teacher.score(packs, spec, asked_ids(scores)),
+        scores,
         rollouts={rollout.sequence_id: rollout for rollout in rollouts},
         method=method,
         facts=facts,
-        device=model.device,
+        model=model,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,14 @@ from rich.console import Console
 from megatron_tropd import loop
 from megatron_tropd.build import Run, build_run, embedded_sampler
 from megatron_tropd.config import RunConfig, dump_config
-from megatron_tropd.convert.hf import HFWriter
+from megatron_tropd.convert.families import hf_shapes
+from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.weights import hf_tensors
-from megatron_tropd.evaluation import answer_suite, summarise
+from megatron_tropd.evaluation import answer_suites
 from megatron_tropd.inputs import check_writable, identity, read_inputs
 from megatron_tropd.parallel.groups import initialize_distributed
+from megatron_tropd.preemption import StopRequest, leave_if_asked
+from megatron_tropd.reading import suites_of
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import (
     AFTER,
@@ -33,13 +37,24 @@ from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.resume import find_start, restore
 from megatron_tropd.rollout.megatron import MegatronSampler
+from megatron_tropd.rollout.recorded import RecordedSampler
+from megatron_tropd.rollout.sampler import Sampler
 from megatron_tropd.samples import sample_answers
 from megatron_tropd.selfcheck import check_self
 
 
 def run_training(config: RunConfig) -> Run:
-    """Trains as ``config`` says, from the newest checkpoint if there is one. Collective."""
-    initialize_distributed()
+    """Trains as ``config`` says, from the newest checkpoint if there is one. Collective.
+
+    Raises:
+        Preempted: a signal asked for the machines; there is a checkpoint to go on from.
+    """
+    with StopRequest() as stop:
+        return _run_training(config, stop)
+
+
+def _run_training(config: RunConfig, stop: StopRequest) -> Run:
+    initialize_distributed(timeout_s=config.collective_timeout_s)
     config.check_world(dist.get_world_size())
     inputs = read_inputs(config)
     check_writable(config)
@@ -50,18 +65,20 @@ def run_training(config: RunConfig) -> Run:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
         dump_config(config, config.run_dir / "config.yaml")
-    run.sampler.update_weights(hf_tensors(run.student), version=first_step)
+    loop.publish(run, first_step)
     evaluator = Evaluator(run)
     if first_step == 0:
         evaluator.before()
-    with _metrics_writer(run, first_step) as writer:
-        loop.train(run, first_step=first_step, writer=writer, after_step=evaluator.during)
+    with stop.deferred(), _metrics_writer(run, first_step) as writer:
+        pause = partial(leave_if_asked, run, stop, first_step=first_step)
+        loop.train(run, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
     evaluator.after()
     if config.export.hf is not None:
         export_student(run, config.export.hf)
     if run.world.is_first:
         _conclude(run)
     dist.barrier()
+    run.sampler.close()
     return run
 
 
@@ -89,8 +106,8 @@ class Evaluator:
     def __init__(self, run: Run) -> None:
         self._run = run
         # a recording cannot answer new questions, so evaluation then has a sampler of its own
-        self._own = isinstance(run.sampler, MegatronSampler)
-        self._sampler = run.sampler if self._own else None
+        self._own = not isinstance(run.sampler, RecordedSampler)
+        self._sampler: Sampler | None = run.sampler if self._own else None
 
     def before(self) -> None:
         """The student as it came, and the teacher."""
@@ -113,11 +130,10 @@ class Evaluator:
             self._evaluate_student(AFTER, self._run.config.train.steps)
         self._show("after")
 
-    def _student_sampler(self, step: int) -> MegatronSampler:
+    def _student_sampler(self, step: int) -> Sampler:
         run = self._run
         if self._sampler is None:
             self._sampler = embedded_sampler(run.config, run.student.architecture, run.world, run.vocab_size)
-        assert isinstance(self._sampler, MegatronSampler)
         if not self._own:
             self._sampler.update_weights(hf_tensors(run.student), version=step)
         return self._sampler
@@ -133,17 +149,18 @@ class Evaluator:
         if self._run.problems:
             self._evaluate(self._student_sampler(step), model, step)
 
-    def _evaluate(self, sampler: MegatronSampler, model: str, step: int | None) -> None:
+    def _evaluate(self, sampler: Sampler, model: str, step: int | None) -> None:
         run = self._run
-        results = [
-            summarise(
-                answer_suite(sampler, suite, run.problems, run.tokenizer, config=run.config),
-                suite,
-                model=model,
-                step=step,
-            )
-            for suite in run.config.evaluate.suites
-        ]
+        results = answer_suites(
+            sampler,
+            suites_of(run.config),
+            run.problems,
+            run.tokenizer,
+            model=model,
+            step=step,
+            seed=run.config.seed,
+            allow_code=run.config.evaluate.allow_code_execution,
+        )
         if run.world.is_first:
             record_evaluations(run.config.run_dir, results)
 
@@ -159,7 +176,12 @@ def export_student(run: Run, target: Path) -> None:
     """Writes the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
     writer = None
     if run.world.is_first:
-        writer = HFWriter(target, companions_from=run.config.student.model)
+        writer = HFWriter(
+            target,
+            companions_from=run.config.student.model,
+            tensors=hf_shapes(run.student.architecture),
+            dtype=run.student.dtype,
+        )
     for pair in hf_tensors(run.student):
         if writer is not None:
             writer.write([pair])

@@ -47,6 +47,8 @@ class Prompt:
     text: str
     answer: str | None = None  # reference answer, for grading
     response_ids: Int64Array | None = None  # [L] one teacher response, for guidance
+    source: str = ""  # name of the data source, empty where there is only one
+    teacher: str = ""  # name of the teacher that grades it, empty where there is only one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     stop_token_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+    model_logprob: bool = True  # whether Rollout.model_logprob is wanted where it costs a pass of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +85,10 @@ class Rollout:
     prompt_length: int
     prefix_length: int
     sampling_logprob: Float32Array  # [continuation] log-prob under the distribution sampled from (T, top-p, top-k)
-    model_logprob: Float32Array  # [continuation] log-prob under the model itself (temperature 1), nats
+    model_logprob: Float32Array  # [continuation] log-prob under the model itself (temperature 1), nats; nan: not asked
     finished: bool  # True when a stop token ended it, False when the budget did
     weight_version: int = 0  # training step whose weights wrote the continuation
+    token_versions: Int64Array | None = None  # [continuation] the same token by token; None: weight_version for all
 
 
 # --------------------------------------------------------------------------- packs and signals
@@ -115,7 +119,11 @@ class Signal:
     logprob_N: Tensor  # log p(target), nats, fp32
     topk_ids_NK: Tensor | None = None  # int64, most likely first
     topk_logprob_NK: Tensor | None = None  # fp32, nats
+    asked_ids_NJ: Tensor | None = None  # int64, ids the student asked about (its own most likely ones)
+    asked_logprob_NJ: Tensor | None = None  # fp32, nats
+    topk_logtail_N: Tensor | None = None  # log mass on all but top k, asked ids and target, nats; -inf: none
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
+    base_logprob_N: Tensor | None = None  # log-prob of the target under a base model, nats
     hidden_NE: Tensor | None = None  # final hidden states, only for full-vocabulary divergences
 
 
@@ -129,6 +137,7 @@ class StudentView:
     logprob_T: Tensor  # log q(y), nats, carries gradient
     old_logprob_T: Tensor  # the same at the weights of the rollout, no gradient (= logprob_T.detach() when on-policy)
     support_logprob_TK: Tensor | None = None  # log q on teacher.support_ids_TK, carries gradient
+    support_logtail_T: Tensor | None = None  # log of q's mass outside the support, carries gradient; -inf: none is
     entropy_T: Tensor | None = None  # H(q), nats, no gradient needed
     old_entropy_T: Tensor | None = None  # H(q) at the weights of the rollout, no gradient
     divergence: Callable[[str, float], Tensor] | None = None  # (kind, beta) -> loss_T, full vocabulary
@@ -136,13 +145,14 @@ class StudentView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherView:
-    """What the teacher says about the same tokens. Finite everywhere, no gradient."""
+    """What the teacher says about the same tokens. Finite everywhere (but for an empty tail), no gradient."""
 
     logprob_T: Tensor  # log p(y), nats
     support_ids_TK: Tensor | None = None
     support_logprob_TK: Tensor | None = None  # log p on the support, nats; may be very negative, never -inf or nan
     support_mask_TK: Tensor | None = None  # bool, True = counts; None: all do. False marks the duplicate columns of a
     #                                        union (an id listed twice keeps one True); log-probs there are ignored
+    support_logtail_T: Tensor | None = None  # log of p's mass outside the support, nats; -inf: none is
     entropy_T: Tensor | None = None
     base_logprob_T: Tensor | None = None  # log-prob of y under the base model (ExOPD)
 
@@ -156,7 +166,8 @@ class TokenView:
     sequence_T: Tensor  # which sequence a token is in
     position_T: Tensor  # index of the predicting token within its sequence
     target_T: Tensor  # the token y itself
-    rollout_logprob_T: Tensor  # the sampler's own log q(y); = old_logprob on PREFIX tokens
+    rollout_logprob_T: Tensor  # the sampler's own log q(y): old_logprob and what the two engines differ by at
+    #                            temperature 1; = old_logprob on PREFIX tokens
     entropy_threshold: float = 0.0  # global batch quantile of old_entropy_T, when Needs.entropy_top asks for it
     progress: float = 0.0  # step / total steps, in [0, 1)
 
@@ -180,6 +191,7 @@ class Needs:
 
     top_k: int = 0  # support size; 0: no support
     support: SupportKind = "teacher"
+    tail_mass: bool = False  # both models' mass outside the support
     student_entropy: bool = False
     teacher_entropy: bool = False
     old_logprob: bool = False  # a student scoring pass even when purely on-policy
@@ -198,15 +210,19 @@ class Architecture:
     family: str  # key of the name table in convert/
     num_layers: int
     hidden_size: int
-    ffn_size: int
+    ffn_size: int  # of one expert, in a mixture of experts
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int  # true size, no padding
-    max_positions: int
+    max_positions: int  # no more than sliding_window: within it, attention is plainly causal
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
     qk_norm: bool = False
     qkv_bias: bool = False
-    rope_scaling: Mapping[str, float | str] | None = None
+    rope_scaling: Mapping[str, float | str] | None = None  # "type" and what that type of RoPE is made of
+    sliding_window: int | None = None  # tokens a layer looks back, where that is fewer than all positions
+    num_experts: int = 0  # per layer; 0 is a dense model
+    experts_per_token: int = 0
+    normalise_experts: bool = True  # the chosen experts' weights add up to 1

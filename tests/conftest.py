@@ -1,14 +1,16 @@
-"""Shared set-up: one thread per process, and this folder importable by the children of run_on_ranks."""
+"""What all tests share: this environment's commands on PATH; the kernels' interpreter where there is no GPU."""
 
-from __future__ import annotations
-
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-TESTS = str(Path(__file__).resolve().parent)
-if TESTS not in sys.path:
-    sys.path.insert(0, TESTS)
+from megatron_tropd import kernels
 
-torch.set_num_threads(1)
+# as in an activated environment: scripts under test call python, torchrun and shellcheck by name
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+# must be chosen before megatron-core imports Triton
+if kernels.installed() and not torch.cuda.is_available():
+    kernels.use_interpreter()

@@ -11,6 +11,7 @@ file, real exit status), on one rank or on several that meet as under torchrun.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import importlib
 import json
@@ -78,13 +79,13 @@ class Task:
         return self.directory / "config.yaml"
 
 
-def make_task(directory: Path) -> Task:
-    """Writes the task into ``directory``."""
+def make_task(directory: Path, *, student: Mapping[str, int] = STUDENT, teacher: Mapping[str, int] = TEACHER) -> Task:
+    """Writes the task into ``directory``, with models of these sizes."""
     from megatron_tropd.data.synthetic import distinct_problems, solution, write_prompts
 
     task = Task(directory=directory)
-    save_model(task.student, STUDENT, tied=True, seed=1)
-    save_model(task.teacher, TEACHER, tied=False, seed=2)
+    save_model(task.student, student, tied=True, seed=1)
+    save_model(task.teacher, teacher, tied=False, seed=2)
     train, held_out = distinct_problems(5, False, 11), distinct_problems(6, True, 5)
     rng = random.Random(0)
     write_prompts(task.prompts, train, responses=[solution(problem, rng) for problem in train])
@@ -307,13 +308,14 @@ class Job:
 class Commands:
     """The process that forks for every command. Use :func:`commands`, which keeps one for all tests."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, preload: Sequence[str] = ()) -> None:
+        """``preload``: more modules for the server to have imported before it forks."""
         self._scratch = scratch
         self._count = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
         environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -366,13 +368,13 @@ class Commands:
 
 
 @functools.cache
-def commands() -> Commands:
-    """The one server of this process, ended at exit."""
+def commands(*preload: str) -> Commands:
+    """The one server of this process (for what is to be preloaded), ended at exit."""
     import atexit
     import tempfile
 
     scratch = Path(tempfile.mkdtemp(prefix="tropd-commands-"))
-    server = Commands(scratch)
+    server = Commands(scratch, preload)
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     atexit.register(server.close)
     return server
@@ -414,6 +416,8 @@ def _serve() -> None:
     import megatron_tropd.plan
     import megatron_tropd.session  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     alive: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -455,6 +459,7 @@ def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict
         os.environ.update(variables)
         os.chdir(cwd)
         sys.argv = ["tropd", *argv]
+        faulthandler.dump_traceback_later(150)  # shorter than a test's patience: what hangs says where
         if function:
             _call(function, argv)
         else:

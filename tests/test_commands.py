@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from run_inputs import TEACHER, Task, commands, make_task, save_model
 from typer.testing import CliRunner
@@ -59,6 +62,20 @@ def test_generate_adds_a_response_to_every_row_and_keeps_the_rest(task: Task, tm
     assert read_rows(out) == written
     commands().run("generate", task.teacher, out, out, "--max-new-tokens", 3, "--dtype", "fp32").expect_success()
     assert len(read_rows(out)) == len(written) and read_rows(out) != written
+
+
+def test_generate_reads_what_training_reads_and_writes_json_lines(task: Task, tmp_path: Path):
+    rows = [{"prompt": row["prompt"], "day": datetime.date(2026, 6, 1)} for row in read_rows(task.prompts)]
+    (tmp_path / "in").mkdir()
+    for part in range(2):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[part::2]), tmp_path / "in" / f"{part}.parquet")
+    options = ("--max-new-tokens", 3, "--temperature", 0, "--dtype", "fp32")
+    commands().run("generate", task.student, tmp_path / "in", tmp_path / "a.jsonl", *options).expect_success()
+    commands().run("generate", task.student, task.prompts, tmp_path / "b.jsonl", *options).expect_success()
+    expected = {row["prompt"]: row["response"] for row in read_rows(tmp_path / "b.jsonl")}
+    assert [(row["prompt"], row["day"], row["response"]) for row in read_rows(tmp_path / "a.jsonl")] == [
+        (row["prompt"], "2026-06-01", expected[row["prompt"]]) for row in rows[::2] + rows[1::2]
+    ]
 
 
 def test_greedy_answers_are_those_of_transformers(task: Task, tmp_path: Path):
@@ -112,7 +129,7 @@ def test_evaluate_grades_both_models_and_leaves_the_results_of_a_training_run_al
 
     # 95 % Wilson interval of 3 out of 5, by hand
     assert "60.0 [23.1, 88.2]" in outcome.output
-    assert "student before, sampled: " in outcome.output and "(pass@2)" in outcome.output
+    assert "student before, sampled: mean length " in outcome.output and "pass@2" not in outcome.output
     recorded = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     greedy = {row["model"]: row["accuracy"] for row in recorded if row["suite"] == "greedy"}
     assert greedy == {"student before": 0.6, "teacher": 0.0}
@@ -128,8 +145,10 @@ def test_a_problem_is_solved_when_one_of_its_answers_is_right():
     right = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     answered = Answered(right=right, mean_length=3.0)
     assert answered.solved == pytest.approx(2 / 3)  # pass@2; the mean of 2 is 1/2
-    suite = SuiteConfig(name="mean@2", samples=2, temperature=1.0)
-    assert summarise(answered, suite, model="teacher").accuracy == pytest.approx(1 / 2)
+    suite = SuiteConfig(name="mean@2", samples=2, temperature=1.0, pass_at=(1, 2))
+    summary = summarise(answered, suite, model="teacher")
+    assert summary.accuracy == summary.pass_at["1"][0] == pytest.approx(1 / 2)
+    assert summary.pass_at["2"][0] == pytest.approx(2 / 3)
 
 
 # --------------------------------------------------------------------------- check, report, demo
@@ -144,6 +163,16 @@ def test_check_prints_the_plan_and_writes_nothing(task: Task, tmp_path: Path):
     assert "step 3 prompts, 9 sequences, 1 update(s)" in lines
     assert any(line.startswith("teacher == student self check") for line in lines)
     assert not (tmp_path / "run").exists()
+    # 8 bytes, and 7 ids with their log-probs; then as much again in log-probs of 7 ids of the student's, and tails
+    told = "grades 64 bytes per response token from the teacher; at most 0.0 MiB per step and tensor rank"
+    assert told in " ".join(lines)
+    union = ("method.support=union", "method.tail=bucket", "rollout.max_new_tokens=20", "train.prompts_per_step=6000")
+    agreed = " ".join(commands().run(CHECK, task.config, *union).expect_success().output.split())
+    told = "grades 96 bytes per response token from the teacher, 28 to it for the student's own likeliest tokens; "
+    assert told + "none travels, as the layouts agree" in agreed
+    apart = commands().run(CHECK, task.config, *union, "teacher.parallel.tensor=2").expect_success().output
+    # 6000 prompts, 3 sequences each, 20 tokens
+    assert f"{told}at most {18_000 * 20 * 124 / 2**20:.1f} MiB" in " ".join(apart.split())
     # a method without guidance has no guided sequences
     unguided = commands().run(CHECK, task.config, "method.prefix_schedule=none", "method.k=218").expect_success()
     assert "3 prompts, 6 sequences" in unguided.output
@@ -218,7 +247,7 @@ def broken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit(model("endless") / "tokenizer_config.json", lambda tree: tree.pop("eos_token"))
     model("few_ids", vocab_size=100)
     edit(model("other_config") / "config.json", lambda tree: tree.update(vocab_size=300))
-    edit(model("llama") / "config.json", lambda tree: tree.update(architectures=["LlamaForCausalLM"]))
+    edit(model("neox") / "config.json", lambda tree: tree.update(architectures=["GPTNeoXForCausalLM"]))
     pickled = model("pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     os.truncate(model("torn") / "model.safetensors", 5000)
@@ -233,6 +262,8 @@ def broken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (home / "not_json.jsonl").write_text(task.prompts.read_text() + '{"prompt": \n')
     (home / "file").touch()
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"]}), home / "columns.parquet")
+    (home / "torn.parquet").write_bytes((home / "columns.parquet").read_bytes()[:-9])
     for name in ("opd", "sft", "exopd"):
         text = task.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", f"name: {name}")
         assert f"name: {name}" in text
@@ -274,15 +305,19 @@ INPUT_MISTAKES = [
     ),
     ("teacher.model=HOME/endless", "HOME/endless names no end-of-sequence token, so responses would never end"),
     ("teacher.model=HOME/few_ids", "but the teacher has embeddings for 100 ids only (vocab_size in its config.json)."),
-    ("teacher.model=HOME/llama", "teacher.model = 'HOME/llama': architecture ['LlamaForCausalLM'] is not supported."),
+    ("teacher.model=HOME/neox", "teacher.model = 'HOME/neox': architecture ['GPTNeoXForCausalLM'] is not supported."),
     ("student.model=HOME", "CheckpointError: student.model = 'HOME': HOME/config.json does not exist."),
     (
         "data.prompts=HOME/bare.jsonl",
-        "9 of 11 prompts have no teacher response in column 'response' (the first is on line 3), and method.name=tropd",
+        "9 of 11 prompts have no teacher response in column 'response' (the first is HOME/bare.jsonl:3), and ",
     ),
     ("data.prompts=HOME/not_json.jsonl", "DataError: HOME/not_json.jsonl:12: not valid JSON"),
     ("data.prompts=HOME/unknown_word.jsonl", "DataError: HOME/unknown_word.jsonl:1: tokenizer "),
     ("data.max_prompt_tokens=3", "DataError: no usable prompt in "),
+    ("data.prompts=HOME/columns.parquet", "HOME/columns.parquet has no column 'prompt' or 'messages', only ['question"),
+    ("data.prompts=HOME/torn.parquet data.on_bad_row=skip", "DataError: HOME/torn.parquet is torn or not a Parquet"),
+    ("data.prompts=HOME/*.csv", "data.prompts = 'HOME/*.csv': there is nothing at HOME/*.csv"),
+    ("data.template='{{question}}'", "train.jsonl:1: the template '{{question}}' fails: 'question' is undefined."),
     ("evaluate.prompts=HOME/unanswered.jsonl", "11 of 11 problems have no reference answer in column 'answer'"),
     ("method.name=tropdd", "ConfigError: unknown method 'tropdd'. Did you mean 'tropd'? Methods: "),
     ("method.kk=3", "ConfigError: method 'tropd' has no option 'kk'. Did you mean 'k'? "),
@@ -296,18 +331,22 @@ INPUT_MISTAKES = [
     ),
     ("rollout.parallel.tensor=4", "ConfigError: rollout.parallel: tensor parallel size 4 does not divide"),
     ("student.parallel.pipeline=5", "5 stages for a model of 3 layers. Use at most 3 stages."),
-    ("rollout.engine=vllm", "ConfigError: rollout.engine=vllm is not available yet; use megatron or recorded."),
+    ("rollout.engine=vllm", "ConfigError: vLLM is not installed in this environment."),
     ("student.attention=te", "ConfigError: student.attention=te is not available yet"),
 ]
 METHOD_MISTAKES = [
-    ("check HOME/exopd.yaml", "ConfigError: method.name='exopd' needs a base model, which is not available yet."),
+    ("check HOME/exopd.yaml base.model=HOME/gone", "ConfigError: base.model = 'HOME/gone': there is nothing at "),
+    ("check HOME/exopd.yaml base.model=HOME", "CheckpointError: base.model = 'HOME': HOME/config.json does not exist."),
+    ("check HOME/exopd.yaml base.model=HOME/other_tokenizer", "student and base model disagree about 2 of 219 shared"),
+    ("check HOME/exopd.yaml base.model=HOME/few_ids", "but the base model has embeddings for 100 ids only"),
+    ("check HOME/exopd.yaml base.parallel.tensor=4", "ConfigError: base.parallel: tensor parallel size 4 does not"),
     ("check HOME/opd.yaml rollout.samples_per_prompt=0", "nothing would be sampled. Raise rollout.samples_per_prompt."),
     ("check HOME/opd.yaml train.minibatches=7", "train.minibatches=7 is more than the 6 sequences of a step."),
     ("check HOME/sft.yaml rollout.guided_per_prompt=0", "method.name=sft learns from the teacher's responses alone"),
 ]
 GENERATE_MISTAKES = [
     ("HOME/gone PROMPTS OUT", "CheckpointError: HOME/gone/config.json does not exist."),
-    ("TEACHER HOME/gone.jsonl OUT", "DataError: prompt file HOME/gone.jsonl does not exist"),
+    ("TEACHER HOME/gone.jsonl OUT", "DataError: data file HOME/gone.jsonl does not exist"),
     (
         "TEACHER PROMPTS OUT",
         "there is room for 39 more, not for --max-new-tokens 1024. Give --max-new-tokens 39 or less.",

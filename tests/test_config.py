@@ -121,7 +121,7 @@ def test_a_config_cannot_be_changed(config_path: Path):
         ("student.paralel.tensor=2", "student.paralel is not a key. Did you mean student.parallel?"),
         ("student.parallel.tensr=2", "student.parallel.tensr is not a key. Did you mean student.parallel.tensor?"),
         ("train.lr=3", "train.lr is not a key. Did you mean optimizer.lr?"),
-        ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, student, teacher, data,"),
+        ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, "),
         ("export.qqqq=1", "export.qqqq is not a key. Valid keys of export: hf."),
         ("dtype=bf15", "dtype = 'bf15': must be one of fp32, bf16. Did you mean bf16?"),
         ("rollout.engine=12", "rollout.engine = 12: must be one of megatron, vllm, vllm_server, recorded."),
@@ -172,6 +172,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["optimizer.min_lr=1"], "optimizer: min_lr = 1.0 is above lr = 5e-06."),
         (["export.hf=./student"], "export.hf = 'student' is student.model, which would be overwritten."),
         (["export.hf=${teacher.model}"], "export.hf = 'teacher' is teacher.model, which would be overwritten."),
+        (["base.model=x", "export.hf=x"], "export.hf = 'x' is base.model, which would be overwritten."),
         (["evaluate.every=3"], "evaluate: every = 3 needs prompts"),
         (["evaluate.suites=[]"], "suites is empty."),
         (["evaluate.suites=[{name: a}, {name: a}]"], "suites holds 2 suites named 'a'."),
@@ -186,6 +187,18 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["run_dir=???"], "run_dir is '???', which means that you must set it."),
         (["student.model=Qwen/Qwen3-0.6B"], "hub names are not downloaded."),
         (["checkpoint.resume=gone"], "checkpoint.resume = 'gone': there is nothing at "),
+        (["data.sources=[{name: a, prompts: x}]"], "prompts or sources names the data to train on: both are set."),
+        (["data.prompts=null"], "prompts or sources names the data to train on: neither is set."),
+        (
+            ["data.prompts=null", "data.sources=[{name: a, prompts: x, weight: 2}, {name: b, prompts: x}]"],
+            "sources gives a weight to some, but not to 'b'. Weigh all of them, or none.",
+        ),
+        (["data.prompts=null", "data.sources=[{name: a, prompts: x}, {name: a, prompts: x}]"], "2 sources named 'a'."),
+        (
+            ["data.prompts=null", "data.sources=[{name: a, prompts: ['*.jsonl', gone]}]"],
+            "data.sources[0].prompts = 'gone': there is nothing at ",
+        ),
+        (["data.prompts=x*.parquet"], "data.prompts = 'x*.parquet': there is nothing at "),
         (["evaluate.prompts=gone"], "evaluate.prompts = 'gone': there is nothing at "),
         (["teacher.recorded_from=gone"], "teacher.recorded_from = 'gone': there is nothing at "),
     ],
@@ -195,10 +208,22 @@ def test_keys_that_do_not_fit_together_are_explained(config_path: Path, override
     assert problem in message(config_path, *overrides)
 
 
-@pytest.mark.parametrize("key", ["student.model", "teacher.model", "data.prompts"])
+@pytest.mark.parametrize("key", ["student.model", "teacher.model", "base.model", "data.prompts"])
 def test_a_missing_input_is_named_with_its_absolute_path(config_path: Path, key: str):
     text = message(config_path, f"{key}=not/here")
     assert text.startswith(f"{key} = 'not/here': there is nothing at {config_path.parent / 'not/here'} ")
+
+
+def test_the_base_model_is_the_student_before_training_unless_another_is_named(config_path: Path):
+    cut = ["student.parallel.tensor=2", "teacher.parallel.pipeline=2"]
+    default = load_config(config_path, cut)
+    assert (default.base_model, default.base_parallel) == (default.student.model, default.student.parallel)
+    named = load_config(config_path, [*cut, "base.model=${teacher.model}"])
+    assert (named.base_model, named.base_parallel) == (named.teacher.model, named.teacher.parallel)
+    cut_itself = load_config(config_path, [*cut, "base.model=${teacher.model}", "base.parallel.tensor=4"])
+    assert cut_itself.base_parallel.tensor == 4 and cut_itself.base_parallel.pipeline == 1
+    with pytest.raises(ConfigError, match=r"base.parallel: world size 2 is not a multiple of .* = 4\. Launch 4"):
+        cut_itself.check_world(2)
 
 
 def test_inputs_need_not_exist_where_a_finished_run_is_read(config_path: Path):
@@ -219,7 +244,7 @@ def test_every_problem_of_a_file_is_listed_with_its_line(config_path: Path):
 def test_missing_sections_name_the_keys_to_set(config_path: Path):
     config_path.write_text("seed: 1\n")
     text = message(config_path)
-    for key in ("run_dir", "student.model", "teacher.model", "data.prompts"):
+    for key in ("run_dir", "student.model", "teacher.model", "data"):
         assert f"{key} must be set: " in text
 
 

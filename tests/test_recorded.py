@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics
+from run_inputs import TEACHER, Task, assert_metrics_agree, commands, make_task, save_model, steady_metrics
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.recorded import RecordedSampler, read_rollouts, write_rollouts
@@ -198,6 +198,60 @@ def test_a_replay_under_another_layout_agrees_for_five_steps(
     assert_metrics_agree(steady_metrics(tmp_path), steady_metrics(source))
 
 
+def test_a_replay_of_what_the_student_asked_about_has_the_metrics_of_the_run(task: Task, source: Path, tmp_path: Path):
+    union = ("method.support=union", "method.tail=bucket")
+    record = (f"rollout.record={tmp_path}/rollouts", f"teacher.record={tmp_path}/grades")
+    commands().run("train", task.config, f"run_dir={tmp_path}", *QUIET, *union, *record).expect_success()
+    assert steady_metrics(tmp_path) != steady_metrics(source)
+    grades = f"teacher.recorded_from={tmp_path}/grades"
+    replay(task, tmp_path, tmp_path / "again", *union, grades).expect_success()
+    assert steady_metrics(tmp_path / "again") == steady_metrics(tmp_path)
+
+    refusals = [
+        # what was recorded for the teacher's candidates alone
+        ((source, f"teacher.recorded_from={source}/grades"), "answer for the student's 7 likeliest tokens (it has 0)"),
+        ((tmp_path, grades, f"student.model={task.teacher}"), "was recorded for another student: "),
+    ]
+    for number, ((home, *changes), message) in enumerate(refusals):
+        outcome = replay(task, home, tmp_path / f"{number}", *union, *changes)
+        assert outcome.status == 2 and message in outcome.output.replace("\n", " "), outcome.output
+        assert outcome.output.count("DataError") == 1 and "Traceback" not in outcome.output, outcome.output
+
+
+def test_the_base_model_s_grades_are_recorded_beside_the_teacher_s(task: Task, tmp_path: Path):
+    configs = {name: tmp_path / f"{name}.yaml" for name in ("opd", "exopd")}
+    for name, path in configs.items():
+        path.write_text(task.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", f"name: {name}"))
+
+    def train(name: str, run_dir: str, *overrides: str) -> Any:
+        settings = (*QUIET, "train.steps=2", f"run_dir={tmp_path}/{run_dir}", *overrides)
+        return commands().run("train", configs[name], *settings)
+
+    base = save_model(tmp_path / "base", TEACHER, tied=False, seed=9)
+    for name in configs:
+        recorded = (f"rollout.record={tmp_path}/{name}/rollouts", f"teacher.record={tmp_path}/{name}/grades")
+        train(name, name, *recorded, f"base.model={base}").expect_success()
+    metrics = steady_metrics(tmp_path / "exopd")
+    assert metrics[0]["loss"] != steady_metrics(tmp_path / "opd")[0]["loss"]
+
+    # not even the base model's weights are read
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    rollouts = ("rollout.engine=recorded", f"rollout.recorded_from={tmp_path}/exopd/rollouts")
+    grades = (*rollouts, f"teacher.recorded_from={tmp_path}/exopd/grades")
+    train("exopd", "again", *grades, f"base.model={bare}").expect_success()
+    assert steady_metrics(tmp_path / "again") == metrics
+
+    refusals = [
+        (f"teacher.recorded_from={tmp_path}/opd/grades", "was recorded without base model. Use the models and method"),
+        ("base.model=null", "was recorded with base model {"),
+    ]
+    for number, (override, message) in enumerate(refusals):
+        outcome = train("exopd", f"{number}", *grades, f"base.model={bare}", override)
+        assert outcome.status == 2 and message in outcome.output, outcome.output
+        assert outcome.output.count("DataError") == 1 and "Traceback" not in outcome.output, outcome.output
+
+
 def test_a_replay_that_does_not_fit_is_one_error_naming_what_to_change(task: Task, source: Path, tmp_path: Path):
     cases = [
         (("seed=8",), "answers other prompts: sequence "),
@@ -240,21 +294,49 @@ def record_and_read_grades(directory: str) -> None:
 
     device = initialize_distributed()
     facts = {"temperature": 0.7, "sizes": (3, 4)}
-    for layout in {Layout(), Layout(tensor=dist.get_world_size()), Layout(pipeline=dist.get_world_size())}:
+    world = dist.get_world_size()
+    for layout in {Layout(), Layout(tensor=world), Layout(pipeline=world), Layout(context=world)}:
         student = GroupBuilder().build(layout)
         for dtype in (torch.float32, torch.bfloat16):
             packs = made_up_packs(student.num_replicas)
             live = MadeUpTeacher(student, dtype)
-            home = Path(directory) / f"{layout.tensor}{layout.pipeline}{dtype}"
-            expected = RecordingTeacher(live, home, student, facts=facts).score(packs, live.spec(top_k=5))
+            home = Path(directory) / f"{layout.tensor}{layout.pipeline}{layout.context}{dtype}"
+            asked = live.asks(packs, live.spec(top_k=5))
+            expected = RecordingTeacher(live, home, student, facts=facts).score(packs, live.spec(top_k=5), asked)
             dist.barrier()
             reading = RecordedTeacher(home, student, device, facts=facts)
             for k, entropy, hidden in ((5, True, True), (2, False, False), (0, True, False)):
-                found = reading.score(packs, live.spec(top_k=k, entropy=entropy, hidden_states=hidden))
+                spec = live.spec(top_k=k, entropy=entropy, hidden_states=hidden, tail_mass=k != 2)
+                found = reading.score(packs, spec, live.asks(packs, spec))
                 assert_same_signals(found, expected, top_k=k, entropy=entropy, hidden=hidden)
+            if layout.context == 1:
+                reread_under_context_parallelism(home, packs[student.replica], expected, live, facts)
             if student.is_last_stage:
                 assert_refusals(reading, live, home, packs, student, device, facts)
             dist.barrier()
+
+
+def reread_under_context_parallelism(home: Path, mine: Any, expected: Any, live: Any, facts: dict[str, Any]) -> None:
+    """Every rank of a larger world finds its own rows in what ranks without context parallelism have recorded."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_tropd.engine.context import valid_positions
+    from megatron_tropd.parallel.groups import Layout
+    from megatron_tropd.teacher.recorded import RecordedTeacher
+
+    if expected[0] is None:
+        return
+    for rank in range(2):
+        reader = SimpleNamespace(replica=0, context_rank=rank, layout=Layout(context=2), is_last_stage=True)
+        reading = RecordedTeacher(home, reader, torch.device("cpu"), facts=facts)
+        found = reading.score([mine], live.spec(top_k=5))
+        for part, whole, pack in zip(found, expected, mine, strict=True):
+            rows = np.isin(valid_positions(pack), valid_positions(pack, rank=rank, ranks=2))
+            assert torch.equal(part.topk_ids_NK, whole.topk_ids_NK[rows])
+            assert torch.equal(part.asked_logprob_NJ, whole.asked_logprob_NJ[rows])
+            assert torch.equal(part.hidden_NE, whole.hidden_NE[rows])
 
 
 def made_up_packs(replicas: int) -> Any:
@@ -272,14 +354,29 @@ class MadeUpTeacher:
         self._student, self._dtype = student, dtype
 
     @staticmethod
-    def spec(*, top_k: int, entropy: bool = True, hidden_states: bool = True) -> Any:
+    def spec(*, top_k: int, entropy: bool = True, hidden_states: bool = True, tail_mass: bool = True) -> Any:
+        """As many ids are asked about as the top k has, and one more of a whole top k."""
         from megatron_tropd.teacher.protocol import SignalSpec
 
-        return SignalSpec(top_k=top_k, entropy=entropy, hidden_states=hidden_states)
+        asked = top_k + (top_k == 5)
+        return SignalSpec(top_k=top_k, asked=asked, entropy=entropy, hidden_states=hidden_states, tail_mass=tail_mass)
 
-    def score(self, packs: Any, spec: Any) -> list[Any]:
+    def asks(self, packs: Any, spec: Any) -> Any:
+        """Distinct ids for every prediction."""
         import torch
 
+        from megatron_tropd.engine.context import own_valid_positions
+
+        if not spec.asked or not self._student.is_last_stage:
+            return None
+        ids_J = 1000 - torch.arange(spec.asked)
+        mine = packs[self._student.replica]
+        return [ids_J.repeat(len(own_valid_positions(pack, self._student)), 1) for pack in mine]
+
+    def score(self, packs: Any, spec: Any, asked: Any = None) -> list[Any]:
+        import torch
+
+        from megatron_tropd.engine.context import own_valid_positions, valid_positions
         from megatron_tropd.types import Signal
 
         mine = packs[self._student.replica]
@@ -287,15 +384,19 @@ class MadeUpTeacher:
             return [None] * len(mine)
         generator = torch.Generator().manual_seed(self._student.replica)
         signals = []
-        for pack in mine:
+        for pack, ids in zip(mine, asked, strict=True):
             n = pack.num_valid
+            own = np.isin(valid_positions(pack), own_valid_positions(pack, self._student))
             signals.append(
                 Signal(
-                    logprob_N=-torch.rand(n, generator=generator),
-                    topk_ids_NK=torch.randint(0, 2**31 - 1, (n, spec.top_k), generator=generator),
-                    topk_logprob_NK=-torch.rand(n, spec.top_k, generator=generator),
-                    entropy_N=torch.rand(n, generator=generator),
-                    hidden_NE=torch.randn(n, 11, generator=generator).to(self._dtype),
+                    logprob_N=-torch.rand(n, generator=generator)[own],
+                    topk_ids_NK=torch.randint(0, 2**31 - 1, (n, spec.top_k), generator=generator)[own],
+                    topk_logprob_NK=-torch.rand(n, spec.top_k, generator=generator)[own],
+                    asked_ids_NJ=ids,
+                    asked_logprob_NJ=-torch.rand(n, spec.asked, generator=generator)[own],
+                    topk_logtail_N=-torch.rand(n, generator=generator)[own] if spec.tail_mass else None,
+                    entropy_N=torch.rand(n, generator=generator)[own],
+                    hidden_NE=torch.randn(n, 11, generator=generator).to(self._dtype)[own],
                 )
             )
         return signals
@@ -303,6 +404,8 @@ class MadeUpTeacher:
 
 def assert_same_signals(found: list[Any], expected: list[Any], *, top_k: int, entropy: bool, hidden: bool) -> None:
     import torch
+
+    from megatron_tropd.types import Signal
 
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
@@ -313,9 +416,13 @@ def assert_same_signals(found: list[Any], expected: list[Any], *, top_k: int, en
         wanted |= (
             {"topk_ids_NK": b.topk_ids_NK[:, :top_k], "topk_logprob_NK": b.topk_logprob_NK[:, :top_k]} if top_k else {}
         )
+        if top_k:
+            asked = top_k + (top_k == 5)
+            wanted |= {name: getattr(b, name)[:, :asked] for name in ("asked_ids_NJ", "asked_logprob_NJ")}
+        wanted |= {"topk_logtail_N": b.topk_logtail_N} if top_k == 5 else {}
         wanted |= {"entropy_N": b.entropy_N} if entropy else {}
         wanted |= {"hidden_NE": b.hidden_NE} if hidden else {}
-        for name in ("logprob_N", "topk_ids_NK", "topk_logprob_NK", "entropy_N", "hidden_NE"):
+        for name in Signal.__dataclass_fields__:
             value = getattr(a, name)
             assert (value is None) == (name not in wanted), name
             if value is not None:
@@ -327,14 +434,17 @@ def assert_refusals(
 ) -> None:
     from megatron_tropd.teacher.recorded import RecordedTeacher, pack_key
 
+    asked = live.asks(packs, live.spec(top_k=5))
     with pytest.raises(DataError, match=r"lacks the 6 likeliest tokens \(it has 5\), which the method needs"):
-        reading.score(packs, live.spec(top_k=6))
+        reading.score(packs, live.spec(top_k=6), asked)
+    with pytest.raises(DataError, match=r"was recorded for another student: 33% of the present one's likeliest tokens"):
+        reading.score(packs, live.spec(top_k=5), [ids_NJ + 2 for ids_NJ in asked])
     with pytest.raises(DataError, match=r"was recorded with temperature 0.7, not 1.0. Use the models and method of"):
         RecordedTeacher(home, student, device, facts={**facts, "temperature": 1.0})
     with pytest.raises(DataError, match="is not a recording of a teacher"):
         RecordedTeacher(home.parent / "gone", student, device, facts=facts)
     # a copy per rank: the other ranks still read the original
-    mine = home.with_name(f"{home.name}-{student.replica}-{student.tensor_rank}")
+    mine = home.with_name(f"{home.name}-{student.replica}-{student.context_rank}-{student.tensor_rank}")
     shutil.copytree(home, mine)
     path = mine / f"{pack_key(packs[student.replica][0])}.npz"
     reading = RecordedTeacher(mine, student, device, facts=facts)
@@ -342,7 +452,38 @@ def assert_refusals(
     for end in range(0, len(whole), 101):
         path.write_bytes(whole[:end])
         with pytest.raises(DataError, match="is torn or not a recording"):
-            reading.score(packs, live.spec(top_k=5))
+            reading.score(packs, live.spec(top_k=5), asked)
     path.unlink()
     with pytest.raises(DataError, match="holds no grades for a pack"):
-        reading.score(packs, live.spec(top_k=5))
+        reading.score(packs, live.spec(top_k=5), asked)
+
+
+@pytest.mark.parametrize(("top_k", "asked"), [(7, 6), (3, 2), (0, 6), (4, 0), (1, 0), (7, 0)])
+def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: int, asked: int):
+    """Recorded: the top 7, six more ids (some of them the same) and the mass of all else; expected: a sum over ids."""
+    import torch
+
+    from megatron_tropd.teacher.protocol import SignalSpec
+    from megatron_tropd.teacher.recorded import _fitted
+
+    torch.manual_seed(0)
+    logp_NV = (2 * torch.randn(33, 41, dtype=torch.float64)).log_softmax(-1)
+    target_N = torch.randint(41, (33,))
+    student_NJ = (logp_NV + torch.randn_like(logp_NV)).topk(6).indices
+    top = logp_NV.topk(7)
+    assert (student_NJ[:, :, None] == top.indices[:, None]).any() and (target_N[:, None] == student_NJ).any()
+
+    def outside(*listed: torch.Tensor) -> torch.Tensor:
+        return logp_NV.scatter(1, torch.cat([target_N[:, None], *listed], dim=1), -torch.inf).logsumexp(-1)
+
+    recorded = {
+        "logprob_N": logp_NV.gather(1, target_N[:, None])[:, 0],
+        "topk_ids_NK": top.indices,
+        "topk_logprob_NK": top.values,
+        "asked_ids_NJ": student_NJ,
+        "asked_logprob_NJ": logp_NV.gather(1, student_NJ),
+        "topk_logtail_N": outside(top.indices, student_NJ),
+    }
+    spec = SignalSpec(top_k=top_k, asked=asked, entropy=False, tail_mass=True)
+    found = _fitted(recorded, target_N, spec, Path("grades"))
+    torch.testing.assert_close(found.topk_logtail_N, outside(top.indices[:, :top_k], student_NJ[:, :asked]))

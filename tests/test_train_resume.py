@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,78 @@ def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbro
     assert f"({STEPS} steps done)" in again.output
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     assert_same_outcome(run_dir, unbroken)
+
+
+# --------------------------------------------------------------------------- asked to stop
+
+
+def hear(heard: list[int]) -> None:
+    """On the ranks: what all of them answer when rank r has heard ``heard[r]``, and how one of them ends otherwise."""
+    import torch.distributed as dist
+
+    from megatron_tropd.parallel.groups import initialize_distributed
+    from megatron_tropd.preemption import StopRequest
+
+    initialize_distributed()
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        if not any(heard):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(ZeroDivisionError), stop.deferred():
+            assert stop.agreed() is None
+            if number := heard[dist.get_rank()]:
+                os.kill(os.getpid(), number)
+            assert stop.agreed() == max(heard)
+            raise ZeroDivisionError  # as Preempted does, it leaves the block
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_ranks_agree_to_stop_whichever_of_them_was_asked():
+    commands().call(hear, [0, int(signal.SIGUSR1)], ranks=2)
+
+
+def test_outside_of_training_a_run_asked_to_stop_leaves_at_once():
+    outcome = commands().start(json.dumps([[0]]), function=f"{__name__}:hear").wait()
+    assert outcome.status == 75 and outcome.output.splitlines()[-1] == "stopped by SIGUSR1 outside of training"
+
+
+@pytest.mark.timeout(600)
+def test_a_run_asked_to_stop_saves_and_ends_like_an_unbroken_one(task: Task, unbroken: Path, tmp_path: Path):
+    run_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    # its own checkpoints would come after the fifth step and at the end
+    command = arguments(task, run_dir, *TP2, "checkpoint.every=5")
+
+    # torchrun hands on what it is sent
+    with launched(command, output) as process:
+        wait_until(lambda: lines(run_dir) == 2, process, output)
+        process.terminate()
+        assert process.wait(timeout=60) != 0
+    said = output.read_text()
+    assert "Unable to shutdown" not in said  # torchrun's words for a process that it had to kill
+    steps = steps_when_stopped(said, signal.SIGTERM, run_dir)
+
+    # asked on one rank alone, all of them stop
+    job = commands().start(*command, ranks=2)
+    job.until(lambda: lines(run_dir) == steps + 1)
+    os.kill(job.pids[1], signal.SIGUSR1)
+    outcome = job.wait()
+    assert outcome.statuses == (75, 75), outcome
+    assert f"({steps} steps done)" in outcome.output
+    steps = steps_when_stopped(outcome.output, signal.SIGUSR1, run_dir)
+
+    outcome = commands().run(*command, ranks=2).expect_success()
+    assert f"({steps} steps done)" in outcome.output
+    assert_same_outcome(run_dir, unbroken)
+
+
+def steps_when_stopped(said: str, number: signal.Signals, run_dir: Path) -> int:
+    """How many steps a run says it has done, which its newest checkpoint and its metrics must agree with."""
+    stopped = re.search(rf"^stopped by {number.name} after (\d) of 7 steps; the checkpoint is in ", said, re.MULTILINE)
+    assert stopped, said
+    steps = int(stopped[1])
+    assert (run_dir / "checkpoints" / "latest").read_text() == checkpoint_of(run_dir, steps).name
+    assert lines(run_dir) == steps
+    return steps
 
 
 # --------------------------------------------------------------------------- torn, foreign, abandoned

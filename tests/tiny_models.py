@@ -110,16 +110,22 @@ def random_rollouts(step: int, *, vocab_size: int, count: int = 11, longest: int
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """``tropd`` with these options; or ``opd``, or ``fkl`` (forward KL over the whole vocabulary), which have none."""
+    """``tropd`` with these options; ``opd``, ``exopd``; or ``fkl``, ``rkl``, over the whole vocabulary or a support."""
 
     name: str = "tropd"
     k: int = 7
     beta: float = 0.3
     seed: int = 5
+    support: str = ""  # fkl and rkl: whose k tokens; "" is the whole vocabulary
+    tail: str = "bucket"
 
     def options(self) -> dict[str, object]:
         """The method section of a config."""
-        return {"name": "tropd", "k": self.k, "beta": self.beta} if self.name == "tropd" else {"name": self.name}
+        if self.name == "tropd":
+            return {"name": "tropd", "k": self.k, "beta": self.beta}
+        if self.support:
+            return {"name": self.name, "form": "topk", "k": self.k, "support": self.support, "tail": self.tail}
+        return {"name": self.name}
 
 
 @dataclass
@@ -130,6 +136,7 @@ class Reference:
     teacher: Any
     objective: Objective
     vocab_size: int
+    base: Any = None  # exopd's third model
     losses: list[float] = field(default_factory=list)
     sizes: list[float] = field(default_factory=list)  # mean absolute loss of a token: what a loss's rounding is about
     grad_norms: list[float] = field(default_factory=list)
@@ -191,6 +198,20 @@ class Reference:
         loss_T = loss_T.detach()
         return float(loss_T.mean()), float(loss_T.abs().mean()), norm, outliers / max(written, 1)
 
+    def _support(self, logp_NV: Tensor, old_NV: Tensor, target_N1: Tensor) -> Tensor:
+        """True at the candidates, bool ``[N, V]``; the student's own are those at the weights of the rollout."""
+        inside_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
+        whose = {
+            "": [torch.arange(self.vocab_size).expand(len(logp_NV), -1)],
+            "teacher": [logp_NV.topk(self.objective.k).indices],
+            "student": [old_NV.topk(self.objective.k).indices],
+            "union": [x.topk(self.objective.k).indices for x in (logp_NV, old_NV)],
+            "teacher_and_sampled": [logp_NV.topk(self.objective.k).indices, target_N1],
+        }
+        for ids_NK in whose[self.objective.support]:
+            inside_NV.scatter_(1, ids_NK, True)
+        return inside_NV
+
     def _token_losses(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
         """Loss of every response token of the sequence, and its number of outliers."""
         tokens = torch.from_numpy(rollout.token_ids)
@@ -202,8 +223,18 @@ class Reference:
         logq, logp, old = (x.gather(1, target_N1)[:, 0] for x in (logq_NV, logp_NV, old_LV[first:]))
         continuation = torch.arange(len(logq)) >= rollout.prefix_length
         on_policy = -(logp - logq).detach() * logq
-        if self.objective.name == "fkl":
-            return torch.where(continuation, (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1), 0.0), 0
+        if self.objective.name in ("fkl", "rkl"):
+            first_NV, second_NV = (logp_NV, logq_NV) if self.objective.name == "fkl" else (logq_NV, logp_NV)
+            divergence = kl_within(
+                first_NV, second_NV, self._support(logp_NV, old_LV[first:], target_N1), self.objective.tail
+            )
+            return torch.where(continuation, divergence, 0.0), 0
+        if self.objective.name == "exopd":
+            with torch.no_grad():
+                logb_NV = hf_logprobs(self.base, rollout.token_ids, self.vocab_size)[first:]
+                logb = logb_NV.gather(1, target_N1)[:, 0]
+                reward = 1.25 * (logp - logb) - (logq - logb)
+            return torch.where(continuation, -reward * logq, 0.0), 0
         if self.objective.name == "opd":
             return torch.where(continuation, on_policy, 0.0), 0
         drawn = uniforms(
@@ -219,6 +250,19 @@ class Reference:
         forward_kl = (top.values.exp() * (top.values - logq_NV.gather(1, top.indices))).sum(-1)
         loss = torch.where(continuation, torch.where(trusted, on_policy, forward_kl), self.objective.beta * -logq)
         return loss, int((continuation & ~trusted).sum())
+
+
+def kl_within(first_NV: Tensor, second_NV: Tensor, inside_NV: Tensor, tail: str) -> Tensor:
+    """``sum f (log f - log g)`` over the ids inside, and the rest as one more category (or neither): dense sums."""
+    if tail == "renorm":
+        first_NV, second_NV = (
+            x - x.masked_fill(~inside_NV, -torch.inf).logsumexp(-1, keepdim=True) for x in (first_NV, second_NV)
+        )
+    kl_N = torch.where(inside_NV, first_NV.exp() * (first_NV - second_NV), 0.0).sum(-1)
+    if tail != "bucket" or bool(inside_NV.all()):
+        return kl_N
+    first_N, second_N = (torch.where(inside_NV, 0.0, x.exp()).sum(-1) for x in (first_NV, second_NV))
+    return kl_N + first_N * (first_N / second_N).log()
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from make_data import HERE, heldout_problems, save_tokenizer, train_problems, write_data
 
-from megatron_tropd.convert.families import architecture_of
-from megatron_tropd.convert.hf import HFWeights, HFWriter, read_json
+from megatron_tropd.convert.families import hf_shapes
+from megatron_tropd.convert.hf import HFWeights, read_architecture
+from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.grading import grade
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.synthetic import Style, sft_examples, write_prompts
@@ -156,11 +157,18 @@ def train(model: Model, stage: Stage, tokenizer: Tokenizer) -> None:
     for step, rollouts in zip(range(stage.steps), batches(stage, tokenizer), strict=False):
         packs = pack(rollouts, max_tokens=PACK_TOKENS)
         facts = BatchFacts(seed=stage.seed, step=step, progress=step / stage.steps)
-        weights = batch_weights(packs, method, facts)
+        weights = batch_weights(packs, method, facts, model.groups)
         nothing = [None] * len(packs[0])
         by_id = {rollout.sequence_id: rollout for rollout in rollouts}
         items = train_packs(
-            packs[0], weights[0], nothing, nothing, rollouts=by_id, method=method, facts=facts, device=model.device
+            packs[0],
+            weights,
+            nothing,
+            nothing,
+            rollouts=by_id,
+            method=method,
+            facts=facts,
+            model=model,
         )
         result = trainer.step(items, update=step)
         if step % 50 == 0 or step == stage.steps - 1:
@@ -182,9 +190,8 @@ def accuracy(directory: Path, groups: Groups, temperature: float) -> float:
 def respond(directory: Path, groups: Groups, prompts: list[str], temperature: float, *, seed: int = 7) -> list[str]:
     """One response of the exported model per prompt."""
     tokenizer = load_tokenizer(directory)
-    sampler = MegatronSampler(
-        architecture_of(read_json(directory / "config.json")), groups, dtype=torch.float32, device=torch.device("cpu")
-    )
+    architecture = read_architecture(directory)
+    sampler = MegatronSampler(architecture, groups, dtype=torch.float32, device=torch.device("cpu"))
     load_weights(sampler.model, HFWeights(directory))
     requests = [
         RolloutRequest(
@@ -213,13 +220,13 @@ def make_model(name: str, *, steps_scale: float) -> None:
         save_tokenizer(scratch)
         tokenizer = load_tokenizer(Path(scratch))
         write_config(Path(scratch), SIZES[name], tokenizer)
-        architecture = architecture_of(read_json(Path(scratch) / "config.json"))
+        architecture = read_architecture(scratch)
         model = build_model(architecture, groups, dtype=torch.bfloat16, device=device)
         initialise(model)
         for stage in STAGES[name]:
             train(model, Stage(**{**vars(stage), "steps": max(2, int(stage.steps * steps_scale))}), tokenizer)
-        writer = HFWriter(target, companions_from=scratch)
-        writer.write((key, tensor.to(torch.bfloat16)) for key, tensor in hf_tensors(model))
+        writer = HFWriter(target, companions_from=scratch, tensors=hf_shapes(architecture), dtype=torch.bfloat16)
+        writer.write(hf_tensors(model))
         writer.finish()
     for temperature in (0.0, 0.6, 1.0):
         print(f"{name} T={temperature}: {accuracy(target, groups, temperature):.3f} of held-out problems", flush=True)

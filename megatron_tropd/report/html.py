@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.report.charts import SERIES, FloatArray, Series, legend, line_chart, stacked_chart
-from megatron_tropd.report.metrics import METRICS, STEP_PARTS
+from megatron_tropd.report.metrics import METRICS, STEP_PARTS, of_source
 from megatron_tropd.report.records import (
     AFTER,
     BEFORE,
@@ -69,7 +69,6 @@ _HEALTH: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Sampler against trainer", ("logprob_gap_mean",), False),
     ("Throughput", ("tokens_per_second",), False),
 )
-_ACCURACY = (("Accuracy while training", ("accuracy_train",), True),)
 _GUIDANCE: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Prefix length", ("prefix_length",), False),
     ("Share of the response given", ("prefix_fraction",), True),
@@ -114,7 +113,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "models": [m for m in (BEFORE, AFTER, TEACHER) if any(e.model == m for e in evaluations)],
         "results": {(e.model, e.suite): e for e in evaluations if e.model != DURING},
         "closed": {suite: distance_closed(evaluations, suite) for suite in _suites(evaluations)},
-        "accuracy": [*_accuracy_chart(evaluations, rows), *_charts(rows, _ACCURACY)],
+        "accuracy": [*_accuracy_chart(evaluations, rows), *_charts(rows, _accuracy_curves(rows))],
         "curves": _charts(rows, _CURVES),
         "health": _charts(rows, _HEALTH),
         "guidance": _charts(rows, _GUIDANCE),
@@ -190,13 +189,23 @@ def _charts(rows: Rows, wanted: Sequence[tuple[str, tuple[str, ...], bool]]) -> 
             for name, column in there.items()
         ]
         svg = line_chart(series, alt=f"{title} over training steps", percent=percent)
-        note = " ".join(METRICS[name].meaning for name in there)
-        unit = "" if percent else METRICS[names[0]].unit
+        note = " ".join(dict.fromkeys(METRICS[name.split("/")[0]].meaning for name in there))
+        unit = "" if percent else METRICS[names[0].split("/")[0]].unit
         charts.append(Chart(title=title, unit=unit, note=note, svg=svg, legend=legend([s.label for s in series])))
     return charts
 
 
+def _accuracy_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
+    """The accuracy of the step's own responses, and the same by data source where there are several."""
+    name = "accuracy_train"
+    sources = sorted({key for row in rows for key in row if key.startswith(of_source(name, ""))})
+    curves: list[tuple[str, tuple[str, ...], bool]] = [("Accuracy while training", (name,), True)]
+    return [*curves, ("The same by source", tuple(sources), True)] if sources else curves
+
+
 def _label(name: str) -> str:
+    if "/" in name:  # a curve of one data source
+        return name.split("/", 1)[1]
     return name.replace("_entropy", "").replace("_", " ")
 
 

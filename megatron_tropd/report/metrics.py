@@ -1,7 +1,8 @@
 """Every metric a run may write, in one table: unit, meaning, and the chart group it belongs to.
 
 Means are over tokens, not over sequences, unless the meaning says otherwise. A metric that does not apply to a step
-(no guided sequence, no gate) is left out or null, never 0.
+(no guided sequence, no gate) is left out or null, never 0. ``NAME/SOURCE`` is the metric ``NAME`` over the sequences
+of one data source.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ METRICS: Mapping[str, Metric] = {
     "time_teacher": Metric("s", "Wall time of teacher scoring.", "time"),
     "time_student": Metric("s", "Wall time of the student's own scoring pass (old log-probs, own top-k).", "time"),
     "time_train": Metric("s", "Wall time of forward, backward and update.", "time"),
+    "time_optimizer": Metric("s", "Wall time of gradient norm and update, within time_train.", "time"),
     "time_publish": Metric("s", "Wall time of handing the new weights to the sampler.", "time"),
     "time_other": Metric("s", "Wall time of everything else in the step.", "time"),
     "time_checkpoint": Metric("s", "Wall time of saving a checkpoint, outside time_step.", "time"),
@@ -75,6 +77,11 @@ METRICS: Mapping[str, Metric] = {
 STEP_PARTS = ("rollout", "pack", "teacher", "student", "train", "publish", "other")  # time_* that add up to time_step
 
 
+def of_source(name: str, source: str) -> str:
+    """The metric ``name`` over the sequences of one data source: ``accuracy_train/math``."""
+    return f"{name}/{source}"
+
+
 def unknown_names(names: Iterable[str]) -> list[str]:
     """Names that are not in the table, sorted: a metric without a unit and a meaning is a mistake."""
-    return sorted(set(names) - METRICS.keys())
+    return sorted(name for name in set(names) if name.split("/")[0] not in METRICS)

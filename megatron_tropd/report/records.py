@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +30,9 @@ class Evaluation:
     samples: int  # answers per problem
     mean_length: float  # tokens per answer
     step: int | None = None  # training steps done when it was taken; None for the teacher
+    pass_at: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by k: pass@k and its 95 % interval
+    finished: float | None = None  # share of answers that ended by themselves, not by their budget
+    timed_out: int = 0  # answers whose grading was given up: they count as wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,7 @@ Record = TypeVar("Record", Evaluation, Sample, SampleToken)
 
 def _build(kind: type[Record], row: Any, path: Path) -> Record:
     try:
-        return kind(**{field.name: row[field.name] for field in fields(kind) if field.name in row})
+        return kind(**{part.name: row[part.name] for part in fields(kind) if part.name in row})
     except (TypeError, AttributeError) as error:
         raise DataError(f"{path}: {error}. It was not written by this package, or by another version.") from None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from megatron_tropd.report.records import AFTER, BEFORE, TEACHER, Evaluation, distance_closed
+from megatron_tropd.report.records import AFTER, BEFORE, DURING, TEACHER, Evaluation, distance_closed
 
 
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -24,7 +24,11 @@ def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     table.add_column("", no_wrap=True)
     for suite in suites:
         table.add_column(suite, justify="right", no_wrap=True)
-    for model in (BEFORE, AFTER, TEACHER):
+    named = (BEFORE, AFTER, TEACHER)
+    # the student in mid-training is not a row; a directory of the same name, graded by itself, is
+    during = {evaluation.model for evaluation in evaluations if evaluation.step is not None} & {DURING}
+    others = [model for model in dict.fromkeys(e.model for e in evaluations) if model not in {*named, *during}]
+    for model in (*named, *others):
         if any((model, suite) in found for suite in suites):
             table.add_row(model, *(_cell(found.get((model, suite))) for suite in suites))
     closed = [distance_closed(evaluations, suite) for suite in suites]

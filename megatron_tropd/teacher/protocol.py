@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_tropd.types import Pack, Signal
+from torch import Tensor
+
+from megatron_tropd.types import Needs, Pack, Signal
+
+AskedIds = Sequence[Tensor | None]  # int64 ids [N, J] of each of this rank's packs; None where it computes no loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,18 +18,50 @@ class SignalSpec:
     """What to ask of the teacher for each valid prediction, besides the log-prob of the target."""
 
     top_k: int = 0
+    asked: int = 0  # ids that the caller names, for their log-probs
     entropy: bool = True
     hidden_states: bool = False
+    base: bool = False  # also a base model's log-prob of the target
+    tail_mass: bool = False  # also the mass outside the top k, the ids asked for and the target
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether there are tails in the signal."""
+        return self.tail_mass and self.top_k + self.asked > 0
+
+    def bytes_per_row(self, *, hidden_bytes: int) -> int:
+        """Size of the signal of one prediction on its way to the student; ``hidden_bytes``: of one hidden state."""
+        values = 1 + self.base + self.entropy + self.has_tail + self.top_k + self.asked
+        return 4 * (values + self.top_k) + hidden_bytes * self.hidden_states
+
+    @property
+    def asked_bytes_per_row(self) -> int:
+        """Size of the ids of one prediction on their way to the teacher."""
+        return 4 * self.asked
+
+    @staticmethod
+    def of(needs: Needs) -> SignalSpec:
+        """What a method with these needs asks for."""
+        return SignalSpec(
+            top_k=needs.top_k if needs.support != "student" else 0,
+            asked=needs.top_k if needs.support in ("student", "union") else 0,
+            hidden_states=needs.hidden_states,
+            base=needs.base_model,
+            tail_mass=needs.tail_mass,
+        )
 
 
 class Teacher(Protocol):
     """Scores packs. Collective: every rank calls with the same packs."""
 
-    def score(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec) -> list[Signal | None]:
+    def score(
+        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
+    ) -> list[Signal | None]:
         """Signals for this rank's own replica of the student.
 
         Args:
             packs: ``packs[r]`` are the packs student replica ``r`` trains on.
+            asked: the ``spec.asked`` ids of each prediction whose log-probs are wanted, the same on tensor ranks.
 
         Returns:
             One Signal per pack of this rank's replica; None on ranks that do not compute the loss.

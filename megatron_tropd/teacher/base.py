@@ -1,0 +1,33 @@
+"""A base model beside the teacher: what a method like ExOPD measures the teacher's progress against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_tropd.teacher.protocol import AskedIds, SignalSpec, Teacher
+from megatron_tropd.types import Pack, Signal
+
+
+class TeacherAndBase:
+    """Implements ``teacher.protocol.Teacher``: a teacher's signals with a base model's log-probs of the same tokens.
+
+    The base model is asked as a teacher would be, for the target alone, and has a layout of its own.
+    """
+
+    def __init__(self, teacher: Teacher, base: Teacher) -> None:
+        self._teacher = teacher
+        self._base = base
+
+    def score(
+        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
+    ) -> list[Signal | None]:
+        signals = self._teacher.score(packs, spec, asked)
+        if not spec.base:
+            return signals
+        graded = self._base.score(packs, SignalSpec(entropy=False))
+        return [_with_base(*pair) for pair in zip(signals, graded, strict=True)]
+
+
+def _with_base(signal: Signal | None, base: Signal | None) -> Signal | None:
+    return None if signal is None or base is None else replace(signal, base_logprob_N=base.logprob_N)
