@@ -339,7 +339,7 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    changes = [f"method.name={method}", "checkpoint.resume=never"]
+    changes = [*_of_preset(root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
     changes += overrides or []
     _check_early(config, changes, processes)
@@ -350,6 +350,15 @@ def demo(
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
     raise typer.Exit(done.returncode)
+
+
+def _of_preset(root: Path, method: str) -> list[str]:
+    """The overrides that ``examples/methods`` has for a preset: its options and the rollouts it wants."""
+    from megatron_tropd.config import read_overrides
+
+    file = root / "examples" / "methods" / f"{method}.yaml"
+    # an unknown one is refused later, with the names there are
+    return read_overrides(file) if file.exists() else [f"method.name={method}"]
 
 
 def _check_early(config: Path, changes: list[str], processes: int) -> None:

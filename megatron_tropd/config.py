@@ -11,6 +11,7 @@ Method options are collected here but checked by ``methods.build_method``, which
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -245,6 +246,27 @@ def load_config(
     if world_size is not None:
         config.check_world(world_size)
     return config
+
+
+def read_overrides(path: str | Path) -> list[str]:
+    """The values of a YAML file as the overrides ``key=value`` that set them.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+
+    def leaves(tree: Mapping[str, Any], prefix: str) -> list[str]:
+        found: list[str] = []
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                found += leaves(value, f"{prefix}{name}.")
+            else:
+                # JSON is YAML, and a text stays one whatever it looks like
+                plain = isinstance(value, str) and value.isidentifier()
+                found.append(f"{prefix}{name}={value if plain else json.dumps(value)}")
+        return found
+
+    return leaves(read_tree(Path(path), ())[0], "")
 
 
 def _include_suites(tree: dict[str, Any]) -> None:

@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from run_inputs import TEACHER, Task, commands, make_task, save_model
 from typer.testing import CliRunner
 
 from megatron_tropd import cli
-from megatron_tropd.config import SuiteConfig
+from megatron_tropd.config import SuiteConfig, load_config
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluation import Answered, summarise
+from megatron_tropd.methods import PRESETS
 
 CHECK = "check"  # reads and refuses what train does, without a world to fit
 
@@ -202,12 +204,30 @@ def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pyte
     assert Path(command[8]) == options["cwd"] / "examples" / "demo" / "demo.yaml" and Path(command[8]).exists()
     assert command[9:] == [
         "method.name=opd",
+        "rollout.temperature=1.0",
+        "rollout.top_p=1.0",
         "checkpoint.resume=never",
         "student.parallel.tensor=3",
         "teacher.parallel.tensor=3",
         "train.steps=9",
         "seed=4",
     ]
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_demo_gives_every_method_the_rollouts_it_wants(monkeypatch: pytest.MonkeyPatch, method: str):
+    seen: list[str] = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(
+        cli, "subprocess", SimpleNamespace(run=lambda command, **_: seen.extend(command) or done, DEVNULL=None)
+    )
+    assert CliRunner().invoke(cli.app, ["demo", "--method", method], catch_exceptions=False).exit_code == 0
+    config = load_config(seen[8], seen[9:], check_paths=False)
+    wanted = yaml.safe_load((Path(seen[8]).parents[1] / "methods" / f"{method}.yaml").read_text())
+    assert config.method.options == {key: value for key, value in wanted["method"].items() if key != "name"}
+    assert config.rollout.model_dump().items() >= wanted.get("rollout", {}).items()
+    # what the preset says nothing of stays the demo's
+    assert config.rollout.max_new_tokens == 64 and config.student.parallel.tensor == 2
 
 
 def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch):
