@@ -52,6 +52,7 @@ UserPaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]  # a path, a gl
 Dtype = Literal["fp32", "bf16"]
 Grader = Literal["final_number", "exact", "math", "choice", "regex", "code"]
 RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]
+TeacherEngine = Literal["megatron", "vllm", "vllm_server"]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
@@ -115,29 +116,6 @@ class ParallelConfig(Section):
                 "expert."
             )
         return data
-
-
-class TeacherConfig(Section):
-    """The model that grades. Never trained."""
-
-    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
-    parallel: ParallelConfig = ParallelConfig()
-    attention: Literal["auto", "sdpa", "te"] = key(
-        "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
-    )
-    record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
-    recorded_from: UserPath | None = key(
-        None, "Directory of recorded grades to use instead of the model; the packs must be those of the recording."
-    )
-
-    @model_validator(mode="after")
-    def _records_or_replays(self) -> Self:
-        if self.record is not None and self.recorded_from is not None:
-            raise ValueError(
-                f"record = '{self.record}' has nothing to record while the grades come from recorded_from = "
-                f"'{self.recorded_from}'. Set one of the two to null."
-            )
-        return self
 
 
 class BaseConfig(Section):
@@ -311,6 +289,65 @@ class ServersConfig(Section):
                 raise ValueError(f"urls holds {url!r}: give scheme, host and port alone, as in http://127.0.0.1:8100.")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("urls names a server twice. List each one once.")
+        return self
+
+
+class TeacherConfig(Section):
+    """The model that grades. Never trained."""
+
+    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
+    engine: TeacherEngine = key(
+        "megatron", "Who runs it: Megatron or vLLM in the trainer's processes, or vLLM servers (`tropd serve teacher`)."
+    )
+    parallel: ParallelConfig = ParallelConfig()
+    attention: Literal["auto", "sdpa", "te"] = key(
+        "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
+    )
+    whole_vocabulary: bool = key(
+        False,
+        "With vLLM: have the log-probs of all ids told, not only the likeliest. For methods that need exact entropies, "
+        "ids that the student names, a temperature, or models of different vocabulary sizes; for small vocabularies.",
+    )
+    vllm: VLLMConfig = VLLMConfig()
+    vllm_server: ServersConfig = ServersConfig()
+    record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
+    recorded_from: UserPath | None = key(
+        None, "Directory of recorded grades to use instead of the model; the packs must be those of the recording."
+    )
+
+    @model_validator(mode="after")
+    def _records_or_replays(self) -> Self:
+        if self.record is not None and self.recorded_from is not None:
+            raise ValueError(
+                f"record = '{self.record}' has nothing to record while the grades come from recorded_from = "
+                f"'{self.recorded_from}'. Set one of the two to null."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_what_it_needs(self) -> Self:
+        if self.engine == "vllm_server" and not self.vllm_server.urls:
+            raise ValueError(
+                "engine = 'vllm_server' needs vllm_server.urls, addresses of servers started by `tropd serve teacher`."
+            )
+        if self.engine != "megatron":
+            usable = ParallelConfig(tensor=self.parallel.tensor if self.engine == "vllm" else 1)
+            fix = (
+                "vLLM's engines are cut by parallel.tensor alone"
+                if self.engine == "vllm"
+                else "servers are laid out by vllm_server.tensor"
+            )
+            for name, value in self.parallel.model_dump().items():
+                if value != getattr(usable, name):
+                    raise ValueError(
+                        f"parallel.{name} = {value} does not go with engine = {self.engine!r}: {fix}. "
+                        f"Set it to {getattr(usable, name)!r}."
+                    )
+        elif self.whole_vocabulary:
+            raise ValueError(
+                "whole_vocabulary = true is for engine vllm or vllm_server: Megatron's teacher knows all ids anyway. "
+                "Set it to false."
+            )
         return self
 
 

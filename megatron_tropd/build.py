@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.bridge.connect import open_pool
+from megatron_tropd.bridge.inprocess import Grading, LocalEngine
 from megatron_tropd.bridge.options import engine_options
 from megatron_tropd.config import RunConfig
 from megatron_tropd.convert.families import output_entry
@@ -26,7 +27,18 @@ from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.publish import BroadcastPublisher, FilePublisher, Publisher
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
-from megatron_tropd.inputs import DTYPES, Inputs, check_method, identity, layout_of, longest_sequence
+from megatron_tropd.inputs import (
+    DTYPES,
+    Inputs,
+    check_method,
+    identity,
+    layout_of,
+    live_teacher_engine,
+    longest_sequence,
+    longest_training_sequence,
+    most_alternatives,
+    signal_spec,
+)
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.reading import shares_of
@@ -39,6 +51,7 @@ from megatron_tropd.teacher.base import TeacherAndBase
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.teacher.recorded import RecordedTeacher, RecordingTeacher
+from megatron_tropd.teacher.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
 from megatron_tropd.types import Architecture
 
 __all__ = [
@@ -111,9 +124,9 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
         recompute=config.student.recompute,
         balance=config.student.router_aux_loss,
     )
-    signal = SignalSpec.of(method.needs)
+    signal = signal_spec(config, method)
     teacher = None
-    if needs_teacher_model(config, inputs, signal):
+    if needs_teacher_model(config, signal):
         teacher = load_model(config.teacher.model, world.teacher, dtype=dtype, device=device).freeze()
     trainer = Trainer(
         student,
@@ -143,10 +156,9 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
     )
 
 
-def needs_teacher_model(config: RunConfig, inputs: Inputs, signal: SignalSpec) -> bool:
-    """Whether someone will ask the teacher: to grade, for its output weight, or to be evaluated."""
-    evaluated = config.evaluate.teacher and bool(inputs.problems)
-    return config.teacher.recorded_from is None or signal.hidden_states or evaluated
+def needs_teacher_model(config: RunConfig, signal: SignalSpec) -> bool:
+    """Whether someone will ask Megatron's teacher: to grade, or for its output weight."""
+    return live_teacher_engine(config) == "megatron" or signal.hidden_states
 
 
 def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world: World) -> Teacher:
@@ -159,21 +171,71 @@ def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world:
     }
     if config.teacher.recorded_from is not None:
         return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
-    assert model is not None
-    live = live_teacher(config, model, world, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature)
+    grader = None if config.teacher.engine == "megatron" else open_grader(config, inputs, world)
+    live = live_teacher(
+        config, model, world, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature, grader=grader
+    )
     if config.teacher.record is None:
         return live
     return RecordingTeacher(live, config.teacher.record, world.student, facts=facts)
 
 
-def live_teacher(config: RunConfig, model: Model, world: World, *, vocab_size: int, temperature: float) -> Teacher:
-    """The teacher's model, and the base model where the world has a place for one."""
-    teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
+def live_teacher(
+    config: RunConfig,
+    model: Model | None,
+    world: World,
+    *,
+    vocab_size: int,
+    temperature: float,
+    grader: Grader | None = None,
+) -> Teacher:
+    """The teacher, Megatron's or, with a ``grader``, vLLM's; and the base model where the world has a place for one."""
+    teacher: Teacher
+    if grader is None:
+        assert model is not None  # needs_teacher_model sees to it
+        teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
+    else:
+        teacher = VLLMTeacher(
+            grader,
+            world.teacher,
+            world.student,
+            world.device,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            whole=config.teacher.whole_vocabulary,
+        )
     if world.base is None:
         return teacher
     base = load_model(config.base_model, world.base, dtype=DTYPES[config.dtype], device=world.device).freeze()
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherAndBase(teacher, beside)
+
+
+def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
+    """Who runs a vLLM teacher: an engine here, or servers that every rank asks for the packs dealt to it."""
+    section, longest = config.teacher, longest_training_sequence(config)
+    top_k = most_alternatives(config, inputs.method, inputs.teacher)
+    if section.engine == "vllm_server":
+        needs = {
+            "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
+            "vocab_size": inputs.teacher.vocab_size,
+            "max_model_len": longest + 1,
+            "max_logprobs": top_k,
+        }
+        pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
+        return ServerGrader(pool, timeout_s=section.vllm_server.timeout_s)
+    gpu = world.device.type == "cuda"
+    engine = LocalEngine(
+        section.model,
+        world.teacher,
+        dtype=DTYPES[config.dtype],
+        device=world.device,
+        max_tokens=longest,
+        grading=Grading(top_k=top_k, vocab_size=inputs.teacher.vocab_size),
+        options=engine_options(section.vllm, gpu=gpu)
+        | ({"enable_sleep_mode": True} if gpu and section.vllm.sleep else {}),
+    )
+    return LocalGrader(engine)
 
 
 def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:

@@ -303,7 +303,10 @@ def health(
 
 @app.command()
 def serve(
-    role: Annotated[str, typer.Argument(help="student: samples, and takes new weights.")],
+    role: Annotated[
+        Literal["student", "teacher"],
+        typer.Argument(help="student: samples, and takes new weights; teacher: grades."),
+    ],
     config: Config,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="Address; beyond loopback only with an API key.")] = "127.0.0.1",
@@ -312,12 +315,10 @@ def serve(
     """Start a vLLM server that this configuration can train with, on GPUs or on CPU."""
     from megatron_tropd.config import load_config
 
-    if role != "student":
-        raise ConfigError(f"a server for {role!r} is not available yet; use student.")
     settings = load_config(config, overrides or [])
-    from megatron_tropd.serve import serve_student
+    from megatron_tropd import serve as serving
 
-    serve_student(settings, host=host, port=port)
+    serving.serve(settings, role, host=host, port=port)
 
 
 @app.command()

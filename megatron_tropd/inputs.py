@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tropd.bridge.inprocess import check_installed
-from megatron_tropd.config import ParallelConfig, RunConfig
+from megatron_tropd.config import ParallelConfig, RunConfig, TeacherEngine
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ from megatron_tropd.reading import (
     suites_of,
 )
 from megatron_tropd.rollout.recorded import check_recorded
+from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,6 +83,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
     check_support(method, inputs.vocab_size)
     check_sampling(config, inputs)
+    check_teacher(config, inputs)
     sizes = {role: model.vocab_size for role, model in models.items()}
     check_ids({"prompt": [inputs.prompts], "problem": inputs.problems.values()}, tokenizer, vocab_sizes=sizes)
     check_training_lengths(config, inputs.prompts, models)
@@ -110,7 +112,7 @@ def check_available(config: RunConfig) -> None:
 
 def check_packages(config: RunConfig) -> None:
     """ConfigError when something that the configuration asks for is not installed."""
-    if config.rollout.engine == "vllm":
+    if "vllm" in (config.rollout.engine, live_teacher_engine(config)):
         check_installed()
     for name, wanted in (("tensorboard", config.report.tensorboard), ("wandb", config.report.wandb is not None)):
         if wanted and importlib.util.find_spec(name) is None:
@@ -235,6 +237,16 @@ def longest_sequence(config: RunConfig) -> int:
     return config.data.max_prompt_tokens + max(budgets)
 
 
+def longest_training_sequence(config: RunConfig) -> int:
+    """Tokens of the longest sequence that the teacher may be asked to grade."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) -> int:
+    """How many alternatives of a token a vLLM teacher may be asked for."""
+    return teacher.vocab_size if config.teacher.whole_vocabulary else SignalSpec.of(method.needs).top_k
+
+
 def check_support(method: Method, vocab_size: int) -> None:
     """ConfigError when the method asks for more candidates than there are ids."""
     if method.needs.top_k > vocab_size:
@@ -254,6 +266,49 @@ def check_sampling(config: RunConfig, inputs: Inputs) -> None:
             f"rollout.engine={rollout.engine} training then needs rollout.temperature=1, top_p=1 and top_k=0. "
             "Set them so, or use rollout.engine=megatron."
         )
+
+
+def live_teacher_engine(config: RunConfig) -> TeacherEngine | None:
+    """Who runs the teacher that grades; None where a recording does."""
+    return config.teacher.engine if config.teacher.recorded_from is None else None
+
+
+def signal_spec(config: RunConfig, method: Method) -> SignalSpec:
+    """What the teacher is asked, which is what its engine can tell."""
+    spec = SignalSpec.of(method.needs)
+    if config.teacher.engine == "megatron" or config.teacher.whole_vocabulary:
+        return spec
+    return replace(spec, entropy=False, entropy_bound=spec.top_k > 0)
+
+
+def check_teacher(config: RunConfig, inputs: Inputs) -> None:
+    """ConfigError when vLLM cannot tell of the teacher what the method needs."""
+    engine, needs = live_teacher_engine(config), inputs.method.needs
+    if engine in (None, "megatron"):
+        return
+    name, where = config.method.name, f"teacher.engine={engine}"
+    if needs.hidden_states:
+        raise ConfigError(
+            f"method.name={name} with these options compares whole distributions, for which it needs the teacher's "
+            f"hidden states; {where} tells log-probs only. Use teacher.engine=megatron, or a divergence over the top k."
+        )
+    if config.teacher.whole_vocabulary:
+        return
+    shared, teacher = inputs.vocab_size, inputs.teacher.vocab_size
+    lacking = {
+        f"method.support={needs.support} needs the log-probs of ids that the student names": (
+            needs.top_k > 0 and needs.support in ("student", "union")
+        ),
+        f"method.name={name} with these options needs the teacher's exact entropy": needs.teacher_entropy,
+        f"method.temperature={inputs.method.temperature} is not 1": inputs.method.temperature != 1.0,
+        f"the models share {shared} of the teacher's {teacher} ids, over which its softmax runs": shared < teacher,
+    }
+    for why, stands in lacking.items():
+        if stands:
+            raise ConfigError(
+                f"{why}, but {where} tells the log-probs of the sampled and the likeliest ids at temperature 1 only. "
+                "Set teacher.whole_vocabulary=true (for small vocabularies), or use teacher.engine=megatron."
+            )
 
 
 # --------------------------------------------------------------------------- what a resumed run must share

@@ -1,38 +1,53 @@
-"""``tropd serve``: this process becomes a vLLM server for the student of a configuration."""
+"""``tropd serve``: this process becomes a vLLM server for the student or the teacher of a configuration."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
 from megatron_tropd.bridge.launch import become_server, server_command
 from megatron_tropd.bridge.options import engine_options
 from megatron_tropd.config import RunConfig
-from megatron_tropd.inputs import DTYPES, longest_sequence
+from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.inputs import (
+    DTYPES,
+    check_method,
+    longest_sequence,
+    longest_training_sequence,
+    most_alternatives,
+)
+
+Role = Literal["student", "teacher"]
 
 
-def serve_student(config: RunConfig, *, host: str, port: int) -> None:
+def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
     """Does not return.
 
     Raises:
         ConfigError: vLLM is not installed, or the server would be open to the network without a key.
     """
     gpu = torch.cuda.is_available()
-    servers, vllm, model = config.rollout.vllm_server, config.rollout.vllm, config.student.model
+    teaches = role == "teacher"
+    servers = config.teacher.vllm_server if teaches else config.rollout.vllm_server
+    vllm = config.teacher.vllm if teaches else config.rollout.vllm
     options = {
         "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
         "tensor_parallel_size": servers.tensor,
         **({} if gpu else {"enforce_eager": True}),
         **engine_options(vllm, gpu=gpu),
     }
+    top_k = 0
+    if teaches:
+        top_k = most_alternatives(config, check_method(config), read_architecture(config.teacher.model))
     command = server_command(
-        model,
+        config.teacher.model if teaches else config.student.model,
         options,
         host=host,
         port=port,
-        max_tokens=longest_sequence(config),
-        top_k=0,
-        takes_weights=True,
+        max_tokens=longest_training_sequence(config) if teaches else longest_sequence(config),
+        top_k=top_k,
+        takes_weights=not teaches,
     )
     become_server(command, host=host, key=os.environ.get(servers.key_variable, ""))

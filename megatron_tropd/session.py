@@ -15,8 +15,9 @@ from megatron_tropd import loop
 from megatron_tropd.build import Run, build_run, embedded_sampler
 from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.families import hf_shapes
+from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
-from megatron_tropd.engine.weights import hf_tensors
+from megatron_tropd.engine.weights import hf_tensors, load_weights
 from megatron_tropd.evaluation import answer_suites
 from megatron_tropd.inputs import check_writable, identity, read_inputs
 from megatron_tropd.parallel.groups import initialize_distributed
@@ -79,6 +80,7 @@ def _run_training(config: RunConfig, stop: StopRequest) -> Run:
         _conclude(run)
     dist.barrier()
     run.sampler.close()
+    run.teacher.close()
     return run
 
 
@@ -140,9 +142,12 @@ class Evaluator:
 
     def _teacher_sampler(self) -> MegatronSampler:
         run = self._run
-        assert run.teacher_model is not None  # build.needs_teacher_model sees to it
-        sampler = embedded_sampler(run.config, run.teacher_model.architecture, run.world, run.vocab_size)
-        sampler.update_weights(hf_tensors(run.teacher_model), version=0)
+        path = run.config.teacher.model
+        sampler = embedded_sampler(run.config, read_architecture(path), run.world, run.vocab_size)
+        if run.teacher_model is None:  # vLLM or a recording stands in for it
+            load_weights(sampler.model, HFWeights(path))
+        else:
+            sampler.update_weights(hf_tensors(run.teacher_model), version=0)
         return sampler
 
     def _evaluate_student(self, model: str, step: int) -> None:

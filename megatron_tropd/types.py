@@ -123,6 +123,7 @@ class Signal:
     asked_logprob_NJ: Tensor | None = None  # fp32, nats
     topk_logtail_N: Tensor | None = None  # log mass on all but top k, asked ids and target, nats; -inf: none
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
+    entropy_bound_N: Tensor | None = None  # the entropy is at most that, nats: of teachers that tell their top k alone
     base_logprob_N: Tensor | None = None  # log-prob of the target under a base model, nats
     hidden_NE: Tensor | None = None  # final hidden states, only for full-vocabulary divergences
 
@@ -154,6 +155,7 @@ class TeacherView:
     #                                        union (an id listed twice keeps one True); log-probs there are ignored
     support_logtail_T: Tensor | None = None  # log of p's mass outside the support, nats; -inf: none is
     entropy_T: Tensor | None = None
+    entropy_bound_T: Tensor | None = None  # upper bound of it, where it is not known
     base_logprob_T: Tensor | None = None  # log-prob of y under the base model (ExOPD)
 
 

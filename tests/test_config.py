@@ -163,6 +163,19 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["rollout.engine=recorded"], "rollout: engine = 'recorded' needs recorded_from"),
         (["rollout.recorded_from=x"], "recorded_from = 'x' is only read by engine 'recorded'"),
         (["rollout.engine=recorded", "rollout.record=x", "rollout.recorded_from=x"], "would overwrite itself"),
+        (
+            ["teacher.engine=vllm_server"],
+            "teacher: engine = 'vllm_server' needs vllm_server.urls, addresses of servers",
+        ),
+        (
+            ["teacher.engine=vllm", "teacher.parallel.pipeline=2"],
+            "teacher: parallel.pipeline = 2 does not go with engine = 'vllm': vLLM's engines are cut by",
+        ),
+        (
+            ["teacher.engine=vllm_server", "teacher.vllm_server.urls=['http://a:1']", "teacher.parallel.tensor=2"],
+            "parallel.tensor = 2 does not go with engine = 'vllm_server': servers are laid out by vllm_server.tensor.",
+        ),
+        (["teacher.whole_vocabulary=true"], "teacher: whole_vocabulary = true is for engine vllm or vllm_server"),
         (["teacher.record=x", "teacher.recorded_from=y"], "teacher: record = 'x' has nothing to record while"),
         (["rollout.samples_per_prompt=0", "rollout.guided_per_prompt=0"], "are both 0: nothing would be trained on."),
         (["train.pack_tokens=9215"], "train.pack_tokens = 9215 cannot hold the longest sequence: "),

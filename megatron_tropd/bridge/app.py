@@ -19,6 +19,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
+from megatron_tropd.bridge.questions import Question, answer_of
 from megatron_tropd.bridge.requests import grading_options
 from megatron_tropd.bridge.wire import DIGEST, PREFIX, digest_of, encoded
 
@@ -106,13 +107,15 @@ class Tropd:
         )
 
     async def _grade(self, engine: Any, asked: Mapping[str, Any]) -> bytes:
-        """Log-probs of the tokens of ``token_ids`` and of their ``top_k`` likeliest alternatives."""
-        top_k = int(asked["top_k"])
-        options = SamplingParams(**grading_options(top_k), flat_logprobs=True)
+        """Log-probs of the tokens of ``token_ids`` and of their alternatives: see ``questions.Question``."""
+        question = Question.of_json(asked)
+        options = SamplingParams(**grading_options(question.columns), flat_logprobs=True)
         flat = (await self._final(engine, asked["token_ids"], options)).prompt_logprobs
-        ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(-1, top_k + 1)
-        logprob = np.asarray(flat.logprobs, dtype=np.float32).reshape(-1, top_k + 1)
-        return encoded({"logprob": logprob[:, 0], "topk_ids": ids[:, 1:], "topk_logprob": logprob[:, 1:]})
+        # all ids of a long sequence take a while, in which others should be answered too
+        graded = await asyncio.to_thread(answer_of, question, flat.token_ids, flat.logprobs)
+        found = {name: getattr(graded, name) for name in graded.__slots__}
+        found["topk_ids"] = graded.topk_ids.astype(np.int32)
+        return encoded({name: array for name, array in found.items() if array is not None})
 
     async def _final(self, engine: Any, token_ids: list[int], options: SamplingParams) -> Any:
         output = None

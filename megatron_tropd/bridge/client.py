@@ -9,11 +9,11 @@ from typing import Any
 import httpx2 as http
 import numpy as np
 
+from megatron_tropd.bridge.questions import Question, checked_answer
 from megatron_tropd.bridge.requests import (
     Graded,
     Task,
     Written,
-    checked_graded,
     checked_written,
     sampling_options,
 )
@@ -79,15 +79,16 @@ class Server:
 
     async def grade(self, token_ids: Int64Array, *, number: int = 0, top_k: int = 0, timeout_s: float) -> Graded:
         """Log-probs of the tokens after the first, and of their likeliest alternatives."""
-        asked = {"token_ids": token_ids.tolist(), "top_k": top_k}
-        response = await self._ask("POST", PREFIX + "grade", asked, timeout_s)
-        arrays = decoded(response.content, response.headers.get(DIGEST), ("logprob", "topk_ids", "topk_logprob"))
-        graded = Graded(
-            logprob=arrays["logprob"],
-            topk_ids=arrays["topk_ids"].astype(np.int64),
-            topk_logprob=arrays["topk_logprob"],
-        )
-        return checked_graded(graded, number, token_ids, top_k)
+        return await self.answer(Question(number=number, token_ids=token_ids, top_k=top_k), timeout_s=timeout_s)
+
+    async def answer(self, question: Question, *, timeout_s: float) -> Graded:
+        """What the server's model says of a sequence."""
+        response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s)
+        whole = ("asked_logprob", "entropy", "logtail") if question.whole is not None else ()
+        names = ("logprob", "topk_ids", "topk_logprob", *whole)
+        arrays = decoded(response.content, response.headers.get(DIGEST), names)
+        arrays["topk_ids"] = arrays["topk_ids"].astype(np.int64)
+        return checked_answer(Graded(**arrays), question)
 
     async def begin(self, mode: str) -> None:
         """Stops generation and gets ready for new weights."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.bridge.questions import Question, answer_of, checked_answer, in_batches
 from megatron_tropd.bridge.requests import (
     Graded,
     Task,
     Written,
-    checked_graded,
     checked_written,
     grading_options,
     sampling_options,
@@ -61,8 +62,20 @@ def check_installed() -> None:
         )
 
 
+# log-probs in one batch of answers, about 60 bytes each
+_MOST_VALUES = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Grading:
+    """What an engine that grades is for."""
+
+    top_k: int  # the most alternatives of a token that will be asked for
+    vocab_size: int
+
+
 class LocalEngine:
-    """vLLM's ``LLM`` with this package's nouns. Its weights are random until ``load`` is called, unless ``weights``."""
+    """vLLM's ``LLM`` with this package's nouns. But for a teacher's, its weights are random until ``load``."""
 
     def __init__(
         self,
@@ -72,10 +85,12 @@ class LocalEngine:
         dtype: torch.dtype,
         device: torch.device,
         max_tokens: int,
-        weights: bool = False,
+        grading: Grading | None = None,
         options: Mapping[str, Any],
     ) -> None:
         """``max_tokens``: the longest sequence. ``options``: more arguments of ``vllm.LLM``. Collective.
+
+        ``grading``: the engine is a teacher's: its weights are the model's own and never change.
 
         Raises:
             ConfigError: vLLM is missing or refuses the model or the options.
@@ -86,7 +101,7 @@ class LocalEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "tensor_parallel_size": groups.layout.tensor,
             "max_model_len": max_tokens + 1,
-            "load_format": "auto" if weights else "dummy",
+            "load_format": "dummy",
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
@@ -94,7 +109,11 @@ class LocalEngine:
         }
         if dist.get_world_size() > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
-        self._llm = _new_llm(str(model), arguments | dict(options))
+        if grading is not None:
+            arguments |= {"load_format": "auto", "max_logprobs": grading.top_k, "enable_prefix_caching": False}
+        section = "rollout" if grading is None else "teacher"
+        self._vocab_size = 0 if grading is None else grading.vocab_size
+        self._llm = _new_llm(str(model), arguments | dict(options), section=section)
         self._sleeps = bool(options.get("enable_sleep_mode", False))
         self._asleep = False
 
@@ -116,14 +135,28 @@ class LocalEngine:
         Raises:
             ServingError: an answer cannot be right.
         """
+        return self.answer(
+            [Question(number=n, token_ids=sequence, top_k=top_k) for n, sequence in enumerate(sequences)]
+        )
+
+    def answer(self, questions: Sequence[Question]) -> list[Graded]:
+        """Answers every question, in their order.
+
+        Raises:
+            ServingError: an answer cannot be right.
+        """
         from vllm import SamplingParams as Sampling
 
-        options = Sampling(**grading_options(top_k), flat_logprobs=True)
-        outputs = self._ask(sequences, [options] * len(sequences))
-        return [
-            checked_graded(_graded(output.prompt_logprobs, top_k), number, sequence, top_k)
-            for number, (output, sequence) in enumerate(zip(outputs, sequences, strict=True))
-        ]
+        answers = []
+        # vLLM's answers are Python numbers: many at a time would fill the memory
+        for batch in in_batches(questions, vocab_size=self._vocab_size, most_values=_MOST_VALUES):
+            options = [Sampling(**grading_options(question.columns), flat_logprobs=True) for question in batch]
+            for question, output in zip(
+                batch, self._ask([question.token_ids for question in batch], options), strict=True
+            ):
+                flat = output.prompt_logprobs
+                answers.append(checked_answer(answer_of(question, flat.token_ids, flat.logprobs), question))
+        return answers
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Takes whole tensors under Hugging Face names; nothing computed with the old ones is used again."""
@@ -155,7 +188,7 @@ class LocalEngine:
         return outputs
 
 
-def _new_llm(model: str, arguments: dict[str, Any]) -> Any:
+def _new_llm(model: str, arguments: dict[str, Any], *, section: str) -> Any:
     """``vllm.LLM``, without its effects on this process's random numbers and number of threads."""
     states, set_threads = torch.random.get_rng_state(), torch.set_num_threads
     try:
@@ -166,7 +199,7 @@ def _new_llm(model: str, arguments: dict[str, Any]) -> Any:
         core.cleanup_dist_env_and_memory = _leave_process_group
         return LLM(model, **arguments)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"vLLM cannot serve {model} ({error}). Change rollout.vllm or the layout.") from error
+        raise ConfigError(f"vLLM cannot serve {model} ({error}). Change {section}.vllm or the layout.") from error
     finally:
         torch.random.set_rng_state(states)
         torch.set_num_threads = set_threads
@@ -186,10 +219,3 @@ def _written(output: Any) -> Written:
         version_n=versions_of(spans, len(token_ids)),
         finished=output.finish_reason == "stop",
     )
-
-
-def _graded(flat: Any, top_k: int) -> Graded:
-    # per position the prompt's own token, then the likeliest ones; the first position has nothing before it
-    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(-1, top_k + 1)
-    logprob = np.asarray(flat.logprobs, dtype=np.float32).reshape(-1, top_k + 1)
-    return Graded(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])

@@ -42,11 +42,17 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """What an engine says of the tokens of one sequence of L, each given those before it, at temperature 1."""
+    """What an engine says of the tokens of one sequence of L, each given those before it, at temperature 1.
+
+    The last three are there when the log-probs of all ids were looked at, at any temperature (``questions.Whole``).
+    """
 
     logprob: Float32Array  # [L - 1] of tokens 1.. of the sequence, nats
     topk_ids: Int64Array  # [L - 1, K] likeliest first
     topk_logprob: Float32Array  # [L - 1, K]
+    asked_logprob: Float32Array | None = None  # [L - 1, J]
+    entropy: Float32Array | None = None  # [L - 1]
+    logtail: Float32Array | None = None  # [L - 1] log mass on all ids but the token, the top k and those asked for
 
 
 def derived_seed(seed: int, step: int, sequence_id: int) -> int:

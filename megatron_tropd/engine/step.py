@@ -323,5 +323,6 @@ def _teacher_view(item: TrainPack, logprob_N: Tensor) -> TeacherView:
         support_mask_TK=item.support_mask_NK,
         support_logtail_T=item.support_logtail_N,
         entropy_T=signal.entropy_N,
+        entropy_bound_T=signal.entropy_bound_N,
         base_logprob_T=signal.base_logprob_N,
     )

@@ -64,6 +64,21 @@ def log_tail(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
     return torch.log(-torch.expm1(log_mass(logprob_TK, mask_TK).clamp(max=-floor)))
 
 
+@torch.no_grad()
+def entropy_at_most(logprob_TK: Tensor, logtail_T: Tensor, mask_TK: Tensor | None = None, *, vocab_size: int) -> Tensor:
+    """Upper bound of the entropy, nats, ``[T]``: exact on the support, the tail spread evenly over the other ids.
+
+    ``logtail_T``: log mass outside the support, as ``log_tail`` gives it.
+    """
+    mask_TK = torch.ones_like(logprob_TK, dtype=torch.bool) if mask_TK is None else mask_TK
+    wide_TK = logprob_TK.double()
+    inside_T = -(wide_TK.exp() * wide_TK).masked_fill(~mask_TK, 0.0).sum(-1)
+    others_T = (vocab_size - mask_TK.sum(-1)).double()
+    tail_T = torch.where(others_T > 0, logtail_T.double(), -math.inf)
+    outside_T = torch.where(tail_T.isneginf(), 0.0, tail_T.exp() * (others_T.clamp(min=1.0).log() - tail_T))
+    return (inside_T + outside_T).to(logprob_TK.dtype)
+
+
 def first_of_each(ids_TK: Tensor) -> Tensor:
     """True where a token lists an id for the first time, bool ``[T, K]``."""
     sorted_TK, order_TK = ids_TK.sort(dim=-1, stable=True)

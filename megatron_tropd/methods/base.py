@@ -195,5 +195,9 @@ def _stats(
         "logprob_gap": (tokens.rollout_logprob_T - student.old_logprob_T).abs(),
         "prefix_nll": -student.logprob_T.detach(),
     }
-    entropies = {"student_entropy": student.entropy_T, "teacher_entropy": teacher.entropy_T}
+    entropies = {
+        "student_entropy": student.entropy_T,
+        "teacher_entropy": teacher.entropy_T,
+        "teacher_entropy_bound": teacher.entropy_bound_T,
+    }
     return stats | {name: entropy_T.detach() for name, entropy_T in entropies.items() if entropy_T is not None}

@@ -60,7 +60,7 @@ _CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", ("loss",), False),
     ("Reverse KL", ("reverse_kl",), False),
     ("Outlier fraction", ("outlier_fraction",), True),
-    ("Entropy", ("student_entropy", "teacher_entropy"), False),
+    ("Entropy", ("student_entropy", "teacher_entropy", "teacher_entropy_bound"), False),
     ("Gradient norm", ("grad_norm",), False),
     ("Response length", ("response_length",), False),
 )

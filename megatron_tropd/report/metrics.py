@@ -45,6 +45,11 @@ METRICS: Mapping[str, Metric] = {
     "clipped_fraction": Metric("fraction", "Share of tokens whose importance ratio or reward was clipped.", "gate"),
     "student_entropy": Metric("nats/token", "Full-vocabulary entropy of the student on its own tokens.", "entropy"),
     "teacher_entropy": Metric("nats/token", "The same of the teacher on the same tokens.", "entropy"),
+    "teacher_entropy_bound": Metric(
+        "nats/token",
+        "Upper bound of it from the top k, of a teacher that tells no more: what is not in it is spread evenly.",
+        "entropy",
+    ),
     "grad_norm": Metric("", "Global norm of the gradient before clipping.", "optimizer"),
     "lr": Metric("", "Learning rate of the step's last update.", "optimizer"),
     "response_length": Metric("tokens", "Mean length of a response, prefix included.", "length"),

@@ -28,6 +28,10 @@ class TeacherAndBase:
         graded = self._base.score(packs, SignalSpec(entropy=False))
         return [_with_base(*pair) for pair in zip(signals, graded, strict=True)]
 
+    def close(self) -> None:
+        self._teacher.close()
+        self._base.close()
+
 
 def _with_base(signal: Signal | None, base: Signal | None) -> Signal | None:
     return None if signal is None or base is None else replace(signal, base_logprob_N=base.logprob_N)

@@ -20,6 +20,7 @@ class SignalSpec:
     top_k: int = 0
     asked: int = 0  # ids that the caller names, for their log-probs
     entropy: bool = True
+    entropy_bound: bool = False  # an upper bound of it, from the top k, where the teacher does not know it exactly
     hidden_states: bool = False
     base: bool = False  # also a base model's log-prob of the target
     tail_mass: bool = False  # also the mass outside the top k, the ids asked for and the target
@@ -31,7 +32,7 @@ class SignalSpec:
 
     def bytes_per_row(self, *, hidden_bytes: int) -> int:
         """Size of the signal of one prediction on its way to the student; ``hidden_bytes``: of one hidden state."""
-        values = 1 + self.base + self.entropy + self.has_tail + self.top_k + self.asked
+        values = 1 + self.base + self.entropy + self.entropy_bound + self.has_tail + self.top_k + self.asked
         return 4 * (values + self.top_k) + hidden_bytes * self.hidden_states
 
     @property
@@ -66,4 +67,8 @@ class Teacher(Protocol):
         Returns:
             One Signal per pack of this rank's replica; None on ranks that do not compute the loss.
         """
+        ...
+
+    def close(self) -> None:
+        """Lets go of what the teacher holds besides memory, such as an engine or connections."""
         ...

@@ -86,6 +86,9 @@ class RecordingTeacher:
                     _write(self._directory / f"{pack_key(pack)}.npz", whole)
         return signals
 
+    def close(self) -> None:
+        self._teacher.close()
+
 
 def _whole(signal: Signal, pack: Pack, student: Groups) -> Signal:
     """The signal of all rows of a pack, of which each context-parallel rank has some. Collective over them."""
@@ -151,6 +154,9 @@ class RecordedTeacher:
             _check_asked(signal.asked_ids_NJ, ids_NJ, path)
             signals.append(signal)
         return signals
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 def _check_asked(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor | None, path: Path) -> None:
