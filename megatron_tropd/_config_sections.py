@@ -471,6 +471,15 @@ class OptimizerConfig(Section):
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}. Lower min_lr, or raise lr.")
         return self
 
+    @model_validator(mode="after")
+    def _distributed_states_are_those_of_adam(self) -> Self:
+        if self.distributed and self.name != "adam":
+            raise ValueError(
+                f"distributed = true shards the states of Adam alone, got name = {self.name}, which Megatron-Core "
+                "refuses. Set distributed to false, or name to adam."
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """What a killed run goes on from."""

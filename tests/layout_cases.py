@@ -30,7 +30,7 @@ from megatron_tropd.build import (
 from megatron_tropd.config import RunConfig, parse_config
 from megatron_tropd.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.optimizer import optimize
+from megatron_tropd.engine.optimizer import Optimization, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, local_table
 from megatron_tropd.errors import SelfCheckError
@@ -46,6 +46,8 @@ STEPS = 5
 TROPD = Objective()
 # Adam divides a gradient by its size: far below this eps it would turn the rounding of a vanishing one into whole steps
 ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
+# here a step is the gradient itself: what differs in it, differs in the weights
+SGD = {"name": "sgd", "lr": 0.5, "min_lr": 0.1, "weight_decay": 0.1, "clip_grad": 0.7}
 WARMUP = 2  # steps to the peak, then linearly down
 
 
@@ -67,6 +69,9 @@ class Case:
     recompute: str = "none"
     dtype: str = "fp32"
     distributed_optimizer: bool = False
+    sgd: bool = False  # instead of Adam
+    adam_eps: float = ADAM["eps"]
+    models: tuple[str, str] | None = None  # directories of student and teacher, where they are not the usual ones
     sequences: int = 11
     steps: int = STEPS
 
@@ -95,14 +100,17 @@ def config_of(case: Case, models: Path) -> RunConfig:
                 "parallel": case.student,
                 "recompute": case.recompute,
             },
-            "teacher": {"model": str(models / "teacher"), "parallel": case.teacher},
+            "teacher": {
+                "model": str(models / (case.models[1] if case.models else "teacher")),
+                "parallel": case.teacher,
+            },
             "base": {} if case.base is None else {"model": str(models / "base"), "parallel": case.base},
             "data": {"prompts": "unused", "max_prompt_tokens": 20},
             "rollout": {"max_new_tokens": 20},
             "method": case.method or case.objective.options(),
             "train": {"steps": STEPS, "pack_tokens": case.pack_tokens, "minibatches": case.minibatches},
             "optimizer": {
-                **ADAM,
+                **(SGD if case.sgd else ADAM | {"eps": case.adam_eps}),
                 "schedule": "linear",
                 "warmup_steps": WARMUP,
                 "distributed": case.distributed_optimizer,
@@ -112,6 +120,8 @@ def config_of(case: Case, models: Path) -> RunConfig:
 
 
 def student_directory(case: Case) -> str:
+    if case.models:
+        return case.models[0]
     return ("deep-" if case.deep else "") + ("tied" if case.tied else "untied")
 
 
@@ -164,7 +174,9 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
         minibatches = grade_rollouts(run, rollouts, step=step, watch=Stopwatch())
         if step == 0:
             run.trainer.probe(minibatches[0])
-            gradients = whole_gradients(run.student) if not case.distributed_optimizer else {}
+            if case.distributed_optimizer:
+                gather_gradients(run.trainer.optimization)
+            gradients = whole_gradients(run.student)
             outcome["gradients"] = gradients if dist.get_rank() == 0 else {}
         results = [
             run.trainer.step(packs, update=step * case.minibatches + number) for number, packs in enumerate(minibatches)
@@ -173,6 +185,9 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
         outcome["grad_norm"].append(sum(r.grad_norm for r in results) / len(results))
         outcome["stats"].append({name: results[-1].stats[name] for name in sorted(results[-1].stats)})
         outcome["packs"].append([len(packs) for packs in minibatches])
+    if case.sgd:
+        weights = {name: tensor.clone() for name, tensor in hf_tensors(run.student)}
+        outcome["weights"] = weights if dist.get_rank() == 0 else {}
     return outcome
 
 
@@ -191,6 +206,16 @@ def run_chain(cases: Sequence[Case], models: str, checkpoints: str) -> list[dict
         outcome.append({"loss": result.loss, "grad_norm": result.grad_norm})
         save_checkpoint(Path(checkpoints), run.student, run.trainer.optimization, step=step + 1, state={})
     return outcome
+
+
+def gather_gradients(optimization: Optimization) -> None:
+    """Completes what the distributed optimizer has reduced and cut: every rank gets the others' shares too."""
+    for wrapped in optimization.wrapped:
+        for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                share = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather(list(bucket.grad_data.chunk(ranks.size())), share, group=ranks)
 
 
 def whole_gradients(model: Model) -> dict[str, Tensor]:

@@ -84,8 +84,12 @@ def rounded_up(value: float) -> str:
 
 def table(name: str) -> str:
     make, header = TABLES[name]
+    return rendered(make(), header)
+
+
+def rendered(rows: Rows, header: Sequence[str]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for words, columns in make().items():
+    for words, columns in rows.items():
         numbers = [", ".join(rounded_up(x) for x in column) or "-" for column in columns]
         lines.append(f"| {' | '.join([*words, *numbers])} |")
     return "\n".join(lines)
@@ -112,7 +116,11 @@ def lines_of(text: str, name: str) -> list[list[str]]:
 def stale(text: str, name: str) -> list[str]:
     """What the table says that is not so any more."""
     make, header = TABLES[name]
-    measured_rows = make()
+    return differences(text, name, make(), header)
+
+
+def differences(text: str, name: str, measured_rows: Rows, header: Sequence[str]) -> list[str]:
+    """What the table of that name says other than what was measured."""
     words = len(next(iter(measured_rows)))
     page = {tuple(line[:words]): line[words:] for line in lines_of(text, name)}
     if page.keys() != measured_rows.keys():

@@ -183,6 +183,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["train.minibatches=641"], "train.minibatches = 641 is more than the 640 sequences of a step."),
         (["optimizer.warmup_steps=200"], "optimizer.warmup_steps = 200 never ends: train.steps = 200."),
         (["optimizer.min_lr=1"], "optimizer: min_lr = 1.0 is above lr = 5e-06."),
+        (["optimizer.name=sgd", "optimizer.distributed=true"], "Set distributed to false, or name to adam."),
         (["export.hf=./student"], "export.hf = 'student' is student.model, which would be overwritten."),
         (["export.hf=${teacher.model}"], "export.hf = 'teacher' is teacher.model, which would be overwritten."),
         (["base.model=x", "export.hf=x"], "export.hf = 'x' is base.model, which would be overwritten."),

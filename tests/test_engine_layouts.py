@@ -200,7 +200,7 @@ def test_five_steps_are_those_of_plain_autograd(case, outcome, reference):
     assert ranks[0]["grad_norm"] == pytest.approx(truth.grad_norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in EXACT if not c.distributed_optimizer], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 def test_every_gradient_is_that_of_plain_autograd(case, outcome, reference):
     gradients, truth = outcome(case)[0]["gradients"], reference(case).first_gradients
     assert gradients.keys() == truth.keys()

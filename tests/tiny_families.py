@@ -53,12 +53,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 MOE = [name for name, (kind, _) in FAMILIES.items() if kind in ("Qwen3Moe", "Mixtral")]
 
 
-def save_family(directory: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Random matrices of spread 0.25, norms around 1, biases and routers that matter: a swapped tensor is seen."""
+def save_family(
+    directory: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    sizes: dict[str, Any] | None = None,
+) -> Path:
+    """Random matrices of spread 0.25, norms around 1, biases and routers that matter: a swapped tensor is seen.
+
+    ``sizes``: keys of the config that are to differ.
+    """
     import transformers
 
     kind, options = FAMILIES[name]
     torch.manual_seed(seed)
+    options = options | (sizes or {})
     sizes = SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 3_000.0}} | options
     config = getattr(transformers, f"{kind}Config")(**sizes, initializer_range=0.25, attention_dropout=0.0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)

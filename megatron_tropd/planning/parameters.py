@@ -145,15 +145,19 @@ def trained_states(
     if not distributed:
         elements = sum(chunk.total for chunk in chunks)
         return States(weights=elements * itemsize, gradients=elements * _GRADIENT_BYTES, optimizer=elements * kept)
-    buffers = [size for chunk in chunks for size in _buffers(chunk, data_ranks, layout.expert)]
-    padded, share = sum(size for size, _ in buffers), sum(size // ranks for size, ranks in buffers)
+    buffers = [bucket for chunk in chunks for bucket in padded_buckets(chunk, data_ranks, layout.expert)]
+    padded, share = sum(size for size, _, _ in buffers), sum(size // ranks for size, ranks, _ in buffers)
     return States(weights=padded * itemsize, gradients=padded * _GRADIENT_BYTES, optimizer=share * kept)
 
 
-def _buffers(chunk: Chunk, data_ranks: int, expert: int) -> list[tuple[int, int]]:
-    """(elements, ranks it is cut over) of every bucket of the distributed optimizer."""
-    buckets = [(chunk.shared, data_ranks), (chunk.embedding, data_ranks), (chunk.experts, data_ranks // expert)]
-    return [(_padded(sizes, ranks), ranks) for sizes, ranks in buckets if sizes]
+def padded_buckets(chunk: Chunk, data_ranks: int, expert: int) -> list[tuple[int, int, bool]]:
+    """(elements, ranks it is cut over, whether of experts) of every bucket of the distributed optimizer."""
+    buckets = [
+        (chunk.shared, data_ranks, False),
+        (chunk.embedding, data_ranks, False),
+        (chunk.experts, data_ranks // expert, True),
+    ]
+    return [(_padded(sizes, ranks), ranks, experts) for sizes, ranks, experts in buckets if sizes]
 
 
 def _padded(sizes: tuple[int, ...], ranks: int) -> int:

@@ -42,9 +42,7 @@ class Workers:
     def rank(self, replica: int, *, tensor: int, context: int) -> int:
         """World rank on the last stage."""
         layout = self.groups.layout
-        return self.groups.global_rank(
-            replica=replica, stage=layout.pipeline - 1, tensor=tensor % layout.tensor, context=context
-        )
+        return self.groups.global_rank(replica=replica, stage=layout.pipeline - 1, tensor=tensor, context=context)
 
 
 def _keys(packs: Sequence[Sequence[Pack]]) -> list[Key]:
@@ -66,7 +64,8 @@ class _Parcel:
 def _parcels(packs: Sequence[Sequence[Pack]], source: Workers, target: Workers) -> Iterator[_Parcel]:
     """Everything that is to be carried, in one order on every rank.
 
-    Tensor ranks have the same rows and get them from one each; context ranks have different ones.
+    Tensor ranks have the same rows and get them from one each, themselves where they can; context ranks have different
+    ones.
     """
     for key in _keys(packs):
         pack = packs[key[0]][key[1]]
@@ -75,14 +74,14 @@ def _parcels(packs: Sequence[Sequence[Pack]], source: Workers, target: Workers) 
         for context, needed in enumerate(_rows_by_context(pack, target.groups)):
             for source_context, rows in enumerate(has):
                 _, held, wanted = np.intersect1d(rows, needed, assume_unique=True, return_indices=True)
+                holders = [
+                    source.rank(from_replica, tensor=tensor, context=source_context)
+                    for tensor in range(source.groups.layout.tensor)
+                ]
                 for tensor in range(target.groups.layout.tensor):
-                    yield _Parcel(
-                        key=key,
-                        source=source.rank(from_replica, tensor=tensor, context=source_context),
-                        target=target.rank(to_replica, tensor=tensor, context=context),
-                        held=held,
-                        wanted=wanted,
-                    )
+                    to = target.rank(to_replica, tensor=tensor, context=context)
+                    giver = to if to in holders else holders[tensor % len(holders)]
+                    yield _Parcel(key=key, source=giver, target=to, held=held, wanted=wanted)
 
 
 def _rows_by_context(pack: Pack, groups: Groups) -> list[Int64Array]:
