@@ -289,11 +289,14 @@ def test_topk_keeps_the_smaller_ids_of_equal_logits_whatever_the_order(pattern: 
     assert found == full_sort(row, 6)
 
 
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("capacity", [8, 64])
-def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int) -> None:
+def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int, ties: bool) -> None:
     from megatron_tropd.losses._candidates import decode
 
     k, parts = 5, [tile(seed=14, dtype=torch.float32, width=600), tile(seed=15, dtype=torch.float32, width=29)]
+    if ties:  # an element equal to the bound of its row is counted once, in the list or beside it
+        parts = [part.round() for part in parts]
     logits_RV = torch.cat(parts, dim=1).double()
     hidden = ids_around(600)
     found, statistics, left = run_topk(parts, k, capacity=capacity, ids_RK=hidden, tail=True)
