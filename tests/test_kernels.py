@@ -289,20 +289,35 @@ def test_topk_keeps_the_smaller_ids_of_equal_logits_whatever_the_order(pattern: 
     assert found == full_sort(row, 6)
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def rising_plateaus() -> list[Tensor]:
+    """Tiles of 3 columns: a small list is cut down over and over, at values that list and tile both have."""
+    width = 60
+    rising = torch.arange(width, device=DEVICE).div(9).floor() + draw(ROWS, width, seed=16).round()
+    return list(rising.split(3, dim=1))
+
+
+def test_topk_of_rising_plateaus_cuts_lists_and_blocks_that_tie_with_each_other() -> None:
+    tiles = rising_plateaus()
+    found, _, _ = run_topk(tiles, 6, capacity=8)
+    assert found == full_sort(torch.cat(tiles, dim=1), 6)
+
+
+@pytest.mark.parametrize("pattern", ["distinct", "ties", "rising plateaus"])
 @pytest.mark.parametrize("capacity", [8, 64])
-def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int, ties: bool) -> None:
+def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int, pattern: str) -> None:
     from megatron_tropd.losses._candidates import decode
 
     k, parts = 5, [tile(seed=14, dtype=torch.float32, width=600), tile(seed=15, dtype=torch.float32, width=29)]
-    if ties:  # an element equal to the bound of its row is counted once, in the list or beside it
+    if pattern == "ties":  # an element equal to the bound of its row is counted once, in the list or beside it
         parts = [part.round() for part in parts]
+    elif pattern == "rising plateaus":
+        parts = rising_plateaus()
     logits_RV = torch.cat(parts, dim=1).double()
-    hidden = ids_around(600)
+    hidden = ids_around(parts[0].shape[1])
     found, statistics, left = run_topk(parts, k, capacity=capacity, ids_RK=hidden, tail=True)
     given_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
     for row, ids in enumerate((hidden - FIRST).tolist()):
-        given_RV[row, [i for i in ids if 0 <= i < 629]] = True
+        given_RV[row, [i for i in ids if 0 <= i < logits_RV.shape[1]]] = True
     assert found == full_sort(logits_RV.masked_fill(given_RV, -np.inf), k)
     real = left > torch.iinfo(torch.int64).min
     others = decode(left)[0].double().masked_fill(~real, -torch.inf).logsumexp(-1)
