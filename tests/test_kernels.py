@@ -63,6 +63,13 @@ def ids_around(width: int = WIDTH, rows: int = ROWS) -> Tensor:
     return torch.cat([edges.expand(rows, -1), anywhere], dim=1).to(DEVICE)
 
 
+def many_ids() -> Tensor:
+    """More ids than one block of them holds, all in columns of their own outside the tile but the last one."""
+    ids = torch.arange(FIRST + WIDTH, FIRST + WIDTH + 140)
+    ids[-1] = FIRST + 7
+    return ids.expand(ROWS, -1).to(DEVICE)
+
+
 def empty(rows: int = ROWS) -> Statistics:
     return Statistics.empty(rows, dtype=torch.float32, device=DEVICE)
 
@@ -170,7 +177,7 @@ def test_gradient_matches_fp64_and_the_plain_twin_in_place_and_elsewhere(
 
     logits_Rw, statistics, numbers = softmax_problem(dtype, scale)
     numbers["slope_R"] = numbers["slope_R"] if slope else None  # type: ignore[assignment]
-    ids_RK = ids_around()
+    ids_RK = torch.cat([many_ids(), ids_around()], dim=1)
     grad_RK = draw(*ids_RK.shape, seed=8)
     picks = Picks.of(ids_RK, first_id=FIRST, width=WIDTH)
 
@@ -201,7 +208,7 @@ def test_gradient_at_hidden_ids_is_what_they_add_and_nothing_else() -> None:
     from megatron_tropd.kernels.gradient import fold_duplicates, form_gradient
 
     logits_Rw, statistics, numbers = softmax_problem(torch.float32, 1.0)
-    ids_RK = ids_around()
+    ids_RK = torch.cat([many_ids(), ids_around()], dim=1)
     grad_RK = draw(*ids_RK.shape, seed=8)
     picks = Picks.of(ids_RK, first_id=FIRST, width=WIDTH)
     shared = {"max_R": statistics.max_T, "sumexp_R": statistics.sumexp_T, **numbers}
