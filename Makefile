@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 METHOD ?=
+ENGINE ?=
 ARGS ?=
 
 VENV := .venv
@@ -31,8 +32,11 @@ install: $(STAMP) ## set up .venv: pinned dependencies, the C++ extension, the t
 
 install-vllm: $(VLLM_STAMP) ## set up .venv-vllm: this package beside vLLM for CPUs (2.5 GB)
 
-demo: $(STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name picks the method, ARGS="train.steps=20" overrides
-	$(BIN)/tropd demo $(if $(METHOD),--method $(METHOD)) $(ARGS)
+# vLLM samples where vLLM is
+DEMO_STAMP := $(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP))
+
+demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20" overrides
+	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the test suite: ARGS="tests/test_config.py -k unknown" runs a part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,12 +12,15 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError
+
+if TYPE_CHECKING:
+    from megatron_tropd.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -333,6 +337,10 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")])
 def demo(
     method: Annotated[str, typer.Option(help="Preset to distil with.")] = "tropd",
     processes: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 2,
+    engine: Annotated[
+        Literal["megatron", "vllm", "vllm_server"],
+        typer.Option(help="Who samples: the trainer's own model, vLLM in its processes, or a vLLM server."),
+    ] = "megatron",
     overrides: Overrides = None,
 ) -> None:
     """Train the demo's student: a few minutes on two CPU cores."""
@@ -340,16 +348,28 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
+    from megatron_tropd.demo import SMALL_CACHE, student_server
+
     changes = [*_of_preset(root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
+    changes += [] if engine == "megatron" else [SMALL_CACHE]
     changes += overrides or []
-    _check_early(config, changes, processes)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-        *("-m", "megatron_tropd", "train", str(config), *changes),
-    ]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
+    with contextlib.ExitStack() as beside:
+        if engine == "vllm_server":
+            settings = _check_early(config, changes, processes)
+            url, key = beside.enter_context(student_server(config, changes, settings, root=root))
+            changes.append(f"rollout.vllm_server.urls=[{url}]")
+        else:
+            key = {}
+        if engine != "megatron":
+            changes.append(f"rollout.engine={engine}")
+        _check_early(config, changes, processes)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+            *("-m", "megatron_tropd", "train", str(config), *changes),
+        ]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
+        done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
     raise typer.Exit(done.returncode)
 
 
@@ -362,7 +382,7 @@ def _of_preset(root: Path, method: str) -> list[str]:
     return read_overrides(file) if file.exists() else [f"method.name={method}"]
 
 
-def _check_early(config: Path, changes: list[str], processes: int) -> None:
+def _check_early(config: Path, changes: list[str], processes: int) -> RunConfig:
     """Finds a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
     from megatron_tropd.config import load_config
     from megatron_tropd.methods import build_method
@@ -370,3 +390,4 @@ def _check_early(config: Path, changes: list[str], processes: int) -> None:
     # paths are relative to the root of the repository, where the ranks will be
     settings = load_config(config, changes, world_size=processes, check_paths=False)
     build_method(settings.method.name, **settings.method.options)
+    return settings

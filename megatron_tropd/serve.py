@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from megatron_tropd.bridge.launch import become_server, server_command
-from megatron_tropd.bridge.options import engine_options
+from megatron_tropd.bridge.options import engine_options, whole_prompts
 from megatron_tropd.config import RunConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.inputs import (
@@ -35,7 +35,7 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
     options = {
         "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
         "tensor_parallel_size": servers.tensor,
-        **({} if gpu else {"enforce_eager": True}),
+        **({} if gpu else {"enforce_eager": True, **whole_prompts(longest_sequence(config))}),
         **engine_options(vllm, gpu=gpu),
     }
     top_k = 0

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,6 +229,43 @@ def test_demo_gives_every_method_the_rollouts_it_wants(monkeypatch: pytest.Monke
     assert config.rollout.model_dump().items() >= wanted.get("rollout", {}).items()
     # what the preset says nothing of stays the demo's
     assert config.rollout.max_new_tokens == 64 and config.student.parallel.tensor == 2
+
+
+def test_demo_trains_beside_a_server_of_its_own_and_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    well = """import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()"""
+    start = subprocess.Popen
+    seen: list[Any] = []
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def stand_in(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        seen.append(command)
+        servers.append(start([sys.executable, "-c", well, command[-1].removeprefix("--port=")], **options))
+        return servers[0]
+
+    def run(command: list[str], **options: Any) -> Any:
+        assert servers[0].poll() is None
+        seen.extend((command, options["env"]["TROPD_API_KEY"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.Popen", stand_in)
+    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.delenv("TROPD_API_KEY", raising=False)
+    arguments = ["demo", "--engine", "vllm_server", f"run_dir={tmp_path}", "train.steps=9"]
+    assert CliRunner().invoke(cli.app, arguments, catch_exceptions=False).exit_code == 0
+    serving, training, key = seen
+    assert serving[1:5] == ["-m", "megatron_tropd", "serve", "student"] and "train.steps=9" in serving
+    settings = load_config(training[8], training[9:], check_paths=False)
+    port = serving[-1].removeprefix("--port=")
+    assert settings.rollout.engine == "vllm_server"
+    assert settings.rollout.vllm_server.urls == (f"http://127.0.0.1:{port}",)
+    assert len(key) >= 32 and not [word for word in (*serving, *training) if key in word]
+    assert servers[0].returncode is not None
 
 
 def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch):

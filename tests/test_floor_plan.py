@@ -27,7 +27,7 @@ FLOORS = (
     ("evaluation", "reading"),
     ("inputs",),
     ("build", "planning"),
-    ("loop", "plan", "generate", "serve", "conversion"),
+    ("loop", "plan", "generate", "serve", "conversion", "demo"),
     ("samples", "resume", "preemption"),
     ("session",),
     ("cli",),

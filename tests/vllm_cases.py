@@ -30,7 +30,13 @@ BLOCK = 32  # tokens of a block of vLLM's cache: only whole blocks are ever used
 LONGEST = 128
 BUDGET = 17
 STOPS = (2, 5)
-OPTIONS = {"kv_cache_memory_bytes": 16 << 20, "max_num_seqs": 16, "block_size": BLOCK}
+# so few tokens in a step that not all prompts fit into the first one
+OPTIONS = {
+    "kv_cache_memory_bytes": 16 << 20,
+    "max_num_seqs": 16,
+    "block_size": BLOCK,
+    "max_num_batched_tokens": LONGEST + 1,
+}
 
 
 def trainer_model(path: str, *, tensor: int = 1, pipeline: int = 1) -> Model:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.bridge.options import whole_prompts
 from megatron_tropd.bridge.questions import Question, answer_of, checked_answer, in_batches
 from megatron_tropd.bridge.requests import (
     Graded,
@@ -106,6 +107,7 @@ class LocalEngine:
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
             "enforce_eager": device.type != "cuda",
+            **({} if device.type == "cuda" else whole_prompts(max_tokens)),
         }
         if dist.get_world_size() > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
