@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     method = check_method(config)
     check_available(config)
+    check_ahead(config, method)
     check_sequences(config, method)
     if config.rollout.recorded_from is not None:
         check_recorded(config.rollout.recorded_from, range(config.train.steps))
@@ -102,12 +104,29 @@ def check_method(config: RunConfig) -> Method:
 
 def check_available(config: RunConfig) -> None:
     """Refuses what the configuration knows and this version does not run yet, and packages that are not installed."""
-    if config.rollout.ahead:
-        raise ConfigError(f"rollout.ahead={config.rollout.ahead} is not available yet; use 0.")
     for role, section in (("student", config.student), ("teacher", config.teacher)):
         if section.attention == "te":
             raise ConfigError(f"{role}.attention=te is not available yet; use sdpa or auto.")
     check_packages(config)
+
+
+def check_ahead(config: RunConfig, method: Method) -> None:
+    """ConfigError when the method cannot learn from rollouts of older weights; a warning when nothing would overlap."""
+    ahead, engine = config.rollout.ahead, config.rollout.engine
+    if not ahead:
+        return
+    if method.on_policy_terms:
+        raise ConfigError(
+            f"rollout.ahead={ahead} has method.name={config.method.name} learn from tokens that older weights sampled, "
+            f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. Set "
+            "method.ppo_clip=0.2 where the method has it, take another term, or set rollout.ahead=0."
+        )
+    if engine in ("megatron", "vllm"):
+        warnings.warn(
+            f"rollout.ahead={ahead} with rollout.engine={engine}: the trainer's own processes sample, so nothing "
+            "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), or rollout.ahead=0.",
+            stacklevel=2,
+        )
 
 
 def check_packages(config: RunConfig) -> None:
@@ -330,7 +349,10 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **{f"method.{key}": value for key, value in config.method.model_dump().items()},
         **{
             f"rollout.{key}": getattr(config.rollout, key)
-            for key in ("samples_per_prompt", "guided_per_prompt", "max_new_tokens", "temperature", "top_p", "top_k")
+            for key in (
+                *("samples_per_prompt", "guided_per_prompt", "max_new_tokens"),
+                *("temperature", "top_p", "top_k", "ahead"),
+            )
         },
         **{f"train.{key}": getattr(config.train, key) for key in ("steps", "prompts_per_step", "minibatches")},
         **{f"optimizer.{key}": value for key, value in config.optimizer.model_dump().items()},

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 
+from megatron_tropd.batches import Batch, Batches, ScoredRollouts
 from megatron_tropd.build import Run
-from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, StudentScores, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
 from megatron_tropd.engine.publish import WeightStream
-from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.engine.score import asked_ids
 from megatron_tropd.engine.step import StepResult, TrainPack
 from megatron_tropd.evaluation import correctness, training_rule
 from megatron_tropd.losses.reduce import entropy_threshold
@@ -25,11 +20,11 @@ from megatron_tropd.parallel.arrays import all_gather_arrays
 from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
-from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.rollout.recorded import write_rollouts
+from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.sampler import Probed
+from megatron_tropd.rollout.spread import versions_of
 from megatron_tropd.rollout.verify import probe_of, verify_publish
-from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
+from megatron_tropd.types import Prompt, Rollout
 
 AfterStep = Callable[[int], None]  # told the number of finished steps
 Pause = Callable[[int], None]  # the same, wherever the weights are those of that many steps: it may leave by raising
@@ -37,6 +32,7 @@ Pause = Callable[[int], None]  # the same, wherever the weights are those of tha
 
 def train(
     run: Run,
+    batches: Batches,
     *,
     first_step: int,
     writer: MetricsWriter | None,
@@ -45,29 +41,30 @@ def train(
 ) -> None:
     """Trains from ``first_step`` to the end. Collective; ``writer`` on the first rank only.
 
-    ``pause`` is called after every step, and within a step after the rollouts, which are the longest part of it.
+    ``pause`` is called after every step, and within a step after rollouts, which are the longest part of it.
     """
     config, watch = run.config, Stopwatch()
     with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
         for step in range(first_step, config.train.steps):
             watch.reset()
-            prompts = run.prompts.batch(step, config.train.prompts_per_step)
-            fraction = run.method.schedule.fraction(step, config.train.steps) if run.method.guided else 0.0
-            with watch("rollout"):
-                rollouts = sample_rollouts(run, prompts, step=step, fraction=fraction)
-            if pause is not None:
-                pause(step)
-            minibatches = grade_rollouts(run, rollouts, step=step, watch=watch)
+            collected = _nothing if pause is None else partial(pause, step)
+            batches.begin(step, watch=watch)
+            batch = batches.take(step, watch=watch, collected=collected)
+            minibatches = grade_rollouts(run, batch.scored, step=step, watch=watch)
+            # what is sampled with these weights is waited for before they change
+            settle = partial(batches.settle, watch=watch, collected=collected)
             with watch("train"):
                 results = [
-                    run.trainer.step(packs, update=step * config.train.minibatches + number)
+                    run.trainer.step(packs, update=step * config.train.minibatches + number, before_update=settle)
                     for number, packs in enumerate(minibatches)
                 ]
             with watch("publish"):
                 publish(run, step + 1)
-            metrics = describe(run, step, prompts, rollouts, results, fraction) | watch.metrics()
+            metrics = describe(run, step, batch, results) | watch.metrics()
             metrics["time_optimizer"] = sum(result.optimizer_seconds for result in results)
             metrics["tokens_per_second"] = metrics["tokens"] / metrics["time_step"]
+            if config.rollout.ahead:
+                metrics["time_rollout_hidden"] = batches.hidden_seconds()
             if writer is not None:
                 writer.write(metrics)
             progress.update(metrics)
@@ -75,9 +72,13 @@ def train(
             if after_step is not None:
                 after_step(step + 1)
             if is_due(step + 1, every=config.checkpoint.every, last=config.train.steps):
-                save(run, step + 1)
+                save(run, batches, step + 1)
             if pause is not None:
                 pause(step + 1)
+
+
+def _nothing() -> None:
+    """What is done after rollouts where nobody may ask the run to stop."""
 
 
 def publish(run: Run, version: int) -> None:
@@ -90,58 +91,25 @@ def publish(run: Run, version: int) -> None:
         verify_publish(run.student, run.sampler, probe, rollout.verify_tolerance)
 
 
-def sample_rollouts(run: Run, prompts: Sequence[Prompt], *, step: int, fraction: float) -> list[Rollout]:
-    """The step's sequences, the same on every rank, recorded when asked for."""
-    rollout = run.config.rollout
-    guided = rollout.guided_per_prompt if run.method.guided else 0
-    requests = make_requests(
-        prompts,
-        samples=rollout.samples_per_prompt,
-        guided=guided,
-        fraction=fraction,
-        max_new_tokens=rollout.max_new_tokens,
-    )
-    rollouts = run.sampler.generate(requests, sampling_params(run), seed=run.config.seed, step=step)
-    if rollout.record is not None and run.world.is_first:
-        write_rollouts(rollout.record, step, rollouts)
-    return rollouts
-
-
-def sampling_params(run: Run) -> SamplingParams:
-    """How training rollouts are drawn."""
-    rollout = run.config.rollout
-    return SamplingParams(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop_token_ids=tuple(run.tokenizer.eos_ids),
-    )
-
-
-def grade_rollouts(run: Run, rollouts: Sequence[Rollout], *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
-    """This replica's packs of every minibatch, graded by the teacher and, where needed, scored by the student.
+def grade_rollouts(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
+    """This replica's packs of every minibatch, graded by the teacher.
 
     All scoring happens before the first update, so gates and old log-probs belong to the weights that sampled.
     """
     config = run.config
-    with watch("pack"):
-        minibatches = [pack_rollouts(run, part) for part in split_evenly(rollouts, config.train.minibatches)]
-    with watch("student"):
-        scores = [student_scores(run, packs) for packs in minibatches]
     with watch("teacher"):
         signals = [
             run.teacher.score(packs, run.signal, asked_ids(score))
-            for packs, score in zip(minibatches, scores, strict=True)
+            for packs, score in zip(scored.packs, scored.scores, strict=True)
         ]
     facts = BatchFacts(
         seed=config.seed,
         step=step,
         progress=step / config.train.steps,
         special_token_ids=tuple(run.tokenizer.eos_ids),
-        entropy_threshold=batch_entropy_threshold(run, scores),
+        entropy_threshold=batch_entropy_threshold(run, scored.scores),
     )
-    by_id = {rollout.sequence_id: rollout for rollout in rollouts}
+    by_id = {rollout.sequence_id: rollout for rollout in scored.rollouts}
     with watch("pack"):
         return [
             train_packs(
@@ -154,40 +122,8 @@ def grade_rollouts(run: Run, rollouts: Sequence[Rollout], *, step: int, watch: S
                 facts=facts,
                 model=run.student,
             )
-            for packs, signal, score in zip(minibatches, signals, scores, strict=True)
+            for packs, signal, score in zip(scored.packs, signals, scored.scores, strict=True)
         ]
-
-
-def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
-    """Consecutive parts whose sizes differ by at most one."""
-    ends = np.linspace(0, len(rollouts), parts + 1).astype(int)
-    return [rollouts[start:end] for start, end in pairwise(ends)]
-
-
-def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
-    """Packs for every student replica."""
-    # teacher and base model run the same packs, so their length must suit all layouts
-    layouts = [groups.layout for groups in (run.world.student, run.world.teacher, run.world.base) if groups is not None]
-    cuts = [layout.tensor * layout.context for layout in layouts]
-    multiple = math.lcm(*cuts) * 2
-    return pack(
-        rollouts,
-        max_tokens=run.config.train.pack_tokens,
-        multiple_of=multiple,
-        num_replicas=run.world.student.num_replicas,
-        linear_work=12 * run.student.architecture.hidden_size,
-    )
-
-
-def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:
-    """Old log-probs, entropies and likeliest tokens, when the method needs them or rollouts serve several updates."""
-    mine = packs[run.world.student.replica]
-    needs = run.method.needs
-    if not (needs.old_logprob or needs.entropy_top or run.signal.asked or run.config.train.minibatches > 1):
-        return [None] * len(mine)
-    return score_packs(
-        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
-    )
 
 
 def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | None]]) -> float:
@@ -204,15 +140,9 @@ def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | 
     return entropy_threshold(everyone[-1], fraction=share)
 
 
-def describe(
-    run: Run,
-    step: int,
-    prompts: Sequence[Prompt],
-    rollouts: Sequence[Rollout],
-    results: Sequence[StepResult],
-    fraction: float,
-) -> dict[str, float]:
+def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -> dict[str, float]:
     """The step in numbers (``report.metrics`` says what each means)."""
+    prompts, rollouts = batch.prompts, batch.scored.rollouts
     responses = [len(r.token_ids) - r.prompt_length for r in rollouts]
     prefixes = [r.prefix_length for r in rollouts]
     metrics: dict[str, float] = {
@@ -230,10 +160,20 @@ def describe(
     metrics |= {n: float(np.mean([r.stats[n] for r in results if n in r.stats])) for n in sorted(names)}
     if run.method.guided and run.config.rollout.guided_per_prompt:
         guided = run.config.rollout.guided_per_prompt
-        metrics["prefix_fraction"] = fraction
+        metrics["prefix_fraction"] = batch.fraction
         metrics["prefix_length"] = sum(prefixes) / (len(prompts) * guided)
+    if run.config.rollout.ahead:
+        metrics |= _staleness(rollouts, step)
     metrics |= _training_accuracy(run, prompts, rollouts)
     return metrics | _length_by_source(prompts, rollouts)
+
+
+def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
+    """How many steps ago the weights were new that wrote the tokens."""
+    empty = np.empty(0, np.int64)
+    versions = np.concatenate([empty, *(versions_of(rollout) for rollout in rollouts)])
+    ages = step - versions
+    return {"staleness_mean": float(ages.mean()), "staleness_max": float(ages.max())} if len(ages) else {}
 
 
 def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -275,7 +215,7 @@ def is_due(step: int, *, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, batches: Batches, step: int) -> None:
     """A checkpoint after ``step`` finished steps."""
     save_checkpoint(
         run.config.run_dir / "checkpoints",
@@ -284,27 +224,5 @@ def save(run: Run, step: int) -> None:
         step=step,
         state={"run": run.identity},
         keep=run.config.checkpoint.keep,
+        beside=partial(batches.save, step=step),
     )
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds spent in the parts of a step."""
-
-    started: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-    def reset(self) -> None:
-        self.started, self.parts = time.perf_counter(), {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - before
-
-    def metrics(self) -> dict[str, float]:
-        """``time_*`` of the step; what no part claims is ``time_other``."""
-        total = time.perf_counter() - self.started
-        named = {f"time_{part}": seconds for part, seconds in self.parts.items()}
-        return named | {"time_step": total, "time_other": total - sum(self.parts.values())}

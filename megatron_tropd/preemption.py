@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.batches import Batches
 from megatron_tropd.build import Run
 from megatron_tropd.engine.checkpoint import find_checkpoint, read_state
 from megatron_tropd.loop import save
@@ -84,7 +85,7 @@ def _leave_at_once(heard: signal.Signals) -> None:
     os._exit(EXIT_PREEMPTED)
 
 
-def leave_if_asked(run: Run, stop: StopRequest, steps: int, *, first_step: int) -> None:
+def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *, first_step: int) -> None:
     """Where the weights are those of ``steps`` finished steps: saves and raises when any rank was asked to stop.
 
     Collective. ``first_step``: what this session went on from, which needs no checkpoint of its own.
@@ -96,7 +97,7 @@ def leave_if_asked(run: Run, stop: StopRequest, steps: int, *, first_step: int) 
     if heard is None:
         return
     if steps > first_step and not _is_saved(run, steps):
-        save(run, steps)
+        save(run, batches, steps)
     newest = f"the checkpoint is in {run.config.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
     again = "" if run.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(

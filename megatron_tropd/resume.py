@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
+from megatron_tropd.batches import Batches
 from megatron_tropd.build import Run
 from megatron_tropd.config import RunConfig
 from megatron_tropd.engine.checkpoint import discard_checkpoints, find_checkpoint, load_checkpoint, read_state
@@ -45,11 +46,12 @@ def find_start(config: RunConfig, identity: Mapping[str, Any]) -> Path | None:
     return checkpoint
 
 
-def restore(run: Run, checkpoint: Path | None) -> int:
+def restore(run: Run, batches: Batches, checkpoint: Path | None) -> int:
     """Puts the run where the checkpoint was written; the number of steps already done. Collective."""
     if checkpoint is None:
         return 0
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
+    batches.restore(checkpoint, steps)
     if run.world.is_first:
         Console().print(f"going on from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
     return steps

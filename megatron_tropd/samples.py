@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tropd import loop
+from megatron_tropd.batches import pack_rollouts, sampling_params
 from megatron_tropd.build import Run
 from megatron_tropd.engine.batch import BatchFacts, support_of, token_view
 from megatron_tropd.engine.context import own_valid_positions
@@ -37,7 +37,7 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     guided = 1 if run.method.guided and run.config.rollout.guided_per_prompt else 0
     budget = run.config.rollout.max_new_tokens
     requests = make_requests(prompts, samples=1, guided=guided, fraction=_SHOWN_PREFIX, max_new_tokens=budget)
-    params = loop.sampling_params(run)
+    params = sampling_params(run)
     rollouts = sampler.generate(requests, params, seed=run.config.seed, step=run.config.train.steps)
     # a recording has no grades for new answers
     gates = {} if isinstance(run.teacher, RecordedTeacher) else _gate_by_sequence(run, rollouts)
@@ -71,7 +71,7 @@ def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple
 
 def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray]:
     """``[response, 2]`` gate weight and log ratio of every response token, on every rank."""
-    packs = loop.pack_rollouts(run, rollouts)
+    packs = pack_rollouts(run, rollouts)
     mine = packs[run.world.student.replica]
     scores = score_packs(
         run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked

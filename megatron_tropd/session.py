@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_tropd import loop
+from megatron_tropd.batches import Batches
 from megatron_tropd.build import Run, build_run, embedded_sampler
 from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.families import hf_shapes
@@ -61,7 +62,8 @@ def _run_training(config: RunConfig, stop: StopRequest) -> Run:
     check_writable(config)
     checkpoint = find_start(config, identity(config, inputs))
     run = build_run(config, inputs)
-    first_step = restore(run, checkpoint)
+    batches = Batches(run)
+    first_step = restore(run, batches, checkpoint)
     if first_step == 0:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
@@ -71,8 +73,8 @@ def _run_training(config: RunConfig, stop: StopRequest) -> Run:
     if first_step == 0:
         evaluator.before()
     with stop.deferred(), _metrics_writer(run, first_step) as writer:
-        pause = partial(leave_if_asked, run, stop, first_step=first_step)
-        loop.train(run, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
+        pause = partial(leave_if_asked, run, batches, stop, first_step=first_step)
+        loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
     evaluator.after()
     if config.export.hf is not None:
         export_student(run, config.export.hf)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tiny_models import STUDENT, TEACHER, Objective, random_rollouts
 from torch import Tensor
 
+from megatron_tropd.batches import score_rollouts
 from megatron_tropd.build import (
     DTYPES,
     Run,
@@ -34,8 +35,9 @@ from megatron_tropd.engine.optimizer import Optimization, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, local_table
 from megatron_tropd.errors import SelfCheckError
-from megatron_tropd.loop import Stopwatch, grade_rollouts
+from megatron_tropd.loop import grade_rollouts
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.selfcheck import SelfCheck, check_self
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec
@@ -171,7 +173,9 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
     outcome: dict[str, Any] = {"loss": [], "grad_norm": [], "stats": [], "packs": []}
     for step in range(case.steps):
         rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
-        minibatches = grade_rollouts(run, rollouts, step=step, watch=Stopwatch())
+        minibatches = grade_rollouts(
+            run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch()
+        )
         if step == 0:
             run.trainer.probe(minibatches[0])
             if case.distributed_optimizer:
@@ -201,7 +205,7 @@ def run_chain(cases: Sequence[Case], models: str, checkpoints: str) -> list[dict
             assert path is not None
             assert load_checkpoint(path, run.student, run.trainer.optimization)["step"] == step
         rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
-        [packs] = grade_rollouts(run, rollouts, step=step, watch=Stopwatch())
+        [packs] = grade_rollouts(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch())
         result = run.trainer.step(packs, update=step)
         outcome.append({"loss": result.loss, "grad_norm": result.grad_norm})
         save_checkpoint(Path(checkpoints), run.student, run.trainer.optimization, step=step + 1, state={})

@@ -27,6 +27,7 @@ FLOORS = (
     ("evaluation", "reading"),
     ("inputs",),
     ("build", "planning"),
+    ("batches",),
     ("loop", "plan", "generate", "serve", "conversion", "demo"),
     ("samples", "resume", "preemption"),
     ("session",),
@@ -45,6 +46,7 @@ COMMUNICATES = {
     "evaluation",
     "inputs",
     "build",
+    "batches",
     "loop",
     "plan",
     "planning",
@@ -107,7 +109,7 @@ def test_rooms_that_only_compute_import_no_collectives(module):
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if room_of(m) in {"engine", "teacher", "rollout", "build", "loop"}]
+    "module", [m for m in MODULES if room_of(m) in {"engine", "teacher", "rollout", "build", "batches", "loop"}]
 )
 def test_the_trainer_never_names_a_method(module):
     nodes = ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))

@@ -363,6 +363,7 @@ def run_dir(tmp_path: Path) -> Path:
                     "response_length": 30.0,
                     "prefix_length": math.nan if step > 20 else 20.0 - step,
                     "time_rollout": 0.5,
+                    "time_rollout_hidden": 0.125,
                     "time_teacher": 0.25,
                     "time_step": 1.0,
                 }
@@ -406,6 +407,7 @@ def test_report_breaks_the_mean_step_into_parts(run_dir: Path):
     text = re.sub(r"\s+", " ", Page(write_report(run_dir)).text)
     assert "rollout0.500 s50.0 %" in text and "teacher0.250 s25.0 %" in text
     assert "other0.250 s25.0 %" in text and "mean step1.000 s" in text
+    assert "rollouts beside it0.125 s" in text  # they took none of the step's own time
 
 
 def test_report_marks_tokens_by_region_and_gate(run_dir: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,13 +40,14 @@ class Batch:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.error: ServingError | None = None
+        self.ended_at: float | None = None  # time.perf_counter() of the last result
         self._jobs = tuple(jobs)
         self._left = len(self._jobs)
         self._finished = threading.Event()
         for job in jobs:
             job.batch = self
         if not jobs:
-            self._finished.set()
+            self._end()
 
     def wait(self, timeout_s: float) -> bool:
         """Whether all is done, at the latest after so long.
@@ -67,11 +69,15 @@ class Batch:
         job.result = result
         self._left -= 1
         if self._left == 0:
-            self._finished.set()
+            self._end()
 
     def fail(self, error: ServingError) -> None:
         """The batch will never be done."""
         self.error = error
+        self._finished.set()
+
+    def _end(self) -> None:
+        self.ended_at = time.perf_counter()
         self._finished.set()
 
 

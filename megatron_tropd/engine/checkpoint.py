@@ -13,7 +13,7 @@ import os
 import queue
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,20 @@ def _directory(root: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    root: str | Path, model: Model, optimization: Optimization, *, step: int, state: Mapping[str, Any], keep: int = 0
+    root: str | Path,
+    model: Model,
+    optimization: Optimization,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int = 0,
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Saves after ``step`` finished steps. Collective.
 
     Args:
         state: small JSON-able facts of the run (seed, method, what else must agree to go on).
+        beside: called on every rank with a directory, to write more files of the checkpoint into.
         keep: how many checkpoints to leave on disk; 0 keeps all. Those of later steps go too: they were left by a run
             that went back.
     """
@@ -52,7 +60,7 @@ def save_checkpoint(
     target = _directory(root, step)
     with megatron_sees(model.groups):
         sharded = _sharded_state(model, optimization, loading=False)
-    _write_whole(target, sharded, {"step": step, **state}, model)
+    _write_whole(target, sharded, {"step": step, **state}, model, beside=beside)
     if dist.get_rank() == 0:
         _write_synced(root / (_LATEST + ".partial"), target.name)
         os.replace(root / (_LATEST + ".partial"), root / _LATEST)
@@ -73,7 +81,12 @@ def save_model(target: Path, model: Model, *, state: Mapping[str, Any], companio
 
 
 def _write_whole(
-    target: Path, sharded: dict[str, Any], facts: dict[str, Any], model: Model, companions: Iterable[Path] = ()
+    target: Path,
+    sharded: dict[str, Any],
+    facts: dict[str, Any],
+    model: Model,
+    companions: Iterable[Path] = (),
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes aside, then the list of what was written, then puts it in place. Collective."""
     aside = target.with_name(target.name + ".partial")
@@ -84,6 +97,8 @@ def _write_whole(
     with megatron_sees(model.groups):
         _collect_writes_in_process()
         dist_checkpointing.save(sharded, str(aside))
+    if beside is not None:
+        beside(aside)
     dist.barrier()
     if dist.get_rank() == 0:
         for path in companions:

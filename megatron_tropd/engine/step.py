@@ -99,8 +99,12 @@ class Trainer:
         self._sums = self._new_sums()
         self._stat_names: list[str] | None = None
 
-    def step(self, packs: Sequence[TrainPack], *, update: int) -> StepResult:
+    def step(
+        self, packs: Sequence[TrainPack], *, update: int, before_update: Callable[[], None] | None = None
+    ) -> StepResult:
         """One update from this replica's packs. Collective.
+
+        ``before_update`` is called when gradients are there and the weights are still those that made them.
 
         Raises:
             EngineError: the loss or the gradient norm is not finite; weights are left as they were.
@@ -113,6 +117,8 @@ class Trainer:
                 f"the loss of update {update} is {loss}. No weight was changed. "
                 "Lower optimizer.lr, or check the models with `tropd check`."
             )
+        if before_update is not None:
+            before_update()
         started = time.perf_counter()
         grad_norm = self._gradient_norm()
         if not math.isfinite(grad_norm):

@@ -29,6 +29,7 @@ class Term:
     loss: Loss
     needs: Needs = field(default_factory=Needs)
     vanishes: bool = True  # loss gradient is 0 when teacher and student agree
+    on_policy: bool = False  # its gradient is right only while the weights that learn are those that sampled
 
 
 # --------------------------------------------------------------------------- sampled-token terms
@@ -53,7 +54,7 @@ def policy_gradient(
         ratio_T = torch.exp(student.logprob_T - student.old_logprob_T.detach())
         return -torch.minimum(ratio_T * reward_T, ratio_T.clamp(1.0 - clip, 1.0 + clip) * reward_T)
 
-    return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes)
+    return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes, on_policy=clip is None)
 
 
 def k1_pg(*, clip: float | None = None, floor: float | None = None) -> Term:
@@ -89,7 +90,7 @@ def k2() -> Term:
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         return 0.5 * (teacher.logprob_T - student.logprob_T).square()
 
-    return Term(name="k2", loss=loss)
+    return Term(name="k2", loss=loss, on_policy=True)
 
 
 def k3() -> Term:
@@ -99,7 +100,7 @@ def k3() -> Term:
         ratio_T = teacher.logprob_T - student.logprob_T
         return torch.expm1(ratio_T) - ratio_T
 
-    return Term(name="k3", loss=loss)
+    return Term(name="k3", loss=loss, on_policy=True)
 
 
 def nll() -> Term:
@@ -164,7 +165,7 @@ def fkl_pg_scalar(*, k: int, tail: Tail = "none", support: SupportKind = "teache
         advantage_T = -direct.loss(student, teacher).detach()
         return -advantage_T * student.logprob_T
 
-    return Term(name="fkl_pg_scalar", loss=loss, needs=direct.needs)
+    return Term(name="fkl_pg_scalar", loss=loss, needs=direct.needs, on_policy=True)
 
 
 def _on_support(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,11 @@ class Method:
         return all(term.vanishes for term in self._terms)
 
     @property
+    def on_policy_terms(self) -> tuple[str, ...]:
+        """Terms on the student's own tokens whose gradient takes these for samples of the weights that learn."""
+        return tuple(dict.fromkeys(t.name for t in (self.trusted, self.outlier, self.extra) if t.on_policy))
+
+    @property
     def _terms(self) -> tuple[Term, ...]:
         return (self.trusted, self.outlier, self.prefix, self.extra)
 

@@ -119,6 +119,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "guidance": _charts(rows, _GUIDANCE),
         "shares": _shares(breakdown),
         "step_seconds": sum(float(np.mean(seconds)) for seconds in breakdown.values()),
+        "hidden_seconds": _mean(rows, "time_rollout_hidden"),
         "time_chart": _time_chart(rows, breakdown),
         "pairs": _pairs(read_samples(run_dir)),
         "most_tokens": _MOST_TOKENS,
@@ -254,6 +255,12 @@ def _step_parts(rows: Rows) -> dict[str, FloatArray]:
     if parts and "other" not in parts and np.isfinite(whole).any():
         parts["other"] = np.nan_to_num(np.maximum(whole - sum(parts.values()), 0.0))
     return parts
+
+
+def _mean(rows: Rows, name: str) -> float | None:
+    """Of the steps that have the metric; None when none has."""
+    column = _column(rows, name)
+    return float(np.nanmean(column)) if np.isfinite(column).any() else None
 
 
 def _shares(parts: Mapping[str, FloatArray]) -> list[Share]:

@@ -59,6 +59,10 @@ METRICS: Mapping[str, Metric] = {
         "nats/token", "Mean absolute difference between the sampler's and the trainer's log-probs.", "mismatch"
     ),
     "logprob_gap_max": Metric("nats", "Largest such difference of the step.", "mismatch"),
+    "staleness_mean": Metric(
+        "steps", "Mean age of the weights that wrote the student's tokens; with rollout.ahead alone.", "mismatch"
+    ),
+    "staleness_max": Metric("steps", "Largest such age of the step.", "mismatch"),
     "prefix_length": Metric("tokens", "Mean length of the teacher-written prefix of guided sequences.", "guidance"),
     "prefix_fraction": Metric("fraction", "Share of the teacher's response given as prefix.", "guidance"),
     "prefix_nll": Metric("nats/token", "Mean -log q of the teacher-written prefix tokens.", "guidance"),
@@ -66,7 +70,10 @@ METRICS: Mapping[str, Metric] = {
         "fraction", "Share of the step's own fully on-policy responses graded correct.", "accuracy"
     ),
     "time_step": Metric("s", "Wall time of the whole step.", "time"),
-    "time_rollout": Metric("s", "Wall time of sampling.", "time"),
+    "time_rollout": Metric("s", "Wall time of sampling, as far as the step waited for it.", "time"),
+    "time_rollout_hidden": Metric(
+        "s", "Wall time of sampling while the program did something else, beside time_step; with rollout.ahead.", "time"
+    ),
     "time_pack": Metric("s", "Wall time of packing.", "time"),
     "time_teacher": Metric("s", "Wall time of teacher scoring.", "time"),
     "time_student": Metric("s", "Wall time of the student's own scoring pass (old log-probs, own top-k).", "time"),

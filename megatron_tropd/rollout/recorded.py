@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_tropd.errors import DataError
+from megatron_tropd.rollout.spread import versions_of
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
 
 _COLUMNS = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
@@ -29,6 +30,9 @@ def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]
     path = _file(Path(directory), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[getattr(rollout, name) for name in _COLUMNS] for rollout in rollouts]
+    columns = {}
+    if any(rollout.token_versions is not None for rollout in rollouts):
+        columns["token_versions"] = _joined([versions_of(rollout) for rollout in rollouts], np.int64)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(
@@ -38,6 +42,7 @@ def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]
             token_ids=_joined([rollout.token_ids for rollout in rollouts], np.int64),
             sampling_logprob=_joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
             model_logprob=_joined([rollout.model_logprob for rollout in rollouts], np.float32),
+            **columns,  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
         )
     os.replace(partial, path)
     return path
@@ -80,16 +85,30 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
     rows = [dict(zip(_COLUMNS, row, strict=True)) for row in arrays["rows"].tolist()]
     lengths = arrays["lengths"]
     written = lengths - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
+    versions: list[np.ndarray | None] = [None] * len(rows)
+    if "token_versions" in arrays:  # where one sequence has several
+        versions = [_if_mixed(version_n) for version_n in _parts(arrays["token_versions"], written)]
     return [
-        Rollout(**{**row, "finished": bool(row["finished"])}, token_ids=t, sampling_logprob=s, model_logprob=m)
-        for row, t, s, m in zip(
+        Rollout(
+            **{**row, "finished": bool(row["finished"])},
+            token_ids=t,
+            sampling_logprob=s,
+            model_logprob=m,
+            token_versions=v,
+        )
+        for row, t, s, m, v in zip(
             rows,
             _parts(arrays["token_ids"], lengths),
             _parts(arrays["sampling_logprob"], written),
             _parts(arrays["model_logprob"], written),
+            versions,
             strict=True,
         )
     ]
+
+
+def _if_mixed(version_n: np.ndarray) -> np.ndarray | None:
+    return version_n if len(version_n) and (version_n != version_n[0]).any() else None
 
 
 def _parts(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

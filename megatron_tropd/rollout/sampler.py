@@ -34,6 +34,28 @@ class Sampler(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """Rollouts that are being written while the caller does something else."""
+
+    @property
+    def ended_at(self) -> float | None:
+        """``time.perf_counter()`` when the last of them was there; None where that is not known."""
+        ...
+
+    def collect(self) -> list[Rollout]:
+        """Waits for all of them: what ``generate`` returns. Collective."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A sampler that computes elsewhere, so that generation need not be waited for at once."""
+
+    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> Pending:
+        """Starts what ``generate`` does. Weights must not change before all that was begun is collected."""
+        ...
+
+
 @runtime_checkable
 class Probed(Protocol):
     """A sampler whose engines can be asked whether new weights have arrived."""

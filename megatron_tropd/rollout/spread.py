@@ -97,3 +97,10 @@ def to_rollout(
         weight_version=version,
         token_versions=token_versions,
     )
+
+
+def versions_of(rollout: Rollout) -> Int64Array:
+    """``[continuation]`` the step whose weights wrote each token."""
+    if rollout.token_versions is not None:
+        return rollout.token_versions
+    return np.full(len(rollout.model_logprob), rollout.weight_version, dtype=np.int64)

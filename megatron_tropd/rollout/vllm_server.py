@@ -67,6 +67,10 @@ class ServerSampler:
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> list[Rollout]:
+        return self.begin(requests, params, seed=seed, step=step).collect()
+
+    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Pending:
+        """Sends the requests off; see ``rollout.sampler.Overlapping``."""
         contexts = contexts_of(requests, self._max_tokens)
         tasks = [
             Task(
@@ -79,18 +83,7 @@ class ServerSampler:
             if request.max_new_tokens > 0
         ]
         batch = None if self._pool is None else self._pool.submit([self._job(task, params) for task in tasks])
-        answers = dict(zip([task.number for task in tasks], self._collected(batch), strict=True))
-        return [
-            to_rollout(
-                request,
-                context,
-                answers[number].continuation if number in answers else None,
-                params,
-                version=int(answers[number].version_n[0]) if number in answers else self.version,
-                token_versions=_if_mixed(answers[number].version_n) if number in answers else None,
-            )
-            for number, (request, context) in enumerate(zip(requests, contexts, strict=True))
-        ]
+        return _Pending(self, requests, contexts, params, [task.number for task in tasks], batch)
 
     def probe(self, token_ids: Int64Array) -> dict[str, Float32Array]:
         """``[L - 1]`` log-prob of every token after the first, by every server; on the first rank."""
@@ -128,7 +121,7 @@ class ServerSampler:
         graded = await server.grade(whole, number=task.number, timeout_s=self._timeout_s)
         return graded.logprob[-len(written.token_ids) :]
 
-    def _collected(self, batch: Batch | None) -> list[_Answer]:
+    def collected(self, batch: Batch | None) -> list[_Answer]:
         """The answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile."""
         while True:
             word = torch.tensor([_WAITING if batch is None else self._wait(batch)])
@@ -146,6 +139,36 @@ class ServerSampler:
             if self._pool.starved:
                 return _STARVED
         return _WAITING
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """Implements ``rollout.sampler.Pending``."""
+
+    sampler: ServerSampler
+    requests: Sequence[RolloutRequest]
+    contexts: Sequence[Int64Array]
+    params: SamplingParams
+    asked: Sequence[int]  # positions of the requests that servers have something to write for
+    batch: Batch | None  # on the first rank
+
+    @property
+    def ended_at(self) -> float | None:
+        return None if self.batch is None else self.batch.ended_at
+
+    def collect(self) -> list[Rollout]:
+        answers = dict(zip(self.asked, self.sampler.collected(self.batch), strict=True))
+        return [
+            to_rollout(
+                request,
+                context,
+                answers[number].continuation if number in answers else None,
+                self.params,
+                version=int(answers[number].version_n[0]) if number in answers else self.sampler.version,
+                token_versions=_if_mixed(answers[number].version_n) if number in answers else None,
+            )
+            for number, (request, context) in enumerate(zip(self.requests, self.contexts, strict=True))
+        ]
 
 
 def _if_mixed(version_n: Int64Array) -> Int64Array | None:

@@ -1,0 +1,35 @@
+"""Seconds spent in the parts of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """``with watch("part")`` adds to a part; what a part inside it takes is the inner one's alone."""
+
+    started: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    _inner: float = 0.0  # seconds of finished parts inside the one that is being measured
+
+    def reset(self) -> None:
+        self.started, self.parts, self._inner = time.perf_counter(), {}, 0.0
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        before, around = time.perf_counter(), self._inner
+        self._inner = 0.0
+        yield
+        seconds = time.perf_counter() - before
+        self.parts[part] = self.parts.get(part, 0.0) + seconds - self._inner
+        self._inner = around + seconds
+
+    def metrics(self) -> dict[str, float]:
+        """``time_*`` of the step; what no part claims is ``time_other``."""
+        total = time.perf_counter() - self.started
+        named = {f"time_{part}": seconds for part, seconds in self.parts.items()}
+        return named | {"time_step": total, "time_other": total - sum(self.parts.values())}
