@@ -377,7 +377,7 @@ class RolloutConfig(Section):
     temperature: Real = key(1.0, "Sampling temperature. On-policy methods are derived for 1.", gt=0)
     top_p: Real = key(1.0, "Nucleus sampling: keep the smallest set with this probability.", gt=0, le=1)
     top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
-    ahead: Whole = key(0, "Steps that generation may run ahead of training; 0 is synchronous.", ge=0)
+    ahead: Whole = key(0, "Steps that generation runs ahead of training (docs/vllm.md); 0 is synchronous.", ge=0)
     batch_size: Whole = key(64, "Sequences generated together by the embedded sampler.", ge=1)
     record: UserPath | None = key(None, "Directory to record every rollout in; null records nothing.")
     recorded_from: UserPath | None = key(None, "Directory to replay, for engine `recorded`.")

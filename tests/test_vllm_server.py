@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_inputs import Task, make_task, steady_metrics
+from run_inputs import Task, assert_metrics_agree, make_task, steady_metrics
 from vllm_server_cases import over_http
 from vllm_servers import KEY, ServerProcess
 from vllm_support import SIZES, SMALL, TEACHER, needs_vllm, vllm_commands
@@ -77,3 +78,24 @@ def test_a_run_with_servers_trains(task, servers, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["logprob_gap_max"] < 1e-4 and row["sequences"] == 9 for row in rows)
     assert KEY not in outcome.output and KEY not in Path(tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_servers_write_the_next_batch_while_the_trainer_learns(task, servers, tmp_path):
+    urls = json.dumps([server.url for server in servers])
+    settings = ("rollout.engine=vllm_server", f"rollout.vllm_server.urls={urls}", *SMALL, "rollout.ahead=1")
+    learning = ("method.ppo_clip=0.2", "optimizer.lr=2.0e-2", "train.steps=4", "checkpoint.every=2")
+    command = ("train", task.config, *settings, *learning, "evaluate.prompts=null", "report.samples=0")
+    vllm_commands().run(*command, f"run_dir={tmp_path}/run", TROPD_API_KEY=KEY).expect_success()
+    rows = steady_metrics(tmp_path / "run")
+    assert [(row["staleness_mean"], row["staleness_max"]) for row in rows] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    # the servers' log-probs are of the weights that wrote the tokens: so are the trainer's old ones
+    assert all(row["logprob_gap_max"] < 1e-4 for row in rows)
+    times = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    hidden = [row["time_rollout_hidden"] for row in times]
+    assert min(hidden[:3]) > 0.0 and hidden[3] == 0.0, "in the last step nothing is left to write"
+
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "half/checkpoints/step-00000002")
+    shutil.copy(tmp_path / "run" / "metrics.jsonl", tmp_path / "half")
+    outcome = vllm_commands().run(*command, f"run_dir={tmp_path}/half", TROPD_API_KEY=KEY).expect_success()
+    assert "(2 steps done)" in outcome.output
+    assert_metrics_agree(steady_metrics(tmp_path / "half"), rows)
