@@ -95,15 +95,14 @@ def test_a_run_goes_on_with_the_batches_that_older_weights_had_sampled(task: Tas
         *(f"scores-0000000{step}-00000.npz" for step in (4, 5)),
         *(f"step-0000000{step}.npz" for step in (4, 5)),
     ]
-    output = train(task, resumed(unbroken, tmp_path / "same", 2), *LEARNING, *TP2, "rollout.ahead=2", ranks=2)
-    assert "(2 steps done)" in output and "other settings" not in output
-    assert steady_metrics(tmp_path / "same") == steady_metrics(unbroken)
-
-    # two replicas: their packs are others, and each has some of the sequences
-    train(task, resumed(unbroken, tmp_path / "apart", 2), *LEARNING, "rollout.ahead=2", ranks=2)
-    assert_metrics_agree(steady_metrics(tmp_path / "apart"), steady_metrics(unbroken))
-    replicas = tmp_path / "apart" / "checkpoints" / "step-00000004" / "ahead"
-    assert len(list(replicas.glob("scores-00000004-*.npz"))) == 2
+    # two stages: the first has no scores; two replicas: their packs are others, and each has some of the sequences
+    stages = ("student.parallel.pipeline=2", "teacher.parallel.pipeline=2")
+    for name, layout, files in (("stages", stages, 1), ("replicas", (), 2)):
+        run_dir = resumed(unbroken, tmp_path / name, 2)
+        output = train(task, run_dir, *LEARNING, *layout, "rollout.ahead=2", ranks=2)
+        assert "(2 steps done)" in output and "other settings" not in output
+        assert_metrics_agree(steady_metrics(run_dir), steady_metrics(unbroken))
+        assert len(list((run_dir / "checkpoints/step-00000004/ahead").glob("scores-00000004-*.npz"))) == files
 
 
 def test_a_run_killed_while_it_has_batches_ahead_ends_like_an_unbroken_one(task: Task, unbroken: Path, tmp_path: Path):
