@@ -364,7 +364,11 @@ class StudentServersConfig(ServersConfig):
         "127.0.0.1", "Address of the first rank's host, as servers reach it, for `broadcast`.", min_length=1
     )
     bucket_mib: Whole = key(256, "Weights sent at a time, in MiB.", ge=1)
-    transfer_s: Real = key(600.0, "Longest time for a bucket to arrive.", gt=0)
+    transfer_s: Real = key(
+        120.0,
+        "Longest time for a bucket to arrive: a server that hangs within a broadcast holds the others so long.",
+        gt=0,
+    )
 
 
 class RolloutConfig(Section):

@@ -25,9 +25,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="module")
 def servers(task: Task) -> Iterator[list[ServerProcess]]:
-    """Two servers of one worker each."""
+    """Two servers, of one worker and of two."""
     settings = (*SMALL, "rollout.max_new_tokens=64")
-    found = [ServerProcess(task.config, task.directory / f"server-{n}.log", settings) for n in range(2)]
+    found = [
+        ServerProcess(
+            task.config, task.directory / f"server-{n}.log", (*settings, f"rollout.vllm_server.tensor={n + 1}")
+        )
+        for n in range(2)
+    ]
     try:
         for server in found:
             server.start()

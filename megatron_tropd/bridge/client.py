@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_tropd.errors import ServingError
 from megatron_tropd.types import Int64Array, SamplingParams
 
 _CONTROL_S = 60.0  # for requests that compute nothing
+_PASSING = (408, 425, 429)  # what a proxy says where asking again later may help
 
 
 class Unreachable(ServingError):
@@ -120,16 +122,19 @@ class Server:
     ) -> http.Response:
         headers = self._headers if key else {}
         try:
-            response = await self._connections.request(
-                method, self.url + path, json=asked, headers=headers, timeout=timeout_s
-            )
-        except http.TimeoutException as error:
+            async with asyncio.timeout(timeout_s):  # for the whole answer: httpx's own limit starts anew at every byte
+                response = await self._connections.request(
+                    method, self.url + path, json=asked, headers=headers, timeout=timeout_s
+                )
+        except (TimeoutError, http.TimeoutException) as error:
             raise Unreachable(f"{self.url}{path} gave no answer within {timeout_s:g} s.") from error
         except http.TransportError as error:
             raise Unreachable(f"{self.url}{path} cannot be reached: {error!r}.") from error
+        except http.RequestError as error:
+            raise ServingError(f"{self.url}{path} gave an answer that cannot be read: {error!r}.") from error
         if response.status_code == 401:
             raise Refused(f"{self.url} does not accept the API key. Give trainer and server the same one.")
-        if response.status_code >= 500:
+        if response.status_code >= 500 or response.status_code in _PASSING:
             raise Unreachable(f"{self.url}{path} failed ({response.status_code}): {_excerpt(response)}")
         if response.status_code != 200:
             raise Refused(f"{self.url}{path} refused ({response.status_code}): {_excerpt(response)}")

@@ -21,7 +21,7 @@ class PoolSettings:
     heartbeat_s: float = 30.0  # longest silence of a server
     attempts: int = 5  # wrong answers to one job before the run ends
     patience_s: float = 600.0  # longest time without any server
-    transfer_s: float = 600.0  # longest time for one bucket of weights
+    transfer_s: float = 120.0  # longest time for one bucket of weights
 
 
 @dataclass(eq=False, slots=True)
@@ -32,6 +32,7 @@ class Job:
     cost: float  # tokens, about
     batch: Batch | None = None
     attempts: int = 0  # that were answered wrongly
+    wrong: set[Peer] = field(default_factory=set)  # who answered wrongly: others are asked first
     result: Any = None
 
 
@@ -89,7 +90,9 @@ class Peer:
     alive: bool = True
     current: bool = True  # has the weights that are wanted
     faults: int = 0  # wrong answers in a row
+    losses: int = 0  # since it last answered rightly
     error: str = ""  # why it is not alive
+    info: dict[str, Any] = field(default_factory=dict)  # what it said of itself at first
     tasks: dict[Job, asyncio.Task[None]] = field(default_factory=dict)
     feed: asyncio.Task[None] | None = None  # takes it through an update
     reviving: asyncio.Task[None] | None = None

@@ -15,7 +15,14 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 
 from megatron_tropd.bridge.client import Refused, Server, Unreachable, new_connections
 from megatron_tropd.bridge.jobs import Batch, Job, Peer, PoolSettings
@@ -27,7 +34,8 @@ _log = logging.getLogger(__name__)
 _WRONG_ANSWERS = 3
 # a server that failed at something but says within so long that it is well is not lost
 _WELL_S = 5.0
-_BACKOFF = wait_exponential_jitter(multiplier=0.25, max=30.0)
+_LONGEST_PAUSE_S = 30.0
+_BACKOFF = wait_exponential_jitter(multiplier=0.25, max=_LONGEST_PAUSE_S)
 
 Refresh = Callable[[Server], Awaitable[None]]
 
@@ -71,7 +79,7 @@ class Pool:
         return batch
 
     def on_every(self, call: Callable[[Server], Awaitable[Any]]) -> dict[str, Any]:
-        """The answer of every usable server, by address; one that does not answer is lost, and left out."""
+        """The answer of every usable server, by address; one that gives none that is right is lost, and left out."""
         found: dict[str, Any] = self.run(self._on_every(call))
         return found
 
@@ -98,6 +106,8 @@ class Pool:
         self.run(self._disconnect())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     # ----------------------------------------------------------------- work
 
@@ -107,14 +117,27 @@ class Pool:
 
     def _pump(self) -> None:
         """Gives waiting jobs to the servers with the least to do."""
+        kept: list[Job] = []
         while self._queue:
-            room = [peer for peer in self._peers if peer.usable and len(peer.tasks) < self.settings.requests]
-            if not room:
+            usable = [peer for peer in self._peers if peer.usable]
+            if not any(self._has_room(peer) for peer in usable):
                 break
-            peer, job = min(room, key=lambda p: p.outstanding), self._queue.popleft()
+            job = self._queue.popleft()
             assert job.batch is not None
-            if job.batch.error is None:
+            if job.batch.error is not None:
+                continue
+            # one that has answered this job wrongly is asked again when there is no other
+            suited = [peer for peer in usable if peer not in job.wrong] or usable
+            room = [peer for peer in suited if self._has_room(peer)]
+            if room:
+                peer = min(room, key=lambda p: p.outstanding)
                 peer.tasks[job] = asyncio.ensure_future(self._attempt(peer, job))
+            else:
+                kept.append(job)
+        self._queue.extendleft(reversed(kept))
+
+    def _has_room(self, peer: Peer) -> bool:
+        return len(peer.tasks) < self.settings.requests
 
     async def _attempt(self, peer: Peer, job: Job) -> None:
         assert job.batch is not None
@@ -123,22 +146,30 @@ class Pool:
         except Unreachable as error:
             self._lose(peer, error)  # this job is among those that move
             return
-        except ServingError as error:
-            peer.tasks.pop(job)
-            if isinstance(error, Refused):
-                job.batch.fail(error)
-            else:
+        except Exception as error:
+            if not self._done_by(peer, job):
+                return
+            if isinstance(error, ServingError) and not isinstance(error, Refused):
                 self._answered_wrongly(peer, job, error)
+            else:
+                fault = error if isinstance(error, ServingError) else ServingError(f"{peer.server.url}: {error!r}.")
+                job.batch.fail(fault)
         else:
-            peer.tasks.pop(job)
-            peer.faults = 0
+            if not self._done_by(peer, job):
+                return
+            peer.faults = peer.losses = 0
             job.batch.finish(job, result)
         self._pump()
+
+    def _done_by(self, peer: Peer, job: Job) -> bool:
+        """Takes the job off the server's list; False when it has gone to another one: only that one's answer counts."""
+        return peer.tasks.pop(job, None) is not None
 
     def _answered_wrongly(self, peer: Peer, job: Job, error: ServingError) -> None:
         assert job.batch is not None
         self.counts["wrong"] += 1
         job.attempts += 1
+        job.wrong.add(peer)
         peer.faults += 1
         if job.attempts >= self.settings.attempts:
             job.batch.fail(ServingError(f"{error} It was asked {job.attempts} times, last of {peer.server.url}."))
@@ -155,6 +186,7 @@ class Pool:
         if not peer.alive:
             return
         peer.alive, peer.faults, peer.error = False, 0, str(error)
+        peer.losses += 1
         moved, tasks = list(peer.tasks), list(peer.tasks.values())
         _log.warning("lost a server: %s It is tried again; %d requests go to the others.", error, len(moved))
         self.counts["lost"] += 1
@@ -169,14 +201,18 @@ class Pool:
 
     async def _revive(self, peer: Peer) -> None:
         """Waits for a server to be well again, longer each time, and sees to its weights."""
+        if peer.losses > 1:  # it was back, but of no use
+            await asyncio.sleep(min(0.25 * 2.0**peer.losses, _LONGEST_PAUSE_S))
         async for attempt in AsyncRetrying(wait=_BACKOFF, retry=retry_if_exception_type(ServingError)):
             with attempt:
                 info = await peer.server.info()
+                _check_same(peer, info)
                 peer.current = self._wanted is None or info["version"] == str(self._wanted)
-                if not peer.current and self._refresh is not None and self._refresh[0] == self._wanted:
+                # newer ones may come meanwhile
+                while not peer.current and self._refresh is not None and self._refresh[0] == self._wanted:
                     version, refresh = self._refresh
                     await refresh(peer.server)
-                    peer.current = version == self._wanted  # unless newer ones have come meanwhile
+                    peer.current = version == self._wanted
                     self.counts["refreshed"] += 1
         _log.warning("%s is back", peer.server.url)
         peer.alive, peer.error = True, ""
@@ -229,17 +265,26 @@ class Pool:
                 stop=stop_after_delay(self.settings.patience_s),
                 reraise=True,
             )
-            found: dict[str, Any] = await patient(peer.server.info)
-            return found
+            peer.info = await patient(peer.server.info)
+            return peer.info
 
         found = await asyncio.gather(*(info(peer) for peer in self._peers))
         return {peer.server.url: answer for peer, answer in zip(self._peers, found, strict=True)}
 
     async def _on_every(self, call: Callable[[Server], Awaitable[Any]]) -> dict[str, Any]:
         async def ask(peer: Peer) -> Any:
+            patient = AsyncRetrying(
+                wait=_BACKOFF,
+                retry=retry_if_exception(_is_wrong_answer),
+                stop=stop_after_attempt(self.settings.attempts),
+                before_sleep=lambda _: self.counts.update(["wrong"]),
+                reraise=True,
+            )
             try:
-                return await call(peer.server)
-            except Unreachable as error:
+                return await patient(call, peer.server)
+            except Refused:
+                raise
+            except ServingError as error:
                 self._lose(peer, error)
                 return None
 
@@ -268,16 +313,22 @@ class Pool:
 
     async def _feed(self, peer: Peer, queue: asyncio.Queue[Any], version: int, mode: str) -> None:
         """Takes one server through an update."""
-        timeout_s = self.settings.transfer_s
+        timeout_s, begun = self.settings.transfer_s, False
         try:
             await peer.server.begin(mode)
+            begun = True
             while (item := await queue.get()) is not None:
                 kind, value = item
+                if kind == "abandon":
+                    return
                 send = peer.server.meet if kind == "meet" else peer.server.bucket
                 await send(value, timeout_s=timeout_s)
             await peer.server.finish(version)
             peer.current = True
         except ServingError as error:
+            if not begun:
+                self._lose(peer, error)
+                return
             # where a broadcast broke off because of one server, the others have failed too, and are well
             try:
                 await peer.server.alive(_WELL_S)
@@ -310,10 +361,23 @@ class Update:
         for peer in self.feeds:
             self._put(peer, ("bucket", bucket))
 
-    def end(self) -> list[str]:
-        """Waits until every server has the weights, or will not get them; addresses of those that have them."""
+    @property
+    def intact(self) -> bool:
+        """Whether no server has dropped out so far."""
+        return not any(peer.feed is None or peer.feed.done() for peer in self.feeds)
+
+    @property
+    def left(self) -> int:
+        """How many of them are there."""
+        return sum(peer.alive for peer in self.feeds)
+
+    def end(self, *, complete: bool = True) -> list[str]:
+        """Waits until every server has the weights, or will not get them; addresses of those that have them.
+
+        ``complete``: False where some could not be sent: then nobody is to have them.
+        """
         for peer in self.feeds:
-            self._put(peer, None)
+            self._put(peer, None if complete else ("abandon", {}))
         self._pool.run(self._ended())
         return [peer.server.url for peer in self.feeds if peer.usable]
 
@@ -322,6 +386,20 @@ class Update:
 
     def _put(self, peer: Peer, item: tuple[str, Mapping[str, Any]] | None) -> None:
         self._pool._loop.call_soon_threadsafe(self.feeds[peer].put_nowait, item)
+
+
+def _is_wrong_answer(error: BaseException) -> bool:
+    return isinstance(error, ServingError) and not isinstance(error, Unreachable | Refused)
+
+
+def _check_same(peer: Peer, info: Mapping[str, Any]) -> None:
+    """ServingError when what came back at the address is another server than the one that went."""
+    for name, was in peer.info.items():
+        if name != "version" and info.get(name) != was:
+            raise ServingError(
+                f"{peer.server.url} has come back with {name}={info.get(name)}, it had {was}. Start it with the "
+                "configuration of this run."
+            )
 
 
 async def _connect() -> Any:

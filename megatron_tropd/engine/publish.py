@@ -38,6 +38,9 @@ from megatron_tropd.types import Float32Array, Int64Array, Rollout
 
 _log = logging.getLogger(__name__)
 
+# how often a broadcast that lasts is looked after
+_LOOK_S = 1.0
+
 Stream = Iterable[tuple[str, Tensor]]
 
 
@@ -151,7 +154,8 @@ async def _read_again(server: Server, *, paths: Sequence[str], version: int, set
 class BroadcastPublisher:
     """Weights by collective broadcast from the first rank to every worker of every server.
 
-    A server that is lost on the way breaks the broadcast for all: it is then repeated, from the start, with those left.
+    A server that is lost on the way may break the broadcast for all: it is then repeated, from the start, with those
+    left.
     """
 
     def __init__(self, pool: Pool | None, *, address: str, bucket_bytes: int, device: torch.device) -> None:
@@ -164,7 +168,7 @@ class BroadcastPublisher:
         self._group: SideGroup | None = None
         self._members: list[str] = []
         self._groups_made = 0
-        self._sender = ThreadPoolExecutor(1, "tropd-broadcast")
+        self._sender = _new_sender()
 
     def publish(self, tensors: Stream, *, version: int, keep: bool) -> None:
         attempts = 1 if self._pool is None else self._pool.settings.attempts
@@ -180,6 +184,11 @@ class BroadcastPublisher:
     def close(self) -> None:
         self._sender.shutdown()
         self._group = None
+
+    def _leave_group(self) -> None:
+        """Makes the next update meet anew. A broadcast that is stuck is left to its thread until its time is over."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+        self._sender, self._group, self._members = _new_sender(), None, []
 
     def _send(self, tensors: Stream, version: int, keep: bool) -> int:
         """1 when all servers that are alive in the end have the weights, 0 when it broke off."""
@@ -197,13 +206,14 @@ class BroadcastPublisher:
             update.bucket({"slots": [list(slot) for slot in slots], "nbytes": flat.numel()})
             under_way.append(self._sender.submit(self._group.broadcast, flat))
             # one bucket is sent while the next is gathered
-            broken = len(under_way) > 1 and _failed(under_way[-2])
-        outcomes = [_failed(future) for future in under_way]
-        broken = broken or any(outcomes)
-        if broken:
-            self._group, self._members = None, []
-        reached = update.end()
-        return int(not broken and len(reached) == len(update.urls))
+            broken = len(under_way) > 1 and _failed(under_way[-2], update)
+        broken = broken or any(_failed(future, update) for future in under_way[-2:])
+        # weights of which a part is missing are not to be made anyone's
+        reached = update.end(complete=not broken)
+        if broken or len(reached) < len(update.urls):
+            self._leave_group()
+        # who has been lost meanwhile gets the weights when it is back; who is there and lacks them, now
+        return int(not broken and len(reached) == update.left)
 
     def _meet(self, update: Update) -> bool:
         """Makes a group with the servers of this update, unless there is one."""
@@ -227,14 +237,24 @@ class BroadcastPublisher:
         return True
 
 
-def _failed(future: Future[None]) -> bool:
-    """Waits for one broadcast; whether a member of the group was gone or too late."""
-    try:
-        future.result()
-    except RuntimeError as error:
-        _log.warning("broadcasting weights failed: %s", error)
-        return True
-    return False
+def _new_sender() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "tropd-broadcast")
+
+
+def _failed(future: Future[None], update: Update) -> bool:
+    """Waits for one broadcast; whether a member of the group was gone or too late, or is known to be lost."""
+    while True:
+        try:
+            future.result(timeout=_LOOK_S)
+        except TimeoutError:
+            if update.intact:
+                continue
+            _log.warning("broadcasting weights was given up: a server was lost")
+            return True
+        except RuntimeError as error:
+            _log.warning("broadcasting weights failed: %s", error)
+            return True
+        return False
 
 
 def _agreed(value: int) -> int:

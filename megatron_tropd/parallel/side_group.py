@@ -22,12 +22,18 @@ class SideGroup:
 
     backend: Any
     store: Any  # the group lives as long as this does
+    timeout: timedelta  # of one broadcast
 
     def broadcast(self, tensor: Tensor) -> None:
         """The first member's contiguous ``tensor``, into everyone's. RuntimeError when a member is gone or too late."""
         options = BroadcastOptions()
+        options.timeout = self.timeout
         options.rootRank = options.rootTensor = 0
         self.backend.broadcast([tensor], options).wait()
+
+
+# longest time to meet: nothing is sent yet, so who takes longer is gone
+_MEETING_S = 120.0
 
 
 def listen(address: str) -> socket.socket:
@@ -39,8 +45,10 @@ def listen(address: str) -> socket.socket:
 def first_member(listener: socket.socket, *, name: str, size: int, device: torch.device, timeout_s: float) -> SideGroup:
     """Holds the meeting point and waits for the others. Blocks until all ``size`` are there.
 
+    ``timeout_s``: of one broadcast.
+
     Raises:
-        RuntimeError: they were not within ``timeout_s``.
+        RuntimeError: they were not within two minutes, or ``timeout_s`` where that is less.
     """
     address, port = listener.getsockname()[:2]
     timeout = timedelta(seconds=timeout_s)
@@ -49,7 +57,7 @@ def first_member(listener: socket.socket, *, name: str, size: int, device: torch
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timeout,
+        timeout=_to_meet(timeout),
         master_listen_fd=listener.detach(),
     )
     return _join(store, address, name=name, rank=0, size=size, device=device, timeout=timeout)
@@ -60,7 +68,7 @@ def other_member(
 ) -> SideGroup:
     """Joins the group whose first member listens at ``address`` and ``port``; RuntimeError when that fails."""
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_to_meet(timeout))
     own = _own_address(address, port)
     return _join(store, own, name=name, rank=rank, size=size, device=device, timeout=timeout)
 
@@ -74,12 +82,16 @@ def _join(
 
         nccl = ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return SideGroup(ProcessGroupNCCL(meeting, rank, size, nccl), store)
+        return SideGroup(ProcessGroupNCCL(meeting, rank, size, nccl), store, timeout)
     backend: Any = ProcessGroupGloo  # torch's own type stub lacks its options
     gloo = backend._Options()
     gloo._devices = [backend.create_device(hostname=address)]
-    gloo._timeout = timeout
-    return SideGroup(backend(meeting, rank, size, gloo), store)
+    gloo._timeout = _to_meet(timeout)
+    return SideGroup(backend(meeting, rank, size, gloo), store, timeout)
+
+
+def _to_meet(timeout: timedelta) -> timedelta:
+    return min(timeout, timedelta(seconds=_MEETING_S))
 
 
 def _own_address(address: str, port: int) -> str:

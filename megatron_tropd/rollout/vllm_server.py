@@ -17,6 +17,7 @@ from megatron_tropd.bridge.pool import Pool
 from megatron_tropd.bridge.requests import Task, Written, derived_seed, is_plain
 from megatron_tropd.engine.decode import Continuation
 from megatron_tropd.engine.publish import Publisher
+from megatron_tropd.errors import ServingError
 from megatron_tropd.parallel.arrays import broadcast_arrays
 from megatron_tropd.rollout.spread import contexts_of, to_rollout
 from megatron_tropd.rollout.vllm import continuation_of
@@ -24,7 +25,7 @@ from megatron_tropd.types import Architecture, Float32Array, Int64Array, Rollout
 
 # how long other ranks wait at a time for word from the first: well below any collective's own limit
 _WORD_S = 20.0
-_WAITING, _DONE, _STARVED = 0, 1, 2
+_WAITING, _DONE, _STARVED, _FAILED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,16 @@ class ServerSampler:
         return graded.logprob[-len(written.token_ids) :]
 
     def collected(self, batch: Batch | None) -> list[_Answer]:
-        """The answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile."""
+        """The answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile.
+
+        Raises:
+            ServingError: on every rank, when there will be no answers.
+        """
         while True:
             word = torch.tensor([_WAITING if batch is None else self._wait(batch)])
             dist.broadcast(word, src=0)
+            if int(word) == _FAILED:
+                raise ServingError(str(batch.error) if batch is not None else "the servers do not answer.")
             if int(word) == _DONE:
                 return _everywhere([] if batch is None else batch.results())
             if int(word) == _STARVED:
@@ -134,8 +141,11 @@ class ServerSampler:
     def _wait(self, batch: Batch) -> int:
         assert self._pool is not None
         for _ in range(int(_WORD_S)):
-            if batch.wait(1.0):
-                return _DONE
+            try:
+                if batch.wait(1.0):
+                    return _DONE
+            except ServingError:
+                return _FAILED
             if self._pool.starved:
                 return _STARVED
         return _WAITING
