@@ -187,6 +187,17 @@ def test_weights_of_which_a_part_was_not_sent_are_nobodys(world: World):
     assert not pool.starved
 
 
+def test_an_update_does_not_wait_for_a_server_that_cannot_begin(world: World):
+    pool = world.pool()
+    assert pool.begin_update(1, keep=False).begun()
+    world.down = {BAD}
+    update = pool.begin_update(2, keep=False)
+    assert not update.begun()
+    assert update.end(complete=False) == [] and update.left == 1
+    again = pool.begin_update(2, keep=False)
+    assert again.urls == [GOOD] and again.begun() and again.end() == [GOOD]
+
+
 def test_a_probe_is_asked_for_again_and_then_done_without(world: World):
     asked: Counter[str] = Counter()
 

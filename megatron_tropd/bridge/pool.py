@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tenacity import (
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 _WRONG_ANSWERS = 3
 # a server that failed at something but says within so long that it is well is not lost
 _WELL_S = 5.0
+_COMPLAINTS = 2
 _LONGEST_PAUSE_S = 30.0
 _BACKOFF = wait_exponential_jitter(multiplier=0.25, max=_LONGEST_PAUSE_S)
 
@@ -308,15 +310,21 @@ class Pool:
             peer.current = False
             if peer.alive:
                 queue = update.feeds[peer] = asyncio.Queue()
-                peer.feed = asyncio.ensure_future(self._feed(peer, queue, version, mode))
+                started: asyncio.Future[bool] = self._loop.create_future()
+                update.started.append(started)
+                peer.feed = asyncio.ensure_future(self._feed(peer, queue, version, mode, started))
+                peer.feed.add_done_callback(partial(_not_started, started))
         return update
 
-    async def _feed(self, peer: Peer, queue: asyncio.Queue[Any], version: int, mode: str) -> None:
+    async def _feed(
+        self, peer: Peer, queue: asyncio.Queue[Any], version: int, mode: str, started: asyncio.Future[bool]
+    ) -> None:
         """Takes one server through an update."""
         timeout_s, begun = self.settings.transfer_s, False
         try:
-            await peer.server.begin(mode)
+            await _begin(peer.server, mode)
             begun = True
+            started.set_result(True)
             while (item := await queue.get()) is not None:
                 kind, value = item
                 if kind == "abandon":
@@ -344,6 +352,7 @@ class Update:
     def __init__(self, pool: Pool, version: int) -> None:
         self.version = version
         self.feeds: dict[Peer, asyncio.Queue[tuple[str, Mapping[str, Any]] | None]] = {}
+        self.started: list[asyncio.Future[bool]] = []
         self._pool = pool
 
     @property
@@ -360,6 +369,13 @@ class Update:
         """The next bucket, for every server."""
         for peer in self.feeds:
             self._put(peer, ("bucket", bucket))
+
+    def begun(self) -> bool:
+        """Waits until every server is ready for weights, or has failed; whether none has."""
+        return all(self._pool.run(self._begun()))
+
+    async def _begun(self) -> list[bool]:
+        return await asyncio.gather(*self.started)
 
     @property
     def intact(self) -> bool:
@@ -386,6 +402,22 @@ class Update:
 
     def _put(self, peer: Peer, item: tuple[str, Mapping[str, Any]] | None) -> None:
         self._pool._loop.call_soon_threadsafe(self.feeds[peer].put_nowait, item)
+
+
+def _not_started(started: asyncio.Future[bool], feed: asyncio.Task[None]) -> None:
+    """What is said when a feed has ended, however early."""
+    if not started.done():
+        started.set_result(False)
+
+
+async def _begin(server: Server, mode: str) -> None:
+    """Begins an update; what one that broke off has left to complain of comes out with the next requests."""
+    for _ in range(_COMPLAINTS):
+        try:
+            return await server.begin(mode)
+        except Unreachable:
+            await server.alive(_WELL_S)
+    return await server.begin(mode)
 
 
 def _is_wrong_answer(error: BaseException) -> bool:

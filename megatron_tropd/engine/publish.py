@@ -198,7 +198,8 @@ class BroadcastPublisher:
             return 1
         update = self._pool.begin_update(version, keep=keep)
         under_way: list[Future[None]] = []
-        broken = not self._meet(update)
+        # who is not ready would be waited for in the meeting
+        broken = not (update.begun() and self._meet(update))
         for bucket in in_buckets(tensors, self._bucket_bytes):
             if broken or self._group is None:
                 continue  # the stream is collective: it is drawn to its end
