@@ -136,10 +136,25 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of a cluster: print memory, traffic and time there, and the best layouts; needs "
+            "nothing of the models but config.json."
+        ),
+    ] = None,
+) -> None:
     """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
     from megatron_tropd.config import load_config
 
+    if cluster is not None:
+        from megatron_tropd.planning.report import print_cluster_plan
+
+        print_cluster_plan(load_config(config, overrides or [], check_paths=False), cluster)
+        return
     settings = load_config(config, overrides or [])
     from megatron_tropd.plan import check_plan
 

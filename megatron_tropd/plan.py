@@ -19,6 +19,7 @@ from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.inputs import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.losses._chunking import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.selfcheck import check_self
 from megatron_tropd.teacher.protocol import SignalSpec
@@ -58,16 +59,15 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         moments={"adam": 2, "sgd": int(config.optimizer.momentum > 0)}[config.optimizer.name],
         distributed=config.optimizer.distributed,
     )
-    # a stage of a pipeline holds the activations of up to `pipeline` packs
-    per_token = _activation_floats(student, layout, config.student.recompute)
-    layers = -(-student.num_layers // layout.pipeline)
-    activations = per_token * layers * config.train.pack_tokens * layout.pipeline * itemsize
+    activations = activation_bytes(
+        student, layout, config.train.pack_tokens, itemsize=itemsize, recompute=config.student.recompute
+    )
     sampler = frozen_states(student, Layout(tensor=config.rollout.parallel.tensor), itemsize=itemsize)
     return Memory(
         weights=own.weights,
         gradients=own.gradients,
         optimizer=own.optimizer,
-        activations=activations,
+        activations=int(activations),
         loss=loss_bytes,
         teacher=frozen_states(inputs.teacher, layout_of(config.teacher.parallel), itemsize=itemsize).weights,
         base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
@@ -87,20 +87,6 @@ def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) 
         hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None
     )
     return 4 * (2 * tiles.rows * tiles.columns + hidden.numel())
-
-
-def _activation_floats(a: Architecture, layout: Layout, recompute: str) -> int:
-    """Values kept per token and layer for backward: what each operation of the layer saves."""
-    if recompute == "full":
-        return a.hidden_size
-    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    # norms and residuals are whole on every tensor rank unless sequence parallel cuts them
-    whole = 5 * a.hidden_size // (layout.tensor if layout.sequence else 1)
-    return (
-        whole
-        + (heads * (1 if recompute == "selective" else 2) + 4 * a.ffn_size * max(a.experts_per_token, 1))
-        // layout.tensor
-    )
 
 
 def check_plan(config: RunConfig) -> None:
@@ -123,6 +109,7 @@ def check_plan(config: RunConfig) -> None:
         console = Console()
         console.print(_plan_table(config, inputs))
         console.print(_memory_table(memory))
+        console.print(_token_table(config, inputs))
         verdict = (
             f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
             f"(at most {found.tolerance:.0e})"
@@ -246,4 +233,25 @@ def _memory_table(memory: Memory) -> Table:
     for name in Memory.__slots__:
         table.add_row(name, f"{getattr(memory, name) / _MIB:,.1f}")
     table.add_row("total", f"{memory.total / _MIB:,.1f}")
+    return table
+
+
+def _token_table(config: RunConfig, inputs: Inputs) -> Table:
+    """Every tensor with a row per token: what a longer pack makes longer."""
+    layout, tokens = layout_of(config.student.parallel), config.train.pack_tokens // config.student.parallel.context
+    rows = per_token_bytes(
+        inputs.student,
+        inputs.teacher,
+        layout,
+        SignalSpec.of(inputs.method.needs),
+        itemsize=DTYPES[config.dtype].itemsize,
+        recompute=config.student.recompute,
+    )
+    table = Table(
+        title=f"Tensors with a row per token, {tokens:,} tokens of a pack on a rank", title_justify="left", box=None
+    )
+    for column in ("", "bytes per token", "MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, size in rows.items():
+        table.add_row(name, f"{size:,.0f}", f"{size * tokens / _MIB:,.1f}")
     return table

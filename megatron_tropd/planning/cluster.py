@@ -1,0 +1,381 @@
+"""``tropd check --cluster``: what a run would take on a cluster, by arithmetic, and which layouts would take least.
+
+Nothing is built, and of the models only ``config.json`` is read. Memory and bytes are those that the tests compare
+with real runs; times are what the cluster's own figures make of them, with nothing overlapped, and good for
+comparing layouts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_tropd._config_sections import Real, Section, Whole, key
+from megatron_tropd.config import RunConfig
+from megatron_tropd.engine.model import check_divisible, check_trainable, padded_vocab_size
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.methods import Method
+from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.planning.activations import activation_bytes
+from megatron_tropd.planning.parameters import States, frozen_states, layers_of_stages, total_parameters, trained_states
+from megatron_tropd.planning.traffic import (
+    Load,
+    Transfer,
+    backward_transfers,
+    forward_transfers,
+    gradient_transfers,
+    grading_transfers,
+    loss_transfers,
+)
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.types import Architecture
+
+_GIB = 2**30
+_TILE_BYTES = 2 * 4 * 2**26  # of logits, in fp32, that the loss holds on a GPU whatever the number of tokens
+
+
+class Cluster(Section):
+    """What a rank has, and what lies between ranks. Rates are those of one GPU, in one direction."""
+
+    gpus: Whole = Field(ge=1, description="Ranks of the job.")
+    gpus_per_node: Whole = key(8, "Ranks that the fast link joins.", ge=1)
+    memory_gib: Real = Field(gt=0, description="Memory of a GPU.")
+    peak_tflops: Real = Field(gt=0, description="Dense matrix products per second in the run's dtype.")
+    memory_gb_s: Real = Field(gt=0, description="Rate of the GPU's own memory.")
+    node_gb_s: Real = Field(gt=0, description="Rate of the link within a node.")
+    network_gb_s: Real = Field(gt=0, description="Rate of the network between nodes.")
+    efficiency: Real = key(0.45, "Share of these rates that is reached.", gt=0, le=1)
+    reserve: Real = key(0.1, "Share of the memory that is left for what is not counted.", ge=0, lt=1)
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Raises ConfigError when it is not the YAML of a cluster."""
+    try:
+        return Cluster.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as the YAML of a cluster: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(
+            f"{path}: {where}: {first['msg']}. Keys: {', '.join(Cluster.model_fields)}; see docs/scaling.md."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What does not depend on the layouts."""
+
+    config: RunConfig
+    cluster: Cluster
+    method: Method
+    student: Architecture
+    teacher: Architecture
+    sequences: int
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.config.dtype == "bf16" else 4
+
+    @property
+    def response(self) -> int:
+        return self.config.rollout.max_new_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence at most."""
+        return self.config.data.max_prompt_tokens + self.response
+
+    @property
+    def spec(self) -> SignalSpec:
+        return SignalSpec.of(self.method.needs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One pair of layouts on the cluster."""
+
+    student: Layout
+    teacher: Layout
+    recompute: str
+    memory: dict[str, float]  # bytes on the fullest rank
+    sent: dict[str, float]  # bytes that leave a rank in a step, by link
+    seconds: dict[str, float]  # of a step
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, states: States | None = None) -> Estimate:
+    """Memory, bytes and times of a step under these layouts. ``states``: the student's, where they are known.
+
+    Raises:
+        ConfigError: the cluster's GPUs are not a whole number of replicas.
+    """
+    replicas = student.replicas(job.cluster.gpus)
+    packs = -(-job.sequences * job.length // job.config.train.pack_tokens)
+    per_replica = -(-packs // replicas)
+    transfers = {
+        "student": _student_transfers(job, student, per_replica, recompute),
+        "teacher": _teacher_transfers(job, teacher, -(-packs // teacher.replicas(job.cluster.gpus))),
+    }
+    sent: dict[str, float] = {}
+    seconds: dict[str, float] = {"rollout": _rollout_seconds(job)}
+    for role, layout in (("teacher", teacher), ("student", student)):
+        links: defaultdict[str, float] = defaultdict(float)
+        for transfer in transfers[role]:
+            axis = transfer.axis
+            links[f"{axis}, {_link(job.cluster, layout, axis)}"] += transfer.sent(_ranks(job.cluster, layout, axis))
+        sent.update({f"{role}: {name}": size for name, size in links.items()})
+        seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, per_replica, recompute)
+        seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
+    told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.asked_bytes_per_row
+    signals = per_replica * job.config.train.pack_tokens * (job.response / job.length) * told
+    sent[f"signals, {_farthest(job.cluster)}"] = signals
+    seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
+    states = states or states_of(job, student)
+    seconds["optimizer"] = 2 * states.total / (job.cluster.memory_gb_s * 1e9 * job.cluster.efficiency)
+    return Estimate(
+        student=student,
+        teacher=teacher,
+        recompute=recompute,
+        memory=_memory(job, student, teacher, recompute, states),
+        sent=dict(sent),
+        seconds=seconds,
+    )
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def states_of(job: Job, layout: Layout) -> States:
+    """Of the student on the stage that holds most."""
+    data_ranks = job.cluster.gpus // (layout.tensor * layout.pipeline)
+    optimizer = job.config.optimizer
+    return trained_states(
+        job.student,
+        layout,
+        data_ranks=data_ranks,
+        itemsize=job.itemsize,
+        moments={"adam": 2, "sgd": int(optimizer.momentum > 0)}[optimizer.name],
+        distributed=optimizer.distributed,
+    )
+
+
+def _memory(job: Job, student: Layout, teacher: Layout, recompute: str, states: States) -> dict[str, float]:
+    rollout, tokens = job.config.rollout, job.config.train.pack_tokens
+    a, itemsize = job.student, job.itemsize
+    held = tokens / student.context
+    hidden = held * a.hidden_size
+    sampler = Layout(tensor=rollout.parallel.tensor)
+    embedded = rollout.engine in ("megatron", "vllm")
+    batch = min(rollout.batch_size, -(-job.sequences * sampler.tensor // job.cluster.gpus))
+    shard = padded_vocab_size(a.vocab_size, student.tensor) // student.tensor
+    cache = batch * job.length * 2 * a.num_kv_heads // sampler.tensor * a.head_dim * a.num_layers * itemsize
+    return {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "activations": activation_bytes(a, student, tokens, itemsize=itemsize, recompute=recompute),
+        "loss": min(_TILE_BYTES, 2 * 4 * held * shard) + hidden * (4 + 2 * itemsize),
+        "teacher": frozen_states(job.teacher, teacher, itemsize=itemsize).weights,
+        "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
+        "key-value cache": cache * embedded,
+    }
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+def _ranks(cluster: Cluster, layout: Layout, axis: str) -> int:
+    data = cluster.gpus // (layout.tensor * layout.pipeline)
+    return {
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "pipeline": layout.pipeline,
+        "expert": layout.expert,
+        "data": data,
+        "expert_data": data // layout.expert,
+        "ends": 2,
+    }[axis]
+
+
+def _link(cluster: Cluster, layout: Layout, axis: str) -> str:
+    """Ranks are neighbours along tensor first, then context, data, pipeline; expert ranks are among the data ranks."""
+    span = {
+        "tensor": layout.tensor,
+        "context": layout.tensor * layout.context,
+        "expert": layout.tensor * layout.expert,
+    }.get(axis, cluster.gpus if axis in ("pipeline", "ends") else cluster.gpus // layout.pipeline)
+    return "node" if span <= cluster.gpus_per_node else "network"
+
+
+def _farthest(cluster: Cluster) -> str:
+    return "node" if cluster.gpus <= cluster.gpus_per_node else "network"
+
+
+def _rate(cluster: Cluster, link: str) -> float:
+    return (cluster.network_gb_s if link.endswith("network") else cluster.node_gb_s) * 1e9 * cluster.efficiency
+
+
+def _loads(job: Job, layout: Layout, packs: int) -> list[Load]:
+    tokens = job.config.train.pack_tokens // layout.context
+    return [Load(tokens=tokens, valid=int(tokens * job.response / job.length))] * packs
+
+
+def _student_transfers(job: Job, layout: Layout, packs: int, recompute: str) -> list[Transfer]:
+    """Of a rank of the last stage, which also has the loss."""
+    loads, stage = _loads(job, layout, 1), layout.pipeline - 1
+    found = forward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize)
+    found += backward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize, recompute=recompute)
+    needs = job.method.needs
+    candidates, divergence = 1 + needs.top_k * (1 + (needs.support == "union")), "jsd" if needs.hidden_states else ""
+    found += loss_transfers(layout, valid=loads[0].valid, candidates=candidates, divergence=divergence)
+    every = [replace(transfer, size=transfer.size * packs) for transfer in found]
+    data_ranks = job.cluster.gpus // (layout.tensor * layout.pipeline)
+    update = gradient_transfers(
+        job.student,
+        layout,
+        stage=stage,
+        data_ranks=data_ranks,
+        itemsize=job.itemsize,
+        distributed=job.config.optimizer.distributed,
+    )
+    return every + update * job.config.train.minibatches
+
+
+def _teacher_transfers(job: Job, layout: Layout, packs: int) -> list[Transfer]:
+    loads, stage, spec = _loads(job, layout, 1), layout.pipeline - 1, job.spec
+    found = forward_transfers(job.teacher, layout, loads, stage=stage, itemsize=job.itemsize)
+    found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.asked)
+    return [replace(transfer, size=transfer.size * packs) for transfer in found]
+
+
+# --------------------------------------------------------------------------- time
+
+
+def active_parameters(a: Architecture) -> int:
+    """That a token meets: its own experts, and one vocabulary matrix."""
+    active = replace(a, num_experts=a.experts_per_token, experts_per_token=min(a.experts_per_token, a.num_experts))
+    embedding = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size
+    return total_parameters(active if a.num_experts else a) - embedding
+
+
+def _forward_flops(a: Architecture, length: int) -> float:
+    """Per token: two per parameter, and attention to half of a sequence on average."""
+    return 2.0 * active_parameters(a) + 2.0 * length * a.num_heads * a.head_dim * a.num_layers
+
+
+def _compute_seconds(job: Job, role: str, layout: Layout, packs: int, recompute: str) -> float:
+    cluster, a = job.cluster, job.student if role == "student" else job.teacher
+    passes = 1 if role == "teacher" else 4 if recompute == "full" else 3
+    tokens = job.sequences * job.length
+    flops = passes * tokens * _forward_flops(a, job.length) / cluster.gpus
+    # while a pipeline fills and drains, stages wait
+    idle = (layout.pipeline - 1) / (layout.virtual_pipeline * max(packs // max(job.config.train.minibatches, 1), 1))
+    return flops / (cluster.peak_tflops * 1e12 * cluster.efficiency) * (1 + idle)
+
+
+def _rollout_seconds(job: Job) -> float:
+    """Token by token: all weights are read for each, and every sequence's own past."""
+    a, cluster, rollout = job.student, job.cluster, job.config.rollout
+    if rollout.engine == "recorded":
+        return 0.0
+    tensor = rollout.parallel.tensor
+    at_once = max(1, min(rollout.batch_size, -(-job.sequences * tensor // cluster.gpus)))
+    rounds = -(-job.sequences * tensor // (cluster.gpus * at_once))
+    past = at_once * job.length / 2 * 2 * a.num_kv_heads * a.head_dim * a.num_layers * job.itemsize
+    read = (total_parameters(a) * job.itemsize + past) / tensor
+    return rounds * job.response * read / (cluster.memory_gb_s * 1e9 * cluster.efficiency)
+
+
+# --------------------------------------------------------------------------- ranking
+
+
+def candidates(job: Job) -> Iterator[Layout]:
+    """Layouts of the student that its sizes and the cluster allow."""
+    powers = [2**i for i in range(12)]
+    for tensor, pipeline, context, expert in product(powers[:4], powers[:6], powers[:5], powers[:8]):
+        layout = Layout(tensor=tensor, pipeline=pipeline, context=context, expert=expert, sequence=tensor > 1)
+        if _fits(job, layout, job.student, trained=True) and job.config.train.pack_tokens % (2 * context * tensor) == 0:
+            yield layout
+
+
+def _fits(job: Job, layout: Layout, a: Architecture, *, trained: bool) -> bool:
+    gpus, model = job.cluster.gpus, layout.tensor * layout.pipeline * layout.context
+    if gpus % model or (gpus // (layout.tensor * layout.pipeline)) % layout.expert:
+        return False
+    try:
+        check_divisible(a, layout)
+        if trained:
+            check_trainable(a, layout)
+        layers_of_stages(a.num_layers, layout)
+    except ConfigError:
+        return False
+    return True
+
+
+def smallest_teacher(job: Job, share: float) -> Layout:
+    """The teacher's layout of fewest ranks whose weights take no more than ``share`` of a GPU."""
+    limit = share * job.cluster.memory_gib * _GIB
+    layouts = [
+        Layout(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
+        for tensor, pipeline, expert in product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
+    ]
+    fitting = [
+        layout
+        for layout in layouts
+        if _fits(job, layout, job.teacher, trained=False)
+        and frozen_states(job.teacher, layout, itemsize=job.itemsize).weights <= limit
+    ]
+    if not fitting:
+        raise ConfigError(
+            f"no layout of the teacher leaves {1 - share:.0%} of a GPU of {job.cluster.memory_gib:g} GiB: its weights "
+            "are too many for the cluster. Use more GPUs, or teacher.recorded_from."
+        )
+    return min(fitting, key=lambda x: (x.tensor * x.pipeline * x.expert, x.pipeline, x.tensor))
+
+
+def best(job: Job, count: int = 5) -> list[Estimate]:
+    """The layouts that fit the memory and take least time, each teacher beside them as small as a quarter of it allows.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    teacher = smallest_teacher(job, 0.25)
+    found, limit = [], room(job.cluster)
+    for layout in candidates(job):
+        states = states_of(job, layout)
+        if states.total <= limit:
+            ways = ("none", "selective", "full")
+            found += [estimate(job, layout, teacher, recompute, states=states) for recompute in ways]
+    fitting = sorted((x for x in found if x.total_memory <= limit), key=lambda x: x.step_seconds)
+    if not fitting:
+        least = min(found, key=lambda x: x.total_memory, default=None)
+        if least is None:
+            raise ConfigError(
+                f"no layout that divides {job.cluster.gpus} GPUs leaves room beside the student's weights, gradients "
+                "and optimizer. Use more GPUs, a power of two, and optimizer.distributed=true."
+            )
+        raise ConfigError(
+            f"no layout of the student fits {limit / _GIB:.0f} GiB: the smallest takes "
+            f"{least.total_memory / _GIB:.0f}. Use more GPUs, set optimizer.distributed=true, or lower "
+            "train.pack_tokens or rollout.batch_size."
+        )
+    return fitting[:count]
+
+
+def room(cluster: Cluster) -> float:
+    """Bytes of a GPU that a plan may use."""
+    return cluster.memory_gib * _GIB * (1 - cluster.reserve)

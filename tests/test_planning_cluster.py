@@ -1,0 +1,147 @@
+"""What ``tropd check --cluster`` says: against figures worked out by hand, and against what autograd really keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from activation_cases import Case, kept
+from distributed import run_on_ranks
+from test_planning_parameters import DENSE, EXPERTS
+
+from megatron_tropd.benchmarks.loss import Shape, _peak_extra, fused, make_inputs
+from megatron_tropd.config import load_config
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.planning.activations import pack_bytes, packs_in_flight
+from megatron_tropd.planning.cluster import best, read_cluster, room
+from megatron_tropd.planning.report import chosen, job_of, print_cluster_plan
+
+SCALE = Path(__file__).resolve().parent.parent / "examples" / "scale"
+CLUSTER = SCALE / "clusters" / "h100.yaml"
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SCALE.parent.parent)
+
+
+def cluster_of(name: str) -> Path:
+    """The one that the example's own first lines name."""
+    text = (SCALE / f"{name}.yaml").read_text()
+    return SCALE / "clusters" / text.split("clusters/")[1].split()[0]
+
+
+EXAMPLES = sorted(path.stem for path in SCALE.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_of_scale_fits_its_cluster(name):
+    job = job_of(load_config(SCALE / f"{name}.yaml", check_paths=False), cluster_of(name))
+    asked, ranked = chosen(job), best(job)
+    assert asked.total_memory < room(job.cluster)
+    assert [x.step_seconds for x in ranked] == sorted(x.step_seconds for x in ranked)
+    assert all(x.total_memory <= room(job.cluster) for x in ranked)
+
+
+def test_there_is_an_example_of_every_class():
+    assert EXAMPLES == ["1.5b-from-7b", "30b-a3b-from-235b-a22b", "70b-from-405b", "8b-from-32b"]
+
+
+def test_a_plan_is_what_one_works_out_by_hand():
+    """8B <- 32B on 64 GPUs, student TP 4 with sequence parallelism, teacher TP 8, full recompute."""
+    found = chosen(job_of(load_config(SCALE / "8b-from-32b.yaml", check_paths=False), CLUSTER))
+    student, teacher = 8.19e9, 32.76e9  # parameters, from the model cards
+    memory = found.memory
+    assert memory["weights"] == pytest.approx(2 * student / 4, rel=0.005)
+    assert memory["gradients"] == pytest.approx(4 * student / 4, rel=0.005)
+    assert memory["optimizer"] == pytest.approx(12 * student / 64, rel=0.005)
+    assert memory["teacher"] == pytest.approx(2 * teacher / 8, rel=0.005)
+    assert memory["sampler"] == pytest.approx(2 * student, rel=0.005)
+    # 5 sequences of 9216 tokens; 36 layers, keys and values of 8 heads of 128
+    assert memory["key-value cache"] == 5 * 9216 * 36 * 2 * 8 * 128 * 2
+    # 320 sequences are 180 packs, 11.25 to each of 16 replicas, so 12; per layer and pack of 16384 x 4096 bf16:
+    # forward 4 crossings, again in backward for the recomputation, 4 of gradients, 2 to have inputs whole
+    crossings, whole = 36 * (4 + 4 + 4 + 2) + 4, 16384 * 4096 * 2
+    assert found.sent["student: tensor, node"] == pytest.approx(12 * crossings * whole * 3 / 4, rel=0.01)
+    # gradients in fp32 are scattered and weights gathered over 16 ranks
+    assert found.sent["student: data, network"] == pytest.approx((4 + 2) * student / 4 * 15 / 16, rel=0.005)
+    # 8192 times all weights and, on average, half of the cache are read at 0.45 of 3350 GB/s
+    reads = 2 * student + memory["key-value cache"] / 2
+    assert found.seconds["rollout"] == pytest.approx(8192 * reads / (0.45 * 3350e9), rel=0.005)
+    # six operations per parameter and two more for the recomputation, on all tokens; attention adds some
+    products = 8 * (student - 151936 * 4096) * 320 * 9216 / 64 / (0.45 * 989e12)
+    assert products < found.seconds["student: computing"] < 1.5 * products
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gpus": 8}, "the smallest takes"),
+        ({"memory_gib": 0}, "memory_gib: Input should be greater than 0"),
+        ({"memory": 80}, "memory: Extra inputs are not permitted"),
+        ({"gpus": 60}, "world size 60 is not a multiple"),
+    ],
+)
+def test_a_cluster_that_will_not_do_is_refused(tmp_path, change, said):
+    lines = [line for line in CLUSTER.read_text().splitlines() if line.split(":")[0] not in change]
+    path = tmp_path / "cluster.yaml"
+    path.write_text("\n".join([*lines, *(f"{name}: {value}" for name, value in change.items())]))
+    config = load_config(SCALE / "8b-from-32b.yaml", check_paths=False)
+    with pytest.raises(ConfigError, match=said):
+        best(job_of(config, path))
+
+
+def test_the_plan_is_printed(capsys):
+    print_cluster_plan(load_config(SCALE / "8b-from-32b.yaml", check_paths=False), CLUSTER)
+    text = capsys.readouterr().out
+    for words in ("320 sequences", "key-value cache", "student: tensor, node", "rollout", "Layouts that fit"):
+        assert words in text
+    assert read_cluster(CLUSTER).gpus == 64
+
+
+# --------------------------------------------------------------------------- activations
+
+WIDE = replace(
+    DENSE, num_layers=4, hidden_size=64, ffn_size=160, num_heads=8, num_kv_heads=2, head_dim=16, max_positions=512
+)
+MIXED = replace(WIDE, family=EXPERTS.family, num_experts=4, experts_per_token=2, ffn_size=48)
+LENGTHS = (100, 60, 50, 30, 16)
+LAYOUTS = (Layout(), Layout(tensor=2, sequence=True), Layout(context=2), Layout(pipeline=2))
+CASES: list[Case] = [
+    (a, layout, "float32", recompute, LENGTHS)
+    for a in (WIDE, MIXED)
+    for layout in LAYOUTS
+    for recompute in ("none", "selective", "full")
+] + [(WIDE, Layout(tensor=2), "float32", "none", LENGTHS), (MIXED, Layout(expert=2), "float32", "none", LENGTHS)]
+
+
+def test_planned_activations_are_what_autograd_keeps():
+    measured = run_on_ranks(kept, CASES, world_size=2)[-1]  # the last stage
+    for (a, layout, _, recompute, lengths), found in zip(CASES, measured, strict=True):
+        planned = pack_bytes(a, layout, sum(lengths), stage=layout.pipeline - 1, itemsize=4, recompute=recompute)
+        assert planned == pytest.approx(found, rel=0.12), (bool(a.num_experts), layout, recompute)
+
+
+def test_an_early_stage_holds_more_packs_than_a_late_one():
+    four = Layout(pipeline=4)
+    assert [packs_in_flight(four, stage) for stage in range(4)] == [4, 3, 2, 1]
+    # two chunks each of half of a stage's layers: the first stage has 2 * 3 + 4 + 1 halves under way
+    assert packs_in_flight(Layout(pipeline=4, virtual_pipeline=2), 0) == 5.5
+
+
+def test_the_loss_needs_no_more_memory_for_a_longer_pack_than_its_listed_numbers():
+    """Beyond the inputs and the gradients left behind; a token's whole logits would be 32 KiB."""
+    extra = {}
+    for tokens in (2048, 8192):
+        shape = Shape(tokens=tokens, hidden=32, vocab=8192, candidates=16)
+        x = make_inputs(shape, dtype=torch.float32, device=torch.device("cpu"), entropy=False)
+        extra[tokens] = _peak_extra(fused, x)
+    # log-probs and ids of 16 candidates, their gradients and what selects them, six statistics: some numbers of each
+    per_token = (extra[8192] - extra[2048]) / (8192 - 2048)
+    assert per_token < 16 * 8 * 6 + 6 * 4 * 4
+    assert per_token < 0.03 * 4 * 8192
+    assert extra[8192] < 1.5 * extra[2048]
