@@ -14,6 +14,7 @@ from test_planning_parameters import DENSE, EXPERTS
 from megatron_tropd.benchmarks.loss import Shape, _peak_extra, fused, make_inputs
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.inputs import check_layouts, read_architectures
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.activations import pack_bytes, packs_in_flight
 from megatron_tropd.planning.cluster import best, read_cluster, room
@@ -145,3 +146,37 @@ def test_the_loss_needs_no_more_memory_for_a_longer_pack_than_its_listed_numbers
     assert per_token < 16 * 8 * 6 + 6 * 4 * 4
     assert per_token < 0.03 * 4 * 8192
     assert extra[8192] < 1.5 * extra[2048]
+
+
+# --------------------------------------------------------------------------- layouts that cannot be
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "said"),
+    [
+        ("8b-from-32b", {"tensor": 16}, "does not divide the model's 8 key/value heads. Choose a divisor of 8."),
+        # 28 = 4 * 7, or nine stages of 3 and one of 1
+        ("1.5b-from-7b", {"pipeline": 8}, "The nearest pipeline sizes that can: 7 and 10."),
+        ("1.5b-from-7b", {"pipeline": 20}, "The nearest pipeline sizes that can: 14 and 28."),
+        ("8b-from-32b", {"pipeline": 64}, "Use at most 36 stages."),
+        (
+            "8b-from-32b",
+            {"pipeline": 5, "virtual_pipeline": 2},
+            "The nearest that can: pipeline=6, virtual_pipeline=2.",
+        ),
+        ("8b-from-32b", {"virtual_pipeline": 2}, "Set virtual_pipeline to 1, or pipeline to 2 or more."),
+        ("8b-from-32b", {"tensor": 1}, "Set sequence to false, or tensor to 2 or more."),
+        ("8b-from-32b", {"expert": 2}, "Use expert=1."),
+        ("30b-a3b-from-235b-a22b", {"expert": 6}, "Choose a divisor of 128."),
+        ("30b-a3b-from-235b-a22b", {"sequence": "false"}, "Set sequence to true."),
+        ("8b-from-32b", {"context": 3}, "Launch 12 ranks (or a multiple)"),
+        ("30b-a3b-from-235b-a22b", {"expert": 64}, "Launch 256 ranks (or a multiple), or lower expert."),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_what_can(name, axes, said):
+    overrides = [f"student.parallel.{axis}={size}" for axis, size in axes.items()]
+    with pytest.raises(ConfigError) as caught:
+        config = load_config(SCALE / f"{name}.yaml", overrides, check_paths=False)
+        check_layouts(config, *read_architectures(config))
+        config.check_world(64)
+    assert said in str(caught.value)

@@ -6,6 +6,7 @@ states is left to the vocabulary-parallel losses, so logits are never materialis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,8 @@ def check_divisible(architecture: Architecture, layout: Layout) -> None:
             )
     if architecture.ffn_size % layout.tensor:
         raise ConfigError(
-            f"tensor parallel size {layout.tensor} does not divide the model's ffn size {architecture.ffn_size}."
+            f"tensor parallel size {layout.tensor} does not divide the model's ffn size {architecture.ffn_size}. "
+            f"Choose a divisor of {math.gcd(architecture.num_kv_heads, architecture.ffn_size)}."
         )
     _check_experts(architecture, layout)
     stages = layout.pipeline * layout.virtual_pipeline
@@ -190,10 +192,20 @@ def check_divisible(architecture: Architecture, layout: Layout) -> None:
             f"of {architecture.num_layers} layers. Use at most {architecture.num_layers} stages."
         )
     if layout.virtual_pipeline > 1 and architecture.num_layers % stages:
+        pairs = [(p, v) for p in range(2, architecture.num_layers + 1) for v in range(1, architecture.num_layers + 1)]
+        even = [(p, v) for p, v in pairs if architecture.num_layers % (p * v) == 0]
+        pipeline, virtual = _nearest((layout.pipeline, layout.virtual_pipeline), even)
         raise ConfigError(
-            f"{architecture.num_layers} layers cannot be dealt evenly to {stages} interleaved stages; "
-            "lower virtual_pipeline or pipeline."
+            f"{architecture.num_layers} layers cannot be dealt evenly to {stages} interleaved stages. "
+            f"The nearest that can: pipeline={pipeline}, virtual_pipeline={virtual}."
         )
+    if layout.virtual_pipeline == 1 and architecture.num_layers % layout.pipeline:
+        uneven_stages(architecture.num_layers, layout.pipeline)
+
+
+def _nearest(asked: tuple[int, int], pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """By the ranks it takes first."""
+    return min(pairs, key=lambda pair: (abs(pair[0] - asked[0]), abs(pair[1] - asked[1])), default=(1, 1))
 
 
 def _check_experts(architecture: Architecture, layout: Layout) -> None:
@@ -201,7 +213,8 @@ def _check_experts(architecture: Architecture, layout: Layout) -> None:
         raise ConfigError(f"expert parallel size {layout.expert} for a model without experts. Use expert=1.")
     if architecture.num_experts % layout.expert:
         raise ConfigError(
-            f"expert parallel size {layout.expert} does not divide the model's {architecture.num_experts} experts."
+            f"expert parallel size {layout.expert} does not divide the model's {architecture.num_experts} experts. "
+            f"Choose a divisor of {architecture.num_experts}."
         )
 
 
@@ -274,14 +287,21 @@ def transformer_config(
 
 def uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:
     """Fewer layers on the last stage, which also carries the loss; the rest share evenly."""
-    even, last = divmod(num_layers, pipeline)
-    for last_stage in range(even, 0, -1):
-        if (num_layers - last_stage) % (pipeline - 1) == 0:
-            return {"num_layers_in_last_pipeline_stage": last_stage}
+    last_stage = _last_stage(num_layers, pipeline)
+    if last_stage:
+        return {"num_layers_in_last_pipeline_stage": last_stage}
+    works = [size for size in range(1, num_layers + 1) if num_layers % size == 0 or _last_stage(num_layers, size)]
+    below, above = (max(s for s in works if s < pipeline), min((s for s in works if s > pipeline), default=0))
     raise ConfigError(
-        f"{num_layers} layers cannot be dealt to {pipeline} stages with only the last one shorter (remainder {last}). "
-        f"Choose a pipeline size that divides {num_layers}."
+        f"{num_layers} layers cannot be dealt to {pipeline} stages with only the last one shorter. "
+        f"The nearest pipeline sizes that can: {below}{f' and {above}' if above else ''}."
     )
+
+
+def _last_stage(num_layers: int, pipeline: int) -> int:
+    """Layers of a last stage that is shorter than the others, which are equal; 0 when there is none such."""
+    lengths = range(num_layers // pipeline, 0, -1)
+    return next((last for last in lengths if pipeline > 1 and (num_layers - last) % (pipeline - 1) == 0), 0)
 
 
 def _build_chunk(
