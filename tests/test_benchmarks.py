@@ -10,7 +10,7 @@ import typer
 from run_inputs import make_task
 from typer.testing import CliRunner
 
-from megatron_tropd.benchmarks import loss, step
+from megatron_tropd.benchmarks import loss, step, vllm
 from megatron_tropd.errors import DataError
 
 
@@ -67,3 +67,11 @@ def test_the_loss_benchmark_writes_every_variant(tmp_path: Path) -> None:
     assert {row["name"] for row in written["results"]} == {"fused", "plain", "products", "kept"}
     assert all(row["seconds"] > 0.0 for row in written["results"])
     assert written["settings"]["kernels"] is False
+
+
+def test_rates_of_vllm_are_shown_beside_the_memory_copy() -> None:
+    copy = vllm.Figure(what="memory copy", seconds=0.5, amount=2e9, unit="bytes")
+    sent = vllm.Figure(what="sent", seconds=2.0, amount=1e9, unit="bytes")
+    drawn = vllm.Figure(what="drawn", seconds=0.25, amount=512, unit="tokens")
+    columns = [list(column.cells) for column in vllm.table([copy, sent, drawn]).columns]
+    assert columns[3:] == [["4,000 MB", "500 MB", "2,048 tokens"], ["100.0%", "12.5%", "-"]]
