@@ -67,9 +67,9 @@ class Batches:
     def begin(self, step: int, *, watch: Stopwatch) -> None:
         """Starts on all that the present weights, of ``step`` finished steps, are to sample."""
         self._ready = {number: batch for number, batch in self._ready.items() if number >= step}
-        for number in range(step, min(step + self._ahead + 1, self._run.config.train.steps)):
-            if number not in self._ready and number not in self._open:
-                with watch("rollout"):
+        with watch("rollout"):
+            for number in range(step, min(step + self._ahead + 1, self._run.config.train.steps)):
+                if number not in self._ready and number not in self._open:
                     self._open[number] = _begin(self._run, number)
 
     def take(self, step: int, *, watch: Stopwatch, collected: Collected) -> Batch:

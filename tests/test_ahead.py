@@ -77,7 +77,8 @@ def test_old_log_probs_are_of_the_weights_that_wrote_the_tokens(unbroken: Path):
     # the sampler has said what it thought of its tokens when it wrote them
     rows = rows_of(unbroken)
     assert max(row["logprob_gap_max"] for row in rows) < 1e-4
-    assert all(row["time_rollout_hidden"] == 0.0 for row in rows)
+    # nothing overlaps in the trainer's own processes; in the last two steps nothing is left to write
+    assert all(row["time_rollout_hidden"] == 0.0 and "time_rollout" in row for row in rows)
 
 
 def resumed(unbroken: Path, run_dir: Path, step: int) -> Path:
