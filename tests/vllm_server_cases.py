@@ -33,16 +33,25 @@ SETTINGS = PoolSettings(heartbeat_s=30, transfer_s=60, patience_s=120)
 
 
 def server_sampler(
-    model: Model, urls: list[str], key: str, kind: str, directory: str
+    model: Model,
+    urls: list[str],
+    key: str,
+    kind: str,
+    directory: str,
+    *,
+    settings: PoolSettings = SETTINGS,
+    timeout_s: float = 60,
 ) -> tuple[ServerSampler, Pool | None]:
     """A sampler over servers, with a publisher of the kind."""
-    pool = Pool(urls, key=key, settings=SETTINGS) if dist.get_rank() == 0 else None
+    pool = Pool(urls, key=key, settings=settings) if dist.get_rank() == 0 else None
+    if pool is not None:
+        pool.infos()
     publisher: Publisher
     if kind == "files":
         publisher = FilePublisher(pool, Path(directory), bucket_bytes=BUCKET_BYTES)
     else:
         publisher = BroadcastPublisher(pool, address="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=model.device)
-    sampler = ServerSampler(pool, publisher, model.architecture, max_tokens=LONGEST, timeout_s=60)
+    sampler = ServerSampler(pool, publisher, model.architecture, max_tokens=LONGEST, timeout_s=timeout_s)
     return sampler, pool
 
 
