@@ -311,8 +311,11 @@ class TeacherConfig(Section):
     vllm: VLLMConfig = VLLMConfig()
     vllm_server: ServersConfig = ServersConfig()
     record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
+    record_values: Literal["fp16", "fp32"] = key(
+        "fp16", "How recorded log-probs are stored: rounded to 16 bits, or as they are, for replays to the last digit."
+    )
     recorded_from: UserPath | None = key(
-        None, "Directory of recorded grades to use instead of the model; the packs must be those of the recording."
+        None, "Directory of recorded grades to use instead of the model, of the same sequences in packs of any kind."
     )
 
     @model_validator(mode="after")

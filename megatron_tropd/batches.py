@@ -8,7 +8,6 @@ trainer's own arithmetic: a batch that waited is to every method what the later 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tropd.build import Run
-from megatron_tropd.data.packing import pack
+from megatron_tropd.build import Run, pack_for
 from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.score import score_packs
@@ -240,17 +238,7 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
 
 def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
     """Packs for every student replica."""
-    # teacher and base model run the same packs, so their length must suit all layouts
-    layouts = [groups.layout for groups in (run.world.student, run.world.teacher, run.world.base) if groups is not None]
-    cuts = [layout.tensor * layout.context for layout in layouts]
-    multiple = math.lcm(*cuts) * 2
-    return pack(
-        rollouts,
-        max_tokens=run.config.train.pack_tokens,
-        multiple_of=multiple,
-        num_replicas=run.world.student.num_replicas,
-        linear_work=12 * run.student.architecture.hidden_size,
-    )
+    return pack_for(run.config, run.world, run.student.architecture.hidden_size, rollouts)
 
 
 def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:

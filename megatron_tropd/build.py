@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,9 @@ from megatron_tropd.bridge.inprocess import Grading, LocalEngine
 from megatron_tropd.bridge.options import engine_options
 from megatron_tropd.config import RunConfig
 from megatron_tropd.convert.families import output_entry
-from megatron_tropd.convert.hf import HFWeights, read_architecture
+from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
 from megatron_tropd.convert.rules import RULES, Cut, fill
+from megatron_tropd.data.packing import pack
 from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -52,7 +54,7 @@ from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.teacher.recorded import RecordedTeacher, RecordingTeacher
 from megatron_tropd.teacher.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import Architecture, Pack, Rollout
 
 __all__ = [
     "DTYPES",
@@ -69,6 +71,7 @@ __all__ = [
     "load_model",
     "optimizer_settings",
     "output_weight_for",
+    "pack_for",
 ]
 
 
@@ -163,12 +166,19 @@ def needs_teacher_model(config: RunConfig, signal: SignalSpec) -> bool:
 
 def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world: World) -> Teacher:
     """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one."""
-    facts = {
+    facts: dict[str, Any] = {
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
         "temperature": inputs.method.temperature,
+        "tokenizer": inputs.tokenizer.fingerprint(),
         **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
     }
+    if config.teacher.record is not None or config.teacher.recorded_from is not None:
+        models = {"teacher weights": config.teacher.model}
+        models |= {} if inputs.base is None else {"base model weights": config.base_model}
+        prints = {name: weights_fingerprint(path) for name, path in models.items()}
+        # a model that is not there any more cannot be compared
+        facts |= {name: found for name, found in prints.items() if found is not None}
     if config.teacher.recorded_from is not None:
         return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
     grader = None if config.teacher.engine == "megatron" else open_grader(config, inputs, world)
@@ -177,7 +187,9 @@ def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world:
     )
     if config.teacher.record is None:
         return live
-    return RecordingTeacher(live, config.teacher.record, world.student, facts=facts)
+    return RecordingTeacher(
+        live, config.teacher.record, world.student, facts=facts, values=config.teacher.record_values
+    )
 
 
 def live_teacher(
@@ -247,6 +259,20 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
         teacher=builder.build(layout_of(config.teacher.parallel)),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
         base=builder.build(layout_of(config.base_parallel)) if base else None,
+    )
+
+
+def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
+    """Packs for every student replica; ``hidden_size``: the student's."""
+    # teacher and base model run the same packs, so their length must suit all layouts
+    layouts = [groups.layout for groups in (world.student, world.teacher, world.base) if groups is not None]
+    cuts = [layout.tensor * layout.context for layout in layouts]
+    return pack(
+        rollouts,
+        max_tokens=config.train.pack_tokens,
+        multiple_of=math.lcm(*cuts) * 2,
+        num_replicas=world.student.num_replicas,
+        linear_work=12 * hidden_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``tropd train | generate | evaluate | convert | check | health | serve | report | demo``."""
+"""The command line: ``tropd train | generate | score | evaluate | convert | check | health | serve | report | ...``."""
 
 from __future__ import annotations
 
@@ -338,6 +338,21 @@ def serve(
     from megatron_tropd import serve as serving
 
     serving.serve(settings, role, host=host, port=port)
+
+
+@app.command()
+def score(config: Config, overrides: Overrides = None) -> None:
+    """Write the teacher's grades of recorded rollouts, or of the responses in the data, to teacher.record.
+
+    A run with teacher.recorded_from then needs no teacher.
+    """
+    from megatron_tropd.config import load_config
+
+    settings = load_config(config, overrides or [], world_size=_world_size())
+    from megatron_tropd import score as scoring
+
+    scoring.score(settings)
+    _leave()
 
 
 @app.command()

@@ -131,8 +131,15 @@ def check_ahead(config: RunConfig, method: Method) -> None:
 
 def check_packages(config: RunConfig) -> None:
     """ConfigError when something that the configuration asks for is not installed."""
-    if "vllm" in (config.rollout.engine, live_teacher_engine(config)):
+    engines = (config.rollout.engine, live_teacher_engine(config))
+    if "vllm" in engines:
         check_installed()
+    sleeping = config.rollout.vllm.sleep and config.teacher.vllm.sleep and torch.cuda.is_available()
+    if engines == ("vllm", "vllm") and sleeping:
+        raise ConfigError(
+            "rollout.engine=vllm and teacher.engine=vllm: of the engines in one process only one can leave the GPU "
+            "while it has nothing to do. Set teacher.vllm.sleep=false, or have servers for one of them."
+        )
     for name, wanted in (("tensorboard", config.report.tensorboard), ("wandb", config.report.wandb is not None)):
         if wanted and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -295,7 +302,7 @@ def live_teacher_engine(config: RunConfig) -> TeacherEngine | None:
 def signal_spec(config: RunConfig, method: Method) -> SignalSpec:
     """What the teacher is asked, which is what its engine can tell."""
     spec = SignalSpec.of(method.needs)
-    if config.teacher.engine == "megatron" or config.teacher.whole_vocabulary:
+    if live_teacher_engine(config) in (None, "megatron") or config.teacher.whole_vocabulary:
         return spec
     return replace(spec, entropy=False, entropy_bound=spec.top_k > 0)
 

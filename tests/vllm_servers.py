@@ -18,13 +18,14 @@ KEY = "a key for tests"
 
 
 class ServerProcess:
-    """``tropd serve student`` with its workers, in a process group of their own."""
+    """``tropd serve ROLE`` with its workers, in a process group of their own."""
 
-    def __init__(self, config: Path, log: Path, settings: Sequence[str] = ()) -> None:
+    def __init__(self, config: Path, log: Path, settings: Sequence[str] = (), *, role: str = "student") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self._config = config
+        self._role = role
         self._log = log
         self._settings = tuple(settings)
         self._process: subprocess.Popen[bytes] | None = None
@@ -35,7 +36,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """Does not wait for it to be ready."""
-        command = [sys.executable, "-m", "megatron_tropd", "serve", "student", str(self._config)]
+        command = [sys.executable, "-m", "megatron_tropd", "serve", self._role, str(self._config)]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),

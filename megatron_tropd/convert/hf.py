@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_tropd.convert.architectures import architecture_of
 from megatron_tropd.convert.families import EMBEDDING, OUTPUT, hf_shapes
@@ -144,3 +147,29 @@ def _check_tied(weights: HFWeights, architecture: Architecture) -> None:
             f"{weights.directory.absolute()}: config.json has tie_word_embeddings=true, but {name} differs from "
             f"{source}. Set tie_word_embeddings to false, or remove {name}."
         )
+
+
+# values of a tensor that stand for it in a fingerprint
+_SAMPLE = 1024
+
+
+def weights_fingerprint(directory: str | Path) -> str | None:
+    """Hash (hex) of names, shapes, types and some values of every tensor, however they are cut into files.
+
+    None where there are no weights. Any training changes all matrices, so their first and last rows tell models apart.
+    """
+    try:
+        weights = HFWeights(directory)
+    except CheckpointError:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(json.dumps([name, tensor.kind, tensor.shape]).encode())
+        for rows in (slice(0, 1), slice(-1, None)) if len(tensor.shape) > 1 else (slice(0, _SAMPLE),):
+            try:
+                values = tensor[rows].reshape(-1)[:_SAMPLE].contiguous()
+            except CheckpointError:  # quantized: its names and shapes have to do
+                continue
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -20,6 +20,7 @@ class SignalSpec:
     top_k: int = 0
     asked: int = 0  # ids that the caller names, for their log-probs
     entropy: bool = True
+    entropy_needed: bool = False  # exactly, and not for a metric alone
     entropy_bound: bool = False  # an upper bound of it, from the top k, where the teacher does not know it exactly
     hidden_states: bool = False
     base: bool = False  # also a base model's log-prob of the target
@@ -46,6 +47,7 @@ class SignalSpec:
         return SignalSpec(
             top_k=needs.top_k if needs.support != "student" else 0,
             asked=needs.top_k if needs.support in ("student", "union") else 0,
+            entropy_needed=needs.teacher_entropy,
             hidden_states=needs.hidden_states,
             base=needs.base_model,
             tail_mass=needs.tail_mass,

@@ -1,17 +1,16 @@
-"""Teacher signals on disk, keyed by the tokens they grade: written beside a live teacher, read instead of it.
+"""Teacher signals on disk, by the sequences they grade: written beside a live teacher, read instead of it.
 
-One ``.npz`` file per pack, plain arrays only (never pickled), beside ``recording.json`` with the facts that all of
-them depend on: what the teacher is, its temperature, how many ids its softmax runs over.
+``recording.json`` holds the facts that all of them depend on: what the teacher is, the tokenizer, the temperature, how
+many ids its softmax runs over. How the sequences were packed and laid out is none of them. The files beside it are
+those of ``teacher.store``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.engine.context import own_valid_positions, valid_positions
+from megatron_tropd.engine.context import carries_loss, own_valid_positions, valid_positions
 from megatron_tropd.errors import DataError
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.teacher.protocol import AskedIds, SignalSpec, Teacher
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
+from megatron_tropd.types import Int64Array, Pack, Signal
 
 _FIELDS = (
     "logprob_N",
@@ -35,29 +35,58 @@ _FIELDS = (
     "asked_logprob_NJ",
     "topk_logtail_N",
     "entropy_N",
+    "entropy_bound_N",
     "base_logprob_N",
     "hidden_NE",
 )
 _FACTS = "recording.json"
 # Another layout may order two candidates of nearly equal probability the other way; another student has others.
 _STRANGERS = 0.1
-_BF16 = ".bf16"  # numpy has no bfloat16: its bits are kept as int16 under the name with this ending
 
 
-def pack_key(pack: Pack) -> str:
-    """Name of a pack's signal: a hash of its tokens, where sequences begin, and which predictions count."""
-    digest = hashlib.sha256()
-    for array in (pack.token_T, pack.cu_seqlens, valid_positions(pack)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()[:32]
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One sequence of a pack: its tokens, and which rows of the pack's signal are about it."""
+
+    token_ids: Int64Array
+    first: int  # its first prediction that carries loss; all later ones do
+    rows: slice
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def _pieces(pack: Pack) -> Iterator[_Piece]:
+    """The sequences of a pack that carry loss, in order."""
+    valid_T, row = carries_loss(pack), 0
+    for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
+        count = int(valid_T[start:end].sum())
+        if count:
+            first = int(np.argmax(valid_T[start:end]))
+            yield _Piece(pack.token_T[start:end], first, slice(row, row + count))
+            row += count
+
+
+def _hash_of(pack: Pack) -> int:
+    return hash64(np.concatenate([pack.token_T, pack.cu_seqlens, valid_positions(pack)]))
 
 
 class RecordingTeacher:
     """Passes on a live teacher's signals and writes them to a directory."""
 
-    def __init__(self, teacher: Teacher, directory: str | Path, student: Groups, *, facts: Mapping[str, Any]) -> None:
-        """``facts``: JSON-able; what the signals depend on besides the packs.
+    def __init__(
+        self,
+        teacher: Teacher,
+        directory: str | Path,
+        student: Groups,
+        *,
+        facts: Mapping[str, Any],
+        values: Values = "fp16",
+    ) -> None:
+        """``facts``: JSON-able; what the signals depend on besides the sequences, ``vocab_size`` among them.
+
+        ``values``: how log-probs and entropies are stored.
 
         Raises:
             DataError: the directory holds signals recorded under other facts.
@@ -65,6 +94,9 @@ class RecordingTeacher:
         self._teacher = teacher
         self._directory = Path(directory)
         self._student = student
+        self._values = values
+        self._vocab_size = int(facts["vocab_size"])
+        facts = {"format": FORMAT, **facts}
         self._directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         if (self._directory / _FACTS).exists():
@@ -72,22 +104,41 @@ class RecordingTeacher:
         dist.barrier()  # nobody looks any more
         if dist.get_rank() == 0:
             partial = self._directory / (_FACTS + ".partial")
-            partial.write_text(json.dumps(dict(facts), indent=2, sort_keys=True))
+            partial.write_text(json.dumps(facts, indent=2, sort_keys=True))
             os.replace(partial, self._directory / _FACTS)
 
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
     ) -> list[Signal | None]:
         signals = self._teacher.score(packs, spec, asked)
+        found: list[Grades] = []
         for pack, signal in zip(packs[self._student.replica], signals, strict=True):
             if signal is not None and self._student.tensor_rank == 0:
                 whole = _whole(signal, pack, self._student)
                 if self._student.context_rank == 0:
-                    _write(self._directory / f"{pack_key(pack)}.npz", whole)
+                    found += _grades(pack, whole)
+        write_part(self._directory, found, vocab_size=self._vocab_size, values=self._values)
         return signals
 
     def close(self) -> None:
         self._teacher.close()
+
+
+def _grades(pack: Pack, signal: Signal) -> Iterator[Grades]:
+    """What a signal says of each sequence of its pack."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in _FIELDS:
+        value = getattr(signal, name)
+        if value is not None:
+            bits = value.dtype == torch.bfloat16
+            array = value.cpu().contiguous()
+            arrays[f"{name}.bf16" if bits else name] = (array.view(torch.int16) if bits else array).numpy()
+    pack_hash = _hash_of(pack)
+    for piece in _pieces(pack):
+        fields = {name: array[piece.rows] for name, array in arrays.items()}
+        asked = hash64(fields["asked_ids_NJ"]) if "asked_ids_NJ" in fields else 0
+        key = sequence_key(piece.token_ids)
+        yield Grades(key=key, first=piece.first, pack=pack_hash, asked=asked, fields=fields)
 
 
 def _whole(signal: Signal, pack: Pack, student: Groups) -> Signal:
@@ -123,6 +174,18 @@ def _mapped(signal: Signal, change: Callable[[torch.Tensor], torch.Tensor]) -> S
     return replace(signal, **{name: change(value) for name, value in fields.items() if value is not None})
 
 
+def recorded_facts(directory: str | Path) -> dict[str, Any]:
+    """The facts of a recording; DataError where there is none."""
+    path = Path(directory) / _FACTS
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path.parent.absolute()} is not a recording of a teacher ({_FACTS} is missing or broken). "
+            "Give the directory of a run with teacher.record, or of `tropd score`."
+        ) from error
+
+
 class RecordedTeacher:
     """Implements ``teacher.protocol.Teacher`` from a directory of signals."""
 
@@ -133,7 +196,8 @@ class RecordedTeacher:
         self._directory = Path(directory)
         self._student = student
         self._device = device
-        _check_facts(self._directory, facts, fix="Use the models and method of the recording")
+        _check_facts(self._directory, {"format": FORMAT, **facts}, fix="Use the models and method of the recording")
+        self._store = Store(self._directory)
 
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
@@ -141,17 +205,19 @@ class RecordedTeacher:
         """The recorded signals; the ids in them are those that were asked about then.
 
         Raises:
-            DataError: a pack was never graded, or was graded with less than ``spec`` asks for, or for a student whose
-                own likeliest tokens were others than ``asked``.
+            DataError: a sequence was never graded, or was graded with less than ``spec`` asks for, or for a student
+                whose own likeliest tokens were others than ``asked``.
         """
         mine = packs[self._student.replica]
         if not self._student.is_last_stage:
             return [None] * len(mine)
         signals: list[Signal | None] = []
         for pack, ids_NJ in zip(mine, asked or [None] * len(mine), strict=True):
-            path = self._directory / f"{pack_key(pack)}.npz"
-            signal = _own(_read(path, pack, spec, self._device), pack, self._student)
-            _check_asked(signal.asked_ids_NJ, ids_NJ, path)
+            target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(self._device)
+            whole_NJ = None if ids_NJ is None or self._student.layout.context > 1 else ids_NJ
+            found = _Found(self._store, _places(self._store, pack, whole_NJ), self._device)
+            signal = _own(_fitted(found, target_N, spec, self._directory), pack, self._student)
+            _check_asked(signal.asked_ids_NJ, ids_NJ, self._directory)
             signals.append(signal)
         return signals
 
@@ -159,12 +225,81 @@ class RecordedTeacher:
         """There is nothing to let go of."""
 
 
+def _places(store: Store, pack: Pack, asked_NJ: torch.Tensor | None) -> list[tuple[Place, slice]]:
+    """Where the grades of a pack's sequences lie, and which of the rows there are wanted.
+
+    A sequence that was graded more than once was so in different packs, with rounding of its own, or for students who
+    asked about different ids: the occasion that is most like this one is taken.
+    """
+    pack_hash, found = _hash_of(pack), []
+    for piece in _pieces(pack):
+        places = [p for p in store.find(sequence_key(piece.token_ids)) if p.first <= piece.first]
+        if not places:
+            raise DataError(
+                f"{store.directory.absolute()} holds no grades for a sequence of {len(piece.token_ids)} tokens that "
+                f"begins {piece.token_ids[:8].tolist()}. Record the teacher on the same rollouts or data, or use the "
+                "live teacher."
+            )
+        asked = 0 if asked_NJ is None else hash64(asked_NJ[piece.rows].cpu().numpy())
+        ids = None if asked_NJ is None else asked_NJ[piece.rows].cpu()
+        place = max(places, key=lambda p: (p.asked == asked, p.pack == pack_hash))
+        if ids is not None and len(places) > 1 and place.asked != asked:
+            place = min(places, key=lambda p: _strangers(_tensor(store, p, "asked_ids_NJ"), ids))
+        found.append((place, slice(piece.first - place.first, piece.first - place.first + piece.count)))
+    return found
+
+
+def _strangers(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor) -> float:
+    """Share of the ids asked about that are not in the recording."""
+    if recorded_NJ is None or not asked_NJ.numel() or len(recorded_NJ) != len(asked_NJ):
+        return 1.0
+    both_NX = torch.cat([recorded_NJ.long(), asked_NJ], dim=1)
+    return first_of_each(both_NX)[:, recorded_NJ.shape[1] :].double().mean().item()
+
+
+def _tensor(store: Store, place: Place, name: str) -> torch.Tensor | None:
+    if store.width(place, name) is None:
+        return None
+    array, bits = store.read(place, name)
+    if bits:
+        return torch.from_numpy(array).view(torch.bfloat16)
+    if "_ids_" in name:
+        return torch.from_numpy(array.astype(np.int64))
+    return torch.from_numpy(array if "hidden" in name else array.astype(np.float32))
+
+
+class _Found(Mapping[str, torch.Tensor]):
+    """The recorded fields of one pack, each read when it is looked at."""
+
+    def __init__(self, store: Store, places: Sequence[tuple[Place, slice]], device: torch.device) -> None:
+        self._store, self._places, self._device = store, places, device
+        self._names = [name for name in _FIELDS if all(store.width(p, name) is not None for p, _ in places)]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        parts = []
+        for place, rows in self._places:
+            tensor = _tensor(self._store, place, name)
+            assert tensor is not None
+            parts.append(tensor[rows])
+        if parts and parts[0].dim() == 2:  # parts may be of recordings with different numbers of candidates
+            narrowest = min(part.shape[1] for part in parts)
+            parts = [part[:, :narrowest] for part in parts]
+        return torch.cat(parts).to(self._device) if parts else torch.empty(0, device=self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _check_asked(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor | None, path: Path) -> None:
     """DataError when too many of the ids asked about are not those of the recording."""
     if recorded_NJ is None or asked_NJ is None or not asked_NJ.numel():
         return
-    both_NX = torch.cat([recorded_NJ, asked_NJ], dim=1)
-    strangers = first_of_each(both_NX)[:, recorded_NJ.shape[1] :].double().mean().item()
+    strangers = _strangers(recorded_NJ, asked_NJ)
     if strangers > _STRANGERS:
         raise DataError(
             f"{path.absolute()} was recorded for another student: {strangers:.0%} of the present one's likeliest "
@@ -174,14 +309,7 @@ def _check_asked(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor | None
 
 
 def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None:
-    path = directory / _FACTS
-    try:
-        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{directory.absolute()} is not a recording of a teacher ({_FACTS} is missing or broken). "
-            "Give the directory of a run with teacher.record."
-        ) from error
+    recorded = recorded_facts(directory)
     wanted = json.loads(json.dumps(dict(facts)))
     changed = [
         f"with {key} {recorded[key]!r}, not {value!r}" if key in recorded else f"without {key}"
@@ -192,55 +320,17 @@ def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None
         raise DataError(f"{directory.absolute()} was recorded {'; '.join(changed)}. {fix}.")
 
 
-def _write(path: Path, signal: Signal) -> None:
-    arrays: dict[str, np.ndarray] = {}
-    for name in _FIELDS:
-        value = getattr(signal, name)
-        if value is None:
-            continue
-        if value.dtype == torch.bfloat16:
-            arrays[name + _BF16] = value.cpu().contiguous().view(torch.int16).numpy()
-        else:
-            arrays[name] = (value.to(torch.int32) if "_ids_" in name else value).cpu().numpy()
-    partial = path.with_suffix(f".{dist.get_rank()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(partial, path)
-
-
-def _read(path: Path, pack: Pack, spec: SignalSpec, device: torch.device) -> Signal:
-    if not path.exists():
-        raise DataError(
-            f"{path.parent.absolute()} holds no grades for a pack ({path.stem}). Record the teacher on the same "
-            "rollouts, data order and train.pack_tokens, or use the live teacher."
-        )
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = dict(_tensor(name, stored[name]) for name in stored.files)
-        found["logprob_N"]
-    # a file that is a single array opens, but is no archive: it has neither `with` nor names
-    except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
-    target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(device)
-    return _fitted({name: value.to(device) for name, value in found.items()}, target_N, spec, path)
-
-
-def _tensor(name: str, array: np.ndarray) -> tuple[str, torch.Tensor]:
-    tensor = torch.from_numpy(array)
-    if name.endswith(_BF16):
-        return name.removesuffix(_BF16), tensor.view(torch.bfloat16)
-    return name, tensor
-
-
-def _fitted(found: dict[str, torch.Tensor], target_N: torch.Tensor, spec: SignalSpec, path: Path) -> Signal:
+def _fitted(found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: SignalSpec, path: Path) -> Signal:
     """The recorded signal cut to what is asked for."""
-    recorded_k = found["topk_ids_NK"].shape[1] if "topk_ids_NK" in found else 0
+    # what is not asked for is not read
+    recorded_k = found["topk_ids_NK"].shape[1] if spec.top_k and "topk_ids_NK" in found else 0
     lacking = [f"the {spec.top_k} likeliest tokens (it has {recorded_k})"] if recorded_k < spec.top_k else []
-    recorded_j = found["asked_ids_NJ"].shape[1] if "asked_ids_NJ" in found else 0
+    recorded_j = found["asked_ids_NJ"].shape[1] if spec.asked and "asked_ids_NJ" in found else 0
     if recorded_j < spec.asked:
         lacking.append(f"the teacher's answer for the student's {spec.asked} likeliest tokens (it has {recorded_j})")
     lacking += ["tail masses"] if spec.has_tail and "topk_logtail_N" not in found else []
-    lacking += ["entropies"] if spec.entropy and "entropy_N" not in found else []
+    bounded = "entropy_bound_N" in found and not spec.entropy_needed
+    lacking += ["entropies"] if spec.entropy and "entropy_N" not in found and not bounded else []
     lacking += ["log-probs of a base model"] if spec.base and "base_logprob_N" not in found else []
     lacking += ["hidden states"] if spec.hidden_states and "hidden_NE" not in found else []
     if lacking:
@@ -256,9 +346,10 @@ def _fitted(found: dict[str, torch.Tensor], target_N: torch.Tensor, spec: Signal
         asked_ids_NJ=found["asked_ids_NJ"][:, :j].long() if j else None,
         asked_logprob_NJ=found["asked_logprob_NJ"][:, :j] if j else None,
         topk_logtail_N=_tail_beyond(found, spec, target_N) if spec.has_tail else None,
-        entropy_N=found["entropy_N"] if spec.entropy else None,
+        entropy_N=found["entropy_N"] if spec.entropy and "entropy_N" in found else None,
+        entropy_bound_N=found["entropy_bound_N"] if spec.entropy and bounded and "entropy_N" not in found else None,
         base_logprob_N=found["base_logprob_N"] if spec.base else None,
-        hidden_NE=found.get("hidden_NE") if spec.hidden_states else None,
+        hidden_NE=found["hidden_NE"] if spec.hidden_states else None,
     )
 
 
