@@ -167,9 +167,9 @@ def test_a_run_on_grades_of_recorded_rollouts_is_the_live_run_step_by_step(task:
 
 def test_the_responses_in_the_data_are_graded(task: Task, tmp_path: Path):
     outcome = commands().run("score", task.config, f"teacher.record={tmp_path}/grades").expect_success()
-    assert "5 sequences graded (0 were so before)" in outcome.output
+    assert "11 sequences graded (0 were so before)" in outcome.output
     facts = json.loads((tmp_path / "grades" / "recording.json").read_text())
-    assert facts["teacher weights"] == weights_fingerprint(task.teacher) and len(Store(tmp_path / "grades")) == 5
+    assert facts["teacher weights"] == weights_fingerprint(task.teacher) and len(Store(tmp_path / "grades")) == 11
 
 
 def test_grades_of_another_teacher_or_tokenizer_are_refused(task: Task, tmp_path: Path):

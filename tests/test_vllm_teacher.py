@@ -104,7 +104,7 @@ def test_a_server_s_grades_of_responses_are_written_as_megatron_s_are(task, teac
     facts = [(tmp_path / name / "recording.json").read_text() for name in ("server", "megatron")]
     assert facts[0] == facts[1], "either can stand in for the other"
     keys = stores[0].keys()
-    assert len(keys) == 5 and set(stores[1].keys()) == set(keys)
+    assert len(keys) == 11 and set(stores[1].keys()) == set(keys)
     for key in keys:
         (ours,), (theirs,) = (store.find(key) for store in stores)
         assert ours.rows == theirs.rows > 3

@@ -246,6 +246,8 @@ def _places(store: Store, pack: Pack, asked_NJ: torch.Tensor | None) -> list[tup
         if ids is not None and len(places) > 1 and place.asked != asked:
             place = min(places, key=lambda p: _strangers(_tensor(store, p, "asked_ids_NJ"), ids))
         found.append((place, slice(piece.first - place.first, piece.first - place.first + piece.count)))
+    if not found and len(store):  # a pack that carries no loss: no rows of some place have the right widths and types
+        found.append((store.first, slice(0, 0)))
     return found
 
 

@@ -175,6 +175,12 @@ class Store:
     def __contains__(self, key: bytes) -> bool:
         return bool(self.find(key))
 
+    @property
+    def first(self) -> Place:
+        """Some place; there must be one."""
+        entry = self._parts[int(self._part_S[0])].index[0]
+        return self.find(np.array([entry["low"], entry["high"]], "<u8").tobytes())[0]
+
     def keys(self) -> list[bytes]:
         """Every sequence that has grades."""
         both = (np.stack([part.index["low"], part.index["high"]], axis=1).astype("<u8") for part in self._parts)
