@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from run_inputs import Task, make_task
+from run_inputs import Task, commands, make_task
 
 from megatron_tropd.bridge.questions import Question, Whole, answer_of, checked_answer, in_batches
 from megatron_tropd.bridge.requests import Graded
@@ -105,6 +105,86 @@ def test_the_bound_of_the_entropy_is_the_entropy_where_the_rest_is_even_and_abov
     mask = torch.tensor([True, False, True, True, True, True, True]).expand(40, 7)
     again = entropy_at_most(twice, log_tail(twice, mask), mask, vocab_size=VOCAB)
     torch.testing.assert_close(again, bound, rtol=1e-9, atol=1e-9)
+
+
+# --------------------------------------------------------------------------- from packs to signals
+
+
+def test_signals_are_put_together_from_the_answers_to_every_sequence_of_every_pack():
+    commands().call(signals_of_a_model_that_looks_at_one_token)
+
+
+def signals_of_a_model_that_looks_at_one_token() -> None:
+    """Its log-probs are a table: what any signal must be can be read off it. One pack carries no loss."""
+    from megatron_tropd.data.packing import pack
+    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.teacher.protocol import SignalSpec
+    from megatron_tropd.teacher.vllm import VLLMTeacher
+    from megatron_tropd.types import Rollout
+
+    device, rng = initialize_distributed(), np.random.default_rng(1)
+    table_VV = scipy.special.log_softmax(2 * rng.normal(size=(VOCAB, VOCAB)), axis=1)
+
+    class Table:
+        def answer(self, questions: Any) -> list[Graded]:
+            answers = []
+            for question in questions:
+                logp = table_VV[question.token_ids[:-1]]
+                columns = VOCAB if question.whole is not None else question.top_k
+                answers.append(answer_of(question, *told(logp, question.token_ids, columns)))
+            return answers
+
+        def close(self) -> None: ...
+
+    def rollout(number: int, prompt: int, prefix: int, written: int) -> Rollout:
+        nothing = np.zeros(written, np.float32)
+        return Rollout(
+            sequence_id=number,
+            prompt_index=number,
+            token_ids=rng.integers(0, VOCAB, prompt + prefix + written),
+            prompt_length=prompt,
+            prefix_length=prefix,
+            sampling_logprob=nothing,
+            model_logprob=nothing,
+            finished=True,
+        )
+
+    full = pack([rollout(i, 1 + i, i % 2, 3 + i) for i in range(6)], max_tokens=20, multiple_of=4)[0]
+    packs = [[*full, *pack([rollout(9, 5, 0, 0)], max_tokens=20)[0]]]
+    assert packs[0][-1].num_valid == 0 and len(full) > 1
+    groups = GroupBuilder().build(Layout())
+    options: Any = {"vocab_size": VOCAB}
+    spec = SignalSpec(top_k=4, entropy=False, entropy_bound=True, tail_mass=True)
+    told_signals = VLLMTeacher(Table(), groups, groups, device, **options).score(packs, spec)
+    asked = [torch.from_numpy(rng.integers(0, VOCAB, (item.num_valid, 3))) for item in packs[0]]
+    spec = SignalSpec(top_k=4, asked=3, tail_mass=True)
+    whole = VLLMTeacher(Table(), groups, groups, device, temperature=0.5, whole=True, **options)
+    all_signals = whole.score(packs, spec, asked)
+    for item, ids_NJ, a, b in zip(packs[0], asked, told_signals, all_signals, strict=True):
+        assert a is not None and b is not None
+        valid = (item.region_T == 1) | (item.region_T == 2)
+        seen, target = item.token_T[valid], item.target_T[valid]
+        rows = np.arange(len(seen))
+        for signal, logp_NV in (
+            (a, table_VV[seen]),
+            (b, scipy.special.log_softmax(table_VV[seen] / 0.5, axis=1)),
+        ):
+            top_NK = np.argsort(-logp_NV, axis=1)[:, :4]
+            np.testing.assert_allclose(signal.logprob_N, logp_NV[rows, target], rtol=1e-5)
+            np.testing.assert_array_equal(signal.topk_ids_NK, top_NK)
+            np.testing.assert_allclose(signal.topk_logprob_NK, np.take_along_axis(logp_NV, top_NK, 1), rtol=1e-5)
+            listed_NX = np.concatenate([target[:, None], top_NK], axis=1)
+            if signal is b:
+                np.testing.assert_allclose(
+                    b.asked_logprob_NJ, np.take_along_axis(logp_NV, ids_NJ.numpy(), 1), rtol=1e-5
+                )
+                np.testing.assert_allclose(b.entropy_N, scipy.special.entr(np.exp(logp_NV)).sum(1), rtol=1e-5)
+                listed_NX = np.concatenate([listed_NX, ids_NJ.numpy()], axis=1)
+            outside = np.exp(logp_NV)
+            np.put_along_axis(outside, listed_NX, 0.0, axis=1)
+            np.testing.assert_allclose(np.exp(signal.topk_logtail_N), outside.sum(1), rtol=1e-4, atol=1e-6)
+        entropy = scipy.special.entr(np.exp(table_VV[seen])).sum(1)
+        assert a.entropy_bound_N is not None and (a.entropy_bound_N.numpy() >= entropy - 1e-5).all()
 
 
 # --------------------------------------------------------------------------- what is refused

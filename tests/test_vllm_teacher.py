@@ -48,10 +48,10 @@ def test_a_run_with_the_teacher_s_engine_over_two_ranks_has_the_losses_of_megatr
 
 
 @pytest.fixture(scope="module")
-def server(task: Task, teacher: Path) -> Iterator[ServerProcess]:
-    """Tells all ids of the larger teacher."""
+def server(task: Task) -> Iterator[ServerProcess]:
+    """Tells all ids of the task's teacher."""
     all_ids = ("teacher.engine=vllm_server", "teacher.vllm_server.urls=['http://x']", "teacher.whole_vocabulary=true")
-    settings = (*SMALL, *all_ids, f"teacher.model={teacher}", "rollout.max_new_tokens=64")
+    settings = (*SMALL, *all_ids, "rollout.max_new_tokens=64")
     found = ServerProcess(task.config, task.directory / "server.log", settings, role="teacher")
     try:
         found.start()
@@ -61,13 +61,12 @@ def server(task: Task, teacher: Path) -> Iterator[ServerProcess]:
         found.kill()
 
 
-def test_a_server_grades_as_megatron_does(teacher, server):
-    vllm_commands().call(over_http, str(teacher), [server.url], KEY, ranks=2)
+def test_a_server_grades_as_megatron_does(task, server):
+    vllm_commands().call(over_http, str(task.teacher), [server.url], KEY, ranks=2)
 
 
-def test_a_run_with_a_server_for_its_teacher_has_the_losses_of_megatron_s(task, teacher, server, tmp_path):
-    student = save_model(tmp_path / "student", SIZES, tied=True, seed=1, vocab_size=211)
-    models = (f"student.model={student}", f"teacher.model={teacher}", "method.support=union", "method.tail=bucket")
+def test_a_run_with_a_server_for_its_teacher_has_the_losses_of_megatron_s(task, server, tmp_path):
+    union = ("method.support=union", "method.tail=bucket")
     asking = (
         "teacher.engine=vllm_server",
         f"teacher.vllm_server.urls={json.dumps([server.url])}",
@@ -75,31 +74,28 @@ def test_a_run_with_a_server_for_its_teacher_has_the_losses_of_megatron_s(task, 
     )
     runs = {"server": asking, "megatron": ()}
     for name, settings in runs.items():
-        changes = (*SHORT, *models, *settings, f"run_dir={tmp_path}/{name}")
+        changes = (*SHORT, *union, *settings, f"run_dir={tmp_path}/{name}")
         vllm_commands().run("train", task.config, *changes, TROPD_API_KEY=KEY).expect_success()
     found, expected = steady_metrics(tmp_path / "server"), steady_metrics(tmp_path / "megatron")
     for a, b in zip(found, expected, strict=True):
         assert a["teacher_entropy"] and a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
-    changes = (*SHORT, *models[1:], f"student.model={student}", *asking, "dtype=bf16", f"run_dir={tmp_path}/no")
+    changes = (*SHORT, *union, *asking, "dtype=bf16", f"run_dir={tmp_path}/no")
     outcome = vllm_commands().run("train", task.config, *changes, TROPD_API_KEY=KEY)
     assert outcome.status == 2 and "has dtype=float32, this run needs bfloat16" in outcome.output, outcome.output
 
 
-def test_a_server_s_grades_of_responses_are_written_as_megatron_s_are(task, teacher, server, tmp_path):
+def test_a_server_s_grades_of_responses_are_written_as_megatron_s_are(task, server, tmp_path):
     asking = (
         "teacher.engine=vllm_server",
         f"teacher.vllm_server.urls={json.dumps([server.url])}",
         "teacher.whole_vocabulary=true",
     )
-    student = save_model(tmp_path / "student", SIZES, tied=True, seed=1, vocab_size=211)
-    models = (f"student.model={student}", f"teacher.model={teacher}", "teacher.record_values=fp32")
     stores = []
     for name, settings in {"server": asking, "megatron": ()}.items():
         target = tmp_path / name
-        vllm_commands().run(
-            "score", task.config, *models, *settings, f"teacher.record={target}", TROPD_API_KEY=KEY
-        ).expect_success()
+        changes = ("teacher.record_values=fp32", *settings, f"teacher.record={target}")
+        vllm_commands().run("score", task.config, *changes, TROPD_API_KEY=KEY).expect_success()
         stores.append(Store(target))
     facts = [(tmp_path / name / "recording.json").read_text() for name in ("server", "megatron")]
     assert facts[0] == facts[1], "either can stand in for the other"

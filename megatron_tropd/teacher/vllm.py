@@ -157,7 +157,8 @@ class VLLMTeacher(DealtTeacher):
     def _signal(self, answered: Sequence[tuple[Question, Graded]], spec: SignalSpec) -> Signal:
         def column(name: str) -> Tensor:
             parts = [getattr(graded, name) for _, graded in answered]
-            empty = np.empty((0, spec.top_k) if name.startswith("topk") else 0, np.float32)
+            widths = {"topk_ids": spec.top_k, "topk_logprob": spec.top_k, "asked_logprob": spec.asked}
+            empty = np.empty((0, widths[name]) if name in widths else 0, np.float32)
             return torch.from_numpy(np.concatenate(parts) if parts else empty).to(self._device)
 
         logprob_N, ids_NK, topk_NK = column("logprob"), column("topk_ids").long(), column("topk_logprob")
