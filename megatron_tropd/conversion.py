@@ -7,6 +7,7 @@ that of the conversion itself: every rank holds its own shard of the model and n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import Tensor
 
 from megatron_tropd.convert.families import hf_shapes
@@ -27,7 +28,7 @@ from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model, build_model, check_divisible
-from megatron_tropd.engine.weights import hf_tensors, load_weights
+from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.types import Architecture, Rollout
@@ -104,9 +105,13 @@ def megatron_to_hf(source: Path, target: Path, plan: Plan, *, like: Path | None 
         writer = HFWriter(target, companions_from=companions, tensors=shapes, dtype=dtype, resume_from=made_from)
         done = [writer.done]
     dist.broadcast_object_list(done)
-    for pair in _progress("writing", total=len(shapes) - len(done[0]))(hf_tensors(model, skip=done[0])):
-        if writer is not None:
-            writer.write([pair])
+    total = sum(math.prod(shape) for name, shape in shapes.items() if name not in done[0])
+    with Progress(disable=writer is None) as progress:
+        bar = progress.add_task("writing", total=total)
+        for name, first, rows in hf_rows(model, skip=done[0]):
+            if writer is not None:
+                writer.write_rows(name, first, rows)
+                progress.advance(bar, rows.numel())
     if writer is not None:
         writer.finish()
     dist.barrier()
@@ -155,11 +160,11 @@ def _already_there(target: Path, facts: dict[str, Any]) -> bool:
     return True
 
 
-def _progress(what: str, total: int | None = None) -> Callable[[Iterable[Item]], Iterable[Item]]:
+def _progress(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
     """A progress bar on the first rank."""
     if dist.get_rank() != 0:
         return lambda items: items
-    return lambda items: track(items, description=what, total=total)
+    return lambda items: track(items, description=what)
 
 
 def _say(text: str) -> None:

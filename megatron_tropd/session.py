@@ -18,7 +18,7 @@ from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
-from megatron_tropd.engine.weights import hf_tensors, load_weights
+from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
 from megatron_tropd.evaluation import answer_suites
 from megatron_tropd.inputs import check_writable, identity, read_inputs
 from megatron_tropd.parallel.groups import initialize_distributed
@@ -189,9 +189,9 @@ def export_student(run: Run, target: Path) -> None:
             tensors=hf_shapes(run.student.architecture),
             dtype=run.student.dtype,
         )
-    for pair in hf_tensors(run.student):
+    for name, first, rows in hf_rows(run.student):
         if writer is not None:
-            writer.write([pair])
+            writer.write_rows(name, first, rows)
     if writer is not None:
         writer.finish()
 

@@ -29,7 +29,7 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.step import Trainer
-from megatron_tropd.engine.weights import hf_tensors, load_stream, load_weights
+from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_stream, load_weights
 from megatron_tropd.methods import build_method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.megatron import MegatronSampler
@@ -184,9 +184,9 @@ def export(model: Model, source: Path, target: Path) -> None:
             dtype=model.dtype,
             max_file_bytes=FILE_BYTES,
         )
-    for pair in hf_tensors(model):
+    for name, first, rows in hf_rows(model):
         if writer is not None:
-            writer.write([pair])
+            writer.write_rows(name, first, rows)
     if writer is not None:
         writer.finish()
     dist.barrier()

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tiny_families import save_family
 
 from megatron_tropd import conversion
 from megatron_tropd.conversion import Plan, hf_to_megatron, megatron_to_hf
-from megatron_tropd.convert.hf import HFWeights
+from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.metadata import check_metadata
-from megatron_tropd.engine.weights import load_weights
+from megatron_tropd.engine.model import build_model
+from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 
@@ -53,6 +55,7 @@ def convert_all(root: str) -> dict[str, Any]:
     said["wrong config"] = _error(
         lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", Plan(layout=TP2), like=folder / "mistral")
     )
+    said["peak"] = [_export_peak(folder / "llama3", layout) for layout in (TP2, PP2)]
     said["read"] = [_bytes_read(folder / "llama3", layout) for layout in (ALONE, TP2, PP2)]
     return said
 
@@ -72,7 +75,7 @@ def _error(convert: Any) -> str:
 
 def _killed_and_resumed(folder: Path) -> list[int]:
     """How many tensors are written by a conversion that dies half way, and by the one after it."""
-    written, counts = HFWriter._write, []
+    written, counts = HFWriter.write_rows, []
 
     def small_files(*args: Any, **options: Any) -> HFWriter:
         return HFWriter(*args, max_file_bytes=30_000, **options)
@@ -87,14 +90,14 @@ def _killed_and_resumed(folder: Path) -> list[int]:
             count += 1
             written(self, *args)
 
-        HFWriter._write, conversion.HFWriter = counting, small_files  # type: ignore[method-assign,assignment,misc]
+        HFWriter.write_rows, conversion.HFWriter = counting, small_files  # type: ignore[method-assign,assignment,misc]
         try:
             megatron_to_hf(folder / "llama3-tp2-pp2", folder / "resumed", Plan(layout=ALONE))
         except KeyboardInterrupt:
             dist.barrier()  # the other rank, which writes nothing, waits at the end of its conversion
             assert not (folder / "resumed").exists()
         finally:
-            HFWriter._write, conversion.HFWriter = written, HFWriter  # type: ignore[method-assign,misc]
+            HFWriter.write_rows, conversion.HFWriter = written, HFWriter  # type: ignore[method-assign,misc]
         counts.append(count)
         dist.barrier()
     return counts
@@ -102,9 +105,6 @@ def _killed_and_resumed(folder: Path) -> list[int]:
 
 def _bytes_read(source: Path, layout: Layout) -> tuple[int, int]:
     """Bytes this rank asks the kernel for while it fills its parameters, and the bytes that these hold."""
-    from megatron_tropd.build import read_architecture
-    from megatron_tropd.engine.model import build_model
-
     groups = GroupBuilder().build(layout)
     model = build_model(
         read_architecture(source), groups, dtype=torch.float32, device=initialize_distributed(), initialise=False
@@ -113,6 +113,28 @@ def _bytes_read(source: Path, layout: Layout) -> tuple[int, int]:
     before = _read_so_far()
     load_weights(model, weights)
     return _read_so_far() - before, sum(p.nbytes for chunk in model.chunks for p in chunk.parameters())
+
+
+def _export_peak(source: Path, layout: Layout) -> float:
+    """MB that drawing every row of a model takes above the model; one of its tensors has 160 MB."""
+    architecture = replace(read_architecture(source), vocab_size=(160 << 20) // 4 // 64, tied_embeddings=True)
+    groups, device = GroupBuilder().build(layout), initialize_distributed()
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+    for chunk in model.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(1.0)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, rows = _memory("VmRSS"), 0
+    for name, _, found in hf_rows(model):
+        rows += len(found) if name == "model.embed_tokens.weight" else 0
+        assert bool((found == 1.0).all())
+    assert rows == architecture.vocab_size
+    return (_memory("VmHWM") - before) / 1e6
+
+
+def _memory(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key + ":"))
 
 
 def _read_so_far() -> int:
@@ -171,6 +193,10 @@ def test_every_rank_reads_the_bytes_of_its_own_shard(said):
     for rank in said:
         for read, held in rank["read"]:
             assert 0 < read <= held + 4096  # /proc itself is read too; the padding of a vocabulary is not
+
+
+def test_an_export_holds_a_bounded_part_of_a_tensor_of_any_size(said):
+    assert all(peak < 80 for rank in said for peak in rank["peak"]), [rank["peak"] for rank in said]
 
 
 class Harmful:

@@ -671,6 +671,34 @@ def test_what_a_writer_of_another_source_left_is_not_gone_on_with(healthy, tmp_p
     assert writer_of(target, healthy, 250).done == frozenset()
 
 
+@pytest.mark.parametrize("max_file_bytes", [1, 10**6])
+def test_rows_in_any_order_are_the_tensor(max_file_bytes, healthy, tmp_path):
+    writer = writer_of(tmp_path / "out", healthy, max_file_bytes)
+    pieces = [(n, first, t[first : first + 4]) for n, t in tensors(0) for first in range(0, len(t), 4)]
+    for name, first, rows in reversed(pieces[1:]):
+        writer.write_rows(name, first, rows)
+    with pytest.raises(CheckpointError, match="'rows' was never written"):
+        writer.finish()
+    writer.write_rows(*pieces[0])
+    weights = HFWeights(writer.finish())
+    assert all(weights[name][:].equal(tensor) for name, tensor in tensors(0))
+
+
+@pytest.mark.parametrize(
+    ("first", "rows"), [(40, torch.ones(11, 10)), (0, torch.ones(5, 9))], ids=["beyond the end", "narrow"]
+)
+def test_rows_that_the_tensor_does_not_have_are_refused(first, rows, healthy, tmp_path):
+    with pytest.raises(CheckpointError, match="asked to write large"):
+        writer_of(tmp_path / "out", healthy).write_rows("large", first, rows)
+
+
+def test_rows_that_come_twice_are_refused(healthy, tmp_path):
+    writer = writer_of(tmp_path / "out", healthy)
+    writer.write_rows("large", 0, torch.ones(30, 10))
+    with pytest.raises(CheckpointError, match="came twice"):
+        writer.write_rows("large", 0, torch.ones(30, 10))
+
+
 @pytest.mark.parametrize("pair", [("stranger", torch.ones(1)), ("rows", torch.ones(2, 10))], ids=["name", "shape"])
 def test_a_tensor_that_was_not_announced_is_refused(pair, healthy, tmp_path):
     with pytest.raises(CheckpointError, match=pair[0]):

@@ -25,7 +25,7 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.weights import hf_tensors, load_stream
+from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_stream
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.types import Pack, Rollout
 
@@ -114,9 +114,9 @@ def _export(model: Model, *, source: Path, target: Path) -> None:
             dtype=model.dtype,
             max_file_bytes=FILE_BYTES,
         )
-    for pair in hf_tensors(model):
+    for name, first, rows in hf_rows(model):
         if writer is not None:
-            writer.write([pair])
+            writer.write_rows(name, first, rows)
     if writer is not None:
         writer.finish()
     dist.barrier()

@@ -27,7 +27,7 @@ from megatron_tropd.build import load_model
 from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
-from megatron_tropd.engine.weights import hf_tensors
+from megatron_tropd.engine.weights import hf_rows
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 
 _MB = 1e6
@@ -64,21 +64,22 @@ class Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=_CONFIG["num_hidden_layers"], help="layers of 0.09 GB each")
+    parser.add_argument("--vocab", type=int, default=_CONFIG["vocab_size"], help="ids: two matrices of 4 kB for each")
     parser.add_argument("--worker", nargs=3, metavar=("LAYOUT", "SOURCE", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         _work(arguments.worker[0], Path(arguments.worker[1]), Path(arguments.worker[2]))
         return
     with tempfile.TemporaryDirectory(prefix="tropd-convert-") as folder:
-        source = make_checkpoint(Path(folder) / "source", layers=arguments.layers)
+        source = make_checkpoint(Path(folder) / "source", layers=arguments.layers, vocab=arguments.vocab)
         print(_table(source, {name: _launch(name, source, Path(folder)) for name in _LAYOUTS}, _copy_seconds(source)))
 
 
-def make_checkpoint(directory: Path, *, layers: int) -> Path:
+def make_checkpoint(directory: Path, *, layers: int, vocab: int) -> Path:
     """Random weights in bf16, written as they are drawn."""
     scratch = directory.with_name(directory.name + ".config")
     scratch.mkdir(parents=True)
-    (scratch / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": layers}))
+    (scratch / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}))
     shapes = hf_shapes(read_architecture(scratch))
     writer = HFWriter(directory, companions_from=scratch, tensors=shapes, dtype=torch.bfloat16)
     torch.manual_seed(0)
@@ -116,7 +117,7 @@ def _work(layout: str, source: Path, out: Path) -> None:
     import_s, read_mb, import_mb = time.perf_counter() - started, _bytes_read() - read, _peak() - before
     dist.barrier()
     before, started = _restart_peak(), time.perf_counter()
-    _export(hf_tensors(model), source, out / "exported", hf_shapes(model.architecture))
+    _export(hf_rows(model), source, out / "exported", hf_shapes(model.architecture))
     dist.barrier()
     cost = Cost(
         shard_mb=sum(p.nbytes for chunk in model.chunks for p in chunk.parameters()) / _MB,
@@ -133,13 +134,13 @@ def _work(layout: str, source: Path, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def _export(stream: Iterator[tuple[str, Tensor]], source: Path, target: Path, shapes: dict[str, Any]) -> None:
+def _export(stream: Iterator[tuple[str, int, Tensor]], source: Path, target: Path, shapes: dict[str, Any]) -> None:
     writer = None
     if dist.get_rank() == 0:
         writer = HFWriter(target, companions_from=source, tensors=shapes, dtype=torch.bfloat16)
-    for pair in stream:
+    for name, first, rows in stream:
         if writer is not None:
-            writer.write([pair])
+            writer.write_rows(name, first, rows)
     if writer is not None:
         writer.finish()
 

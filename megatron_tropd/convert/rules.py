@@ -1,8 +1,8 @@
 """How tensors are cut for, and joined from, tensor-parallel ranks. Pure tensor algebra.
 
 A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``Block``). That one list is
-read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``join``
-puts all ranks' rows back. Rows travel in strips, so neither holds a second copy of anything large.
+read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``runs``
+puts all ranks' rows back together. Rows travel in strips, so neither holds a second copy of anything large.
 """
 
 from __future__ import annotations
@@ -136,21 +136,35 @@ def fill(rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: S
 def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: Cut) -> list[Tensor]:
     """The whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
     whole = [shards[0].new_empty(shape) for shape in shapes]
-    for rank, shard in enumerate(shards):
-        place(rule, whole, shard, 0, shapes, Cut(cut.architecture, rank, cut.size, cut.padded_vocab))
+    for part, row, rows in runs(rule, shards, 0, shapes, cut):
+        whole[part][row : row + len(rows)].copy_(rows)
     return whole
 
 
-def place(rule: str, whole: Sequence[Tensor], rows: Tensor, first: int, shapes: Sequence[Shape], cut: Cut) -> None:
-    """Copies some rows of the parameter of rank ``cut.rank``, the first of them its row ``first``, into HF tensors."""
-    last = first + len(rows)
-    for block in RULES[rule].blocks(shapes, cut):
-        start, stop = max(block.shard_row, first), min(block.shard_row + block.rows, last)
-        if start >= stop:
-            continue
-        moved = block.hf_row - block.shard_row
-        target = whole[block.part][start + moved : stop + moved]
-        (target if block.columns is None else target[:, block.columns]).copy_(rows[start - first : stop - first])
+def runs(
+    rule: str, shards: Sequence[Tensor], first: int, shapes: Sequence[Shape], cut: Cut
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The same rows of all ranks' parameters as whole rows of HF tensors: ``(part, its first row, rows)``.
+
+    Every row comes once. Rows that are cut by columns are put together; all others are views.
+
+    Args:
+        shards: some rows of the parameter of every rank, in rank order.
+        first: which row of the parameter the first of them is.
+    """
+    found: dict[tuple[int, int], dict[int, Tensor]] = {}
+    last = first + len(shards[0])
+    for rank, shard in enumerate(shards):
+        for block in RULES[rule].blocks(shapes, Cut(cut.architecture, rank, cut.size, cut.padded_vocab)):
+            start, stop = max(block.shard_row, first), min(block.shard_row + block.rows, last)
+            if start < stop:
+                # what every rank holds whole stands at column 0 of the same row each time
+                column = 0 if block.columns is None else block.columns.start
+                parts = found.setdefault((block.part, block.hf_row + start - block.shard_row), {})
+                parts[column] = shard[start - first : stop - first]
+    for (part, row), by_column in found.items():
+        rows = list(by_column.values())
+        yield part, row, rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def strips(shape: Sequence[int], itemsize: int) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face checkpoint directory tensor by tensor, aside, and puts it in place when it is whole."""
+"""Writes a Hugging Face checkpoint directory piece by piece, aside, and puts it in place when it is whole."""
 
 from __future__ import annotations
 
@@ -37,13 +37,17 @@ _SOURCE = "source.json"
 
 @dataclass(slots=True)
 class _File:
-    """One safetensors file to be: what precedes its tensors, where each goes, and which are still missing."""
+    """One safetensors file to be: what precedes its tensors, where each goes, and what is still missing."""
 
     name: str
     header: bytes
     offsets: dict[str, int]
     size: int
-    missing: set[str]
+    missing: dict[str, int]  # rows of each tensor that have yet to come
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(self.missing.values())
 
 
 class HFWriter:
@@ -67,15 +71,19 @@ class HFWriter:
             resume_from: identifies the source. Files that an earlier writer of the same source finished before it was
                 killed are kept, and what they hold is in ``done``. None starts over.
         """
+        self._open: dict[str, BufferedRandom] = {}  # by file name
         self.target = Path(directory)
         self._aside = self.target.with_name(self.target.name + ".partial")
         self._companions_from = Path(companions_from)
         self._shapes, self._dtype = dict(tensors), dtype
         self._files = _plan(self._shapes, dtype, max_file_bytes)
         self._file_of = {name: file for file in self._files for name in file.offsets}
-        self._open: tuple[_File, BufferedRandom] | None = None
         self._prepare(resume_from)
-        self.done = frozenset(name for name, file in self._file_of.items() if not file.missing)
+        self.done = frozenset(name for name, file in self._file_of.items() if file.is_whole)
+
+    def __del__(self) -> None:
+        for handle in self._open.values():
+            handle.close()
 
     def _prepare(self, source: str | None) -> None:
         note = self._aside / _SOURCE
@@ -87,7 +95,7 @@ class HFWriter:
         for file in self._files:
             path = self._aside / file.name
             if path.exists() and path.stat().st_size == file.size and _begins_with(path, file.header):
-                file.missing.clear()
+                file.missing = dict.fromkeys(file.missing, 0)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Writes every tensor to its place, in the writer's dtype.
@@ -97,46 +105,54 @@ class HFWriter:
         """
         for name, tensor in tensors:
             if self._shapes.get(name) != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{self.target.absolute()}: asked to write {name} of shape {list(tensor.shape)}, "
-                    f"but was announced {list(self._shapes.get(name, ())) or 'no such tensor'}."
-                )
-            file = self._file_of[name]
-            if name in file.missing:
-                self._write(file, name, tensor)
+                raise self._unannounced(name, tensor.shape)
+            self.write_rows(name, 0, tensor)
 
-    def _write(self, file: _File, name: str, tensor: Tensor) -> None:
+    def write_rows(self, name: str, first: int, rows: Tensor) -> None:
+        """Writes some whole rows of a tensor, from row ``first``. Every row must come once; order does not matter.
+
+        Raises:
+            CheckpointError: a tensor that was not announced, of another shape, or more rows than it has.
+        """
+        shape, file = self._shapes.get(name, ()), self._file_of.get(name)
+        if file is None or rows.shape[1:] != shape[1:] or first + len(rows) > shape[0]:
+            raise self._unannounced(name, rows.shape, first)
+        if file.is_whole:
+            return  # a writer before this one finished it
+        if file.missing[name] < len(rows):
+            raise CheckpointError(f"{self.target.absolute()}: rows of {name} came twice.")
         handle = self._handle(file)
-        handle.seek(file.offsets[name])
-        for strip in strips(tensor.shape, tensor.element_size()):
-            part = tensor.detach()[strip].to(device="cpu", dtype=self._dtype).contiguous()
+        handle.seek(file.offsets[name] + first * math.prod(shape[1:]) * self._dtype.itemsize)
+        for strip in strips(rows.shape, rows.element_size()):
+            part = rows.detach()[strip].to(device="cpu", dtype=self._dtype).contiguous()
             handle.write(part.view(-1).view(torch.uint8).numpy().data)
-        file.missing.remove(name)
-        if not file.missing:
-            self._close()
-            self._part(file).rename(self._aside / file.name)
+        file.missing[name] -= len(rows)
+        if file.is_whole:
+            self._finish_file(file)
+
+    def _unannounced(self, name: str, shape: Iterable[int], first: int = 0) -> CheckpointError:
+        rows = f" from row {first}" if first else ""
+        return CheckpointError(
+            f"{self.target.absolute()}: asked to write {name} of shape {list(shape)}{rows}, "
+            f"but was announced {list(self._shapes.get(name, ())) or 'no such tensor'}."
+        )
 
     def _part(self, file: _File) -> Path:
         return self._aside / (file.name + ".part")
 
     def _handle(self, file: _File) -> BufferedRandom:
-        if self._open is None or self._open[0] is not file:
-            self._close()
-            part = self._part(file)
-            fresh = not part.exists() or len(file.missing) == len(file.offsets)
-            handle = part.open("w+b" if fresh else "r+b")
-            if fresh:
-                handle.write(file.header)
-            self._open = file, handle
-        return self._open[1]
+        """The file in the making: a few are open at a time, where a parameter's tensors are in several."""
+        if file.name not in self._open:
+            self._open[file.name] = self._part(file).open("w+b")
+            self._open[file.name].write(file.header)
+        return self._open[file.name]
 
-    def _close(self) -> None:
-        if self._open is not None:
-            _, handle = self._open
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
-            self._open = None
+    def _finish_file(self, file: _File) -> None:
+        handle = self._open.pop(file.name)
+        handle.flush()
+        os.fsync(handle.fileno())
+        handle.close()
+        self._part(file).rename(self._aside / file.name)
 
     def finish(self) -> Path:
         """Writes the index and companions and replaces the target directory in one rename.
@@ -144,7 +160,7 @@ class HFWriter:
         Raises:
             CheckpointError: a tensor that was announced never came. The target is left as it was.
         """
-        missing = [name for file in self._files for name in file.missing]
+        missing = [name for file in self._files for name, rows in file.missing.items() if rows]
         if missing:
             raise CheckpointError(
                 f"{self.target.absolute()}: {missing[0]!r} was never written ({len(missing)} tensors are missing)."
@@ -195,7 +211,7 @@ def _lay_out(name: str, shapes: Mapping[str, Shape], dtype: torch.dtype) -> _Fil
         len(text).to_bytes(8, "little") + text,
         {tensor: start + offset for tensor, offset in offsets.items()},
         start + at,
-        set(shapes),
+        {tensor: shape[0] for tensor, shape in shapes.items()},
     )
 
 

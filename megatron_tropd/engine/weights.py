@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_tropd.convert.families import Entry, entries
+from megatron_tropd.convert.families import Entry, entries, hf_shapes
 from megatron_tropd.convert.hf import HFWeights, check_weights
-from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, place
+from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, runs
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
 
@@ -156,32 +156,47 @@ class _Rows:
     def shape(self) -> Shape:
         return (self.count, *self.piece.shard[1:])
 
-    @property
-    def is_last(self) -> bool:
-        return self.first + self.count == self.piece.shard[0]
 
-
-def hf_tensors(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yields ``(HF name, whole tensor)`` for the model, on every rank, in a fixed order and the model's dtype.
+def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, int, Tensor]]:
+    """Yields ``(HF name, first row, rows)`` until every row of every tensor has come once, on every rank, in a fixed
+    order and the model's dtype. The rows are gone when the next are drawn: copy what is to be kept.
 
     Shards are gathered over tensor ranks, experts over expert ranks too, and handed from the pipeline stage that holds
-    them to the others, 16 MiB at a time: beyond that, a rank holds the tensors of one parameter, or those of one
-    expert from each expert rank. Collective: every rank must run the iterator to its end.
+    them to the others, 16 MiB at a time, whatever the size of a tensor. Collective: every rank must run the iterator
+    to its end.
 
     Args:
         skip: names that need not come, the same on every rank. Others of the same parameter still may.
     """
     local = {entry.megatron: p.detach() for entry, p in local_table(model)}
-    whole: list[list[Tensor]] = []
+    buffer = torch.empty(0, dtype=model.dtype, device=model.device)
+    tensor, cut = model.groups.layout.tensor, _cut_of(model)
     for chunk in _without_repeats(_chunks(model)):
         for bucket in _buckets(_pieces(model, chunk.table, set(skip)), model):
-            for rows, shards in zip(bucket, _gather(model, bucket, chunk.stage, local), strict=True):
-                if rows.first == 0:
-                    whole = [[shards[0].new_empty(s) for s in entry.shapes] for entry in rows.piece.entries]
-                _put(model, rows, shards, whole)
-                if rows.is_last:
-                    for entry, tensors in zip(rows.piece.entries, whole, strict=True):
-                        yield from zip(entry.hf, tensors, strict=True)
+            if buffer.numel() < (needed := _numel(bucket) * _holders(model, bucket).size()):
+                buffer = torch.empty(needed, dtype=model.dtype, device=model.device)
+            for rows, shards in zip(bucket, _gather(model, bucket, chunk.stage, local, buffer), strict=True):
+                for number, entry in enumerate(rows.piece.entries):
+                    own = shards[number * tensor : (number + 1) * tensor]
+                    for part, first, found in runs(entry.rule, own, rows.first, entry.shapes, cut):
+                        yield entry.hf[part], first, found
+
+
+def hf_tensors(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yields ``(HF name, whole tensor)``: what ``hf_rows`` brings, put together. Collective.
+
+    Beyond the rows under way a rank holds the tensors of one parameter, or those of one expert from each expert rank.
+    """
+    shapes = hf_shapes(model.architecture)
+    whole: dict[str, Tensor] = {}
+    missing: dict[str, int] = {}
+    for name, first, rows in hf_rows(model, skip=skip):
+        if name not in whole:
+            whole[name], missing[name] = rows.new_empty(shapes[name]), shapes[name][0]
+        whole[name][first : first + len(rows)].copy_(rows)
+        missing[name] -= len(rows)
+        if not missing[name]:
+            yield name, whole.pop(name)
 
 
 def _without_repeats(chunks: list[_Chunk]) -> Iterator[_Chunk]:
@@ -226,32 +241,38 @@ def _buckets(pieces: Iterable[_Piece], model: Model) -> Iterator[list[_Rows]]:
         yield bucket
 
 
-def _gather(model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, Tensor]) -> list[list[Tensor]]:
-    """For each of the bucket's rows, those of all holders, by expert and tensor rank, on every rank of the pipeline."""
-    groups = model.groups
-    group = groups.pg.tp_ep if bucket[0].piece.spread else groups.pg.tp
+def _numel(bucket: list[_Rows]) -> int:
+    """Numbers that each holder has of a bucket."""
+    return sum(torch.Size(rows.shape).numel() for rows in bucket)
+
+
+def _holders(model: Model, bucket: list[_Rows]) -> dist.ProcessGroup:
+    return model.groups.pg.tp_ep if bucket[0].piece.spread else model.groups.pg.tp
+
+
+def _gather(
+    model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, Tensor], buffer: Tensor
+) -> list[list[Tensor]]:
+    """For each of the bucket's rows, those of all holders, by expert and tensor rank, on every rank of the pipeline.
+
+    They are views of ``buffer``: one that is used over and over, or the C library keeps much of what it is given back.
+    """
+    groups, group = model.groups, _holders(model, bucket)
     sizes = [torch.Size(rows.shape).numel() for rows in bucket]
-    flat = torch.empty(group.size(), sum(sizes), dtype=model.dtype, device=model.device)
+    flat = buffer[: group.size() * sum(sizes)]
     if groups.stage == stage:
-        mine = torch.cat([_local_rows(rows, local).reshape(-1) for rows in bucket])
-        if group.size() == 1:
-            flat[0] = mine
-        else:
-            dist.all_gather(list(flat.unbind()), mine, group=group)
+        own = flat.view(group.size(), -1)
+        torch.cat([_local_rows(rows, local).reshape(-1) for rows in bucket], out=own[group.rank()])
+        # not an all-gather: gloo's keeps 100 MB of buffers to itself
+        holders = dist.get_process_group_ranks(group)
+        for work in [dist.broadcast(*to, group=group, async_op=True) for to in zip(own, holders, strict=True)]:
+            work.wait()
     if groups.layout.pipeline > 1:
         dist.broadcast(flat, src=dist.get_global_rank(groups.pg.pp, stage), group=groups.pg.pp)
-    columns = flat.split(sizes, dim=1)
+    columns = flat.view(group.size(), -1).split(sizes, dim=1)
     return [[shard.view(rows.shape) for shard in column.unbind()] for rows, column in zip(bucket, columns, strict=True)]
 
 
 def _local_rows(rows: _Rows, local: Mapping[str, Tensor]) -> Tensor:
     mine = next(local[entry.megatron] for entry in rows.piece.entries if entry.megatron in local)
     return mine[rows.first : rows.first + rows.count]
-
-
-def _put(model: Model, rows: _Rows, shards: list[Tensor], whole: list[list[Tensor]]) -> None:
-    """Places the gathered rows in the tensors they belong to."""
-    tensor = model.groups.layout.tensor
-    for number, entry in enumerate(rows.piece.entries):
-        for rank, shard in enumerate(shards[number * tensor : (number + 1) * tensor]):
-            place(entry.rule, whole[number], shard, rows.first, entry.shapes, _cut_of(model, rank=rank))
