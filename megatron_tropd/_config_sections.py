@@ -118,6 +118,14 @@ class ParallelConfig(Section):
         return data
 
 
+class NamedTeacherConfig(Section):
+    """A teacher beside `teacher`, for the data sources that name it. Never trained."""
+
+    name: str = Field(min_length=1, description="Name of the teacher, which `data.sources[i].teacher` gives.")
+    model: UserPath = Field(description="A Hugging Face checkpoint directory, with the student's vocabulary.")
+    parallel: ParallelConfig = ParallelConfig()
+
+
 class BaseConfig(Section):
     """A third model, which only methods that measure the teacher against one ask for (`exopd`). Never trained."""
 
@@ -172,6 +180,7 @@ class SourceConfig(Section):
     answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
     system: str | None = key(None, "System message; null takes data.system.")
     grader: Grader | None = key(None, "Rule that grades its responses; null takes data.grader.")
+    teacher: str | None = key(None, "Name of the one of `teachers` that grades its sequences; null is `teacher`.")
 
 
 class DataConfig(Section):

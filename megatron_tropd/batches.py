@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Batches:
     def _settle(self, number: int, watch: Stopwatch, collected: Collected) -> None:
         begun, asked = self._open[number], time.perf_counter()
         with watch("rollout"):
-            rollouts = begun.pending.collect()
+            rollouts = with_teachers(begun.pending.collect(), begun.prompts)
         self._account(begun, asked)
         rollout = self._run.config.rollout
         if rollout.record is not None and self._run.world.is_first:
@@ -126,7 +126,8 @@ class Batches:
         folder = checkpoint / _FOLDER
         for number in range(step, min(step + self._ahead, self._run.config.train.steps)):
             if any(folder.glob(_scores_files(number))):
-                rollouts = read_rollouts(folder, number)
+                prompts, fraction = _prompts_of(self._run, number)
+                rollouts = with_teachers(read_rollouts(folder, number), prompts)
                 packs = packs_of(self._run, rollouts)
                 stored = _Stored(folder, number)
                 groups, device = self._run.world.student, self._run.student.device
@@ -137,7 +138,6 @@ class Batches:
                     ]
                     for part in packs
                 ]
-                prompts, fraction = _prompts_of(self._run, number)
                 self._ready[number] = Batch(prompts, fraction, ScoredRollouts(rollouts, packs, scores))
 
     def _write_scores(self, folder: Path, number: int) -> None:
@@ -200,6 +200,13 @@ def _begin(run: Run, number: int) -> _Open:
 def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
     prompts = list(run.prompts.batch(number, run.config.train.prompts_per_step))
     return prompts, run.method.schedule.fraction(number, run.config.train.steps) if run.method.guided else 0.0
+
+
+def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """The rollouts, which follow their prompts in equal numbers, with the names of the teachers that grade them."""
+    per_prompt = len(rollouts) // len(prompts)
+    teachers = (prompts[number // per_prompt].teacher for number in range(len(rollouts)))
+    return [replace(one, teacher=name) if name else one for one, name in zip(rollouts, teachers, strict=True)]
 
 
 def sampling_params(run: Run) -> SamplingParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from megatron_tropd.teacher.base import TeacherAndBase
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.teacher.recorded import RecordedTeacher, RecordingTeacher
+from megatron_tropd.teacher.routed import RoutedTeacher
 from megatron_tropd.teacher.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
 from megatron_tropd.types import Architecture, Pack, Rollout
 
@@ -84,6 +85,7 @@ class World:
     teacher: Groups
     sampler: Groups
     base: Groups | None = None  # None without a base model
+    teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
 
     @property
     def is_first(self) -> bool:
@@ -201,7 +203,8 @@ def live_teacher(
     temperature: float,
     grader: Grader | None = None,
 ) -> Teacher:
-    """The teacher, Megatron's or, with a ``grader``, vLLM's; and the base model where the world has a place for one."""
+    """The teacher, Megatron's or, with a ``grader``, vLLM's; the other teachers; and the base model
+    where the world has a place for one."""
     teacher: Teacher
     if grader is None:
         assert model is not None  # needs_teacher_model sees to it
@@ -216,6 +219,8 @@ def live_teacher(
             temperature=temperature,
             whole=config.teacher.whole_vocabulary,
         )
+    if config.teachers:
+        teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
         return teacher
     base = load_model(config.base_model, world.base, dtype=DTYPES[config.dtype], device=world.device).freeze()
@@ -250,6 +255,17 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
     return LocalGrader(engine)
 
 
+def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
+    found: dict[str, Teacher] = {}
+    for one in config.teachers:
+        model = load_model(one.model, world.teachers[one.name], dtype=DTYPES[config.dtype], device=world.device)
+        role = f"teacher {one.name!r}"
+        found[one.name] = MegatronTeacher(
+            model.freeze(), world.student, vocab_size=vocab_size, temperature=temperature, role=role
+        )
+    return found
+
+
 def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:
     """Process groups of all layouts, made in the same order on every rank."""
     builder = GroupBuilder(timeout_s=config.collective_timeout_s)
@@ -259,21 +275,30 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
         teacher=builder.build(layout_of(config.teacher.parallel)),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
         base=builder.build(layout_of(config.base_parallel)) if base else None,
+        teachers={one.name: builder.build(layout_of(one.parallel)) for one in config.teachers},
     )
 
 
 def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
-    """Packs for every student replica; ``hidden_size``: the student's."""
-    # teacher and base model run the same packs, so their length must suit all layouts
-    layouts = [groups.layout for groups in (world.student, world.teacher, world.base) if groups is not None]
+    """Packs for every student replica; ``hidden_size``: the student's.
+
+    No pack mixes teachers, and pack by pack all replicas have the same one.
+    """
+    # teachers and base model run the same packs, so their length must suit all layouts
+    layouts = [g.layout for g in (world.student, world.teacher, world.base, *world.teachers.values()) if g is not None]
     cuts = [layout.tensor * layout.context for layout in layouts]
-    return pack(
-        rollouts,
-        max_tokens=config.train.pack_tokens,
-        multiple_of=math.lcm(*cuts) * 2,
-        num_replicas=world.student.num_replicas,
-        linear_work=12 * hidden_size,
-    )
+    replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
+    for teacher in sorted({rollout.teacher for rollout in rollouts}):
+        packs = pack(
+            [rollout for rollout in rollouts if rollout.teacher == teacher],
+            max_tokens=config.train.pack_tokens,
+            multiple_of=math.lcm(*cuts) * 2,
+            num_replicas=len(replicas),
+            linear_work=12 * hidden_size,
+        )
+        for replica, own in zip(replicas, packs, strict=True):
+            replica += [replace(one, teacher=teacher) for one in own] if teacher else own
+    return replicas
 
 
 def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:

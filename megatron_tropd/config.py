@@ -34,6 +34,7 @@ from megatron_tropd._config_sections import (
     ExportConfig,
     Grader,
     MethodConfig,
+    NamedTeacherConfig,
     OptimizerConfig,
     ParallelConfig,
     Real,
@@ -68,6 +69,7 @@ __all__ = [
     "ExportConfig",
     "Grader",
     "MethodConfig",
+    "NamedTeacherConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ReportConfig",
@@ -106,6 +108,9 @@ class RunConfig(Section):
     )
     student: StudentConfig
     teacher: TeacherConfig
+    teachers: tuple[NamedTeacherConfig, ...] = key(
+        (), "More teachers, each for the sequences of the data sources that name it; a list."
+    )
     base: BaseConfig = BaseConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -141,11 +146,52 @@ class RunConfig(Section):
         for name, model in (
             ("student.model", self.student.model),
             ("teacher.model", self.teacher.model),
+            *((f"teachers[{i}].model", teacher.model) for i, teacher in enumerate(self.teachers)),
             ("base.model", self.base_model),
         ):
             if self.export.hf is not None and self.export.hf.absolute() == model.absolute():
                 raise ValueError(
                     f"export.hf = '{self.export.hf}' is {name}, which would be overwritten. Name another directory."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _every_teacher_has_something_to_grade(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        asked = [source.teacher for source in self.data.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"teachers holds {names.count(name)} teachers named {name!r}. Give each its own name.")
+            if name not in asked:
+                raise ValueError(
+                    f"teachers holds {name!r}, which no source names and nothing would be graded by. "
+                    "Give it to one of data.sources, as its teacher, or take it out."
+                )
+        for i, wanted in enumerate(asked):
+            if wanted is not None and wanted not in names:
+                known = ", ".join(map(repr, names)) or "none"
+                raise ValueError(f"data.sources[{i}].teacher = {wanted!r} is not one of teachers ({known}).")
+        return self
+
+    @model_validator(mode="after")
+    def _several_teachers_are_megatrons_own_and_live(self) -> Self:
+        if not self.teachers:
+            return self
+        if all(source.teacher is not None for source in self.data.sources):
+            raise ValueError(
+                "every source names one of teachers, so that teacher.model would grade nothing. "
+                "Move one of them there, and leave out the name in its sources."
+            )
+        if self.teacher.engine != "megatron":
+            raise ValueError(
+                f"teacher.engine = {self.teacher.engine} is for runs with one teacher, and teachers holds "
+                f"{len(self.teachers)} more. Set it to megatron."
+            )
+        for key_, value in (("record", self.teacher.record), ("recorded_from", self.teacher.recorded_from)):
+            if value is not None:
+                raise ValueError(
+                    f"teacher.{key_} = '{value}' is for runs with one teacher, and teachers holds "
+                    f"{len(self.teachers)} more. Set it to null, or record each source in a run of its own."
                 )
         return self
 
@@ -165,6 +211,7 @@ class RunConfig(Section):
         for role, parallel in (
             ("student", self.student.parallel),
             ("teacher", self.teacher.parallel),
+            *((f"teachers[{i}]", teacher.parallel) for i, teacher in enumerate(self.teachers)),
             ("base", self.base_parallel),
             ("rollout", sampler),
         ):
@@ -180,6 +227,7 @@ class RunConfig(Section):
         for name, path, fix in (
             ("student.model", self.student.model, model),
             ("teacher.model", self.teacher.model, model),
+            *((f"teachers[{i}].model", teacher.model, model) for i, teacher in enumerate(self.teachers)),
             ("base.model", self.base.model, model),
             *(("data.prompts", path, _PROMPTS) for path in self.data.prompts),
             *(

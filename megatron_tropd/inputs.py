@@ -47,6 +47,7 @@ class Inputs:
     method: Method
     student: Architecture
     teacher: Architecture
+    teachers: Mapping[str, Architecture]  # those beside it, by name
     base: Architecture | None  # None unless the method asks for a base model
     tokenizer: Tokenizer
     vocab_size: int  # ids all models know
@@ -66,15 +67,23 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_sequences(config, method)
     if config.rollout.recorded_from is not None:
         check_recorded(config.rollout.recorded_from, range(config.train.steps))
+    check_one_teacher(config, method)
     student, teacher = read_architectures(config)
+    teachers = {
+        one.name: _read_architecture(f"teachers[{i}].model", one.model) for i, one in enumerate(config.teachers)
+    }
     base = _read_architecture("base.model", config.base_model) if method.needs.base_model else None
     check_layouts(config, student, teacher, base)
+    _check_teachers(config, teachers)
     tokenizer = read_tokenizer(config, base=base is not None)
-    models = {"student": student, "teacher": teacher} | ({} if base is None else {"base model": base})
+    models = {"student": student, "teacher": teacher}
+    models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
+    models |= {} if base is None else {"base model": base}
     inputs = Inputs(
         method=method,
         student=student,
         teacher=teacher,
+        teachers=teachers,
         base=base,
         tokenizer=tokenizer,
         vocab_size=min(model.vocab_size for model in models.values()),
@@ -177,6 +186,24 @@ def check_sequences(config: RunConfig, method: Method) -> None:
             f"train.minibatches={config.train.minibatches} is more than the {sequences} sequences of a step. "
             "Lower it, or raise train.prompts_per_step."
         )
+
+
+def check_one_teacher(config: RunConfig, method: Method) -> None:
+    """ConfigError for several teachers where the loss multiplies by the output weight of one."""
+    if config.teachers and method.needs.hidden_states:
+        raise ConfigError(
+            f"method.name={config.method.name} compares whole vocabularies with the hidden states of one teacher, but "
+            f"teachers holds {len(config.teachers)} more. Take them out, or use a method that asks for log-probs or "
+            "for top-k candidates."
+        )
+
+
+def _check_teachers(config: RunConfig, architectures: Mapping[str, Architecture]) -> None:
+    for i, one in enumerate(config.teachers):
+        try:
+            check_divisible(architectures[one.name], layout_of(one.parallel))
+        except ConfigError as error:
+            raise ConfigError(f"teachers[{i}].parallel: {error}") from None
 
 
 def check_writable(config: RunConfig) -> None:
@@ -351,6 +378,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "student.model": asdict(inputs.student),
         "student.router_aux_loss": config.student.router_aux_loss,
         "teacher.model": asdict(inputs.teacher),
+        **{f"teachers.{name}": asdict(architecture) for name, architecture in inputs.teachers.items()},
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
         **data_identity(config.data, inputs.prompts),
         **{f"method.{key}": value for key, value in config.method.model_dump().items()},

@@ -69,7 +69,10 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         optimizer=own.optimizer,
         activations=int(activations),
         loss=loss_bytes,
-        teacher=frozen_states(inputs.teacher, layout_of(config.teacher.parallel), itemsize=itemsize).weights,
+        teacher=sum(
+            frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
+            for _, _, architecture, parallel in _teachers(config, inputs)
+        ),
         base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
         if inputs.base
         else 0,
@@ -143,7 +146,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     for name, value in (
         ("method", config.method.name),
         ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
-        ("teacher", _describe(config.teacher.model, inputs.teacher, config.teacher.parallel)),
+        *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(config, inputs)),
         *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
         ("ranks", f"a multiple of {_smallest_world(config)}"),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
@@ -162,6 +165,12 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     return table
 
 
+def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, ParallelConfig]]:
+    """Role, directory, sizes and layout of every teacher."""
+    others = [(f"teacher {t.name!r}", t.model, inputs.teachers[t.name], t.parallel) for t in config.teachers]
+    return [("teacher", config.teacher.model, inputs.teacher, config.teacher.parallel), *others]
+
+
 def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
     """What the teacher tells of a response token, what it is asked, and how much of that travels in a step."""
     spec = SignalSpec.of(inputs.method.needs)
@@ -169,7 +178,8 @@ def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
     text = f"{told:,} bytes per response token from the teacher"
     if spec.asked:
         text += f", {spec.asked_bytes_per_row:,} to it for the student's own likeliest tokens"
-    layouts = [config.student.parallel, config.teacher.parallel, *([config.base_parallel] if inputs.base else [])]
+    layouts = [config.student.parallel, *(parallel for *_, parallel in _teachers(config, inputs))]
+    layouts += [config.base_parallel] if inputs.base else []
     if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1:
         return f"{text}; none travels, as the layouts agree"
     most = sequences * config.rollout.max_new_tokens * (told + spec.asked_bytes_per_row)
@@ -182,7 +192,8 @@ def _count_problems(inputs: Inputs) -> int:
 
 
 def _smallest_world(config: RunConfig) -> int:
-    models = (config.student.parallel, config.teacher.parallel, config.base_parallel)
+    others = [teacher.parallel for teacher in config.teachers]
+    models = (config.student.parallel, config.teacher.parallel, *others, config.base_parallel)
     return int(np.lcm.reduce([*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]))
 
 

@@ -27,7 +27,9 @@ def read_tokenizer(config: RunConfig, *, base: bool = False) -> Tokenizer:
     tokenizer = load_tokenizer(
         config.student.model, chat_template=data.chat_template, template_options=data.template_options
     )
-    for role, model in {"teacher": config.teacher.model, **({"base model": config.base_model} if base else {})}.items():
+    models = {"teacher": config.teacher.model}
+    models |= {f"teacher {teacher.name!r}": teacher.model for teacher in config.teachers}
+    for role, model in (models | ({"base model": config.base_model} if base else {})).items():
         check_same_vocabulary(tokenizer, load_tokenizer(model, chat_template=data.chat_template), role=role)
     return tokenizer
 
@@ -65,6 +67,7 @@ def sources_of(data: DataConfig) -> list[Source]:
         Source(
             paths=source.prompts,
             name=source.name,
+            teacher=source.teacher or "",
             columns=Columns(**(source.columns or data.columns).model_dump()),
             template=data.template if source.template is None else source.template,
             answer_template=data.answer_template if source.answer_template is None else source.answer_template,
@@ -211,7 +214,9 @@ def data_identity(data: DataConfig, prompts: PromptTable) -> dict[str, Any]:
     return {
         "data.prompts": f"{len(prompts)} prompts, {prompts.fingerprint()[:16]}",
         "data.shuffle": data.shuffle,
-        "data.sources": [[s.name, s.weight, sources[s.name]] for s in data.sources],
+        "data.sources": [
+            [s.name, s.weight, sources[s.name], *([s.teacher] if s.teacher else [])] for s in data.sources
+        ],
     }
 
 

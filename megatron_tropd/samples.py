@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.batches import pack_rollouts, sampling_params
+from megatron_tropd.batches import pack_rollouts, sampling_params, with_teachers
 from megatron_tropd.build import Run
 from megatron_tropd.engine.batch import BatchFacts, support_of, token_view
 from megatron_tropd.engine.context import own_valid_positions
@@ -39,6 +39,7 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     requests = make_requests(prompts, samples=1, guided=guided, fraction=_SHOWN_PREFIX, max_new_tokens=budget)
     params = sampling_params(run)
     rollouts = sampler.generate(requests, params, seed=run.config.seed, step=run.config.train.steps)
+    rollouts = with_teachers(rollouts, prompts)
     # a recording has no grades for new answers
     gates = {} if isinstance(run.teacher, RecordedTeacher) else _gate_by_sequence(run, rollouts)
     samples = []

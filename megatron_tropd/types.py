@@ -89,6 +89,7 @@ class Rollout:
     finished: bool  # True when a stop token ended it, False when the budget did
     weight_version: int = 0  # training step whose weights wrote the continuation
     token_versions: Int64Array | None = None  # [continuation] the same token by token; None: weight_version for all
+    teacher: str = ""  # name of the teacher that grades it, as of its prompt
 
 
 # --------------------------------------------------------------------------- packs and signals
@@ -110,6 +111,7 @@ class Pack:
     cu_seqlens: npt.NDArray[np.int32]  # [S+1] (+1 more when padded), starts at 0, ends at T
     sequence_ids: Int64Array  # [S] in stream order
     num_valid: int  # predictions in PREFIX or CONTINUATION
+    teacher: str = ""  # name of the one teacher that grades all of its sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,13 @@ data:
 """
 
 
+TWO_TEACHERS = (
+    "data.prompts=null",
+    "data.sources=[{name: a, prompts: prompts.jsonl}, {name: b, prompts: prompts.jsonl, teacher: t}]",
+    "teachers=[{name: t, model: teacher}]",
+)
+
+
 def minimal_tree(**changes: Any) -> dict[str, Any]:
     return {
         "run_dir": "runs/first",
@@ -208,6 +215,28 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
             "sources gives a weight to some, but not to 'b'. Weigh all of them, or none.",
         ),
         (["data.prompts=null", "data.sources=[{name: a, prompts: x}, {name: a, prompts: x}]"], "2 sources named 'a'."),
+        (["teachers=[{name: t, model: teacher}]"], "teachers holds 't', which no source names"),
+        (
+            ["data.prompts=null", "data.sources=[{name: a, prompts: x, teacher: t}]"],
+            "data.sources[0].teacher = 't' is not one of teachers (none).",
+        ),
+        (
+            [
+                "data.prompts=null",
+                "data.sources=[{name: a, prompts: x, teacher: t}]",
+                "teachers=[{name: t, model: teacher}]",
+            ],
+            "every source names one of teachers, so that teacher.model would grade nothing.",
+        ),
+        ([*TWO_TEACHERS, "teachers[0].model=gone"], "teachers[0].model = 'gone': there is nothing at "),
+        ([*TWO_TEACHERS, "teachers[0].parallel.tensor=0"], "teachers[0].parallel.tensor"),
+        ([*TWO_TEACHERS, "teacher.engine=vllm"], "teacher.engine = vllm is for runs with one teacher"),
+        ([*TWO_TEACHERS, "teacher.record=there"], "teacher.record = 'there' is for runs with one teacher"),
+        ([*TWO_TEACHERS, "teacher.recorded_from=student"], "teacher.recorded_from = 'student' is for runs with one"),
+        (
+            [*TWO_TEACHERS[:2], "teachers=[{name: t, model: teacher}, {name: t, model: teacher}]"],
+            "teachers holds 2 teachers named 't'.",
+        ),
         (
             ["data.prompts=null", "data.sources=[{name: a, prompts: ['*.jsonl', gone]}]"],
             "data.sources[0].prompts = 'gone': there is nothing at ",
@@ -356,7 +385,7 @@ def test_reference_describes_every_key():
     rows = [line.split(" | ") for line in config_reference().splitlines()[2:]]
     keys = {row[0].strip("| `") for row in rows}
     assert {"run_dir", "student.parallel.tensor", "rollout.guided_per_prompt", "evaluate.suites[i].top_p"} <= keys
-    assert {key.split(".")[0] for key in keys} == set(RunConfig.model_fields)
+    assert {key.split(".")[0].split("[")[0] for key in keys} == set(RunConfig.model_fields)
     assert all(len(row[-1].strip(" |")) > 10 for row in rows)
     assert "| `optimizer.lr` | number > 0 | `5e-06` | Peak learning rate. |" in config_reference()
     assert "| `evaluate.max_problems` | whole number >= 1 \\| null | `null` |" in config_reference()

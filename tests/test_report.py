@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,24 @@ def test_report_tells_the_result_the_curves_and_the_configuration(run_dir: Path)
         )
     assert "Accuracy over steps" in text and "Prefix length" in text
     assert "x: <i>" in page.text
+
+
+def test_report_shows_mean_at_n_and_pass_at_k_and_draws_them(run_dir: Path):
+    for model, step, solved in ((BEFORE, 0, 0.25), (DURING, 16, 0.5), (AFTER, 33, 0.75)):
+        one = evaluation(model, solved / 2, suite="sampled", step=step)
+        record_evaluations(run_dir, [replace(one, samples=8, pass_at={"4": (solved, solved - 0.1, solved + 0.1)})])
+    page = Page(write_report(run_dir))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "12.5 % mean@8, 7.5 to 17.5 pass@4 25.0 %, 15.0 to 35.0" in text
+    assert "37.5 % mean@8, 32.5 to 42.5 pass@4 75.0 %, 65.0 to 85.0" in text
+    assert "mean@1" not in text  # one answer to a problem is no mean
+    assert "Accuracy over steps" in text and "sampled: pass@4 over steps" in text
+    drawn = [attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg"]
+    assert "sampled: pass@4 over steps, on held-out problems" in drawn
+
+
+def test_report_without_several_samples_has_no_chart_of_pass_at_k(run_dir: Path):
+    assert "over steps" in (page := write_report(run_dir).read_text()) and "pass@" not in page.split("<table")[1]
 
 
 def test_report_breaks_the_mean_step_into_parts(run_dir: Path):

@@ -30,6 +30,7 @@ from megatron_tropd.report.records import (
 from megatron_tropd.report.sinks import read_jsonl
 
 Rows = Sequence[Mapping[str, Any]]
+Point = tuple[float, float, float, float]  # step, value, and its interval
 _MOST_TOKENS = 1500  # shown of one answer
 _NOT_NOISY = {"lr", "prefix_fraction"}
 
@@ -113,7 +114,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "models": [m for m in (BEFORE, AFTER, TEACHER) if any(e.model == m for e in evaluations)],
         "results": {(e.model, e.suite): e for e in evaluations if e.model != DURING},
         "closed": {suite: distance_closed(evaluations, suite) for suite in _suites(evaluations)},
-        "accuracy": [*_accuracy_chart(evaluations, rows), *_charts(rows, _accuracy_curves(rows))],
+        "accuracy": [*_accuracy_charts(evaluations, rows), *_charts(rows, _accuracy_curves(rows))],
         "curves": _charts(rows, _CURVES),
         "health": _charts(rows, _HEALTH),
         "guidance": _charts(rows, _GUIDANCE),
@@ -210,28 +211,33 @@ def _label(name: str) -> str:
     return name.replace("_entropy", "").replace("_", " ")
 
 
-def _accuracy_chart(evaluations: Sequence[Evaluation], rows: Rows) -> list[Chart]:
-    """Accuracy of the student over steps, when it was evaluated in between."""
+def _accuracy_charts(evaluations: Sequence[Evaluation], rows: Rows) -> list[Chart]:
+    """Accuracy of the student over steps, when it was evaluated in between, and pass@k where it was asked for."""
     if not any(evaluation.model == DURING for evaluation in evaluations):
         return []
+    student = [evaluation for evaluation in evaluations if evaluation.model != TEACHER]
+    student.sort(key=lambda evaluation: _step_of(evaluation, len(rows)))
+    accuracy: dict[str, list[Point]] = {}
+    solved: dict[str, list[Point]] = {}
+    for one in student:
+        step = _step_of(one, len(rows))
+        accuracy.setdefault(one.suite, []).append((step, one.accuracy, one.low, one.high))
+        for k, (mean, low, high) in one.pass_at.items():
+            solved.setdefault(f"{one.suite}: pass@{k}", []).append((step, mean, low, high))
+    charts = [_points_chart("Accuracy over steps", accuracy)]
+    # a chart of one curve has no legend: its title names it
+    title = f"{next(iter(solved))} over steps" if len(solved) == 1 else "pass@k over steps"
+    return [*charts, _points_chart(title, solved)] if solved else charts
+
+
+def _points_chart(title: str, points: Mapping[str, Sequence[Point]]) -> Chart:
     series = []
-    for suite in _suites(evaluations):
-        points = sorted(
-            (
-                (_step_of(evaluation, len(rows)), evaluation)
-                for evaluation in evaluations
-                if evaluation.suite == suite and evaluation.model != TEACHER
-            ),
-            key=lambda point: point[0],
-        )
-        step, accuracy, low, high = (
-            np.array(column, dtype=np.float64)
-            for column in zip(*((step, e.accuracy, e.low, e.high) for step, e in points), strict=True)
-        )
-        series.append(Series(label=suite, step=step, value=accuracy, low=low, high=high, smooth=False))
-    svg = line_chart(series, alt="Accuracy on held-out problems over training steps", percent=True)
+    for label, found in points.items():
+        step, value, low, high = np.array(found, dtype=np.float64).T
+        series.append(Series(label=label, step=step, value=value, low=low, high=high, smooth=False))
+    svg = line_chart(series, alt=f"{title}, on held-out problems", percent=True)
     note = "Student on held-out problems, with 95 % intervals."
-    return [Chart(title="Accuracy over steps", unit="", note=note, svg=svg, legend=legend(_suites(evaluations)))]
+    return Chart(title=title, unit="", note=note, svg=svg, legend=legend(list(points)))
 
 
 def _step_of(evaluation: Evaluation, steps: int) -> int:
