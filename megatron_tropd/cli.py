@@ -257,7 +257,7 @@ def hf_to_megatron(
     dtype: ConvertDtype = "auto",
     verify: Verify = None,
 ) -> None:
-    """Write a Hugging Face directory as a Megatron checkpoint, which any layout can load."""
+    """Write a Hugging Face directory as a Megatron checkpoint, for any layout to load. Killed, it starts over."""
     _convert("hf_to_megatron", source, target, (tensor, pipeline, expert), dtype, verify)
 
 

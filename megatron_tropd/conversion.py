@@ -52,7 +52,8 @@ class Plan:
 def hf_to_megatron(source: Path, target: Path, plan: Plan) -> None:
     """Writes ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
 
-    A target that was finished from the same source is left as it is.
+    A target that was finished from the same source is left as it is. Killed before that, there is no target, and the
+    conversion starts over: ranks write their files together, so no part of them is of use alone.
 
     Raises:
         CheckpointError: the source cannot be used, or the result gives other logits.
@@ -65,7 +66,11 @@ def hf_to_megatron(source: Path, target: Path, plan: Plan) -> None:
     dtype = DTYPES.get(plan.dtype) or next(iter(weights.values())).dtype
     facts = {"source": _fingerprint(source, source.glob("*.safetensors")), "dtype": str(dtype)}
     groups = GroupBuilder().build(plan.layout)
-    if not _already_there(target, facts):
+    if _already_there(target, facts):
+        _say("it is there already, made of the same source: left as it is")
+    else:
+        if target.with_name(target.name + ".partial").exists():
+            _say("an earlier conversion was killed: starting over")
         model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
         load_weights(model, weights, watch=_progress("reading"))
         _say("writing")

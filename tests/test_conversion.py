@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -16,13 +17,17 @@ import torch.distributed as dist
 from distributed import run_on_ranks
 from safetensors.torch import load_file
 from tiny_families import save_family
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_tropd import conversion
 from megatron_tropd.conversion import Plan, hf_to_megatron, megatron_to_hf
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.engine.checkpoint import load_checkpoint, load_model_weights, save_checkpoint
 from megatron_tropd.engine.metadata import check_metadata
 from megatron_tropd.engine.model import build_model
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
@@ -55,6 +60,7 @@ def convert_all(root: str) -> dict[str, Any]:
     said["wrong config"] = _error(
         lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", Plan(layout=TP2), like=folder / "mistral")
     )
+    said["harmful"] = _harmful(folder)
     said["peak"] = [_export_peak(folder / "llama3", layout) for layout in (TP2, PP2)]
     said["read"] = [_bytes_read(folder / "llama3", layout) for layout in (ALONE, TP2, PP2)]
     return said
@@ -113,6 +119,57 @@ def _bytes_read(source: Path, layout: Layout) -> tuple[int, int]:
     before = _read_so_far()
     load_weights(model, weights)
     return _read_so_far() - before, sum(p.nbytes for chunk in model.chunks for p in chunk.parameters())
+
+
+def _harmful(folder: Path) -> dict[str, str]:
+    """What is said of checkpoints that hold a harmful pickle: as a tensor, as the state of a module, in ``common.pt``.
+
+    Each makes a directory when it is unpickled.
+    """
+    groups, device = GroupBuilder().build(ALONE), initialize_distributed()
+    architecture = read_architecture(folder / "llama3")
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+    optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
+    training = save_checkpoint(folder / "training", model, optimization, step=1, state={})
+    said = {}
+    for kind, source in (("tensor", folder / "llama3-tp2-pp2"), ("module", training), ("common", training)):
+        target = folder / f"with-harmful-{kind}"
+        if dist.get_rank() == 0:
+            shutil.copytree(source, target)
+            _spoil(target, kind)
+        dist.barrier()
+
+        def load(path: Path = target, kind: str = kind) -> None:
+            if kind == "tensor":
+                load_model_weights(path, model)
+            else:
+                load_checkpoint(path, model, optimization)
+
+        said[kind] = _error(load)
+        dist.barrier()
+    return said
+
+
+def _spoil(checkpoint: Path, kind: str) -> None:
+    """Puts a harmful pickle into a checkpoint that is otherwise as it should be, and says so in its list of files."""
+    content = io.BytesIO()
+    torch.save(Harmful(checkpoint.parent / "harm"), content)
+    name = "common.pt" if kind == "common" else "spoilt.distcp"
+    (checkpoint / name).write_bytes(content.getvalue())
+    if kind != "common":
+        with (checkpoint / ".metadata").open("rb") as file:
+            table = pickle.load(file)
+        objects = [name for name, entry in table.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+        victim = objects[0] if kind == "module" else "embedding.word_embeddings.weight"
+        assert kind == "tensor" or "_extra_state" in victim
+        table.state_dict_metadata[victim] = BytesStorageMetadata()
+        for index in [index for index in table.storage_data if index.fqn == victim]:
+            del table.storage_data[index]
+        table.storage_data[MetadataIndex(victim)] = _StorageInfo(name, 0, len(content.getvalue()))
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(table))
+    listed = json.loads((checkpoint / "complete.json").read_text())
+    listed["files"] |= {name: (checkpoint / name).stat().st_size for name in (name, ".metadata")}
+    (checkpoint / "complete.json").write_text(json.dumps(listed))
 
 
 def _export_peak(source: Path, layout: Layout) -> float:
@@ -199,12 +256,25 @@ def test_an_export_holds_a_bounded_part_of_a_tensor_of_any_size(said):
     assert all(peak < 80 for rank in said for peak in rank["peak"]), [rank["peak"] for rank in said]
 
 
+def test_an_object_that_is_more_than_numbers_is_refused_before_it_can_do_anything(said, root):
+    for rank in said:
+        assert "object embedding.word_embeddings.weight is a pickle of more" in rank["harmful"]["tensor"]
+        assert "_extra_state" in rank["harmful"]["module"] and "not loaded" in rank["harmful"]["module"]
+        assert "common.pt is a pickle of more" in rank["harmful"]["common"]
+    assert not (root / "harm").exists()
+
+
 class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("harm",)
+        return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("table", [pickle.dumps(Harmful()), b"", b"no pickle"], ids=["harmful", "empty", "no pickle"])
+@pytest.mark.parametrize(
+    "table", [pickle.dumps(Harmful(Path("harm"))), b"", b"no pickle"], ids=["harmful", "empty", "no pickle"]
+)
 def test_a_table_that_is_not_one_is_refused_before_it_can_do_anything(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(table)

@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.engine.metadata import check_metadata
+from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.view import megatron_sees
@@ -183,7 +183,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     """
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with megatron_sees(model.groups):
+    with megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
@@ -209,7 +209,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
     """
     read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with megatron_sees(model.groups):
+    with megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
         # weights alone: what else a module saves comes as pickles, and is nothing here
         sharded = {
             key: {name: part for name, part in chunk.items() if not name.endswith("_extra_state")}
