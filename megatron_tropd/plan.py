@@ -142,6 +142,7 @@ def _small(architecture: Architecture, top_k: int) -> Architecture:
 def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
     packs, fill = _expected_packs(config, prompts, sequences)
+    packs += len(config.teachers)  # no pack mixes teachers
     table = Table(title=f"Plan of {config.run_dir}", title_justify="left", show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),

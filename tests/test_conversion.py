@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
-from safetensors.torch import load_file
+from run_inputs import commands
+from safetensors.torch import load_file, save_file
 from tiny_families import save_family
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -281,3 +282,61 @@ def test_a_table_that_is_not_one_is_refused_before_it_can_do_anything(table, tmp
     with pytest.raises(CheckpointError, match="not loaded"):
         check_metadata(tmp_path)
     assert not (tmp_path / "harm").exists()
+
+
+# --------------------------------------------------------------------------- inputs that cannot be used
+
+
+def torn(directory: Path) -> None:
+    os.truncate(directory / "model.safetensors", 5000)
+
+
+def of_other_shapes(directory: Path) -> None:
+    _change_config(directory, hidden_size=56)
+
+
+def without_a_shard(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    shards = {f"part-{number}.safetensors": list(tensors)[number::2] for number in range(2)}
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, directory / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors").unlink()
+    (directory / "part-1.safetensors").unlink()
+
+
+def of_no_known_kind(directory: Path) -> None:
+    _change_config(directory, architectures=["GPTNeoXForCausalLM"])
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(Harmful(directory / "harm"), directory / "pytorch_model.bin")
+
+
+def _change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+HOSTILE = [
+    (torn, "model.safetensors is torn or not safetensors"),
+    (of_other_shapes, "but the model of config.json needs"),
+    (without_a_shard, "names part-1.safetensors, which is not there. Copy the shard too."),
+    (of_no_known_kind, "architecture ['GPTNeoXForCausalLM'] is not supported"),
+    (pickled, "has only pickled weights (pytorch_model.bin), which are never loaded"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), HOSTILE, ids=lambda case: getattr(case, "__name__", ""))
+def test_a_source_that_cannot_be_used_is_one_error_and_leaves_nothing(spoil, message, tmp_path):
+    source = save_family(tmp_path / "source", "llama3")
+    shutil.copy(DEMO / "teacher" / "tokenizer.json", source)
+    spoil(source)
+    before = {path.name for path in source.iterdir()}
+    outcome = commands().run("convert", "hf-to-megatron", source, tmp_path / "target")
+    assert outcome.status == 2
+    assert message in " ".join(outcome.output.split()) and outcome.output.count("Error") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert {path.name for path in source.iterdir()} == before
