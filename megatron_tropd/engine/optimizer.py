@@ -54,6 +54,13 @@ class Optimization:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
+def _give_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    """Makes the state that SGD has after a step, for a checkpoint to be loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def optimize(model: Model, settings: OptimizerSettings) -> Optimization:
     """Wraps the model's chunks for training. Collective over the world."""
     bf16 = model.dtype == torch.bfloat16
@@ -82,6 +89,9 @@ def optimize(model: Model, settings: OptimizerSettings) -> Optimization:
         optimizer = get_megatron_optimizer(
             config, wrapped, use_gloo_process_groups=False, pg_collection=model.groups.pg
         )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is None:  # Megatron gives SGD none, and cannot load its state without
+            part.init_state_fn = _give_momentum
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
