@@ -340,6 +340,6 @@ def test_a_source_that_cannot_be_used_is_one_error_and_leaves_nothing(spoil, mes
     before = {path.name for path in source.iterdir()}
     outcome = commands().run("convert", "hf-to-megatron", source, tmp_path / "target")
     assert outcome.status == 2
-    assert message in " ".join(outcome.output.split()) and outcome.output.count("Error") == 1
+    assert message in " ".join(outcome.output.split()) and outcome.output.count("Error: ") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert {path.name for path in source.iterdir()} == before
