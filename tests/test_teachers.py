@@ -170,6 +170,13 @@ def test_two_teachers_that_are_the_same_model_are_one_teacher(task, tmp_path):
     assert_metrics_agree(steady_metrics(tmp_path / "two"), steady_metrics(tmp_path / "one"))
 
 
+def test_the_plan_names_every_teacher(task, tmp_path):
+    other = f"{{name: other, model: {task.directory}/stranger, parallel: {{pipeline: 2}}}}"
+    _, *arguments = command(task, tmp_path / "run", second="other", teachers=other)
+    output = commands().run("check", *arguments).expect_success().output
+    assert "teacher 'other'" in output and "a multiple of 2" in output
+
+
 def test_another_teacher_for_one_source_is_another_run(task, tmp_path):
     other = f"{{name: other, model: {task.directory}/stranger}}"
     found = [
