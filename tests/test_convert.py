@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_tropd.convert.architectures import architecture_of
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
-from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, join
+from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, join, runs
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.types import Architecture
@@ -86,21 +86,42 @@ def test_a_vocabulary_is_padded_with_zeros_at_its_end():
     assert [shard[:, 0].tolist() for shard in shards] == [[1, 2, 3, 4], [5, 6, 7, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("step", [1, 2, 100])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_few_rows_of_all_ranks_at_a_time_are_the_whole(rule, size, step):
+    shapes, parts = parts_for(rule)
+    shards = cuts(rule, parts, size, padded_vocab=9)
+    whole = [torch.full(shape, torch.nan) for shape in shapes]
+    for first in range(0, len(shards[0]), step):
+        pieces = [shard[first : first + step] for shard in shards]
+        for part, row, rows in runs(rule, pieces, first, shapes, Cut(SMALL, 0, size, 9)):
+            assert bool(whole[part][row : row + len(rows)].isnan().all())  # every row comes once
+            whole[part][row : row + len(rows)] = rows
+    assert all(a.equal(b) for a, b in zip(whole, parts, strict=True))
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
 def test_joining_is_the_inverse_of_cutting(rule, size):
+    shapes, parts = parts_for(rule)
+    shards = cuts(rule, parts, size, padded_vocab=9)
+    joined = join(rule, shards, shapes, Cut(SMALL, 0, size, 9))
+    assert all(a.equal(b) for a, b in zip(joined, parts, strict=True))
+
+
+def parts_for(rule: str) -> tuple[list[Shape], list[Tensor]]:
+    """Shapes that three ranks can share, and random tensors of them."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {
+    table: dict[str, list[Shape]] = {
         "whole": [(5,)],
         "columns": [(5, 6)],
         "stacked_rows": [(6, 5), (6, 5)],
         "vocabulary": [(7, 5)],
         "qkv": [(6, 5), (3, 5), (3, 5)],
-    }[rule]
-    parts = [torch.randn(shape, generator=generator) for shape in shapes]
-    shards = cuts(rule, parts, size, padded_vocab=9)
-    joined = join(rule, shards, shapes, Cut(SMALL, 0, size, 9))
-    assert all(a.equal(b) for a, b in zip(joined, parts, strict=True))
+    }
+    shapes = table[rule]
+    return shapes, [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def test_a_large_tensor_is_cut_in_strips(monkeypatch):
