@@ -692,6 +692,15 @@ def test_what_a_writer_of_another_source_left_is_not_gone_on_with(healthy, tmp_p
     assert writer_of(target, healthy, 250).done == frozenset()
 
 
+def test_a_file_of_the_right_size_that_begins_otherwise_is_not_gone_on_with(healthy, tmp_path):
+    target = tmp_path / "out"
+    writer_of(target, healthy, 250, resume_from="a").write(tensors(0)[:3])
+    first = min((tmp_path / "out.partial").glob("model-*.safetensors"))
+    first.write_bytes(bytes(first.stat().st_size))
+    done = writer_of(target, healthy, 250, resume_from="a").done
+    assert done and "rows" not in done
+
+
 @pytest.mark.parametrize("max_file_bytes", [1, 10**6])
 def test_rows_in_any_order_are_the_tensor(max_file_bytes, healthy, tmp_path):
     writer = writer_of(tmp_path / "out", healthy, max_file_bytes)
