@@ -405,6 +405,12 @@ class RolloutConfig(Section):
     verify_tolerance: Real | None = key(
         None, "Largest mean difference allowed there, nats; null is 1e-4 for fp32, 0.1 for bf16.", gt=0
     )
+    gap_warning: Real | None = key(
+        None,
+        "Mean gap between the sampler's and the trainer's log-probs, nats per token, past which a warning names likely "
+        "causes; null is 1e-3 for fp32, 0.1 for bf16.",
+        gt=0,
+    )
     vllm: VLLMConfig = VLLMConfig()
     vllm_server: StudentServersConfig = StudentServersConfig()
 

@@ -21,6 +21,7 @@ from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.report.stopwatch import Stopwatch
+from megatron_tropd.rollout.mismatch import GapWatch
 from megatron_tropd.rollout.sampler import Probed
 from megatron_tropd.rollout.spread import versions_of
 from megatron_tropd.rollout.verify import probe_of, verify_publish
@@ -44,6 +45,7 @@ def train(
     ``pause`` is called after every step, and within a step after rollouts, which are the longest part of it.
     """
     config, watch = run.config, Stopwatch()
+    gaps = GapWatch(config.dtype, config.rollout.gap_warning)
     with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
         for step in range(first_step, config.train.steps):
             watch.reset()
@@ -67,6 +69,7 @@ def train(
                 metrics["time_rollout_hidden"] = batches.hidden_seconds()
             if writer is not None:
                 writer.write(metrics)
+                gaps.look(metrics)
             progress.update(metrics)
             # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
             if after_step is not None:

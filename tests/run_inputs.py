@@ -224,7 +224,7 @@ def assert_metrics_agree(found: Sequence[Mapping[str, Any]], expected: Sequence[
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
         for name, value in b.items():
-            tolerance = rounding.get(name, 1e-6)
+            tolerance = rounding.get(name.split("/")[0], 1e-6)
             assert a[name] == pytest.approx(value, rel=1e-5, abs=tolerance), f"step {b['step']}: {name}"
 
 

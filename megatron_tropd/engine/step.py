@@ -17,6 +17,7 @@ from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import EngineError
+from megatron_tropd.losses.gap import BUCKETS, MEAN, bucket_of
 from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
@@ -241,6 +242,11 @@ class Trainer:
         gap_N = torch.where(continuation_N, answer.stats.get("logprob_gap", item.weight_N.new_zeros(())), 0.0)
         if gap_N.numel():
             self._sums.gap_max = torch.maximum(self._sums.gap_max, gap_N.detach().double().max())
+        if "logprob_gap" in answer.stats:
+            bucket_N = bucket_of(item.tokens.position_T)
+            for number, bucket in enumerate(BUCKETS):
+                here_N = continuation_N & (bucket_N == number)
+                self._sums.add(f"logprob_gap/{bucket}", answer.stats["logprob_gap"], here_N)
         for name, value_N in answer.stats.items():
             self._sums.add(name, value_N, prefix_N if name.startswith("prefix_") else continuation_N)
 
@@ -281,7 +287,9 @@ class Trainer:
             name: value / count for name, value, count in zip(names, pairs[::2], pairs[1::2], strict=True) if count > 0
         }
         if "logprob_gap" in means:
-            means["logprob_gap_mean"], means["logprob_gap_max"] = means.pop("logprob_gap"), gap_max
+            means["logprob_gap_max"] = gap_max
+            for name in [name for name in means if name.split("/")[0] == "logprob_gap"]:
+                means[name.replace("logprob_gap", MEAN)] = means.pop(name)
         denominator = float(sums.denominator)
         return total / denominator if denominator > 0 else 0.0, means
 

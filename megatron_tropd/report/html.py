@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "closed": {suite: distance_closed(evaluations, suite) for suite in _suites(evaluations)},
         "accuracy": [*_accuracy_charts(evaluations, rows), *_charts(rows, _accuracy_curves(rows))],
         "curves": _charts(rows, _CURVES),
-        "health": _charts(rows, _HEALTH),
+        "health": _charts(rows, [*_HEALTH, *_gap_curves(rows)]),
         "guidance": _charts(rows, _GUIDANCE),
         "shares": _shares(breakdown),
         "step_seconds": sum(float(np.mean(seconds)) for seconds in breakdown.values()),
@@ -203,6 +204,16 @@ def _accuracy_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
     sources = sorted({key for row in rows for key in row if key.startswith(of_source(name, ""))})
     curves: list[tuple[str, tuple[str, ...], bool]] = [("Accuracy while training", (name,), True)]
     return [*curves, ("The same by source", tuple(sources), True)] if sources else curves
+
+
+def _gap_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
+    """The gap between sampler and trainer by position in the sequence, where sequences are long enough for several."""
+    start = of_source("logprob_gap_mean", "")
+    names = sorted(
+        {key for row in rows for key in row if key.startswith(start)},
+        key=lambda name: int(re.findall(r"\d+", name)[0]),
+    )
+    return [("Sampler against trainer, by position", tuple(names), False)] if len(names) > 1 else []
 
 
 def _label(name: str) -> str:

@@ -2,7 +2,7 @@
 
 Means are over tokens, not over sequences, unless the meaning says otherwise. A metric that does not apply to a step
 (no guided sequence, no gate) is left out or null, never 0. ``NAME/SOURCE`` is the metric ``NAME`` over the sequences
-of one data source.
+of one data source, ``logprob_gap_mean/FROM-TO`` that metric over the tokens at these positions of their sequences.
 """
 
 from __future__ import annotations
