@@ -13,9 +13,10 @@ from counting import SMALL, Counting, Counts, as_on_gpus, ranks_of
 from layout_cases import VOCAB, Case, assemble, config_of
 from tiny_models import random_rollouts
 
+from megatron_tropd.batches import score_rollouts
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import own_valid_positions
-from megatron_tropd.loop import Stopwatch, grade_rollouts
+from megatron_tropd.loop import grade_rollouts
 from megatron_tropd.losses.vocab_parallel import linear_logprobs
 from megatron_tropd.parallel.groups import GroupBuilder, Groups
 from megatron_tropd.planning.traffic import (
@@ -26,7 +27,8 @@ from megatron_tropd.planning.traffic import (
     gradient_transfers,
     loss_transfers,
 )
-from megatron_tropd.teacher import megatron
+from megatron_tropd.report.stopwatch import Stopwatch
+from megatron_tropd.teacher import dealt
 from megatron_tropd.teacher.delivery import carry
 
 # Megatron's names
@@ -51,7 +53,8 @@ def run_cases(cases: Sequence[Case], models: str) -> list[dict[str, Any]]:
 def _step(case: Case, run: Any) -> dict[str, Any]:
     groups, student = run.student.groups, run.student
     rollouts = random_rollouts(0, vocab_size=VOCAB, count=case.sequences)
-    [packs] = grade_rollouts(run, rollouts, step=0, watch=Stopwatch())
+    scored = score_rollouts(run, rollouts, watch=Stopwatch())
+    [packs] = grade_rollouts(run, scored, step=0, watch=Stopwatch())
     with Counting() as counting:
         run.trainer.step(packs, update=0)
     loads = [
@@ -123,11 +126,11 @@ def _signals(case: Case, run: Any) -> dict[str, Any]:
         with counting:
             return carry(*args, **kwargs)
 
-    megatron.carry = carried  # type: ignore[assignment]
+    dealt.carry = carried  # type: ignore[assignment]
     try:
         run.teacher.score(packs, run.signal, asked)
     finally:
-        megatron.carry = carry
+        dealt.carry = carry
     hidden = run.teacher_model.architecture.hidden_size * run.teacher_model.dtype.itemsize
     return {
         "sent": counting.bytes["send", ""],

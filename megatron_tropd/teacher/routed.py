@@ -21,7 +21,7 @@ class RoutedTeacher:
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
     ) -> list[Signal | None]:
-        names = [pack.teacher for pack in packs[0]]  # pack by pack the same in every replica: loop.pack_rollouts
+        names = [pack.teacher for pack in packs[0]]  # pack by pack the same in every replica: build.pack_for
         found: list[Signal | None] = [None] * len(names)
         for name in dict.fromkeys(names):
             numbers = [number for number, own in enumerate(names) if own == name]
