@@ -217,7 +217,7 @@ def test_a_server_that_hangs_while_weights_are_published_gets_them_when_it_is_ba
 def test_a_server_that_hangs_while_it_writes_gives_its_work_to_the_other(place, tmp_path):
     server, proxy = place.servers[1], place.proxies[1]
     # it is the first step's weights that it has when it is back: of an earlier step than the trainer's
-    stop = Fault(route="write", after=lambda: server.signal(signal.SIGSTOP), skip=1)
+    stop = Fault(route="write", before=lambda: server.signal(signal.SIGSTOP), skip=1)
     folder = tmp_path / "SIGSTOP while writing"
     found = steps_until_it_is_back(place, "files", folder, 1, stop, resumed(server))
     assert found["counts"]["moved"] > 0 and found["counts"]["refreshed"] >= 1
@@ -226,7 +226,7 @@ def test_a_server_that_hangs_while_it_writes_gives_its_work_to_the_other(place, 
 
 def test_a_server_that_dies_while_it_writes_and_starts_again_is_sent_the_weights(place, tmp_path):
     server = place.servers[0]
-    kill = Fault(route="write", after=lambda: server.signal(signal.SIGKILL), skip=2)
+    kill = Fault(route="write", before=lambda: server.signal(signal.SIGKILL), skip=2)
     folder = tmp_path / "SIGKILL while writing"
     found = steps_until_it_is_back(place, "files", folder, 0, kill, started_again(server))
     assert found["counts"]["moved"] > 0 and found["counts"]["refreshed"] >= 1

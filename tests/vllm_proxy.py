@@ -92,6 +92,7 @@ class Proxy:
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        self._loop.close()
 
     def _run(self, awaitable: Awaitable[object]) -> object:
         async def wait() -> object:
