@@ -23,15 +23,15 @@ from torch import Tensor
 from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
 from megatron_tropd.convert.writer import COMPANIONS, HFWriter
-from megatron_tropd.data.packing import pack
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model, build_model, check_divisible
+from megatron_tropd.engine.score import pack_alone
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
-from megatron_tropd.types import Architecture, Rollout
+from megatron_tropd.types import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of the largest logit; both models in fp32
@@ -225,19 +225,8 @@ def _transformers_logits(
 
 def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
     """Largest difference of a logit, as a share of the largest logit, over all ranks. Collective."""
-    empty, groups = np.empty(0, np.float32), model.groups
-    rollout = Rollout(
-        sequence_id=0,
-        prompt_index=0,
-        token_ids=tokens,
-        prompt_length=1,
-        prefix_length=len(tokens) - 1,
-        sampling_logprob=empty,
-        model_logprob=empty,
-        finished=True,
-    )
-    multiple = 2 * groups.layout.tensor
-    packs = pack([rollout], max_tokens=len(tokens) + multiple, multiple_of=multiple)[0]
+    groups = model.groups
+    packs = pack_alone(tokens, groups.layout)[0]
 
     def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> float:
         first = groups.tensor_rank * len(weight_vD)

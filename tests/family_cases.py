@@ -173,7 +173,7 @@ def _survives_a_stream(model: Model) -> bool:
     return all(a.equal(b) for a, b in zip(after, before, strict=True))
 
 
-def export(model: Model, source: Path, target: Path) -> None:
+def export(model: Model, source: Path, target: Path, *, max_file_bytes: int = FILE_BYTES) -> None:
     writer = None
     if dist.get_rank() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def export(model: Model, source: Path, target: Path) -> None:
             companions_from=source,
             tensors=hf_shapes(model.architecture),
             dtype=model.dtype,
-            max_file_bytes=FILE_BYTES,
+            max_file_bytes=max_file_bytes,
         )
     for name, first, rows in hf_rows(model):
         if writer is not None:

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_on_ranks
+from family_cases import export
 from safetensors.torch import load_file
 from tiny_models import STUDENT, TEACHER, load_hf, random_rollouts, save_qwen3
 from torch import Tensor
 
 from megatron_tropd.build import load_model
-from megatron_tropd.convert.families import hf_shapes
-from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_stream
+from megatron_tropd.engine.weights import hf_tensors, load_stream
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.types import Pack, Rollout
 
@@ -72,7 +70,7 @@ def answers(cases: list[Case], root: str) -> dict[str, dict[str, Any]]:
             "shard": groups.tensor_rank if groups.is_last_stage else -1,
             "restored": _survives_a_stream(model),
         }
-        _export(model, source=directory, target=Path(root) / "exported" / case.name)
+        export(model, directory, Path(root) / "exported" / case.name, max_file_bytes=FILE_BYTES)
     return found
 
 
@@ -101,25 +99,6 @@ def _survives_a_stream(model: Model) -> bool:
     load_stream(model, [("an.unknown.name", torch.ones(1)), *reversed(published)])
     after = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
     return all(a.equal(b) for a, b in zip(after, before, strict=True))
-
-
-def _export(model: Model, *, source: Path, target: Path) -> None:
-    writer = None
-    if dist.get_rank() == 0:
-        target.parent.mkdir(exist_ok=True)
-        writer = HFWriter(
-            target,
-            companions_from=source,
-            tensors=hf_shapes(model.architecture),
-            dtype=model.dtype,
-            max_file_bytes=FILE_BYTES,
-        )
-    for name, first, rows in hf_rows(model):
-        if writer is not None:
-            writer.write_rows(name, first, rows)
-    if writer is not None:
-        writer.finish()
-    dist.barrier()
 
 
 @pytest.fixture(scope="module")

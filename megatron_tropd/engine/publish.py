@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -28,13 +27,12 @@ from megatron_tropd.bridge.client import Server
 from megatron_tropd.bridge.jobs import PoolSettings
 from megatron_tropd.bridge.pool import Pool, Update
 from megatron_tropd.convert.families import EMBEDDING, OUTPUT
-from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.score import score_packs
+from megatron_tropd.engine.score import pack_alone, score_packs
 from megatron_tropd.engine.weights import hf_tensors
 from megatron_tropd.errors import ServingError
 from megatron_tropd.parallel.side_group import SideGroup, first_member, listen
-from megatron_tropd.types import Float32Array, Int64Array, Rollout
+from megatron_tropd.types import Float32Array, Int64Array
 
 _log = logging.getLogger(__name__)
 
@@ -64,19 +62,7 @@ class WeightStream:
 def probe_logprobs(model: Model, token_ids: Int64Array) -> Float32Array:
     """``[L - 1]`` log-prob of every token after the first by the trainer's weights, nats, on every rank. Collective."""
     groups = model.groups
-    empty = np.empty(0, np.float32)
-    sequence = Rollout(
-        sequence_id=0,
-        prompt_index=0,
-        token_ids=token_ids,
-        prompt_length=1,
-        prefix_length=len(token_ids) - 1,
-        sampling_logprob=empty,
-        model_logprob=empty,
-        finished=True,
-    )
-    multiple = 2 * groups.layout.tensor * groups.layout.context
-    packs = pack([sequence], max_tokens=len(token_ids) + multiple, multiple_of=multiple)[0]
+    packs = pack_alone(token_ids, groups.layout)[0]
     scores = score_packs(model, packs, vocab_size=model.architecture.vocab_size)[0]
     logprob = torch.zeros(len(token_ids) - 1, device=model.device)
     if scores is not None:

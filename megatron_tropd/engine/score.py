@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import model_logprob
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
-from megatron_tropd.types import Pack
+from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.types import Int64Array, Pack, Rollout
 
 
 def score_packs(
@@ -48,3 +51,20 @@ def score_packs(
 def asked_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
     """The student's own most likely tokens of every pack, for the teacher to grade; None where there are none."""
     return [None if score is None else score.topk_ids_NK for score in scores]
+
+
+def pack_alone(token_ids: Int64Array, layout: Layout) -> list[list[Pack]]:
+    """One sequence in a pack of its own, by replica; every token after the first counts."""
+    empty = np.empty(0, np.float32)
+    sequence = Rollout(
+        sequence_id=0,
+        prompt_index=0,
+        token_ids=token_ids,
+        prompt_length=1,
+        prefix_length=len(token_ids) - 1,
+        sampling_logprob=empty,
+        model_logprob=empty,
+        finished=True,
+    )
+    multiple = 2 * layout.tensor * layout.context
+    return pack([sequence], max_tokens=len(token_ids) + multiple, multiple_of=multiple)
