@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from run_inputs import ROOT, commands, make_task, steady_metrics
-from two_nodes import Node, two_nodes, why_not
+from two_nodes import NAMESPACES_REQUIRED, Node, two_nodes, why_not
 
 SCRIPT = ROOT / "examples" / "launch" / "torchrun_multi_node.sh"
 STEPS = 7
@@ -57,7 +57,7 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(why_not()) and not NAMESPACES_REQUIRED, reason=why_not())
 @pytest.mark.timeout(600)
 def test_a_node_cut_off_in_a_step_is_noticed_in_seconds_and_the_run_ends_as_if_it_had_not_been(tmp_path: Path):
     task = make_task(tmp_path / "task")
