@@ -309,6 +309,12 @@ class TeacherConfig(Section):
         "megatron", "Who runs it: Megatron or vLLM in the trainer's processes, or vLLM servers (`tropd serve teacher`)."
     )
     parallel: ParallelConfig = ParallelConfig()
+    ranks: Whole = key(
+        0,
+        "Ranks that are the teacher's alone: the last ones of the launch, the others are the student's. 0: the teacher "
+        "shares the student's. With rollout.ahead it grades a batch while the student learns from an earlier one.",
+        ge=0,
+    )
     attention: Literal["auto", "sdpa", "te"] = key(
         "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
     )
@@ -333,6 +339,20 @@ class TeacherConfig(Section):
             raise ValueError(
                 f"record = '{self.record}' has nothing to record while the grades come from recorded_from = "
                 f"'{self.recorded_from}'. Set one of the two to null."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_ranks_are_for_a_live_megatron_teacher(self) -> Self:
+        if self.ranks and self.engine != "megatron":
+            raise ValueError(
+                f"ranks = {self.ranks} gives ranks of their own to a teacher that Megatron runs, got engine = "
+                f"{self.engine!r}. Set ranks to 0, or engine to megatron."
+            )
+        if self.ranks and self.recorded_from is not None:
+            raise ValueError(
+                f"ranks = {self.ranks} would have nothing to do: grades come from recorded_from = "
+                f"'{self.recorded_from}'. Set one of the two to its default."
             )
         return self
 

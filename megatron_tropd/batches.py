@@ -20,12 +20,13 @@ import torch
 from megatron_tropd.build import Run, pack_for
 from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
-from megatron_tropd.engine.score import score_packs
+from megatron_tropd.engine.score import asked_ids, score_packs
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.recorded import read_rollouts, write_rollouts
 from megatron_tropd.rollout.sampler import Overlapping, Pending
+from megatron_tropd.teacher.protocol import PendingSignals, begin_score
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 _FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learnt from
@@ -35,11 +36,12 @@ Collected = Callable[[], None]  # called when a batch has been waited for, the l
 
 @dataclass(frozen=True, slots=True)
 class ScoredRollouts:
-    """A batch's rollouts with what the student said of them at the weights that wrote them."""
+    """A batch's rollouts with what the student said of them at the weights that wrote them, and its grades to come."""
 
     rollouts: Sequence[Rollout]
     packs: Sequence[Sequence[Sequence[Pack]]]  # by minibatch and replica
     scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not asked for
+    grades: Sequence[PendingSignals]  # by minibatch: the teacher's of this replica's packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,15 @@ class Batches:
                 if number not in self._ready and number not in self._open:
                     self._open[number] = _begin(self._run, number)
 
+    def _settle_written(self, watch: Stopwatch, collected: Collected) -> None:
+        """What the trainer's own processes have written is there: a teacher with ranks of its own need not wait."""
+        for number in sorted(self._open):
+            if isinstance(self._open[number].pending, _Written):
+                self._settle(number, watch, collected)
+
     def take(self, step: int, *, watch: Stopwatch, collected: Collected) -> Batch:
         """The batch of ``step``, once it is there."""
+        self._settle_written(watch, collected)
         if step not in self._ready:
             self._settle(step, watch, collected)
         return self._ready[step]
@@ -138,7 +147,7 @@ class Batches:
                     ]
                     for part in packs
                 ]
-                self._ready[number] = Batch(prompts, fraction, ScoredRollouts(rollouts, packs, scores))
+                self._ready[number] = Batch(prompts, fraction, scored_rollouts(self._run, rollouts, packs, scores))
 
     def _write_scores(self, folder: Path, number: int) -> None:
         """This rank's part, a row per prediction: whatever layout goes on, finds its own among those of all ranks."""
@@ -229,7 +238,22 @@ def score_rollouts(run: Run, rollouts: Sequence[Rollout], *, watch: Stopwatch) -
     with watch("pack"):
         packs = packs_of(run, rollouts)
     with watch("student"):
-        return ScoredRollouts(rollouts, packs, [student_scores(run, part) for part in packs])
+        scores = [student_scores(run, part) for part in packs]
+    with watch("teacher"):
+        return scored_rollouts(run, rollouts, packs, scores)
+
+
+def scored_rollouts(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    packs: Sequence[Sequence[Sequence[Pack]]],
+    scores: Sequence[Sequence[StudentScores | None]],
+) -> ScoredRollouts:
+    """Has the packs graded, too: a teacher with ranks of its own begins at once, another when it is waited for."""
+    grades = [
+        begin_score(run.teacher, part, run.signal, asked_ids(own)) for part, own in zip(packs, scores, strict=True)
+    ]
+    return ScoredRollouts(rollouts, packs, scores, grades)
 
 
 def packs_of(run: Run, rollouts: Sequence[Rollout]) -> list[list[list[Pack]]]:

@@ -28,7 +28,7 @@ from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.publish import BroadcastPublisher, FilePublisher, Publisher
 from megatron_tropd.engine.step import Trainer
-from megatron_tropd.engine.weights import hf_tensors, load_weights
+from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.inputs import (
     DTYPES,
     Inputs,
@@ -43,13 +43,16 @@ from megatron_tropd.inputs import (
 )
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.partition import Bridge
 from megatron_tropd.reading import shares_of
 from megatron_tropd.rollout.megatron import MegatronSampler
 from megatron_tropd.rollout.recorded import RecordedSampler
 from megatron_tropd.rollout.sampler import Sampler
 from megatron_tropd.rollout.vllm import VLLMSampler
 from megatron_tropd.rollout.vllm_server import ServerSampler
+from megatron_tropd.teacher.apart import Halves, TeacherApart
 from megatron_tropd.teacher.base import TeacherAndBase
+from megatron_tropd.teacher.dealt import HiddenKind
 from megatron_tropd.teacher.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import SignalSpec, Teacher
 from megatron_tropd.teacher.recorded import RecordedTeacher, RecordingTeacher
@@ -67,6 +70,7 @@ __all__ = [
     "build_world",
     "check_method",
     "embedded_sampler",
+    "halves",
     "layout_of",
     "live_teacher",
     "load_model",
@@ -82,7 +86,7 @@ class World:
 
     device: torch.device
     student: Groups
-    teacher: Groups
+    teacher: Groups | None  # None where the teacher has ranks of its own
     sampler: Groups
     base: Groups | None = None  # None without a base model
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
@@ -105,15 +109,17 @@ class Run:
     vocab_size: int  # ids all models know
     student: Model
     trainer: Trainer
-    teacher_model: Model | None  # None where a recording stands in and nothing else asks for the model
+    teacher_model: Model | None  # None where vLLM, a recording or other ranks stand in for it
     teacher: Teacher
     sampler: Sampler
     signal: SignalSpec
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
 
 
-def build_run(config: RunConfig, inputs: Inputs) -> Run:
+def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -> Run:
     """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
+
+    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
 
     Raises:
         TropdError: weights or a recording cannot be used.
@@ -131,14 +137,14 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
     )
     signal = signal_spec(config, method)
     teacher = None
-    if needs_teacher_model(config, signal):
+    if world.teacher is not None and live_teacher_engine(config) == "megatron":
         teacher = load_model(config.teacher.model, world.teacher, dtype=dtype, device=device).freeze()
     trainer = Trainer(
         student,
         optimize(student, optimizer_settings(config)),
         method,
         vocab_size=inputs.vocab_size,
-        teacher_weight_vE=output_weight_for(teacher, student) if teacher and signal.hidden_states else None,
+        teacher_weight_vE=output_weight_for(config, inputs.teacher, student) if signal.hidden_states else None,
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
     return Run(
@@ -154,20 +160,20 @@ def build_run(config: RunConfig, inputs: Inputs) -> Run:
         student=student,
         trainer=trainer,
         teacher_model=teacher,
-        teacher=build_teacher(config, inputs, teacher, world),
+        teacher=build_teacher(config, inputs, teacher, world, bridge),
         sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
         signal=signal,
         identity=identity(config, inputs),
     )
 
 
-def needs_teacher_model(config: RunConfig, signal: SignalSpec) -> bool:
-    """Whether someone will ask Megatron's teacher: to grade, or for its output weight."""
-    return live_teacher_engine(config) == "megatron" or signal.hidden_states
+def build_teacher(
+    config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: Bridge | None = None
+) -> Teacher:
+    """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one.
 
-
-def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world: World) -> Teacher:
-    """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one."""
+    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+    """
     facts: dict[str, Any] = {
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
@@ -183,10 +189,16 @@ def build_teacher(config: RunConfig, inputs: Inputs, model: Model | None, world:
         facts |= {name: found for name, found in prints.items() if found is not None}
     if config.teacher.recorded_from is not None:
         return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
-    grader = None if config.teacher.engine == "megatron" else open_grader(config, inputs, world)
-    live = live_teacher(
-        config, model, world, vocab_size=inputs.vocab_size, temperature=inputs.method.temperature, grader=grader
-    )
+    shared: dict[str, Any] = {"vocab_size": inputs.vocab_size, "temperature": inputs.method.temperature}
+    own: Teacher | None = None
+    if bridge is not None:
+        hidden = HiddenKind(inputs.teacher.hidden_size, DTYPES[config.dtype])
+        own = TeacherApart(
+            halves(config, dist.get_world_size()), world.student, bridge, world.device, hidden=hidden, **shared
+        )
+    elif config.teacher.engine != "megatron":
+        own = vllm_teacher(config, open_grader(config, inputs, world), world, **shared)
+    live = live_teacher(config, model, world, own=own, **shared)
     if config.teacher.record is None:
         return live
     return RecordingTeacher(
@@ -201,24 +213,14 @@ def live_teacher(
     *,
     vocab_size: int,
     temperature: float,
-    grader: Grader | None = None,
+    own: Teacher | None = None,
 ) -> Teacher:
-    """The teacher, Megatron's or, with a ``grader``, vLLM's; the other teachers; and the base model
-    where the world has a place for one."""
-    teacher: Teacher
-    if grader is None:
-        assert model is not None  # needs_teacher_model sees to it
+    """The teacher, which is ``model`` over the student's ranks unless it is somebody's ``own``; the other teachers; and
+    the base model where the world has a place for one."""
+    teacher = own
+    if teacher is None:
+        assert model is not None  # nobody else's, so it was loaded here
         teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
-    else:
-        teacher = VLLMTeacher(
-            grader,
-            world.teacher,
-            world.student,
-            world.device,
-            vocab_size=vocab_size,
-            temperature=temperature,
-            whole=config.teacher.whole_vocabulary,
-        )
     if config.teachers:
         teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
@@ -226,6 +228,32 @@ def live_teacher(
     base = load_model(config.base_model, world.base, dtype=DTYPES[config.dtype], device=world.device).freeze()
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherAndBase(teacher, beside)
+
+
+def vllm_teacher(
+    config: RunConfig, grader: Grader, world: World, *, vocab_size: int, temperature: float
+) -> VLLMTeacher:
+    """A teacher that vLLM runs."""
+    assert world.teacher is not None  # config.py sees to it
+    return VLLMTeacher(
+        grader,
+        world.teacher,
+        world.student,
+        world.device,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        whole=config.teacher.whole_vocabulary,
+    )
+
+
+def halves(config: RunConfig, student_ranks: int) -> Halves:
+    """How a launch is divided between the student and a teacher with ranks of its own."""
+    return Halves(
+        student=layout_of(config.student.parallel),
+        student_ranks=student_ranks,
+        teacher=layout_of(config.teacher.parallel),
+        teacher_ranks=config.teacher.ranks,
+    )
 
 
 def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
@@ -242,6 +270,7 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
         pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
         return ServerGrader(pool, timeout_s=section.vllm_server.timeout_s)
     gpu = world.device.type == "cuda"
+    assert world.teacher is not None  # config.py sees to it
     engine = LocalEngine(
         section.model,
         world.teacher,
@@ -272,7 +301,7 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
     return World(
         device=device,
         student=builder.build(layout_of(config.student.parallel)),
-        teacher=builder.build(layout_of(config.teacher.parallel)),
+        teacher=None if config.teacher.ranks else builder.build(layout_of(config.teacher.parallel)),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
         base=builder.build(layout_of(config.base_parallel)) if base else None,
         teachers={one.name: builder.build(layout_of(one.parallel)) for one in config.teachers},
@@ -285,7 +314,8 @@ def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequen
     No pack mixes teachers, and pack by pack all replicas have the same one.
     """
     # teachers and base model run the same packs, so their length must suit all layouts
-    layouts = [g.layout for g in (world.student, world.teacher, world.base, *world.teachers.values()) if g is not None]
+    layouts = [layout_of(config.teacher.parallel)]
+    layouts += [g.layout for g in (world.student, world.base, *world.teachers.values()) if g is not None]
     cuts = [layout.tensor * layout.context for layout in layouts]
     replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
     for teacher in sorted({rollout.teacher for rollout in rollouts}):
@@ -384,21 +414,18 @@ def embedded_sampler(
     )
 
 
-def output_weight_for(teacher: Model, student: Model) -> Tensor:
-    """``[v, E]``: the teacher's output weight under the student's vocabulary partition. Collective.
+def output_weight_for(config: RunConfig, teacher: Architecture, student: Model) -> Tensor:
+    """``[v, E]``: the teacher's output weight under the student's vocabulary partition.
 
     The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
+
+    Raises:
+        CheckpointError: the teacher's weights cannot be used.
     """
-    entry = output_entry(teacher.architecture)
-    whole = next(tensor for tensor in _only(teacher, entry.hf[0]))
+    entry = output_entry(teacher)
     tensor = student.groups.layout.tensor
     padded = padded_vocab_size(student.architecture.vocab_size, tensor)
-    cut = Cut(teacher.architecture, student.groups.tensor_rank, tensor, padded)
-    weight = whole.new_empty(RULES[entry.rule].shard_shape(entry.shapes, cut))
-    fill(entry.rule, weight, {0: whole}, entry.shapes, cut)
+    cut = Cut(teacher, student.groups.tensor_rank, tensor, padded)
+    weight = torch.empty(RULES[entry.rule].shard_shape(entry.shapes, cut), dtype=student.dtype, device=student.device)
+    fill(entry.rule, weight, {0: HFWeights(config.teacher.model)[entry.hf[0]]}, entry.shapes, cut)
     return weight
-
-
-def _only(model: Model, name: str) -> Sequence[Tensor]:
-    # the stream is collective, so it runs to its end whatever is kept of it
-    return [tensor for key, tensor in hf_tensors(model) if key == name]

@@ -187,6 +187,11 @@ class RunConfig(Section):
                 f"teacher.engine = {self.teacher.engine} is for runs with one teacher, and teachers holds "
                 f"{len(self.teachers)} more. Set it to megatron."
             )
+        if self.teacher.ranks:
+            raise ValueError(
+                f"teacher.ranks = {self.teacher.ranks} is for runs with one teacher, and teachers holds "
+                f"{len(self.teachers)} more. Set it to 0."
+            )
         for key_, value in (("record", self.teacher.record), ("recorded_from", self.teacher.recorded_from)):
             if value is not None:
                 raise ValueError(
@@ -207,18 +212,32 @@ class RunConfig(Section):
 
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
+        own = self.teacher.ranks
+        shared = world_size - own
+        if shared < 1:
+            raise ConfigError(
+                f"teacher.ranks = {own} leaves no rank to the student: {world_size} "
+                f"{'is' if world_size == 1 else 'are'} launched. "
+                f"Launch {own + self.student.parallel.smallest_world}, as in `torchrun --nproc-per-node "
+                f"{own + self.student.parallel.smallest_world} -m megatron_tropd ...`, or set teacher.ranks=0."
+            )
         sampler = ParallelConfig(tensor=self.rollout.parallel.tensor)
-        for role, parallel in (
-            ("student", self.student.parallel),
-            ("teacher", self.teacher.parallel),
-            *((f"teachers[{i}]", teacher.parallel) for i, teacher in enumerate(self.teachers)),
-            ("base", self.base_parallel),
-            ("rollout", sampler),
+        for role, parallel, ranks in (
+            ("student", self.student.parallel, shared),
+            ("teacher", self.teacher.parallel, own or world_size),
+            *((f"teachers[{i}]", teacher.parallel, shared) for i, teacher in enumerate(self.teachers)),
+            ("base", self.base_parallel, shared),
+            ("rollout", sampler, shared),
         ):
             try:
-                parallel.data_size(world_size)
+                parallel.data_size(ranks)
             except ConfigError as error:
-                raise ConfigError(f"{role}.parallel: {error}") from None
+                divided = (
+                    f" (of {world_size} ranks teacher.ranks gives {own} to the teacher, and {shared} are left)"
+                    if own
+                    else ""
+                )
+                raise ConfigError(f"{role}.parallel: {error}{divided}") from None
 
     def check_paths(self) -> None:
         """Raises ConfigError when a path that the run reads does not exist."""

@@ -130,10 +130,11 @@ def check_ahead(config: RunConfig, method: Method) -> None:
             f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. Set "
             "method.ppo_clip=0.2 where the method has it, take another term, or set rollout.ahead=0."
         )
-    if engine in ("megatron", "vllm"):
+    if engine in ("megatron", "vllm") and not config.teacher.ranks:
         warnings.warn(
             f"rollout.ahead={ahead} with rollout.engine={engine}: the trainer's own processes sample, so nothing "
-            "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), or rollout.ahead=0.",
+            "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), give the teacher ranks of "
+            "its own (teacher.ranks), or set rollout.ahead=0.",
             stacklevel=2,
         )
 

@@ -12,7 +12,6 @@ from megatron_tropd.build import Run
 from megatron_tropd.engine.batch import BatchFacts, StudentScores, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
 from megatron_tropd.engine.publish import WeightStream
-from megatron_tropd.engine.score import asked_ids
 from megatron_tropd.engine.step import StepResult, TrainPack
 from megatron_tropd.evaluation import correctness, training_rule
 from megatron_tropd.losses.reduce import entropy_threshold
@@ -101,10 +100,7 @@ def grade_rollouts(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwa
     """
     config = run.config
     with watch("teacher"):
-        signals = [
-            run.teacher.score(packs, run.signal, asked_ids(score))
-            for packs, score in zip(scored.packs, scored.scores, strict=True)
-        ]
+        signals = [graded() for graded in scored.grades]
     facts = BatchFacts(
         seed=config.seed,
         step=step,

@@ -62,6 +62,10 @@ class StopRequest:
             yield
         finally:
             self._deferring = False
+        self.leave_if_heard()
+
+    def leave_if_heard(self) -> None:
+        """Ends the process when there was a signal."""
         if self._heard is not None:
             _leave_at_once(self._heard)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.build import build_teacher, build_world, load_model, needs_teacher_model, pack_for
+from megatron_tropd.build import build_teacher, build_world, load_model, pack_for
 from megatron_tropd.config import RunConfig
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.inputs import DTYPES, Inputs, check_writable, read_inputs, signal_spec
+from megatron_tropd.inputs import DTYPES, Inputs, check_writable, live_teacher_engine, read_inputs, signal_spec
 from megatron_tropd.parallel.groups import initialize_distributed
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.recorded import read_rollouts
@@ -41,6 +41,8 @@ def score(config: RunConfig) -> Scored:
         TropdError: what is wrong with the configuration, the data or the models.
     """
     initialize_distributed(timeout_s=config.collective_timeout_s)
+    if config.teacher.ranks:
+        raise ConfigError(f"teacher.ranks={config.teacher.ranks}: here all ranks grade. Set it to 0.")
     config.check_world(dist.get_world_size())
     directory = config.teacher.record
     if directory is None:
@@ -70,7 +72,7 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     world = build_world(config, device, base=inputs.base is not None)
     spec = signal_spec(config, inputs.method)
     model = None
-    if needs_teacher_model(config, spec):
+    if world.teacher is not None and live_teacher_engine(config) == "megatron":
         model = load_model(config.teacher.model, world.teacher, dtype=DTYPES[config.dtype], device=device).freeze()
     teacher = build_teacher(config, inputs, model, world)
     store, done = Store(directory), Scored()

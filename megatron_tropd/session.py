@@ -13,16 +13,18 @@ from rich.console import Console
 
 from megatron_tropd import loop
 from megatron_tropd.batches import Batches
-from megatron_tropd.build import Run, build_run, embedded_sampler
+from megatron_tropd.build import Run, build_run, embedded_sampler, halves, load_model
 from megatron_tropd.config import RunConfig, dump_config
 from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
+from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluation import answer_suites
-from megatron_tropd.inputs import check_writable, identity, read_inputs
-from megatron_tropd.parallel.groups import initialize_distributed
-from megatron_tropd.preemption import StopRequest, leave_if_asked
+from megatron_tropd.inputs import DTYPES, check_writable, identity, layout_of, read_inputs
+from megatron_tropd.parallel.groups import GroupBuilder
+from megatron_tropd.parallel.partition import Launch, join_launch
+from megatron_tropd.preemption import Preempted, StopRequest, leave_if_asked
 from megatron_tropd.reading import suites_of
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import (
@@ -43,25 +45,45 @@ from megatron_tropd.rollout.recorded import RecordedSampler
 from megatron_tropd.rollout.sampler import Sampler
 from megatron_tropd.samples import sample_answers
 from megatron_tropd.selfcheck import check_self
+from megatron_tropd.teacher.apart import answer_orders
 
 
-def run_training(config: RunConfig) -> Run:
+def run_training(config: RunConfig) -> Run | None:
     """Trains as ``config`` says, from the newest checkpoint if there is one. Collective.
+
+    Returns:
+        What was trained; None on ranks that are the teacher's alone.
 
     Raises:
         Preempted: a signal asked for the machines; there is a checkpoint to go on from.
     """
     with StopRequest() as stop:
-        return _run_training(config, stop)
+        launch = join_launch(teacher_ranks=config.teacher.ranks, timeout_s=config.collective_timeout_s)
+        config.check_world(launch.world_size)
+        if launch.is_teachers:
+            _grade_for_students(config, launch, stop)
+            return None
+        return _run_training(config, launch, stop)
 
 
-def _run_training(config: RunConfig, stop: StopRequest) -> Run:
-    initialize_distributed(timeout_s=config.collective_timeout_s)
-    config.check_world(dist.get_world_size())
+def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
+    """What the teacher's own ranks do, from the beginning to the end of a run."""
+    assert launch.bridge is not None
+    groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(layout_of(config.teacher.parallel))
+    model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
+    with stop.deferred():  # a student that is asked to stop may still need grades
+        try:
+            answer_orders(model, halves(config, launch.student_ranks), launch.bridge)
+        except EngineError:
+            stop.leave_if_heard()  # as the student's ranks did
+            raise
+
+
+def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     inputs = read_inputs(config)
     check_writable(config)
     checkpoint = find_start(config, identity(config, inputs))
-    run = build_run(config, inputs)
+    run = build_run(config, inputs, launch.bridge)
     batches = Batches(run)
     first_step = restore(run, batches, checkpoint)
     if first_step == 0:
@@ -74,7 +96,11 @@ def _run_training(config: RunConfig, stop: StopRequest) -> Run:
         evaluator.before()
     with stop.deferred(), _metrics_writer(run, first_step) as writer:
         pause = partial(leave_if_asked, run, batches, stop, first_step=first_step)
-        loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
+        try:
+            loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
+        except Preempted:
+            run.teacher.close()
+            raise
     evaluator.after()
     if config.export.hf is not None:
         export_student(run, config.export.hf)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ class Layout:
                 f"Launch {model} ranks (or a multiple), or lower one axis."
             )
         return world_size // model
+
+    def rank_at(self, *, replica: int, replicas: int, stage: int, tensor: int = 0, context: int = 0) -> int:
+        """Rank at the given coordinates of a world that holds so many replicas."""
+        return ((stage * replicas + replica) * self.context + context) * self.tensor + tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +84,23 @@ class Groups:
 
     def global_rank(self, *, replica: int, stage: int, tensor: int = 0, context: int = 0) -> int:
         """World rank at the given coordinates."""
-        size = self.layout
-        return ((stage * self.num_replicas + replica) * size.context + context) * size.tensor + tensor
+        return self.layout.rank_at(
+            replica=replica, replicas=self.num_replicas, stage=stage, tensor=tensor, context=context
+        )
 
 
 # ranks start at different times: nodes boot, a file system is slow, an environment is unpacked
-_JOIN_TIMEOUT_S = 1800.0
+JOIN_TIMEOUT_S = 1800.0
 
 
-def initialize_distributed(*, timeout_s: float = _JOIN_TIMEOUT_S) -> torch.device:
+def initialize_distributed(
+    *, timeout_s: float = JOIN_TIMEOUT_S, place: tuple[Any, int, int] | None = None
+) -> torch.device:
     """Joins torchrun's world, or makes a world of one. Returns this rank's device.
 
     Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere. Joining may take as long as it takes; from
-    then on a collective over all ranks that lasts longer than ``timeout_s`` is an error.
+    then on a collective over all ranks that lasts longer than ``timeout_s`` is an error. ``place``: (store to meet at,
+    rank, size) of a world that is not all of torchrun's.
     """
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -101,8 +110,11 @@ def initialize_distributed(*, timeout_s: float = _JOIN_TIMEOUT_S) -> torch.devic
     if dist.is_initialized():
         return device
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-    timeout = datetime.timedelta(seconds=max(timeout_s, _JOIN_TIMEOUT_S))
-    if "RANK" in os.environ:
+    timeout = datetime.timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
+    if place is not None:
+        store, rank, size = place
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -116,7 +128,7 @@ class GroupBuilder:
     Every rank of the world must build the same layouts in the same order: ``new_group`` is collective.
     """
 
-    def __init__(self, *, timeout_s: float = _JOIN_TIMEOUT_S) -> None:
+    def __init__(self, *, timeout_s: float = JOIN_TIMEOUT_S) -> None:
         """``timeout_s``: a collective or message within a group that takes longer is an error."""
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}

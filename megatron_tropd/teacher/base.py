@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_tropd.teacher.protocol import AskedIds, SignalSpec, Teacher
+from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec, Teacher, begin_score
 from megatron_tropd.types import Pack, Signal
 
 
@@ -22,11 +22,20 @@ class TeacherAndBase:
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
     ) -> list[Signal | None]:
-        signals = self._teacher.score(packs, spec, asked)
-        if not spec.base:
-            return signals
-        graded = self._base.score(packs, SignalSpec(entropy=False))
-        return [_with_base(*pair) for pair in zip(signals, graded, strict=True)]
+        return self.begin(packs, spec, asked)()
+
+    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+        """As ``score``; the base model grades when the signals are asked for."""
+        pending = begin_score(self._teacher, packs, spec, asked)
+
+        def signals() -> list[Signal | None]:
+            found = pending()
+            if not spec.base:
+                return found
+            graded = self._base.score(packs, SignalSpec(entropy=False))
+            return [_with_base(*pair) for pair in zip(found, graded, strict=True)]
+
+        return signals
 
     def close(self) -> None:
         self._teacher.close()

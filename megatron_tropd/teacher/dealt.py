@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.errors import EngineError
-from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.parallel.partition import Post
 from megatron_tropd.teacher.delivery import Key, Wire, Workers, carry
-from megatron_tropd.teacher.protocol import AskedIds, SignalSpec
+from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
 from megatron_tropd.types import Pack, Signal
 
 
@@ -31,26 +31,27 @@ class DealtTeacher(ABC):
     their pack, and signals to the ranks that compute the loss on it: the two layouts need nothing in common.
     """
 
-    def __init__(self, own: Groups, student: Groups, device: torch.device, hidden: HiddenKind | None = None) -> None:
-        """``own``: the teacher's layout; ``student``: the one signals are delivered to."""
-        self._own = Workers(own, dealt=True)
-        self._student = Workers(student, dealt=False)
+    def __init__(
+        self,
+        own: Workers,
+        student: Workers,
+        device: torch.device,
+        hidden: HiddenKind | None = None,
+        *,
+        post: Post | None = None,
+    ) -> None:
+        """``own``: who grades; ``student``: whom signals are delivered to; ``post``: who carries them (default:
+        both are the same world, which does)."""
+        self._own = own
+        self._student = student
         self._device = device
         self._hidden = hidden
+        self._post = post or Post()
 
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
     ) -> list[Signal | None]:
-        student = self._student.groups
-        wires = self._score_dealt(packs, spec, self._delivered(packs, spec, asked))
-        found = carry(packs, wires, source=self._own, target=self._student, blank=lambda rows: self._blank(rows, spec))
-        mine = self._student.mine(packs)
-        if not student.is_last_stage:
-            return [None] * len(mine)
-        answered = asked if asked is not None and spec.asked else [None] * len(mine)
-        return [
-            replace(_from_wire(found[key], spec), asked_ids_NJ=ids) for key, ids in zip(mine, answered, strict=True)
-        ]
+        return self._begin(packs, spec, asked)()
 
     def close(self) -> None:
         """Lets go of what the teacher holds besides memory."""
@@ -62,25 +63,47 @@ class DealtTeacher(ABC):
     ) -> dict[Key, Wire]:
         """Signals of the packs dealt to this replica, ready to travel (``to_wire``); nothing off the last stage."""
 
-    def _delivered(
+    def _begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None) -> PendingSignals:
+        """Grades what is dealt to this rank; what it is told by others is waited for when the result is called."""
+        delivered = self._deliver(packs, spec, asked)
+        here = self._own.groups is not None
+        wires = self._score_dealt(packs, spec, _as_ids(delivered())) if here else {}
+        source, target = self._own, self._student
+        collect = carry(
+            packs, wires, source=source, target=target, blank=lambda rows: self._blank(rows, spec), post=self._post
+        )
+
+        def signals() -> list[Signal | None]:
+            if not here:
+                delivered()  # what was asked has been heard
+            found, mine = collect(), target.mine(packs)
+            if not target.compute:
+                return [None] * len(mine)
+            answered = asked if asked is not None and spec.asked else [None] * len(mine)
+            return [
+                replace(_from_wire(found[key], spec), asked_ids_NJ=ids) for key, ids in zip(mine, answered, strict=True)
+            ]
+
+        return signals
+
+    def _deliver(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None
-    ) -> Mapping[Key, Tensor]:
-        """The ids asked for in the packs that this rank's last stage scores."""
+    ) -> Callable[[], dict[Key, Wire]]:
+        """Sends the ids asked for to the ranks whose last stage scores their packs."""
         if not spec.asked:
-            return {}
-        groups = self._student.groups
+            return dict
+        student = self._student
         held: dict[Key, Wire] = {}
-        for i, ids_NJ in enumerate(asked or ()):
+        for key, ids_NJ in zip(student.mine(packs), asked or (), strict=False):
             if ids_NJ is not None:
-                held[(groups.replica, i)] = [ids_NJ.to(torch.int32)]
-        if groups.is_last_stage and len(held) < len(packs[groups.replica]):
+                held[key] = [ids_NJ.to(torch.int32)]
+        if student.compute and len(held) < len(student.mine(packs)):
             raise EngineError(f"the teacher is to grade {spec.asked} ids of the student's, but was not told which.")
 
         def blank(rows: int) -> Wire:
             return [torch.empty(rows, spec.asked, dtype=torch.int32, device=self._device)]
 
-        found = carry(packs, held, source=self._student, target=self._own, blank=blank)
-        return {key: wire[0].long() for key, wire in found.items()}
+        return carry(packs, held, source=student, target=self._own, blank=blank, post=self._post)
 
     def _blank(self, rows: int, spec: SignalSpec) -> Wire:
         device = self._device
@@ -91,6 +114,10 @@ class DealtTeacher(ABC):
             assert self._hidden is not None  # inputs.check_teacher sees to it
             wire.append(torch.empty(rows, self._hidden.size, dtype=self._hidden.dtype, device=device))
         return wire
+
+
+def _as_ids(found: Mapping[Key, Wire]) -> dict[Key, Tensor]:
+    return {key: wire[0].long() for key, wire in found.items()}
 
 
 def check_finite(signal: Signal, *, role: str = "teacher") -> None:

@@ -1,5 +1,5 @@
-"""Rows of packs carried between two layouts over the same ranks: directly, from rank to rank, without padding, to
-whoever computes on them. The layouts need nothing in common.
+"""Rows of packs carried between two layouts, over the same ranks or over two parts of a launch: directly, from rank to
+rank, without padding, to whoever computes on them. The layouts need nothing in common.
 
 One layout is the student's, whose replica r trains on ``packs[r]``; any other (a teacher's) has all packs of the batch
 dealt to its replicas in turn. Where both agree every pack is worked on by the same ranks and nothing travels.
@@ -12,37 +12,60 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.engine.context import valid_positions
-from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.parallel.groups import Groups, Layout
+from megatron_tropd.parallel.partition import Message, Post
 from megatron_tropd.types import Int64Array, Pack
 
 Key = tuple[int, int]  # (student replica, number) of a pack
 Wire = list[Tensor]  # tensors with one row per prediction, in the pack's order
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
     """The last-stage ranks of one layout, and which of its replicas works on which pack."""
 
-    groups: Groups
+    layout: Layout
+    num_replicas: int
     dealt: bool  # all packs are dealt to the replicas in turn; else replica r works on packs[r]
+    groups: Groups | None  # None where they are ranks of a launch that this one is not among
+    first_rank: int = 0  # the number of their first rank, as senders give it
+
+    @staticmethod
+    def here(groups: Groups, *, dealt: bool, first_rank: int = 0) -> Workers:
+        """This rank and the others of its world."""
+        return Workers(
+            layout=groups.layout, num_replicas=groups.num_replicas, dealt=dealt, groups=groups, first_rank=first_rank
+        )
+
+    @staticmethod
+    def elsewhere(layout: Layout, *, ranks: int, dealt: bool, first_rank: int = 0) -> Workers:
+        """The ``ranks`` of another part of the launch."""
+        replicas = layout.replicas(ranks)
+        return Workers(layout=layout, num_replicas=replicas, dealt=dealt, groups=None, first_rank=first_rank)
+
+    @property
+    def compute(self) -> bool:
+        """Whether this rank is one of them, on the last stage."""
+        return self.groups is not None and self.groups.is_last_stage
 
     def replica(self, packs: Sequence[Sequence[Pack]], key: Key) -> int:
         """The replica that works on pack ``key``."""
         replica, number = key
-        return (number * len(packs) + replica) % self.groups.num_replicas if self.dealt else replica
+        return (number * len(packs) + replica) % self.num_replicas if self.dealt else replica
 
     def mine(self, packs: Sequence[Sequence[Pack]]) -> list[Key]:
-        """The packs this rank's replica works on."""
+        """The packs this rank's replica works on; none where it is not one of them."""
+        if self.groups is None:
+            return []
         return [key for key in _keys(packs) if self.replica(packs, key) == self.groups.replica]
 
     def rank(self, replica: int, *, tensor: int, context: int) -> int:
-        """World rank on the last stage."""
-        layout = self.groups.layout
-        return self.groups.global_rank(replica=replica, stage=layout.pipeline - 1, tensor=tensor, context=context)
+        """Number of a rank on the last stage, as senders give it."""
+        at = {"replica": replica, "replicas": self.num_replicas, "stage": self.layout.pipeline - 1}
+        return self.first_rank + self.layout.rank_at(**at, tensor=tensor, context=context)
 
 
 def _keys(packs: Sequence[Sequence[Pack]]) -> list[Key]:
@@ -55,7 +78,7 @@ class _Parcel:
     """Rows of one pack that go from one rank to another."""
 
     key: Key
-    source: int  # world rank
+    source: int  # number of the rank, as senders give it
     target: int
     held: Int64Array  # the rows, among those the source computes
     wanted: Int64Array  # the same rows, among those the target computes
@@ -70,22 +93,22 @@ def _parcels(packs: Sequence[Sequence[Pack]], source: Workers, target: Workers) 
     for key in _keys(packs):
         pack = packs[key[0]][key[1]]
         from_replica, to_replica = source.replica(packs, key), target.replica(packs, key)
-        has = _rows_by_context(pack, source.groups)
-        for context, needed in enumerate(_rows_by_context(pack, target.groups)):
+        has = _rows_by_context(pack, source.layout)
+        for context, needed in enumerate(_rows_by_context(pack, target.layout)):
             for source_context, rows in enumerate(has):
                 _, held, wanted = np.intersect1d(rows, needed, assume_unique=True, return_indices=True)
                 holders = [
                     source.rank(from_replica, tensor=tensor, context=source_context)
-                    for tensor in range(source.groups.layout.tensor)
+                    for tensor in range(source.layout.tensor)
                 ]
-                for tensor in range(target.groups.layout.tensor):
+                for tensor in range(target.layout.tensor):
                     to = target.rank(to_replica, tensor=tensor, context=context)
                     giver = to if to in holders else holders[tensor % len(holders)]
                     yield _Parcel(key=key, source=giver, target=to, held=held, wanted=wanted)
 
 
-def _rows_by_context(pack: Pack, groups: Groups) -> list[Int64Array]:
-    ranks = groups.layout.context
+def _rows_by_context(pack: Pack, layout: Layout) -> list[Int64Array]:
+    ranks = layout.context
     return [valid_positions(pack, rank=rank, ranks=ranks) for rank in range(ranks)]
 
 
@@ -96,29 +119,38 @@ def carry(
     source: Workers,
     target: Workers,
     blank: Callable[[int], Wire],
-) -> dict[Key, Wire]:
-    """What this rank needs under the layout ``target``, by pack; empty off its last stage. Collective.
+    post: Post,
+) -> Callable[[], dict[Key, Wire]]:
+    """Starts on carrying what ``target`` needs. Collective over both.
 
     Args:
         held: what this rank has under the layout ``source``; every pack it works on, on last-stage ranks.
         blank: tensors of the kinds that are held, uninitialised, with so many rows.
+
+    Returns:
+        What waits until all has been sent and received, and then gives what this rank needs under the layout
+        ``target``, by pack; empty off its last stage.
     """
-    me = dist.get_rank()
+    me = post.rank
     received: dict[Key, list[tuple[Int64Array, Wire]]] = {}
-    operations: list[dist.P2POp] = []
+    messages: list[Message] = []
     for parcel in _parcels(packs, source, target):
         if me not in (parcel.source, parcel.target):
             continue
-        wire = _rows(held[parcel.key], parcel.held) if me == parcel.source else blank(len(parcel.held))
+        sent = me == parcel.source
+        wire = _rows(held[parcel.key], parcel.held) if sent else blank(len(parcel.held))
         if me == parcel.target:
             received.setdefault(parcel.key, []).append((parcel.wanted, wire))
         if len(parcel.held) and parcel.source != parcel.target:
-            send, peer = (dist.isend, parcel.target) if me == parcel.source else (dist.irecv, parcel.source)
-            operations += [dist.P2POp(send, part.contiguous(), peer) for part in wire]
-    if operations:
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
-    return {key: _joined(parts) for key, parts in received.items()}
+            peer = parcel.target if sent else parcel.source
+            messages += [Message(part.contiguous(), peer, sent) for part in wire]
+    wait = post.exchange(messages)
+
+    def collect() -> dict[Key, Wire]:
+        wait()
+        return {key: _joined(parts) for key, parts in received.items()}
+
+    return collect
 
 
 def _rows(wire: Wire, rows: Int64Array) -> Wire:

@@ -1,4 +1,4 @@
-"""A frozen Megatron teacher in the student's processes, with its own architecture and its own layout."""
+"""A frozen Megatron teacher with its own architecture and its own layout, over the student's ranks or over others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.parallel.partition import Post
 from megatron_tropd.teacher.dealt import DealtTeacher, HiddenKind, check_finite, to_wire
-from megatron_tropd.teacher.delivery import Key, Wire
+from megatron_tropd.teacher.delivery import Key, Wire, Workers
 from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Pack, Signal
 
@@ -25,19 +26,24 @@ class MegatronTeacher(DealtTeacher):
     def __init__(
         self,
         model: Model,
-        student: Groups,
+        student: Groups | Workers,
         *,
         vocab_size: int | None = None,
         temperature: float = 1.0,
         role: str = "teacher",
+        first_rank: int = 0,
+        post: Post | None = None,
     ) -> None:
         """``model`` is not changed, nor its gradients.
 
-        ``student``: the layout signals are delivered to. ``vocab_size``: ids all models know (default: all of this
-        one's). ``role``: what the model is called in messages.
+        ``student``: the layout signals are delivered to; where that is of another part of the launch, ``post`` carries
+        them, and ``first_rank`` is the launch's number for the first rank of the model. ``vocab_size``: ids all models
+        know (default: all of this one's). ``role``: what the model is called in messages.
         """
         hidden = HiddenKind(model.architecture.hidden_size, model.dtype)
-        super().__init__(model.groups, student, model.device, hidden)
+        own = Workers.here(model.groups, dealt=True, first_rank=first_rank)
+        receivers = student if isinstance(student, Workers) else Workers.here(student, dealt=False)
+        super().__init__(own, receivers, model.device, hidden, post=post)
         self.model = model
         self.temperature = temperature
         self._vocab_size = vocab_size or model.architecture.vocab_size

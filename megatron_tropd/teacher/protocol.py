@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from megatron_tropd.types import Needs, Pack, Signal
 
+PendingSignals = Callable[[], list[Signal | None]]  # waits for them; to be called once
 AskedIds = Sequence[Tensor | None]  # int64 ids [N, J] of each of this rank's packs; None where it computes no loss
 
 
@@ -74,3 +76,21 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Lets go of what the teacher holds besides memory, such as an engine or connections."""
         ...
+
+
+@runtime_checkable
+class EarlyTeacher(Teacher, Protocol):
+    """A teacher that may grade packs while those who asked do something else."""
+
+    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+        """As ``score``, for signals that are waited for later, in the order in which they were asked for."""
+        ...
+
+
+def begin_score(
+    teacher: Teacher, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
+) -> PendingSignals:
+    """Has the packs graded: at once where that keeps nobody waiting, else when the signals are asked for."""
+    if isinstance(teacher, EarlyTeacher):
+        return teacher.begin(packs, spec, asked)
+    return partial(teacher.score, packs, spec, asked)

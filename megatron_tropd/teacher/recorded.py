@@ -23,7 +23,7 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.teacher.protocol import AskedIds, SignalSpec, Teacher
+from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec, Teacher, begin_score
 from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
 from megatron_tropd.types import Int64Array, Pack, Signal
 
@@ -110,7 +110,14 @@ class RecordingTeacher:
     def score(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
     ) -> list[Signal | None]:
-        signals = self._teacher.score(packs, spec, asked)
+        return self.begin(packs, spec, asked)()
+
+    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+        """As ``score``; they are written when they are there."""
+        pending = begin_score(self._teacher, packs, spec, asked)
+        return lambda: self._recorded(packs, pending())
+
+    def _recorded(self, packs: Sequence[Sequence[Pack]], signals: list[Signal | None]) -> list[Signal | None]:
         found: list[Grades] = []
         for pack, signal in zip(packs[self._student.replica], signals, strict=True):
             if signal is not None and self._student.tensor_rank == 0:

@@ -27,7 +27,7 @@ from megatron_tropd.engine.context import carries_loss
 from megatron_tropd.losses.support import entropy_at_most, first_of_each, log_tail
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.teacher.dealt import DealtTeacher, check_finite, to_wire
-from megatron_tropd.teacher.delivery import Key, Wire
+from megatron_tropd.teacher.delivery import Key, Wire, Workers
 from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Pack, Signal
 
@@ -109,7 +109,7 @@ class VLLMTeacher(DealtTeacher):
 
         ``vocab_size``: ids that the softmax runs over; without ``whole`` all of the teacher's, at temperature 1.
         """
-        super().__init__(own, student, device)
+        super().__init__(Workers.here(own, dealt=True), Workers.here(student, dealt=False), device)
         self._grader = grader
         self._vocab_size = vocab_size
         self._temperature = temperature

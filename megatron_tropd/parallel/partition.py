@@ -1,0 +1,136 @@
+"""A launch cut in two: its first ranks are the student's, its last ones the teacher's.
+
+Each part is a world of its own to ``torch.distributed`` and to Megatron, with ranks from 0: whatever runs on all ranks
+of a world knows nothing of the other. Between the two there is a ``Bridge``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, rendezvous
+
+from megatron_tropd.errors import EngineError
+from megatron_tropd.parallel.groups import JOIN_TIMEOUT_S, initialize_distributed
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A tensor that this rank sends to, or receives from, another."""
+
+    tensor: Tensor  # contiguous; what is received is written into it
+    peer: int
+    sent: bool
+
+
+class Post:
+    """Messages within the world. ``peer`` and ``rank`` are world ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number, as senders give it."""
+        return dist.get_rank()
+
+    def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
+        """Starts on all messages and returns what waits for them. Between two ranks they keep their order."""
+        operations = [dist.P2POp(dist.isend if m.sent else dist.irecv, m.tensor, m.peer) for m in messages]
+        requests = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for request in requests:
+                request.wait()
+
+        return wait
+
+
+class Bridge(Post):
+    """Messages between all ranks of a launch, by their numbers there, through host memory.
+
+    Nothing waits on a device: a message may be expected long before it is sent, and device and network work on.
+    """
+
+    def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
+        """Meets the others. ``timeout_s``: of one message, from when it is waited for."""
+        join, self._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S), datetime.timedelta(seconds=timeout_s)
+        self._rank = rank
+        self._gloo: Any = ProcessGroupGloo(store, rank, size, join)  # torch's own type stub lacks its messages
+        self._store = store  # the group lives as long as this does
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
+        pending = [self._begin(message) for message in messages]
+
+        def wait() -> None:
+            for message, (work, host) in zip(messages, pending, strict=True):
+                self._wait(work, message.peer, self._timeout)
+                if not message.sent and host is not message.tensor:
+                    message.tensor.copy_(host)
+
+        return wait
+
+    def wait_for(self, tensor: Tensor, peer: int) -> None:
+        """Receives into a host tensor, however long it takes. EngineError when the other side is gone."""
+        self._wait(self._gloo.recv([tensor], peer, 0), peer, datetime.timedelta(days=365))
+
+    def _begin(self, message: Message) -> tuple[Any, Tensor]:
+        tensor = message.tensor
+        if message.sent:
+            host = tensor.cpu()
+            return self._gloo.send([host], message.peer, 0), host
+        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return self._gloo.recv([host], message.peer, 0), host
+
+    @staticmethod
+    def _wait(work: Any, peer: int, timeout: datetime.timedelta) -> None:
+        try:
+            work.wait(timeout)
+        except RuntimeError as error:
+            raise EngineError(
+                f"rank {peer} of the launch is gone or too slow: {str(error).splitlines()[0]}. The first error of any "
+                "rank says why; collective_timeout_s is how long ranks wait for one another."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """This process's place among all that were launched together."""
+
+    device: torch.device
+    world_size: int  # of the launch
+    student_ranks: int  # the first so many are the student's
+    bridge: Bridge | None = None  # None where the teacher has no ranks of its own
+
+    @property
+    def is_teachers(self) -> bool:
+        """Whether this rank is one of the teacher's own."""
+        return self.bridge is not None and self.bridge.rank >= self.student_ranks
+
+
+def join_launch(*, teacher_ranks: int, timeout_s: float) -> Launch:
+    """Joins the world of this rank's part: the last ``teacher_ranks`` are the teacher's. Collective over the launch.
+
+    Args:
+        teacher_ranks: 0 makes one world of all ranks; else fewer than there are.
+        timeout_s: longest collective or message, once everyone is there.
+    """
+    if not teacher_ranks:
+        device = initialize_distributed(timeout_s=timeout_s)
+        world = dist.get_world_size()
+        return Launch(device=device, world_size=world, student_ranks=world)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_TIMEOUT_S)))
+    students = world - teacher_ranks
+    part, first, size = ("student", 0, students) if rank < students else ("teacher", students, teacher_ranks)
+    device = initialize_distributed(timeout_s=timeout_s, place=(PrefixStore(part, store), rank - first, size))
+    bridge = Bridge(PrefixStore("bridge", store), rank=rank, size=world, timeout_s=timeout_s)
+    return Launch(device=device, world_size=world, student_ranks=students, bridge=bridge)
