@@ -283,6 +283,11 @@ class Job:
             os.killpg(self.pids[0], signal.SIGKILL)
         return self.wait()
 
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """To one rank, which may have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
     def wait(self, timeout_s: float = 240) -> Outcome:
         """Waits for every rank; what still runs when the time is over is killed, which is an error."""
         statuses = self.commands.ask(what="wait", pids=self.pids, timeout_s=timeout_s)
