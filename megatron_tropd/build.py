@@ -314,7 +314,7 @@ def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequen
     No pack mixes teachers, and pack by pack all replicas have the same one.
     """
     # teachers and base model run the same packs, so their length must suit all layouts
-    layouts = [layout_of(config.teacher.parallel)]
+    layouts = [layout_of(config.teacher.parallel)] if world.teacher is None else [world.teacher.layout]
     layouts += [g.layout for g in (world.student, world.base, *world.teachers.values()) if g is not None]
     cuts = [layout.tensor * layout.context for layout in layouts]
     replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
