@@ -144,7 +144,9 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -
         optimize(student, optimizer_settings(config)),
         method,
         vocab_size=inputs.vocab_size,
-        teacher_weight_vE=output_weight_for(config, inputs.teacher, student) if signal.hidden_states else None,
+        teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
+        if signal.hidden_states
+        else None,
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
     return Run(
@@ -414,8 +416,8 @@ def embedded_sampler(
     )
 
 
-def output_weight_for(config: RunConfig, teacher: Architecture, student: Model) -> Tensor:
-    """``[v, E]``: the teacher's output weight under the student's vocabulary partition.
+def output_weight_for(directory: Path, teacher: Architecture, student: Model) -> Tensor:
+    """``[v, E]``: the output weight of the teacher in ``directory`` under the student's vocabulary partition.
 
     The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
 
@@ -427,5 +429,5 @@ def output_weight_for(config: RunConfig, teacher: Architecture, student: Model) 
     padded = padded_vocab_size(student.architecture.vocab_size, tensor)
     cut = Cut(teacher, student.groups.tensor_rank, tensor, padded)
     weight = torch.empty(RULES[entry.rule].shard_shape(entry.shapes, cut), dtype=student.dtype, device=student.device)
-    fill(entry.rule, weight, {0: HFWeights(config.teacher.model)[entry.hf[0]]}, entry.shapes, cut)
+    fill(entry.rule, weight, {0: HFWeights(directory)[entry.hf[0]]}, entry.shapes, cut)
     return weight

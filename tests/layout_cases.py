@@ -142,7 +142,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     )
     teacher = load_model(config.teacher.model, teacher_groups, dtype=dtype, device=device).freeze()
     signal = SignalSpec.of(method.needs)
-    weight = output_weight_for(teacher, student) if signal.hidden_states else None
+    weight = output_weight_for(config.teacher.model, teacher.architecture, student) if signal.hidden_states else None
     optimization = optimize(student, optimizer_settings(config))
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
