@@ -69,14 +69,19 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         optimizer=own.optimizer,
         activations=int(activations),
         loss=loss_bytes,
-        teacher=sum(
-            frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
-            for _, _, architecture, parallel in _teachers(config, inputs)
-        ),
+        teacher=0 if config.teacher.ranks else _teacher_bytes(config, inputs),
         base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
         if inputs.base
         else 0,
         sampler=sampler.weights,
+    )
+
+
+def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
+    itemsize = DTYPES[config.dtype].itemsize
+    return sum(
+        frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
+        for _, _, architecture, parallel in _teachers(config, inputs)
     )
 
 
@@ -112,6 +117,8 @@ def check_plan(config: RunConfig) -> None:
         console = Console()
         console.print(_plan_table(config, inputs))
         console.print(_memory_table(memory))
+        if config.teacher.ranks:
+            console.print(f"on each of the teacher's own ranks {_teacher_bytes(config, inputs) / _MIB:,.1f}")
         console.print(_token_table(config, inputs))
         verdict = (
             f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
@@ -149,7 +156,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
         *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(config, inputs)),
         *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
-        ("ranks", f"a multiple of {_smallest_world(config)}"),
+        ("ranks", _ranks(config)),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
         (
             "step",
@@ -181,7 +188,7 @@ def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
         text += f", {spec.asked_bytes_per_row:,} to it for the student's own likeliest tokens"
     layouts = [config.student.parallel, *(parallel for *_, parallel in _teachers(config, inputs))]
     layouts += [config.base_parallel] if inputs.base else []
-    if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1:
+    if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1 and not config.teacher.ranks:
         return f"{text}; none travels, as the layouts agree"
     most = sequences * config.rollout.max_new_tokens * (told + spec.asked_bytes_per_row)
     return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
@@ -192,10 +199,13 @@ def _count_problems(inputs: Inputs) -> int:
     return sum(len(table) for table in {id(table): table for table in inputs.problems.values()}.values())
 
 
-def _smallest_world(config: RunConfig) -> int:
-    others = [teacher.parallel for teacher in config.teachers]
-    models = (config.student.parallel, config.teacher.parallel, *others, config.base_parallel)
-    return int(np.lcm.reduce([*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]))
+def _ranks(config: RunConfig) -> str:
+    own, others = config.teacher.ranks, [teacher.parallel for teacher in config.teachers]
+    models = [config.student.parallel, *others, config.base_parallel]
+    models += [] if own else [config.teacher.parallel]
+    sizes = [*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]
+    multiple = f"a multiple of {int(np.lcm.reduce(sizes))}"
+    return f"{multiple}, and {own} for the teacher alone" if own else multiple
 
 
 def _checkpoints(config: RunConfig) -> str:

@@ -39,6 +39,36 @@ def cluster_of(name: str) -> Path:
 EXAMPLES = sorted(path.stem for path in SCALE.glob("*.yaml"))
 
 
+def test_a_teacher_with_gpus_of_its_own_is_planned_on_them():
+    """The same on 32 + 32 GPUs: by hand, each half takes twice as long for its own work, at the same time."""
+    path = SCALE / "8b-from-32b.yaml"
+    shared = chosen(job_of(load_config(path, check_paths=False), CLUSTER))
+    apart, ahead = (
+        chosen(job_of(load_config(path, ["teacher.ranks=32", f"rollout.ahead={n}"], check_paths=False), CLUSTER))
+        for n in (0, 1)
+    )
+    assert apart.memory["teacher"] == 0 and shared.teacher_memory == {}
+    assert apart.teacher_memory["weights"] == shared.memory["teacher"] == pytest.approx(2 * 32.76e9 / 8, rel=0.005)
+    # half as many replicas share the optimizer's states
+    assert apart.memory["optimizer"] == pytest.approx(2 * shared.memory["optimizer"], rel=1e-3)
+    for part in ("teacher: computing", "student: computing"):
+        assert apart.seconds[part] == pytest.approx(2 * shared.seconds[part], rel=0.05), part
+    # twice the sequences on a GPU, which read the same weights for each token, and twice the past
+    assert 1.0 < apart.seconds["rollout"] / shared.seconds["rollout"] < 2.0
+    teacher = apart.seconds["teacher: computing"] + apart.seconds["teacher: sending"]
+    assert apart.step_seconds == pytest.approx(sum(apart.seconds.values()))
+    assert ahead.step_seconds == pytest.approx(apart.step_seconds - teacher)
+
+
+def test_the_ranking_gives_a_teacher_alone_more_of_its_gpus():
+    """65 GB of weights in three quarters of 80 GiB: two ranks; beside a student, a quarter of it: four."""
+    path = SCALE / "8b-from-32b.yaml"
+    ranked = best(job_of(load_config(path, ["teacher.ranks=8"], check_paths=False), CLUSTER))
+    assert ranked[0].teacher.tensor * ranked[0].teacher.pipeline == 2
+    assert ranked[0].teacher_memory["weights"] == pytest.approx(32.76e9, rel=0.005)
+    assert best(job_of(load_config(path, check_paths=False), CLUSTER))[0].teacher.tensor == 4
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_of_scale_fits_its_cluster(name):
     job = job_of(load_config(SCALE / f"{name}.yaml", check_paths=False), cluster_of(name))

@@ -8,7 +8,7 @@ comparing layouts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -79,6 +79,12 @@ class Job:
     teacher: Architecture
     sequences: int
 
+    def part(self, role: str) -> Cluster:
+        """The GPUs of student or teacher: all of them, unless the teacher has ranks of its own."""
+        own = self.config.teacher.ranks
+        gpus = {"student": self.cluster.gpus - own, "teacher": own or self.cluster.gpus}[role]
+        return self.cluster.model_copy(update={"gpus": gpus})
+
     @property
     def itemsize(self) -> int:
         return 2 if self.config.dtype == "bf16" else 4
@@ -104,17 +110,19 @@ class Estimate:
     student: Layout
     teacher: Layout
     recompute: str
-    memory: dict[str, float]  # bytes on the fullest rank
+    memory: dict[str, float]  # bytes on the fullest rank of the student's
     sent: dict[str, float]  # bytes that leave a rank in a step, by link
     seconds: dict[str, float]  # of a step
+    teacher_memory: dict[str, float]  # bytes on the fullest rank of the teacher's own; empty where it has none
+    hidden: float  # seconds of the teacher's that pass while the student does something else
 
     @property
     def total_memory(self) -> float:
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), sum(self.teacher_memory.values()))
 
     @property
     def step_seconds(self) -> float:
-        return sum(self.seconds.values())
+        return sum(self.seconds.values()) - self.hidden
 
 
 def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, states: States | None = None) -> Estimate:
@@ -123,25 +131,26 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
     Raises:
         ConfigError: the cluster's GPUs are not a whole number of replicas.
     """
-    replicas = student.replicas(job.cluster.gpus)
     packs = -(-job.sequences * job.length // job.config.train.pack_tokens)
-    per_replica = -(-packs // replicas)
+    layouts = {"teacher": teacher, "student": student}
+    shares = {role: -(-packs // layout.replicas(job.part(role).gpus)) for role, layout in layouts.items()}
     transfers = {
-        "student": _student_transfers(job, student, per_replica, recompute),
-        "teacher": _teacher_transfers(job, teacher, -(-packs // teacher.replicas(job.cluster.gpus))),
+        "student": _student_transfers(job, student, shares["student"], recompute),
+        "teacher": _teacher_transfers(job, teacher, shares["teacher"]),
     }
     sent: dict[str, float] = {}
     seconds: dict[str, float] = {"rollout": _rollout_seconds(job)}
-    for role, layout in (("teacher", teacher), ("student", student)):
+    for role, layout in layouts.items():
+        part = job.part(role)
         links: defaultdict[str, float] = defaultdict(float)
         for transfer in transfers[role]:
             axis = transfer.axis
-            links[f"{axis}, {_link(job.cluster, layout, axis)}"] += transfer.sent(_ranks(job.cluster, layout, axis))
+            links[f"{axis}, {_link(part, layout, axis)}"] += transfer.sent(_ranks(part, layout, axis))
         sent.update({f"{role}: {name}": size for name, size in links.items()})
-        seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, per_replica, recompute)
+        seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, shares[role], recompute)
         seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
     told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.asked_bytes_per_row
-    signals = per_replica * job.config.train.pack_tokens * (job.response / job.length) * told
+    signals = shares["student"] * job.config.train.pack_tokens * (job.response / job.length) * told
     sent[f"signals, {_farthest(job.cluster)}"] = signals
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
     states = states or states_of(job, student)
@@ -153,7 +162,17 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
         memory=_memory(job, student, teacher, recompute, states),
         sent=dict(sent),
         seconds=seconds,
+        teacher_memory={"weights": _teacher_weights(job, teacher)} if job.config.teacher.ranks else {},
+        hidden=_hidden_seconds(job, seconds),
     )
+
+
+def _hidden_seconds(job: Job, seconds: Mapping[str, float]) -> float:
+    """With ranks of its own and a batch ahead the teacher works while everything else goes on, and the other way."""
+    if not (job.config.teacher.ranks and job.config.rollout.ahead):
+        return 0.0
+    own = sum(value for name, value in seconds.items() if name.startswith("teacher: "))
+    return min(own, sum(seconds.values()) - own)
 
 
 # --------------------------------------------------------------------------- memory
@@ -161,7 +180,7 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
 
 def states_of(job: Job, layout: Layout) -> States:
     """Of the student on the stage that holds most."""
-    data_ranks = job.cluster.gpus // (layout.tensor * layout.pipeline)
+    data_ranks = job.part("student").gpus // (layout.tensor * layout.pipeline)
     optimizer = job.config.optimizer
     return trained_states(
         job.student,
@@ -180,7 +199,7 @@ def _memory(job: Job, student: Layout, teacher: Layout, recompute: str, states: 
     hidden = held * a.hidden_size
     sampler = Layout(tensor=rollout.parallel.tensor)
     embedded = rollout.engine in ("megatron", "vllm")
-    batch = min(rollout.batch_size, -(-job.sequences * sampler.tensor // job.cluster.gpus))
+    batch = min(rollout.batch_size, -(-job.sequences * sampler.tensor // job.part("student").gpus))
     shard = padded_vocab_size(a.vocab_size, student.tensor) // student.tensor
     cache = batch * job.length * 2 * a.num_kv_heads // sampler.tensor * a.head_dim * a.num_layers * itemsize
     return {
@@ -189,10 +208,14 @@ def _memory(job: Job, student: Layout, teacher: Layout, recompute: str, states: 
         "optimizer": states.optimizer,
         "activations": activation_bytes(a, student, tokens, itemsize=itemsize, recompute=recompute),
         "loss": min(_TILE_BYTES, 2 * 4 * held * shard) + hidden * (4 + 2 * itemsize),
-        "teacher": frozen_states(job.teacher, teacher, itemsize=itemsize).weights,
+        "teacher": 0 if job.config.teacher.ranks else _teacher_weights(job, teacher),
         "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
         "key-value cache": cache * embedded,
     }
+
+
+def _teacher_weights(job: Job, layout: Layout) -> int:
+    return frozen_states(job.teacher, layout, itemsize=job.itemsize).weights
 
 
 # --------------------------------------------------------------------------- bytes
@@ -243,7 +266,7 @@ def _student_transfers(job: Job, layout: Layout, packs: int, recompute: str) -> 
     candidates, divergence = 1 + needs.top_k * (1 + (needs.support == "union")), "jsd" if needs.hidden_states else ""
     found += loss_transfers(layout, valid=loads[0].valid, candidates=candidates, divergence=divergence)
     every = [replace(transfer, size=transfer.size * packs) for transfer in found]
-    data_ranks = job.cluster.gpus // (layout.tensor * layout.pipeline)
+    data_ranks = job.part("student").gpus // (layout.tensor * layout.pipeline)
     update = gradient_transfers(
         job.student,
         layout,
@@ -278,7 +301,7 @@ def _forward_flops(a: Architecture, length: int) -> float:
 
 
 def _compute_seconds(job: Job, role: str, layout: Layout, packs: int, recompute: str) -> float:
-    cluster, a = job.cluster, job.student if role == "student" else job.teacher
+    cluster, a = job.part(role), job.student if role == "student" else job.teacher
     passes = 1 if role == "teacher" else 4 if recompute == "full" else 3
     tokens = job.sequences * job.length
     flops = passes * tokens * _forward_flops(a, job.length) / cluster.gpus
@@ -289,7 +312,7 @@ def _compute_seconds(job: Job, role: str, layout: Layout, packs: int, recompute:
 
 def _rollout_seconds(job: Job) -> float:
     """Token by token: all weights are read for each, and every sequence's own past."""
-    a, cluster, rollout = job.student, job.cluster, job.config.rollout
+    a, cluster, rollout = job.student, job.part("student"), job.config.rollout
     if rollout.engine == "recorded":
         return 0.0
     tensor = rollout.parallel.tensor
@@ -308,17 +331,18 @@ def candidates(job: Job) -> Iterator[Layout]:
     powers = [2**i for i in range(12)]
     for tensor, pipeline, context, expert in product(powers[:4], powers[:6], powers[:5], powers[:8]):
         layout = Layout(tensor=tensor, pipeline=pipeline, context=context, expert=expert, sequence=tensor > 1)
-        if _fits(job, layout, job.student, trained=True) and job.config.train.pack_tokens % (2 * context * tensor) == 0:
+        if _fits(job, layout, "student") and job.config.train.pack_tokens % (2 * context * tensor) == 0:
             yield layout
 
 
-def _fits(job: Job, layout: Layout, a: Architecture, *, trained: bool) -> bool:
-    gpus, model = job.cluster.gpus, layout.tensor * layout.pipeline * layout.context
+def _fits(job: Job, layout: Layout, role: str) -> bool:
+    a = job.student if role == "student" else job.teacher
+    gpus, model = job.part(role).gpus, layout.tensor * layout.pipeline * layout.context
     if gpus % model or (gpus // (layout.tensor * layout.pipeline)) % layout.expert:
         return False
     try:
         check_divisible(a, layout)
-        if trained:
+        if role == "student":
             check_trainable(a, layout)
         layers_of_stages(a.num_layers, layout)
     except ConfigError:
@@ -333,27 +357,23 @@ def smallest_teacher(job: Job, share: float) -> Layout:
         Layout(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
         for tensor, pipeline, expert in product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
     ]
-    fitting = [
-        layout
-        for layout in layouts
-        if _fits(job, layout, job.teacher, trained=False)
-        and frozen_states(job.teacher, layout, itemsize=job.itemsize).weights <= limit
-    ]
+    fitting = [layout for layout in layouts if _fits(job, layout, "teacher") and _teacher_weights(job, layout) <= limit]
     if not fitting:
         raise ConfigError(
             f"no layout of the teacher leaves {1 - share:.0%} of a GPU of {job.cluster.memory_gib:g} GiB: its weights "
-            "are too many for the cluster. Use more GPUs, or teacher.recorded_from."
+            "are too many for the cluster. Use more GPUs, ranks of its own (teacher.ranks), or teacher.recorded_from."
         )
     return min(fitting, key=lambda x: (x.tensor * x.pipeline * x.expert, x.pipeline, x.tensor))
 
 
 def best(job: Job, count: int = 5) -> list[Estimate]:
-    """The layouts that fit the memory and take least time, each teacher beside them as small as a quarter of it allows.
+    """The layouts that fit the memory and take least time, each teacher beside them as small as a quarter of it allows,
+    or three quarters of it where that is the teacher's alone.
 
     Raises:
         ConfigError: none fits.
     """
-    teacher = smallest_teacher(job, 0.25)
+    teacher = smallest_teacher(job, 0.75 if job.config.teacher.ranks else 0.25)
     found, limit = [], room(job.cluster)
     for layout in candidates(job):
         states = states_of(job, layout)
@@ -365,8 +385,8 @@ def best(job: Job, count: int = 5) -> list[Estimate]:
         least = min(found, key=lambda x: x.total_memory, default=None)
         if least is None:
             raise ConfigError(
-                f"no layout that divides {job.cluster.gpus} GPUs leaves room beside the student's weights, gradients "
-                "and optimizer. Use more GPUs, a power of two, and optimizer.distributed=true."
+                f"no layout that divides {job.part('student').gpus} GPUs leaves room beside the student's weights, "
+                "gradients and optimizer. Use more GPUs, a power of two, and optimizer.distributed=true."
             )
         raise ConfigError(
             f"no layout of the student fits {limit / _GIB:.0f} GiB: the smallest takes "

@@ -48,18 +48,26 @@ def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
     console, asked = Console(), chosen(job)
     console.print(
         f"{job.sequences} sequences of at most {job.length:,} tokens per step on {job.cluster.gpus} GPUs. "
-        f"Student {said(asked.student)}, recompute {asked.recompute}; teacher {said(asked.teacher)}.",
+        f"Student {said(asked.student)}, recompute {asked.recompute}; teacher {said(asked.teacher)}"
+        f"{f', on {config.teacher.ranks} GPUs of its own' if config.teacher.ranks else ''}.",
         highlight=False,
         soft_wrap=True,
     )
-    _print_columns(console, "Memory of the fullest rank, GiB", asked.memory, _GIB)
+    whose = "student's " if asked.teacher_memory else ""
+    _print_columns(console, f"Memory of the {whose}fullest rank, GiB", asked.memory, _GIB)
+    if asked.teacher_memory:
+        _print_columns(console, "Memory of the teacher's fullest rank, GiB", asked.teacher_memory, _GIB)
     if asked.total_memory > room(job.cluster):
         console.print(
             f"[bold red]does not fit[/]: {asked.total_memory / _GIB:.1f} GiB of {room(job.cluster) / _GIB:.1f} GiB",
             highlight=False,
         )
     _print_columns(console, "What leaves a rank of the last stage in a step, GB", asked.sent, 1e9)
-    _print_columns(console, "Seconds of a step, nothing overlapped", asked.seconds, 1.0)
+    if asked.hidden:
+        hidden = asked.seconds | {"teacher, meanwhile": -asked.hidden}
+        _print_columns(console, "Seconds of a step, the teacher a batch ahead, nothing else overlapped", hidden, 1.0)
+    else:
+        _print_columns(console, "Seconds of a step, nothing overlapped", asked.seconds, 1.0)
     console.print(_ranking(best(job)))
 
 
