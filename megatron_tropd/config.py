@@ -232,11 +232,12 @@ class RunConfig(Section):
             try:
                 parallel.data_size(ranks)
             except ConfigError as error:
-                divided = (
-                    f" (of {world_size} ranks teacher.ranks gives {own} to the teacher, and {shared} are left)"
-                    if own
-                    else ""
-                )
+                divided = ""
+                if own:
+                    divided = (
+                        f" Of the {world_size} launched, {own} are the teacher's (teacher.ranks), and {shared} the "
+                        f"student's: the two parts are launched together, so add the other to what this one needs."
+                    )
                 raise ConfigError(f"{role}.parallel: {error}{divided}") from None
 
     def check_paths(self) -> None:

@@ -189,8 +189,12 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     [
         (("teacher.ranks=2",), 2, r"leaves no rank to the student: 2 are launched\. Launch 3"),
         (("teacher.ranks=1",), 1, r"1 is launched\. Launch 2"),
-        (("teacher.ranks=3", "teacher.parallel.tensor=2"), 4, r"teacher\.parallel: world size 3 .* gives 3 to the"),
-        (("teacher.ranks=1", "student.parallel.tensor=2"), 4, r"student\.parallel: world size 3 .* 3 are left"),
+        (
+            ("teacher.ranks=3", "teacher.parallel.tensor=2"),
+            4,
+            r"teacher\.parallel: world size 3 .* Of the 4 launched, 3 are the teacher",
+        ),
+        (("teacher.ranks=1", "student.parallel.tensor=2"), 4, r"student\.parallel: world size 3 .* and 3 the student"),
         (("teacher.ranks=1", "teacher.engine=vllm"), 2, "engine = 'vllm'"),
         (("teacher.ranks=1", "teacher.recorded_from=."), 2, "would have nothing to do"),
         (("teacher.ranks=-1",), 2, "teacher.ranks"),
