@@ -323,6 +323,12 @@ class TeacherConfig(Section):
         "With vLLM: have the log-probs of all ids told, not only the likeliest. For methods that need exact entropies, "
         "ids that the student names, a temperature, or models of different vocabulary sizes; for small vocabularies.",
     )
+    offload: bool = key(
+        False,
+        "Keep the teacher's weights in host memory, pinned on a GPU, and on the device only while it grades; those of "
+        "`teachers` and of the base model likewise. A teacher on ranks of its own stays on the device, and vLLM's has "
+        "teacher.vllm.sleep.",
+    )
     vllm: VLLMConfig = VLLMConfig()
     vllm_server: ServersConfig = ServersConfig()
     record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
@@ -375,6 +381,11 @@ class TeacherConfig(Section):
                         f"parallel.{name} = {value} does not go with engine = {self.engine!r}: {fix}. "
                         f"Set it to {getattr(usable, name)!r}."
                     )
+            if self.offload:
+                raise ValueError(
+                    f"offload = true moves the weights of Megatron's teacher, got engine = {self.engine!r}. "
+                    "Set it to false; vLLM in process leaves the GPU by itself (vllm.sleep)."
+                )
         elif self.whole_vocabulary:
             raise ValueError(
                 "whole_vocabulary = true is for engine vllm or vllm_server: Megatron's teacher knows all ids anyway. "
@@ -506,6 +517,11 @@ class OptimizerConfig(Section):
     momentum: Real = key(0.0, "SGD: momentum.", ge=0, lt=1)
     clip_grad: Real = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
     distributed: bool = key(False, "Shard optimizer states over data-parallel ranks.")
+    offload: bool = key(
+        False,
+        "Keep the optimizer's states and fp32 weights in host memory, pinned on a GPU, and on the device only in the "
+        "update; gradients leave it while rollouts are written and graded.",
+    )
 
     @model_validator(mode="after")
     def _decays_downward(self) -> Self:

@@ -25,6 +25,7 @@ from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
+from megatron_tropd.engine.offload import Moves
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.publish import BroadcastPublisher, FilePublisher, Publisher
 from megatron_tropd.engine.step import Trainer
@@ -90,6 +91,7 @@ class World:
     sampler: Groups
     base: Groups | None = None  # None without a base model
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
+    moves: Moves = field(default_factory=Moves)  # between this process's device and host memory
 
     @property
     def is_first(self) -> bool:
@@ -138,10 +140,10 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -
     signal = signal_spec(config, method)
     teacher = None
     if world.teacher is not None and live_teacher_engine(config) == "megatron":
-        teacher = load_model(config.teacher.model, world.teacher, dtype=dtype, device=device).freeze()
+        teacher = load_frozen(config, config.teacher.model, world.teacher, world)
     trainer = Trainer(
         student,
-        optimize(student, optimizer_settings(config)),
+        optimize(student, optimizer_settings(config), world.moves),
         method,
         vocab_size=inputs.vocab_size,
         teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
@@ -227,7 +229,7 @@ def live_teacher(
         teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
         return teacher
-    base = load_model(config.base_model, world.base, dtype=DTYPES[config.dtype], device=world.device).freeze()
+    base = load_frozen(config, config.base_model, world.base, world)
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherAndBase(teacher, beside)
 
@@ -289,10 +291,10 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
 def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
     found: dict[str, Teacher] = {}
     for one in config.teachers:
-        model = load_model(one.model, world.teachers[one.name], dtype=DTYPES[config.dtype], device=world.device)
+        model = load_frozen(config, one.model, world.teachers[one.name], world)
         role = f"teacher {one.name!r}"
         found[one.name] = MegatronTeacher(
-            model.freeze(), world.student, vocab_size=vocab_size, temperature=temperature, role=role
+            model, world.student, vocab_size=vocab_size, temperature=temperature, role=role
         )
     return found
 
@@ -338,6 +340,12 @@ def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: 
     model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialise=False, **options)
     load_weights(model, HFWeights(path))
     return model
+
+
+def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
+    """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
+    model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
+    return model.resting(world.moves) if config.teacher.offload else model
 
 
 def optimizer_settings(config: RunConfig) -> OptimizerSettings:

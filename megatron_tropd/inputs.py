@@ -371,8 +371,9 @@ def check_teacher(config: RunConfig, inputs: Inputs) -> None:
 def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """What shapes the numbers of a run, by config key: a checkpoint of a run with other values is of another run.
 
-    Layouts, packing, evaluation and reporting are not in it: they may change when a run goes on.
+    Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run goes on.
     """
+    optimizer = config.optimizer.model_dump(exclude={"offload"})
     return {
         "seed": config.seed,
         "dtype": config.dtype,
@@ -391,5 +392,5 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
             )
         },
         **{f"train.{key}": getattr(config.train, key) for key in ("steps", "prompts_per_step", "minibatches")},
-        **{f"optimizer.{key}": value for key, value in config.optimizer.model_dump().items()},
+        **{f"optimizer.{key}": value for key, value in optimizer.items()},
     }

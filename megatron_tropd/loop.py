@@ -48,6 +48,7 @@ def train(
     with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
         for step in range(first_step, config.train.steps):
             watch.reset()
+            run.world.moves.take_seconds()  # what checkpoints and evaluations have moved is not this step's
             collected = _nothing if pause is None else partial(pause, step)
             batches.begin(step, watch=watch)
             batch = batches.take(step, watch=watch, collected=collected)
@@ -59,10 +60,13 @@ def train(
                     run.trainer.step(packs, update=step * config.train.minibatches + number, before_update=settle)
                     for number, packs in enumerate(minibatches)
                 ]
+                run.trainer.rest()
             with watch("publish"):
                 publish(run, step + 1)
             metrics = describe(run, step, batch, results) | watch.metrics()
             metrics["time_optimizer"] = sum(result.optimizer_seconds for result in results)
+            if config.teacher.offload or config.optimizer.offload:
+                metrics["time_offload"] = run.world.moves.take_seconds()
             metrics["tokens_per_second"] = metrics["tokens"] / metrics["time_step"]
             if config.rollout.ahead:
                 metrics["time_rollout_hidden"] = batches.hidden_seconds()

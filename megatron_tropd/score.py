@@ -10,10 +10,10 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.build import build_teacher, build_world, load_model, pack_for
+from megatron_tropd.build import build_teacher, build_world, load_frozen, pack_for
 from megatron_tropd.config import RunConfig
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.inputs import DTYPES, Inputs, check_writable, live_teacher_engine, read_inputs, signal_spec
+from megatron_tropd.inputs import Inputs, check_writable, live_teacher_engine, read_inputs, signal_spec
 from megatron_tropd.parallel.groups import initialize_distributed
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.recorded import read_rollouts
@@ -73,7 +73,7 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     spec = signal_spec(config, inputs.method)
     model = None
     if world.teacher is not None and live_teacher_engine(config) == "megatron":
-        model = load_model(config.teacher.model, world.teacher, dtype=DTYPES[config.dtype], device=device).freeze()
+        model = load_frozen(config, config.teacher.model, world.teacher, world)
     teacher = build_teacher(config, inputs, model, world)
     store, done = Store(directory), Scored()
     dist.barrier()  # everyone has seen the same grades

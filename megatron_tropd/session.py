@@ -90,6 +90,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
         dump_config(config, config.run_dir / "config.yaml")
+    run.trainer.rest()
     loop.publish(run, first_step)
     evaluator = Evaluator(run)
     if first_step == 0:
@@ -175,7 +176,8 @@ class Evaluator:
         if run.teacher_model is None:  # vLLM or a recording stands in for it
             load_weights(sampler.model, HFWeights(path))
         else:
-            sampler.update_weights(hf_tensors(run.teacher_model), version=0)
+            with run.teacher_model.present():
+                sampler.update_weights(hf_tensors(run.teacher_model), version=0)
         return sampler
 
     def _evaluate_student(self, model: str, step: int) -> None:

@@ -24,6 +24,7 @@ from megatron_tropd.build import (
     check_method,
     layout_of,
     live_teacher,
+    load_frozen,
     load_model,
     optimizer_settings,
     output_weight_for,
@@ -71,6 +72,7 @@ class Case:
     recompute: str = "none"
     dtype: str = "fp32"
     distributed_optimizer: bool = False
+    offload: bool = False  # of the frozen models and of the optimizer
     sgd: bool = False  # instead of Adam
     adam_eps: float = ADAM["eps"]
     models: tuple[str, str] | None = None  # directories of student and teacher, where they are not the usual ones
@@ -105,6 +107,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
             "teacher": {
                 "model": str(models / (case.models[1] if case.models else "teacher")),
                 "parallel": case.teacher,
+                "offload": case.offload,
             },
             "base": {} if case.base is None else {"model": str(models / "base"), "parallel": case.base},
             "data": {"prompts": "unused", "max_prompt_tokens": 20},
@@ -116,6 +119,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
                 "schedule": "linear",
                 "warmup_steps": WARMUP,
                 "distributed": case.distributed_optimizer,
+                "offload": case.offload,
             },
         }
     )
@@ -140,10 +144,10 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     student = load_model(
         config.student.model, student_groups, dtype=dtype, device=device, recompute=config.student.recompute
     )
-    teacher = load_model(config.teacher.model, teacher_groups, dtype=dtype, device=device).freeze()
+    teacher = load_frozen(config, config.teacher.model, teacher_groups, world)
     signal = SignalSpec.of(method.needs)
     weight = output_weight_for(config.teacher.model, teacher.architecture, student) if signal.hidden_states else None
-    optimization = optimize(student, optimizer_settings(config))
+    optimization = optimize(student, optimizer_settings(config), world.moves)
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
     return Run(

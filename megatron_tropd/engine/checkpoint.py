@@ -58,9 +58,10 @@ def save_checkpoint(
     """
     root = Path(root)
     target = _directory(root, step)
-    with megatron_sees(model.groups):
-        sharded = _sharded_state(model, optimization, loading=False)
-    _write_whole(target, sharded, {"step": step, **state}, model, beside=beside)
+    with optimization.states.present():
+        with megatron_sees(model.groups):
+            sharded = _sharded_state(model, optimization, loading=False)
+        _write_whole(target, sharded, {"step": step, **state}, model, beside=beside)
     if dist.get_rank() == 0:
         _write_synced(root / (_LATEST + ".partial"), target.name)
         os.replace(root / (_LATEST + ".partial"), root / _LATEST)
@@ -183,7 +184,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     """
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
+    with optimization.states.present(), megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
@@ -195,7 +196,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
             ) from error
         for number, chunk in enumerate(model.chunks):
             chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=True)
-        optimization.optimizer.load_state_dict(loaded["optimizer"])
+        optimization.load(loaded["optimizer"])
         optimization.scheduler.load_state_dict(loaded["scheduler"])
     torch.set_rng_state(loaded["torch_rng"])
     return state
@@ -230,6 +231,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
 
 
 def _sharded_model(model: Model) -> dict[str, Any]:
+    model.check_present()
     metadata = {"dp_cp_group": model.groups.pg.dp_cp}
     return {
         _model_key(number, len(model.chunks)): chunk.sharded_state_dict(metadata=metadata)
@@ -243,8 +245,15 @@ def _model_key(number: int, chunks: int) -> str:
 
 def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -> dict[str, Any]:
     state = _sharded_model(model)
+    if loading:
+        optimization.begin_states()
     # the chunks' own names collide (each counts its layers from 0): they stay apart, under the chunk's key
-    state["optimizer"] = optimization.optimizer.sharded_state_dict(dict(state), is_loading=loading)
+    state["optimizer"] = optimization.optimizer.sharded_state_dict(
+        # of the distributed optimizer: its default is refused by the same version's checkpoints
+        dict(state),
+        is_loading=loading,
+        metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+    )
     state["scheduler"] = optimization.scheduler.state_dict()
     state["torch_rng"] = torch.get_rng_state()
     return state

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from megatron_tropd.engine import shim
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
+from megatron_tropd.engine.offload import Movable, Moves
 from megatron_tropd.engine.rope import rotary_frequencies
 from megatron_tropd.engine.view import megatron_sees
 from megatron_tropd.errors import ConfigError
@@ -86,6 +88,7 @@ class Model:
     config: TransformerConfig
     chunks: tuple[HiddenStateGPT, ...]
     device: torch.device
+    weights: Movable | None = None  # of a model that is on the device only when asked: see `resting`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,6 +114,32 @@ class Model:
             chunk.eval()
             chunk.requires_grad_(False)
         return self
+
+    def resting(self, moves: Moves | None = None) -> Model:
+        """The frozen model with its weights off the device, where they are only within ``present()``.
+
+        To be used in place of this one; ``moves`` counts what that moves.
+        """
+        weights = Movable(
+            "a frozen model",
+            lambda: (parameter for chunk in self.chunks for parameter in chunk.parameters()),
+            self.device,
+            contents="constant",
+            moves=moves,
+        )
+        for chunk in self.chunks:
+            chunk.register_forward_pre_hook(lambda *_: weights.check())
+        weights.leave()
+        return replace(self, weights=weights)
+
+    def present(self) -> AbstractContextManager[None]:
+        """Within the block the weights are on the device."""
+        return nullcontext() if self.weights is None else self.weights.present()
+
+    def check_present(self) -> None:
+        """Raises EngineError when the weights are off the device."""
+        if self.weights is not None:
+            self.weights.check()
 
     def _vp_stage(self, chunk: int) -> int | None:
         return chunk if self.groups.layout.virtual_pipeline > 1 else None

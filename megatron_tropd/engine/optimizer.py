@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.offload import Movable, Moves
 from megatron_tropd.engine.view import megatron_sees
 
 # a norm this large is never reached: clipping off, gradient norm still measured
@@ -34,6 +38,7 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     momentum: float = 0.0
     distributed: bool = False  # shard optimizer states over data-parallel ranks
+    offload: bool = False  # see Optimization.rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,33 @@ class Optimization:
     wrapped: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    states: Movable  # the optimizer's, and its fp32 weights where they are not the model's own
+    gradients: Movable
+    offload: bool = False
+
+    def begin_states(self) -> None:
+        """Gives a distributed torch Adam the states it has after a step: Megatron loads into nothing less."""
+        for part in filter(_is_distributed_torch, _parts(self.optimizer)):
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = part.optimizer.state[parameter] or {**zeros, "step": torch.zeros(())}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The optimizer's part of a checkpoint."""
+        self.optimizer.load_state_dict(state)
+        for part in _parts(self.optimizer):
+            # Megatron may give all parameters one `step`, which each of them would then advance
+            for own in (own for own in part.optimizer.state.values() if isinstance(own.get("step"), Tensor)):
+                own["step"] = own["step"].clone()
+
+    def rest(self) -> None:
+        """With ``optimizer.offload``: off the device with states and gradients, until an update asks for them.
+
+        States are then there only within an update. Gradients come back, as zeros, when there are new ones to sum.
+        """
+        if self.offload:
+            self.states.leave()
+            self.gradients.leave()
 
     def set_update(self, update: int) -> float:
         """Sets learning rate and weight decay for the ``update``-th update (from 0); returns the learning rate.
@@ -61,8 +93,47 @@ def _give_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | N
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-def optimize(model: Model, settings: OptimizerSettings) -> Optimization:
-    """Wraps the model's chunks for training. Collective over the world."""
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers that have parameters: another one for experts."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _states(optimizer: Any, wrapped: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    """What the optimizer keeps beside the model's weights, of which its parameters may be views."""
+    weights = {p.untyped_storage().data_ptr() for module in wrapped for p in module.parameters()}
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        held = [parameter for group in inner.param_groups for parameter in group["params"]]
+        held += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+        yield from (tensor for tensor in held if tensor.untyped_storage().data_ptr() not in weights)
+
+
+def _gradients(wrapped: Sequence[DistributedDataParallel]) -> Iterator[Tensor]:
+    for module in wrapped:
+        yield from (buffer.grad_data for buffer in (*module.buffers, *module.expert_parallel_buffers))
+
+
+def _is_distributed_torch(part: Any) -> bool:
+    """Whether it shards the states of torch's Adam, for want of Apex and Transformer Engine."""
+    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
+
+
+def _load_without_steps(part: Any) -> None:
+    """Megatron leaves torch's ``step`` out of what it loads for a parameter, and then asks for it."""
+    fill = part._set_main_param_and_optimizer_states
+
+    def fill_but_step(parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+        fill(parameter, {**part._get_main_param_and_optimizer_states(parameter), **tensors})
+
+    part._set_main_param_and_optimizer_states = fill_but_step
+
+
+def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = None) -> Optimization:
+    """Wraps the model's chunks for training. Collective over the world.
+
+    ``moves``: what is to count the bytes that ``Optimization.rest`` and its undoing move.
+    """
     bf16 = model.dtype == torch.bfloat16
     config = OptimizerConfig(
         optimizer=settings.name,
@@ -89,7 +160,16 @@ def optimize(model: Model, settings: OptimizerSettings) -> Optimization:
         optimizer = get_megatron_optimizer(
             config, wrapped, use_gloo_process_groups=False, pg_collection=model.groups.pg
         )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    states = Movable("an optimizer", lambda: _states(optimizer, wrapped), model.device, moves=moves)
+    gradients = Movable(
+        "a buffer of gradients", lambda: _gradients(wrapped), model.device, contents="scratch", moves=moves
+    )
+    for module in wrapped:
+        module.register_forward_pre_hook(lambda *_: gradients.check())
+    for part in _parts(optimizer):
+        part.optimizer.register_step_pre_hook(lambda *_: states.check())
+        if _is_distributed_torch(part):
+            _load_without_steps(part)
         if part.init_state_fn is None:  # Megatron gives SGD none, and cannot load its state without
             part.init_state_fn = _give_momentum
     scheduler = OptimizerParamScheduler(
@@ -106,4 +186,4 @@ def optimize(model: Model, settings: OptimizerSettings) -> Optimization:
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Optimization(wrapped, optimizer, scheduler)
+    return Optimization(wrapped, optimizer, scheduler, states, gradients, settings.offload)

@@ -126,7 +126,7 @@ class Trainer:
             raise EngineError(
                 f"the gradient norm of update {update} is {grad_norm}. No weight was changed. Lower optimizer.lr."
             )
-        with megatron_sees(self.model.groups):
+        with optimization.states.present(), megatron_sees(self.model.groups):
             optimization.optimizer.step()
         return StepResult(loss, grad_norm, lr, stats, time.perf_counter() - started)
 
@@ -135,8 +135,13 @@ class Trainer:
         loss, stats = self._accumulate(packs)
         return StepResult(loss, self._gradient_norm(), 0.0, stats)
 
+    def rest(self) -> None:
+        """With ``optimizer.offload``: what only updates need leaves the device until the next one."""
+        self.optimization.rest()
+
     def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
         """Fresh gradients of the packs; their loss and statistics."""
+        self.optimization.gradients.come_back()
         for module in self.optimization.wrapped:
             module.zero_grad_buffer()
         self.optimization.optimizer.zero_grad()

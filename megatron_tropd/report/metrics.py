@@ -79,6 +79,12 @@ METRICS: Mapping[str, Metric] = {
     "time_student": Metric("s", "Wall time of the student's own scoring pass (old log-probs, own top-k).", "time"),
     "time_train": Metric("s", "Wall time of forward, backward and update.", "time"),
     "time_optimizer": Metric("s", "Wall time of gradient norm and update, within time_train.", "time"),
+    "time_offload": Metric(
+        "s",
+        "Wall time of moving weights and states between device and host memory, within time_teacher and time_train; "
+        "with teacher.offload or optimizer.offload.",
+        "time",
+    ),
     "time_publish": Metric("s", "Wall time of handing the new weights to the sampler.", "time"),
     "time_other": Metric("s", "Wall time of everything else in the step.", "time"),
     "time_checkpoint": Metric("s", "Wall time of saving a checkpoint, outside time_step.", "time"),

@@ -67,7 +67,8 @@ class MegatronTeacher(DealtTeacher):
             check_finite(signal, role=self._role)
             return to_wire(signal, spec)
 
-        collected = run_packs(self.model, dealt, last_stage)
+        with self.model.present():
+            collected = run_packs(self.model, dealt, last_stage)
         return dict(zip(keys, collected, strict=False))
 
     def _grade(
