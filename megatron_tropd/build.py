@@ -265,12 +265,15 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
     section, longest = config.teacher, longest_training_sequence(config)
     top_k = most_alternatives(config, inputs.method, inputs.teacher)
     if section.engine == "vllm_server":
-        needs = {
+        needs: dict[str, Any] = {
             "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
             "vocab_size": inputs.teacher.vocab_size,
             "max_model_len": longest + 1,
             "max_logprobs": top_k,
         }
+        weights = weights_fingerprint(section.model)
+        if weights is not None:  # weights that are not on this machine cannot be compared
+            needs["weights"] = weights
         pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
         return ServerGrader(pool, timeout_s=section.vllm_server.timeout_s)
     gpu = world.device.type == "cuda"

@@ -10,7 +10,7 @@ import torch
 from megatron_tropd.bridge.launch import become_server, server_command
 from megatron_tropd.bridge.options import engine_options, whole_prompts
 from megatron_tropd.config import RunConfig
-from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.convert.hf import read_architecture, weights_fingerprint
 from megatron_tropd.inputs import (
     DTYPES,
     check_method,
@@ -50,4 +50,6 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
         top_k=top_k,
         takes_weights=not teaches,
     )
-    become_server(command, host=host, key=os.environ.get(servers.key_variable, ""))
+    # a student's are those of the run's present step, whatever it was started with
+    weights = weights_fingerprint(config.teacher.model) if teaches else None
+    become_server(command, host=host, key=os.environ.get(servers.key_variable, ""), weights=weights)

@@ -80,9 +80,14 @@ def test_a_run_with_a_server_for_its_teacher_has_the_losses_of_megatron_s(task, 
     for a, b in zip(found, expected, strict=True):
         assert a["teacher_entropy"] and a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
-    changes = (*SHORT, *union, *asking, "dtype=bf16", f"run_dir={tmp_path}/no")
-    outcome = vllm_commands().run("train", task.config, *changes, TROPD_API_KEY=KEY)
-    assert outcome.status == 2 and "has dtype=float32, this run needs bfloat16" in outcome.output, outcome.output
+    other = save_model(tmp_path / "other", TEACHER, tied=False, seed=99)  # of the same sizes
+    for change, said in (
+        ("dtype=bf16", "has dtype=float32, this run needs bfloat16"),
+        (f"teacher.model={other}", "has weights="),
+    ):
+        changes = (*SHORT, *union, *asking, change, f"run_dir={tmp_path}/no")
+        outcome = vllm_commands().run("train", task.config, *changes, TROPD_API_KEY=KEY)
+        assert outcome.status == 2 and said in outcome.output, outcome.output
 
 
 def test_a_server_s_grades_of_responses_are_written_as_megatron_s_are(task, server, tmp_path):

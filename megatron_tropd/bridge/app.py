@@ -24,6 +24,7 @@ from megatron_tropd.bridge.requests import grading_options
 from megatron_tropd.bridge.wire import DIGEST, PREFIX, digest_of, encoded
 
 KEY_VARIABLE = "TROPD_SERVER_KEY"
+WEIGHTS_VARIABLE = "TROPD_SERVER_WEIGHTS"
 _OPEN = ("/health",)
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -140,6 +141,7 @@ async def _info(engine: Any, asked: Mapping[str, Any]) -> Answer:
         "workers": config.parallel_config.world_size,
         "takes_weights": config.weight_transfer_config is not None,
         "version": await engine.get_weight_version(),
+        "weights": os.environ.get(WEIGHTS_VARIABLE) or None,  # fingerprint of those it was started with
     }
 
 

@@ -14,6 +14,7 @@ from megatron_tropd.errors import ConfigError
 
 # bridge.app.KEY_VARIABLE, which can only be imported where vLLM is
 _KEY_VARIABLE = "TROPD_SERVER_KEY"
+_WEIGHTS_VARIABLE = "TROPD_SERVER_WEIGHTS"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -59,8 +60,8 @@ def _argument(name: str, value: Any) -> list[str]:
     return [f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
 
 
-def become_server(command: list[str], *, host: str, key: str) -> None:
-    """Turns this process into the server.
+def become_server(command: list[str], *, host: str, key: str, weights: str | None = None) -> None:
+    """Turns this process into the server. ``weights``: their fingerprint, for clients to compare.
 
     Raises:
         ConfigError: vLLM is not installed, or the server would be open to the network without a key.
@@ -74,4 +75,5 @@ def become_server(command: list[str], *, host: str, key: str) -> None:
     prepare(in_process=False)
     environment = dict(os.environ)
     environment[_KEY_VARIABLE] = key
+    environment[_WEIGHTS_VARIABLE] = weights or ""
     os.execve(command[0], command, environment)
