@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,10 +164,20 @@ def command(task: Task, run_dir: Path, *, second: str = "", teachers: str = "", 
     return ["train", task.config, f"run_dir={run_dir}", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def test_two_teachers_that_are_the_same_model_are_one_teacher(task, tmp_path):
+_AHEAD = {"method.support": "union", "method.ppo_clip": 0.2, "train.minibatches": 2, "rollout.ahead": 1}
+
+
+@pytest.mark.parametrize(("method", "changes"), [("tropd", {}), ("tropd", _AHEAD), ("exopd", {})])
+def test_two_teachers_that_are_the_same_model_are_one_teacher(task, tmp_path, method, changes):
+    if method != "tropd":
+        task = replace(task, directory=shutil.copytree(task.directory, tmp_path / "task"))
+        text = task.config.read_text()
+        task.config.write_text(text.replace("  name: tropd\n  k: 7\n  beta: 0.3\n", f"  name: {method}\n"))
+        assert task.config.read_text() != text
     again = f"{{name: again, model: {task.teacher}, parallel: {{tensor: 2}}}}"
-    commands().run(*command(task, tmp_path / "two", second="again", teachers=again), ranks=2).expect_success()
-    commands().run(*command(task, tmp_path / "one"), ranks=2).expect_success()
+    two = command(task, tmp_path / "two", second="again", teachers=again, **changes)
+    commands().run(*two, ranks=2).expect_success()
+    commands().run(*command(task, tmp_path / "one", **changes), ranks=2).expect_success()
     assert_metrics_agree(steady_metrics(tmp_path / "two"), steady_metrics(tmp_path / "one"))
 
 
