@@ -1,7 +1,7 @@
 """SLURM itself on one machine that poses as two nodes, where its packages are installed.
 
-    with slurm(tmp_path) as run:
-        run("sinfo")
+    with slurm(tmp_path) as cluster:
+        cluster.run("sinfo")
 
 Its own munge key, ports, logs and state: nothing of a cluster this machine may belong to is touched.
 """
@@ -12,10 +12,12 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -40,12 +42,34 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
+MessageTimeout=60
+KillWait=5
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 """
 
-Run = Callable[..., str]  # a SLURM command and its arguments -> what it printed
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where it keeps its files, and its commands."""
+
+    home: Path
+
+    def run(self, *argv: object) -> str:
+        """What a SLURM command prints."""
+        environment = {**os.environ, "SLURM_CONF": str(self.home / "slurm.conf")}
+        done = subprocess.run(
+            [*map(str, argv)], env=environment, capture_output=True, text=True, check=False, timeout=90
+        )
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def log(self) -> str:
+        """What the daemons say of jobs."""
+        files = (self.home / name for name in ("slurmctld.log", "slurmd-n1.log", "slurmd-n2.log"))
+        lines = [line for file in files for line in file.read_text().splitlines()]
+        return "\n".join(sorted(line for line in lines if "ob" in line))
 
 
 def why_not() -> str:
@@ -57,18 +81,11 @@ def why_not() -> str:
 
 
 @contextlib.contextmanager
-def slurm(home: Path) -> Iterator[Run]:
-    """A cluster of two nodes with two cores each; its daemons end with the block."""
+def slurm(home: Path) -> Iterator[Cluster]:
+    """A cluster of two nodes with two cores each; its jobs and daemons end with the block."""
     home.chmod(0o700)  # munge trusts no directory that others can write to
-    environment = {**os.environ, "SLURM_CONF": str(home / "slurm.conf")}
-
-    def run(*argv: object) -> str:
-        done = subprocess.run(
-            [*map(str, argv)], env=environment, capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
-        return done.stdout
-
+    cluster = Cluster(home)
+    run = cluster.run
     host, port = socket.gethostname().split(".")[0], _free_ports(3)
     (home / "slurm.conf").write_text(_CONFIG.format(host=host, home=home, port=port, first=port + 1, last=port + 2))
     (home / "munge.key").write_bytes(secrets.token_bytes(1024))
@@ -81,19 +98,35 @@ def slurm(home: Path) -> Iterator[Run]:
         run("slurmctld", "-c")
         for node in ("n1", "n2"):
             run("slurmd", "-N", node)
-        _until(lambda: run("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == "2")
-        yield run
+        assert _until(lambda: run("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == "2"), cluster.log()
+        try:
+            yield cluster
+        finally:
+            # the daemons alone would leave the steps of a job running
+            run("scancel", "--user=root")
+            _until(lambda: not run("squeue", "--noheader"))
     finally:
-        for pid_file in ("slurmd-n1.pid", "slurmd-n2.pid", "slurmctld.pid", "munge.pid"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int((home / pid_file).read_text()), 15)
+        _end(home / name for name in ("slurmd-n1.pid", "slurmd-n2.pid", "slurmctld.pid", "munge.pid"))
 
 
-def _until(reached: Callable[[], bool], timeout_s: float = 60) -> None:
+def _until(reached: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """Whether it was reached in time."""
     deadline = time.monotonic() + timeout_s
     while not reached():
-        assert time.monotonic() < deadline, "the cluster did not come up"
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
+    return True
+
+
+def _end(pid_files: Iterable[Path]) -> None:
+    """Ends daemons one after the other: each removes its pid file last."""
+    for pid_file in pid_files:
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(pid_file.read_text())
+            os.kill(pid, signal.SIGTERM)
+            if not _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), timeout_s=30):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> int:

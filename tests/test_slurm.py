@@ -8,12 +8,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from run_inputs import ROOT, Task, commands, make_task, steady_metrics
-from slurm_cluster import slurm, why_not
+from slurm_cluster import Cluster, slurm, why_not
 
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
 
@@ -117,62 +117,134 @@ def test_a_job_is_requeued_when_the_trainer_stopped_because_it_was_asked_to(
 
 # --------------------------------------------------------------------------- with SLURM itself
 
+needs_slurm = pytest.mark.skipif(bool(why_not()), reason=why_not())
+LAYOUT = ("student.parallel.tensor=2", "teacher.parallel.pipeline=2", "checkpoint.every=0")
+QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "rollout.batch_size=1")
+# whatever a job without a requeue ends as
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return make_task(tmp_path_factory.mktemp("task"))
 
 
-def until(reached: Callable[[], bool], said: Callable[[], str], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < deadline and not re.search(r"Exited with exit code (?!75)", said()), said()
-        time.sleep(0.1)
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+class Submitted:
+    """A job of the batch script on both nodes, with a rank on each."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *arguments: object, setup: str = "") -> None:
+        self._cluster, self.shared, self._output = cluster, folder / "shared", folder / "job.out"
+        where = {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "PATH": os.environ["PATH"]}
+        activate = folder / "activate"
+        activate.write_text("".join(f"export {name}={value}\n" for name, value in where.items()) + setup)
+        resources = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+        places = (f"--chdir={ROOT}", f"--output={self._output}", f"--export=ACTIVATE={activate},SHARED={self.shared}")
+        self.job = cluster.run("sbatch", "--parsable", *resources, *places, SCRIPT, *arguments).strip()
+
+    def said(self) -> str:
+        """What the script and the ranks have written."""
+        files = (self._output, *sorted(self.shared.rglob("*.log")))
+        return "\n".join(path.read_text() for path in files if path.exists())
+
+    def logs(self) -> set[str]:
+        return {path.name for path in self.shared.rglob("*.log")}
+
+    def status(self) -> dict[str, str]:
+        """What SLURM says of the job."""
+        shown = self._cluster.run("scontrol", "--oneliner", "show", "job", self.job)
+        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
+
+    def until(self, reached: Callable[[], bool], timeout_s: float = 240) -> None:
+        """Returns as soon as ``reached()``; a job that ends or takes longer first is an error."""
+        deadline, look = time.monotonic() + timeout_s, 0.0
+        while not reached():
+            time.sleep(0.05)
+            if time.monotonic() < look:
+                continue
+            status, look = self.status(), time.monotonic() + 2.0
+            over = status["JobState"] in ENDED and not reached()
+            assert not over and time.monotonic() < deadline, f"{status}\n{self.said()}\n{self._cluster.log()}"
+
+    def end(self) -> tuple[str, str, str]:
+        """State, exit code and restarts at its end."""
+        deadline = time.monotonic() + 240
+        while (status := self.status())["JobState"] not in ENDED:
+            assert time.monotonic() < deadline, f"{status}\n{self.said()}\n{self._cluster.log()}"
+            time.sleep(0.5)
+        return status["JobState"], status["ExitCode"], status["Restarts"]
+
+
+@needs_slurm
 @pytest.mark.timeout(600)
-def test_under_slurm_a_job_asked_to_stop_is_requeued_and_ends_like_an_unbroken_run(task: Task, tmp_path: Path):
-    run_dir, shared = tmp_path / "run", tmp_path / "shared"
-    layout = ("student.parallel.tensor=2", "teacher.parallel.pipeline=2", "train.steps=5", "checkpoint.every=0")
-    quiet = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "rollout.batch_size=1")
-    where = {"SHARED": str(shared), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    (tmp_path / "activate").write_text(
-        f"export PATH={os.environ['PATH']}\n" + "".join(f"export {k}={v}\n" for k, v in where.items())
-    )
-    home = tmp_path / "slurm"
-    home.mkdir()
-
-    def said() -> str:
-        return "\n".join(path.read_text() for path in (tmp_path / "job.out", *shared.rglob("*.log")) if path.exists())
+def test_under_slurm_a_job_asked_to_stop_is_requeued_and_ends_like_an_unbroken_run(
+    cluster: Cluster, task: Task, tmp_path: Path
+):
+    run_dir, steps = tmp_path / "run", "train.steps=9"
+    submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={run_dir}", steps, *LAYOUT, *QUIET)
 
     def lines() -> int:
         path = run_dir / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    with slurm(home) as run:
-        resources = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--chdir={ROOT}")
-        environment = f"--export=ACTIVATE={tmp_path}/activate,SHARED={shared}"
-        overrides = (f"run_dir={run_dir}", *layout, *quiet)
-        submitted = run(
-            *("sbatch", *resources, f"--output={tmp_path}/job.out", environment),
-            *(SCRIPT, task.config, *overrides),
-        )
-        job = submitted.split()[-1]
-        until(lambda: lines() == 2, said)
-        # as SLURM does some time before the limit: to the batch script alone
-        run("scancel", "--batch", "--signal=USR1", job)
-        until(lambda: "Restarts=1" in run("scontrol", "show", "job", job), said)
-        assert re.search(r"stopped by SIGUSR1 after [23] of 5 steps", said())
-        # SLURM lets a requeued job wait for two minutes
-        run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        until(lambda: "trainer ended with status 0" in said(), said)
+    submitted.until(lambda: lines() >= 2)
+    # as SLURM does some time before the limit: to the batch script alone
+    cluster.run("scancel", "--batch", "--signal=USR1", submitted.job)
+    submitted.until(lambda: submitted.status()["Restarts"] == "1")
+    stopped = re.search(r"stopped by SIGUSR1 after ([2-8]) of 9 steps", submitted.said())
+    assert stopped, submitted.said()
+    # SLURM lets a requeued job wait for two minutes. It may wait for less, but a start within the second in which nodes
+    # were told to end the one before is refused there ("Job credential revoked"), and that ends the job
+    cluster.run("scontrol", "update", f"JobId={submitted.job}", "StartTime=now+3")
+    assert submitted.end() == ("COMPLETED", "0:0", "1"), submitted.said()
 
-    assert re.search(r"\([23] steps done\)", said())
+    assert "trainer ended with status 0" in submitted.said()
+    assert f"({stopped[1]} steps done)" in submitted.said()
     # the two nodes share their host's name, after which SLURM names the logs
     host = socket.gethostname().split(".")[0]
-    assert {f"train-{host}.log", f"health-{host}.log"} <= {path.name for path in shared.rglob("*.log")}
+    assert submitted.logs() == {f"train-{host}.log", f"health-{host}.log"}
     whole = tmp_path / "whole"
-    commands().run("train", task.config, f"run_dir={whole}", *layout, *quiet, ranks=2).expect_success()
+    commands().run("train", task.config, f"run_dir={whole}", steps, *LAYOUT, *QUIET, ranks=2).expect_success()
     assert steady_metrics(run_dir) == steady_metrics(whole)
-    assert len(steady_metrics(whole)) == 5
+    assert len(steady_metrics(whole)) == 9
+
+
+@needs_slurm
+@pytest.mark.timeout(600)
+def test_under_slurm_a_job_that_nobody_stops_ends_at_its_first_start(cluster: Cluster, task: Task, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={run_dir}", "train.steps=2", *LAYOUT, *QUIET)
+    assert submitted.end() == ("COMPLETED", "0:0", "0"), submitted.said()
+    assert [row["step"] for row in steady_metrics(run_dir)] == [1, 2]
+
+
+@needs_slurm
+@pytest.mark.timeout(600)
+def test_under_slurm_a_trainer_that_fails_ends_its_job_for_good(cluster: Cluster, task: Task, tmp_path: Path):
+    submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={tmp_path / 'run'}", "train.stepps=2")
+    assert submitted.end() == ("FAILED", "2:0", "0"), submitted.said()
+    assert submitted.status()["Requeue"] == "1"  # SLURM would have been allowed to
+    assert "trainer ended with status 2" in submitted.said() and "train.stepps" in submitted.said()
+
+
+@needs_slurm
+@pytest.mark.timeout(600)
+def test_under_slurm_a_job_with_an_unfit_node_ends_before_it_trains(cluster: Cluster, task: Task, tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(
+        "import importlib.metadata as m, os\n"
+        "version = m.version\n"
+        "m.version = lambda n: '0.1' if n == 'torch' and os.environ.get('SLURM_PROCID') == '1' else version(n)\n"
+    )
+    setup = f"export PYTHONPATH={other}:$PYTHONPATH\n"
+    submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={tmp_path / 'run'}", setup=setup)
+    assert submitted.end() == ("FAILED", "2:0", "0"), submitted.said()
+    assert "torch is not the same everywhere: 0.1 on" in submitted.said()
+    assert submitted.logs() == {f"health-{socket.gethostname().split('.')[0]}.log"}
+    assert not (tmp_path / "run").exists()
