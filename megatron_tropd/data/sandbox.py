@@ -35,14 +35,23 @@ _NOBODY = 65534
 _KEPT_OUTPUT = 4000  # bytes
 _LOOK_EVERY_S = 0.2  # at memory, of all processes together
 # what the program ends with cannot be told from what its tests end with, so the driver answers for them: it sends back
-# a word that it is given, and only after the last line has run
+# a word that it is given, and only after the last line has run; or else what was raised. Output would not do for that:
+# processes that the program has forked write to it as well. They come through these lines, too, and are not asked
 _DRIVER = """\
 import os, sys
+reply, word, program = %d, %d, os.getpid()
+def say_why(kind, error, trace):
+    sys.__excepthook__(kind, error, trace)
+    if os.getpid() == program:
+        import traceback
+        os.write(reply, traceback.format_exception_only(kind, error)[-1].encode("utf-8", "replace")[:1000])
+sys.excepthook = say_why
 with open("program.py", encoding="utf-8") as file:
     source = file.read()
 exec(compile(source, "program.py", "exec"), {"__name__": "program"})
 sys.stdout.flush()
-os.write(%d, os.read(%d, 64))
+if os.getpid() == program:
+    os.write(reply, os.read(word, 64))
 os._exit(0)
 """
 
@@ -139,7 +148,7 @@ class _Run:
         reply_in, reply_out = os.pipe()
         try:
             os.write(word_out, self._word)
-            # whoever reads second, such as a process that the program has forked, finds the end and not a wait
+            # whoever reads second finds the end and not a wait
             os.close(word_out)
             os.set_blocking(reply_in, False)
             process = self._start(source, (reply_out, word_in))
@@ -151,7 +160,7 @@ class _Run:
         finally:
             for end in (word_in, reply_in, reply_out):
                 os.close(end)
-        return self._outcome(process.returncode, stopped, replied == self._word)
+        return self._outcome(process.returncode, stopped, replied or b"")
 
     def _start(self, source: IO[bytes], fds: tuple[int, int]) -> subprocess.Popen[bytes]:
         user = {"unique": 1_000_000_000 + secrets.randbelow(1_000_000_000), "nobody": _NOBODY, "same": 0}
@@ -211,31 +220,41 @@ class _Run:
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Ends whatever is left: in namespaces all of it dies with its first process, elsewhere one by one."""
-        if process.returncode is None and not self._isolation.namespaces:
-            _end_descendants(process.pid)
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            _stop(process.pid)
+            if self._isolation.namespaces:
+                _end_world(process.pid)
+            else:
+                _end_descendants(process.pid)
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         assert process.stdout is not None
         process.stdout.close()
 
-    def _outcome(self, status: int, stopped: str, replied: bool) -> Outcome:
+    def _outcome(self, status: int, stopped: str, replied: bytes) -> Outcome:
         output = self._output[-_KEPT_OUTPUT:].decode("utf-8", "replace")
-        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
+        raised, printed = _first_line(replied.decode("utf-8", "replace")), _first_line(output, backwards=True)
         if stopped:
             return Outcome(ok=False, reason=stopped, output=output, timed_out="longer" in stopped)
-        if replied:
+        if replied == self._word:
             return Outcome(ok=True, output=output)
-        if status == SETUP_FAILED and last.startswith("sandbox: "):
-            return Outcome(ok=False, reason=last, output=output)
-        if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and not last):
+        if status == SETUP_FAILED and printed.startswith("sandbox: "):
+            return Outcome(ok=False, reason=printed, output=output)
+        if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and not printed):
             return Outcome(
                 ok=False,
                 reason=f"used more than {self._limits.cpu_seconds} s of CPU time",
                 output=output,
                 timed_out=True,
             )
-        return Outcome(ok=False, reason=last[:200] or f"ended with status {status} before its last line", output=output)
+        reason = raised or printed or f"ended with status {status} before its last line"
+        return Outcome(ok=False, reason=reason[:200], output=output)
+
+
+def _first_line(text: str, *, backwards: bool = False) -> str:
+    """The first line, or the last, that is not blank; empty where there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1 if backwards else 0] if lines else ""
 
 
 def _read(fd: int) -> bytes | None:
@@ -256,12 +275,37 @@ def _memory_of(pid: int) -> int:
     return total
 
 
+def _stop(pid: int) -> None:
+    """Stops a child of ours and waits until it is stopped, or has ended: from then on it starts no other process."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def _end_world(outside: int) -> None:
+    """Ends the first process of new namespaces, whose parent is ``outside``, stopped, which then ends by itself.
+
+    The kernel lets the first process of a namespace end only after all others in it; the one outside waits for it.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(outside)
+        for process in parent.children() or [parent]:
+            process.kill()
+    os.kill(outside, signal.SIGCONT)
+
+
 def _end_descendants(pid: int) -> None:
     """Stops all of them before the first is ended, so that none can start another meanwhile."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        while found := [p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
+        while found := [process for process in root.children(recursive=True) if _is_running(process)]:
             for stop in (psutil.Process.suspend, psutil.Process.kill):
                 for process in found:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         stop(process)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

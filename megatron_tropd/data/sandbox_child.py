@@ -190,7 +190,9 @@ def _limit(config: dict[str, Any]) -> None:
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        # at the lower limit of CPU time comes a signal that says so, at the upper one SIGKILL, which says nothing
+        upper = most + 1 if name == "CPU" and (hard == resource.RLIM_INFINITY or hard > most) else most
+        resource.setrlimit(kind, (most, upper))
 
 
 def _wait_for(child: int) -> int:
