@@ -46,7 +46,10 @@ MessageTimeout=60
 KillWait=5
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE GraceTime=120
+PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=10
 """
 
 
@@ -82,7 +85,10 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def slurm(home: Path) -> Iterator[Cluster]:
-    """A cluster of two nodes with two cores each; its jobs and daemons end with the block."""
+    """A cluster of two nodes with two cores each; its jobs and daemons end with the block.
+
+    Jobs of its partition ``urgent`` preempt those of the usual one, ``all``.
+    """
     home.chmod(0o700)  # munge trusts no directory that others can write to
     cluster = Cluster(home)
     run = cluster.run

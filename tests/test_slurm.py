@@ -120,6 +120,7 @@ def test_a_job_is_requeued_when_the_trainer_stopped_because_it_was_asked_to(
 needs_slurm = pytest.mark.skipif(bool(why_not()), reason=why_not())
 LAYOUT = ("student.parallel.tensor=2", "teacher.parallel.pipeline=2", "checkpoint.every=0")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "rollout.batch_size=1")
+PATIENCE_S = 400  # of which an idle machine needs 20, a busy one far more
 # whatever a job without a requeue ends as
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
@@ -160,7 +161,7 @@ class Submitted:
         shown = self._cluster.run("scontrol", "--oneliner", "show", "job", self.job)
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def until(self, reached: Callable[[], bool], timeout_s: float = 240) -> None:
+    def until(self, reached: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Returns as soon as ``reached()``; a job that ends or takes longer first is an error."""
         deadline, look = time.monotonic() + timeout_s, 0.0
         while not reached():
@@ -173,26 +174,26 @@ class Submitted:
 
     def end(self) -> tuple[str, str, str]:
         """State, exit code and restarts at its end."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while (status := self.status())["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"{status}\n{self.said()}\n{self._cluster.log()}"
             time.sleep(0.5)
         return status["JobState"], status["ExitCode"], status["Restarts"]
 
 
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @needs_slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_under_slurm_a_job_asked_to_stop_is_requeued_and_ends_like_an_unbroken_run(
     cluster: Cluster, task: Task, tmp_path: Path
 ):
     run_dir, steps = tmp_path / "run", "train.steps=9"
     submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={run_dir}", steps, *LAYOUT, *QUIET)
-
-    def lines() -> int:
-        path = run_dir / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
-
-    submitted.until(lambda: lines() >= 2)
+    submitted.until(lambda: steps_done(run_dir) >= 2)
     # as SLURM does some time before the limit: to the batch script alone
     cluster.run("scancel", "--batch", "--signal=USR1", submitted.job)
     submitted.until(lambda: submitted.status()["Restarts"] == "1")
@@ -215,7 +216,22 @@ def test_under_slurm_a_job_asked_to_stop_is_requeued_and_ends_like_an_unbroken_r
 
 
 @needs_slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
+def test_under_slurm_a_job_that_makes_room_for_another_saves_and_waits(cluster: Cluster, task: Task, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={run_dir}", "train.steps=999", *LAYOUT, *QUIET)
+    submitted.until(lambda: steps_done(run_dir) >= 1)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=echo done")
+    cluster.run("sbatch", *urgent)
+    submitted.until(lambda: submitted.status()["Restarts"] == "1")
+    assert submitted.status()["JobState"] == "PENDING"
+    assert re.search(r"stopped by SIGTERM after \d+ of 999 steps; the checkpoint is in", submitted.said())
+    submitted.until((tmp_path / "urgent.out").exists)
+    cluster.run("scancel", submitted.job)
+
+
+@needs_slurm
+@pytest.mark.timeout(1500)
 def test_under_slurm_a_job_that_nobody_stops_ends_at_its_first_start(cluster: Cluster, task: Task, tmp_path: Path):
     run_dir = tmp_path / "run"
     submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={run_dir}", "train.steps=2", *LAYOUT, *QUIET)
@@ -224,7 +240,7 @@ def test_under_slurm_a_job_that_nobody_stops_ends_at_its_first_start(cluster: Cl
 
 
 @needs_slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_under_slurm_a_trainer_that_fails_ends_its_job_for_good(cluster: Cluster, task: Task, tmp_path: Path):
     submitted = Submitted(cluster, tmp_path, task.config, f"run_dir={tmp_path / 'run'}", "train.stepps=2")
     assert submitted.end() == ("FAILED", "2:0", "0"), submitted.said()
@@ -233,7 +249,7 @@ def test_under_slurm_a_trainer_that_fails_ends_its_job_for_good(cluster: Cluster
 
 
 @needs_slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_under_slurm_a_job_with_an_unfit_node_ends_before_it_trains(cluster: Cluster, task: Task, tmp_path: Path):
     other = tmp_path / "other"
     other.mkdir()
