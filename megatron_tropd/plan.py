@@ -21,6 +21,7 @@ from megatron_tropd.losses._chunking import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
+from megatron_tropd.planning.phases import by_phase
 from megatron_tropd.selfcheck import check_self
 from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Architecture, Rollout
@@ -30,7 +31,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on the fullest rank."""
+    """Bytes on the fullest rank, of all that it ever holds."""
 
     weights: int
     gradients: int
@@ -42,8 +43,9 @@ class Memory:
     sampler: int
 
     @property
-    def total(self) -> int:
-        return sum(getattr(self, name) for name in self.__slots__)
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Memory:
@@ -79,7 +81,8 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
 
 def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
     itemsize = DTYPES[config.dtype].itemsize
-    return sum(
+    together = max if config.teacher.offload else sum  # each is then there alone
+    return together(
         frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
         for _, _, architecture, parallel in _teachers(config, inputs)
     )
@@ -116,7 +119,7 @@ def check_plan(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         console = Console()
         console.print(_plan_table(config, inputs))
-        console.print(_memory_table(memory))
+        console.print(_memory_table(memory, config))
         if config.teacher.ranks:
             console.print(f"on each of the teacher's own ranks {_teacher_bytes(config, inputs) / _MIB:,.1f}")
         console.print(_token_table(config, inputs))
@@ -250,11 +253,11 @@ def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> 
     return len(packs), sum(lengths) / (len(packs) * config.train.pack_tokens)
 
 
-def _memory_table(memory: Memory) -> Table:
+def _memory_table(memory: Memory, config: RunConfig) -> Table:
     table = Table(title="Estimated memory of the fullest rank, MiB", title_justify="left", box=None, show_header=False)
-    for name in Memory.__slots__:
-        table.add_row(name, f"{getattr(memory, name) / _MIB:,.1f}")
-    table.add_row("total", f"{memory.total / _MIB:,.1f}")
+    phases = {f"in all while {phase}": size for phase, size in by_phase(memory.parts, config).items()}
+    for name, size in (memory.parts | phases).items():
+        table.add_row(name, f"{size / _MIB:,.1f}")
     return table
 
 

@@ -108,6 +108,40 @@ def test_a_plan_is_what_one_works_out_by_hand():
     assert products < found.seconds["student: computing"] < 1.5 * products
 
 
+def test_what_leaves_the_device_is_counted_where_it_is_used():
+    """The same with everything idle in host memory."""
+    path, off = SCALE / "8b-from-32b.yaml", ["teacher.offload=true", "optimizer.offload=true"]
+    kept, moved = (
+        chosen(job_of(load_config(path, [*more, "train.minibatches=2"], check_paths=False), CLUSTER))
+        for more in ([], off)
+    )
+    assert moved.memory == kept.memory
+    part = kept.memory
+    stays = part["weights"] + part["sampler"]
+    assert moved.phases == pytest.approx(
+        {
+            "writing rollouts": stays + part["key-value cache"],
+            "grading": stays + part["teacher"],
+            "learning": stays + part["gradients"] + part["activations"] + part["loss"],
+            "updating": stays + part["gradients"] + part["optimizer"],
+        }
+    )
+    stays += part["gradients"] + part["optimizer"] + part["teacher"]
+    assert kept.phases == pytest.approx(
+        {
+            "writing rollouts": stays + part["key-value cache"],
+            "grading": stays,
+            "learning": stays + part["activations"] + part["loss"],
+            "updating": stays,
+        }
+    )
+    assert (moved.total_memory, kept.total_memory) == (max(moved.phases.values()), max(kept.phases.values()))
+    # both minibatches: the teacher's weights come, the states come and go; 64 GB/s, of which 0.45 are reached
+    bytes_moved = 2 * (part["teacher"] + 2 * part["optimizer"])
+    assert (moved.sent["to and from host memory"], kept.sent["to and from host memory"]) == (bytes_moved, 0)
+    assert moved.seconds["host memory"] == pytest.approx(bytes_moved / (0.45 * 64e9))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

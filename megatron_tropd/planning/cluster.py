@@ -24,6 +24,7 @@ from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.activations import activation_bytes
 from megatron_tropd.planning.parameters import States, frozen_states, layers_of_stages, total_parameters, trained_states
+from megatron_tropd.planning.phases import by_phase, moved_bytes
 from megatron_tropd.planning.traffic import (
     Load,
     Transfer,
@@ -50,6 +51,7 @@ class Cluster(Section):
     memory_gb_s: Real = Field(gt=0, description="Rate of the GPU's own memory.")
     node_gb_s: Real = Field(gt=0, description="Rate of the link within a node.")
     network_gb_s: Real = Field(gt=0, description="Rate of the network between nodes.")
+    host_gb_s: Real = key(64, "Rate of the link to the host's memory.", gt=0)
     efficiency: Real = key(0.45, "Share of these rates that is reached.", gt=0, le=1)
     reserve: Real = key(0.1, "Share of the memory that is left for what is not counted.", ge=0, lt=1)
 
@@ -113,12 +115,14 @@ class Estimate:
     memory: dict[str, float]  # bytes on the fullest rank of the student's
     sent: dict[str, float]  # bytes that leave a rank in a step, by link
     seconds: dict[str, float]  # of a step
+    phases: dict[str, float]  # bytes of ``memory`` that are in use at the same time
     teacher_memory: dict[str, float]  # bytes on the fullest rank of the teacher's own; empty where it has none
     hidden: float  # seconds of the teacher's that pass while the student does something else
 
     @property
     def total_memory(self) -> float:
-        return max(sum(self.memory.values()), sum(self.teacher_memory.values()))
+        """The most that is in use at the same time."""
+        return max(*self.phases.values(), sum(self.teacher_memory.values()))
 
     @property
     def step_seconds(self) -> float:
@@ -155,11 +159,16 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
     states = states or states_of(job, student)
     seconds["optimizer"] = 2 * states.total / (job.cluster.memory_gb_s * 1e9 * job.cluster.efficiency)
+    memory = _memory(job, student, teacher, recompute, states)
+    moved = moved_bytes(job.config, frozen=memory["teacher"], states=memory["optimizer"])
+    sent["to and from host memory"] = moved
+    seconds["host memory"] = moved / (job.cluster.host_gb_s * 1e9 * job.cluster.efficiency)
     return Estimate(
         student=student,
         teacher=teacher,
         recompute=recompute,
-        memory=_memory(job, student, teacher, recompute, states),
+        memory=memory,
+        phases=by_phase(memory, job.config),
         sent=dict(sent),
         seconds=seconds,
         teacher_memory={"weights": _teacher_weights(job, teacher)} if job.config.teacher.ranks else {},

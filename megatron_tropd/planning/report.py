@@ -54,7 +54,8 @@ def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
         soft_wrap=True,
     )
     whose = "student's " if asked.teacher_memory else ""
-    _print_columns(console, f"Memory of the {whose}fullest rank, GiB", asked.memory, _GIB)
+    _print_columns(console, f"Memory of the {whose}fullest rank, GiB", asked.memory, _GIB, total=False)
+    _print_columns(console, "of which at the same time, GiB", asked.phases, _GIB, total=False)
     if asked.teacher_memory:
         _print_columns(console, "Memory of the teacher's fullest rank, GiB", asked.teacher_memory, _GIB)
     if asked.total_memory > room(job.cluster):
@@ -84,14 +85,15 @@ def said(layout: Layout) -> str:
     return " ".join(parts + ["SP"] * layout.sequence) or "TP 1"
 
 
-def _print_columns(console: Console, title: str, values: dict[str, float], unit: float) -> None:
+def _print_columns(console: Console, title: str, values: dict[str, float], unit: float, *, total: bool = True) -> None:
     table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     for name, value in values.items():
         if value:
             table.add_row(name, f"{value / unit:,.2f}")
-    table.add_row("total", f"{sum(values.values()) / unit:,.2f}")
+    if total:
+        table.add_row("total", f"{sum(values.values()) / unit:,.2f}")
     console.print(title, highlight=False)
     console.print(table)
 
