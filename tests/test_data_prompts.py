@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from megatron_tropd.data.prompts import Columns, read_prompts
+from megatron_tropd.data.prompts import Columns, Limits, Source, read_prompts, read_sources
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 
@@ -154,3 +155,27 @@ def test_chat_rows_are_rendered_with_the_template(tokenizer, tmp_path):
     first, second = read_prompts(path, load_tokenizer(directory)).prompts
     assert first.token_ids.tolist() == ids("s:S;u:U;a:") and first.text == "S\nU"
     assert second.token_ids.tolist() == ids("u:V;a:")
+
+
+def test_every_source_gives_so_many_rows_with_numbers_of_their_own(tokenizer, tmp_path):
+    first = write(tmp_path / "a.jsonl", *({"prompt": letter} for letter in "abcd"))
+    second = write(tmp_path / "b.jsonl", *({"prompt": letter} for letter in "xyz"))
+    sources = [Source(paths=(path,), name=path.stem) for path in (first, second)]
+    prompts = read_sources(sources, tokenizer, limits=Limits(max_rows=2)).prompts
+    assert [(p.text, p.source) for p in prompts] == [("a", "a"), ("b", "a"), ("x", "b"), ("y", "b")]
+    assert len({p.index for p in prompts}) == 4
+
+
+def test_the_first_end_token_ends_a_response_that_has_none_of_them(tokenizer, tmp_path):
+    several = replace(tokenizer, eos_ids=(0, *ids("~")))
+    rows = write(tmp_path / "a.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b~"})
+    first, second = read_prompts(rows, several).prompts
+    assert (first.response_ids.tolist(), second.response_ids.tolist()) == ([*ids("b"), 0], ids("b~"))
+
+
+def test_an_answer_template_sees_the_answer_column_whatever_its_name(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "meta": {"gold": 7}}, {"prompt": "b", "meta": {"gold": 0}})
+    source = Source(paths=(path,), columns=Columns(answer="meta.gold"))
+    assert [p.answer for p in read_sources([source], tokenizer).prompts] == ["7", "0"]  # 0 is an answer
+    templated = replace(source, answer_template="#### {{ answer }}")
+    assert [p.answer for p in read_sources([templated], tokenizer).prompts] == ["#### 7", "#### 0"]

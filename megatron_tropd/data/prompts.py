@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,10 +124,11 @@ class _Reading:
         files, parser = find_files(source.paths), _RowParser(source, tokenizer, self.limits.require_response)
         kept, too_long, bad = len(self.table), len(self.too_long), len(self.bad)
         most = self.limits.max_rows
-        for file, row in self._rows(files, parser):
-            self._take(file, row, parser)
-            if most is not None and len(self.table) - kept == most:
-                break
+        with closing(self._rows(files, parser)) as rows:
+            for file, row in rows:
+                self._take(file, row, parser)
+                if most is not None and len(self.table) - kept == most:
+                    break
         _report_left_out(
             source.name or ", ".join(map(str, files)),
             kept=len(self.table) - kept,
@@ -135,13 +137,15 @@ class _Reading:
             limits=self.limits,
         )
 
-    def _rows(self, files: Sequence[Path], parser: _RowParser) -> Iterator[tuple[Path, RawRow]]:
+    def _rows(self, files: Sequence[Path], parser: _RowParser) -> Generator[tuple[Path, RawRow], None, None]:
         for file in files:
             number = 0
-            for row in read_rows(file, columns=parser.columns, one_of=parser.one_of):
-                number = row.number
-                yield file, row
-            self.rows_before += number
+            try:
+                for row in read_rows(file, columns=parser.columns, one_of=parser.one_of):
+                    number = row.number
+                    yield file, row
+            finally:  # also when a source has enough rows: those of the next one have numbers of their own
+                self.rows_before += number
 
     def _take(self, file: Path, row: RawRow, parser: _RowParser) -> None:
         index = self.rows_before + row.number - 1
