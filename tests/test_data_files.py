@@ -71,6 +71,34 @@ def test_every_kind_of_file_gives_the_same_prompts(tokenizer, tmp_path):
         assert contents(read_prompts(data, tokenizer).prompts) == expected, data
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ""])
+def test_a_table_of_many_rows_is_read_whole_in_order_and_numbered_through(tmp_path, suffix):
+    rows = [{"prompt": f"{i}", "answer": f"{-i}"} for i in range(1100)]  # of several batches, the last ones not full
+    path = tmp_path / f"a{suffix}"
+    table = pyarrow.Table.from_pylist(rows)
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=700)
+    elif suffix:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=600)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+        (path,) = find_files(path)
+    found = list(read_rows(path, columns={"prompt", "answer"}))
+    assert [row.number for row in found] == list(range(1, 1101))
+    assert [row.content for row in found] == rows
+
+
+def test_what_a_row_lacks_is_absent_however_deep_as_in_json(tmp_path):
+    calls = [{"role": "user", "content": "a", "call": {"name": "f", "id": 1}}, {"role": "user", "content": "b"}]
+    rows = [{"prompt": calls, "about": {"x": {"y": 1}}}, {"prompt": calls[1:], "about": {"x": {"z": 2}}}]
+    table, lines = write_table(tmp_path / "a.parquet", rows), write_json(tmp_path / "a.jsonl", rows)
+    assert [list(read_rows(path, columns=None)) for path in (table, lines)] == [
+        list(read_rows(lines, columns=None))
+    ] * 2
+    assert [row.content for row in read_rows(table, columns=None)] == rows
+
+
 def test_a_saved_selection_keeps_its_order(tokenizer, tmp_path):
     # datasets writes the rows that are left, in their new order, not an index into the old ones
     datasets.Dataset.from_list(ROWS).select([2, 0]).save_to_disk(tmp_path / "saved")
@@ -129,6 +157,9 @@ def test_templates_make_prompt_and_answer_from_any_columns(tokenizer, tmp_path):
     )
     (prompt,) = read_sources([source], tokenizer).prompts
     assert (prompt.text, prompt.answer) == ("Which is odd?\nA. 2\nB. 3\n", "B")
+    ends = Source(paths=source.paths, template="{{ question }}\nAnswer:\n", answer_template="{{ label }}\n")
+    (prompt,) = read_sources([ends], tokenizer).prompts
+    assert (prompt.text, prompt.answer) == ("Which is odd?\nAnswer:\n", "1\n")  # white space is kept as written
 
 
 def test_a_template_goes_around_the_last_message_and_sees_the_prompt_column(tokenizer, tmp_path):
@@ -195,6 +226,23 @@ def test_row_limits_count_usable_rows_and_length_limits_leave_rows_out(tokenizer
     assert "s: kept 3 prompts, left out 1 longer than" in caplog.text and "or 5 of response" in caplog.text
 
 
+def test_the_longest_response_counts_its_end_token(tokenizer, tmp_path):
+    source = Source(paths=(write_json(tmp_path / "a.jsonl", [{"prompt": "a", "response": "12"}]),))
+    length = len(tokenizer.encode("12")) + 1
+    assert len(read_sources([source], tokenizer, limits=Limits(max_response_tokens=length)).prompts) == 1
+    with pytest.raises(DataError, match="no usable prompt"):
+        read_sources([source], tokenizer, limits=Limits(max_response_tokens=length - 1))
+
+
+def test_the_largest_id_is_found_between_rows_that_have_none():
+    responses = [None, [3, 9, 4], None, [2, 7], None, None]
+    table = table_of(
+        Prompt(index=i, token_ids=np.array([i]), text="", response_ids=None if ids is None else np.array(ids))
+        for i, ids in enumerate(responses)
+    )
+    assert table.largest_ids().tolist() == [0, 9, 2, 7, 4, 5]
+
+
 def test_a_table_of_prompts_gives_back_what_was_put_in():
     given = [
         Prompt(index=4, token_ids=np.array([5, 1]), text="é\ud800", answer=None, response_ids=np.array([9])),
@@ -234,6 +282,11 @@ def test_fingerprints_change_with_anything_that_training_sees():
     prints = [fingerprint(), *(fingerprint(**change) for change in changes)]
     assert len(set(prints)) == len(prints)
     assert fingerprint(text="shown otherwise") == fingerprint()
+    mixtures = [
+        table_of(Prompt(index=i, token_ids=np.array([1]), text="", source=name) for i, name in enumerate(names))
+        for names in ("stt", "sst")
+    ]
+    assert mixtures[0].fingerprint() != mixtures[1].fingerprint()
 
 
 # --------------------------------------------------------------------------- what is wrong

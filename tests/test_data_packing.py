@@ -405,6 +405,7 @@ def test_flat_arrays_of_any_integer_dtype_give_the_same_packs(sequences, layout)
         ({"token_ids": np.empty(0, np.int64)}, "Sequence 4 is empty"),
         ({"token_ids": np.empty(0)}, "Sequence 4 is empty"),
         ({"token_ids": np.array([1, -100, 2])}, "Sequence 4 holds the negative token id -100"),
+        ({"token_ids": np.array([-100, 1, 2])}, "Sequence 4 holds the negative token id -100"),
         ({"token_ids": np.array([1.0, 2.0])}, "token_ids of sequence 4 is a 1-d array of float64"),
         ({"token_ids": np.array([True, False])}, "token_ids of sequence 4 is a 1-d array of bool"),
         ({"token_ids": np.ones((2, 2), np.int64)}, "token_ids of sequence 4 is a 2-d array"),
@@ -454,6 +455,8 @@ def test_flat_arrays_that_disagree_are_refused():
     flat = flat_of(np.array([3, 4]))
     with pytest.raises(DataError, match="lengths add up to 7, but there are 6 tokens"):
         pack_flat(replace(flat, tokens=np.arange(6)), max_tokens=64)
+    with pytest.raises(DataError, match="lengths add up to 7, but there are 8 tokens"):
+        pack_flat(replace(flat, tokens=np.arange(8)), max_tokens=64)
     with pytest.raises(DataError, match="'sequence_ids': 1"):
         pack_flat(replace(flat, sequence_ids=np.arange(1)), max_tokens=64)
     with pytest.raises(DataError, match="lengths is a 1-d array of float64"):

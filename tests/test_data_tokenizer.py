@@ -6,8 +6,10 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,18 @@ def test_end_tokens_are_the_tokenizers_own_then_those_of_generation_config(bpe, 
     assert load_tokenizer(save_byte_bpe(tmp_path, generation={"eos_token_id": 0})).eos_ids == (2, 0)
 
 
+def test_id_0_is_an_id_like_any_other(tmp_path):
+    padded = load_tokenizer(save_byte_bpe(tmp_path, pad_token="<|endoftext|>"))
+    assert (padded.eos_ids, padded.pad_id) == ((2,), 0)
+    ended = load_tokenizer(save_byte_bpe(tmp_path, eos_token="<|endoftext|>", generation={"eos_token_id": 2}))
+    assert (ended.eos_ids, ended.pad_id) == ((0, 2), 0)
+
+
+def test_the_vocabulary_reaches_to_its_largest_id_even_with_gaps(bpe):
+    assert bpe.vocab_size == 300
+    assert replace(bpe, vocab={"a": 0, "b": 7}).vocab_size == 8
+
+
 def test_the_chat_template_gets_its_options_and_can_be_switched_off(bpe, tmp_path):
     assert "".join(bpe.tokens(bpe.render_prompt("hi"))) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     save_byte_bpe(tmp_path, chat_template=CHATML)
@@ -211,6 +225,15 @@ def test_different_vocabularies_are_refused_with_the_first_differences(bpe, demo
     assert check_same_vocabulary(bpe, other, ignore_ids=[1]) == 300
 
 
+def test_the_last_shared_id_is_compared_too_and_those_beyond_are_not():
+    def known(*names: str) -> Any:
+        return SimpleNamespace(vocab={name: i for i, name in enumerate(names)}, vocab_size=len(names))
+
+    assert check_same_vocabulary(known("a", "b", "c"), known("a", "b")) == 2
+    with pytest.raises(TokenizerError, match=r"1 of 2 shared token ids(.|\n)*id 1: student 'b', judge 'x'"):
+        check_same_vocabulary(known("a", "b", "c"), known("a", "x"), role="judge")
+
+
 # --------------------------------------------------------------------------- sentencepiece
 
 
@@ -230,6 +253,22 @@ def test_a_sentencepiece_model_encodes_like_the_library_and_starts_prompts(tmp_p
     assert check_same_vocabulary(tokenizer, tokenizer) == tokenizer.vocab_size
     with pytest.raises(TokenizerError, match="without a chat template"):
         tokenizer.render_prompt([{"role": "user", "content": text}])
+
+
+def test_a_sentencepiece_model_may_number_its_pieces_otherwise(tmp_path):
+    padded = load_tokenizer(save_sentencepiece(tmp_path / "a.model", pad_id=0, unk_id=1, bos_id=2, eos_id=3))
+    assert (padded.pad_id, padded.eos_ids, padded.render_prompt("12")[0]) == (0, (3,), 2)
+    begun = load_tokenizer(save_sentencepiece(tmp_path / "b.model", bos_id=0, unk_id=1, eos_id=2))
+    assert (begun.pad_id, begun.render_prompt("12")) == (2, [0, *begun.encode("12")])
+    bare = load_tokenizer(save_sentencepiece(tmp_path / "c.model", bos_id=-1))
+    assert bare.render_prompt("12") == bare.encode("12")
+
+
+def test_scores_decide_how_a_sentencepiece_model_cuts_and_are_part_of_its_fingerprint(tmp_path):
+    first = load_tokenizer(save_sentencepiece(tmp_path / "a.model"))
+    library = first._processor
+    rescored = SimpleNamespace(get_score=lambda i: library.get_score(i) - (i == 290), vocab_size=library.vocab_size)
+    assert replace(first, _processor=rescored).fingerprint() != first.fingerprint()
 
 
 def test_a_sentencepiece_model_without_an_end_piece_is_refused(tmp_path):
