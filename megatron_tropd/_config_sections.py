@@ -517,6 +517,11 @@ class OptimizerConfig(Section):
     momentum: Real = key(0.0, "SGD: momentum.", ge=0, lt=1)
     clip_grad: Real = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
     distributed: bool = key(False, "Shard optimizer states over data-parallel ranks.")
+    overlap: bool = key(
+        False,
+        "Reduce gradients over data-parallel ranks while backward goes on, and with `distributed` gather new weights "
+        "while the forward of the step's next minibatch does.",
+    )
     offload: bool = key(
         False,
         "Keep the optimizer's states and fp32 weights in host memory, pinned on a GPU, and on the device only in the "

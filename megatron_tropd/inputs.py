@@ -373,7 +373,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
     Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run goes on.
     """
-    optimizer = config.optimizer.model_dump(exclude={"offload"})
+    optimizer = config.optimizer.model_dump(exclude={"offload", "overlap"})
     return {
         "seed": config.seed,
         "dtype": config.dtype,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +73,7 @@ class Case:
     dtype: str = "fp32"
     distributed_optimizer: bool = False
     offload: bool = False  # of the frozen models and of the optimizer
+    overlap: bool = False  # in buckets of a few parameters
     sgd: bool = False  # instead of Adam
     adam_eps: float = ADAM["eps"]
     models: tuple[str, str] | None = None  # directories of student and teacher, where they are not the usual ones
@@ -120,6 +121,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
                 "warmup_steps": WARMUP,
                 "distributed": case.distributed_optimizer,
                 "offload": case.offload,
+                "overlap": case.overlap,
             },
         }
     )
@@ -129,6 +131,9 @@ def student_directory(case: Case) -> str:
     if case.models:
         return case.models[0]
     return ("deep-" if case.deep else "") + ("tied" if case.tied else "untied")
+
+
+_BUCKET = 3000  # elements, where there are buckets: several of them
 
 
 def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
@@ -147,7 +152,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     teacher = load_frozen(config, config.teacher.model, teacher_groups, world)
     signal = SignalSpec.of(method.needs)
     weight = output_weight_for(config.teacher.model, teacher.architecture, student) if signal.hidden_states else None
-    optimization = optimize(student, optimizer_settings(config), world.moves)
+    optimization = optimize(student, replace(optimizer_settings(config), bucket_elements=_BUCKET), world.moves)
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
     return Run(

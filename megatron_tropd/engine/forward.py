@@ -68,7 +68,7 @@ def run_packs(
     others get an empty list) holds one value per pack. With it, ``last_stage`` returns ``(loss, info)``, gradients are
     accumulated into ``wrapped`` (the DDP-wrapped chunks), and the result holds the infos.
     """
-    model.check_present()  # on all ranks alike: stages wait for one another
+    model.ready()  # on all ranks alike: stages wait for one another
     modules = list(wrapped if wrapped is not None else model.chunks)
     groups, virtual = model.groups, model.groups.layout.virtual_pipeline
     prepared = [_inputs(i, pack, model) for i, pack in enumerate([*packs, *_fillers(len(packs), groups.layout)])]
@@ -76,7 +76,8 @@ def run_packs(
     def last_of_packs(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> Any:
         if number < len(packs):
             return last_stage(number, hidden_ND, weight_vD)
-        return (hidden_ND.sum(), None) if backward else None
+        # every weight has a gradient, if a vanishing one: reduction waits for all of them
+        return (hidden_ND.sum() + 0.0 * weight_vD.sum(), None) if backward else None
 
     def forward_step(batches: Iterator[_Inputs], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)

@@ -7,9 +7,9 @@ states is left to the vocabulary-parallel losses, so logits are never materialis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ class Model:
     chunks: tuple[HiddenStateGPT, ...]
     device: torch.device
     weights: Movable | None = None  # of a model that is on the device only when asked: see `resting`
+    before_use: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,10 +137,16 @@ class Model:
         """Within the block the weights are on the device."""
         return nullcontext() if self.weights is None else self.weights.present()
 
-    def check_present(self) -> None:
-        """Raises EngineError when the weights are off the device."""
+    def ready(self) -> None:
+        """For whoever reads the weights. Collective where an update has left them under way.
+
+        Raises:
+            EngineError: they are off the device.
+        """
         if self.weights is not None:
             self.weights.check()
+        for complete in self.before_use:
+            complete()
 
     def _vp_stage(self, chunk: int) -> int | None:
         return chunk if self.groups.layout.virtual_pipeline > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.offload import Movable, Moves
+from megatron_tropd.engine.overlap import Overlap
 from megatron_tropd.engine.view import megatron_sees
 
 # a norm this large is never reached: clipping off, gradient norm still measured
@@ -39,6 +41,8 @@ class OptimizerSettings:
     momentum: float = 0.0
     distributed: bool = False  # shard optimizer states over data-parallel ranks
     offload: bool = False  # see Optimization.rest
+    overlap: bool = False  # see engine.overlap
+    bucket_elements: int | None = None  # gradients that are reduced at once under overlap; None: Megatron's 40 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class Optimization:
     states: Movable  # the optimizer's, and its fp32 weights where they are not the model's own
     gradients: Movable
     offload: bool = False
+    overlap: Overlap | None = None
+
+    def training(self) -> AbstractContextManager[None]:
+        """For the forward and backward of an update, or of a probe."""
+        return nullcontext() if self.overlap is None else self.overlap.training()
 
     def begin_states(self) -> None:
         """Gives a distributed torch Adam the states it has after a step: Megatron loads into nothing less."""
@@ -68,10 +77,13 @@ class Optimization:
                 own["step"] = own["step"].clone()
 
     def rest(self) -> None:
-        """With ``optimizer.offload``: off the device with states and gradients, until an update asks for them.
+        """After the updates of a step: completes what is under way. Collective.
 
-        States are then there only within an update. Gradients come back, as zeros, when there are new ones to sum.
+        With ``optimizer.offload`` states and gradients then leave the device. States are there only within an update;
+        gradients come back, as zeros, when there are new ones to sum.
         """
+        if self.overlap is not None:
+            self.overlap.settle()
         if self.offload:
             self.states.leave()
             self.gradients.leave()
@@ -148,8 +160,17 @@ def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = No
         bf16=bf16,
         params_dtype=model.dtype,
         use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap and settings.distributed,
     )
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed)
+    gathers = settings.overlap and settings.distributed
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=settings.overlap,
+        overlap_param_gather=gathers,
+        align_param_gather=gathers and len(model.chunks) > 1,
+        bucket_size=settings.bucket_elements,
+    )
     with megatron_sees(model.groups):
         wrapped = [
             DistributedDataParallel(
@@ -160,6 +181,9 @@ def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = No
         optimizer = get_megatron_optimizer(
             config, wrapped, use_gloo_process_groups=False, pg_collection=model.groups.pg
         )
+    overlap = Overlap(wrapped, model.config) if settings.overlap else None
+    if overlap is not None:
+        model.before_use.append(overlap.settle)
     states = Movable("an optimizer", lambda: _states(optimizer, wrapped), model.device, moves=moves)
     gradients = Movable(
         "a buffer of gradients", lambda: _gradients(wrapped), model.device, contents="scratch", moves=moves
@@ -186,4 +210,4 @@ def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = No
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Optimization(wrapped, optimizer, scheduler, states, gradients, settings.offload)
+    return Optimization(wrapped, optimizer, scheduler, states, gradients, settings.offload, overlap)

@@ -128,6 +128,8 @@ class Trainer:
             )
         with optimization.states.present(), megatron_sees(self.model.groups):
             optimization.optimizer.step()
+        if optimization.overlap is not None:
+            optimization.overlap.updated()
         return StepResult(loss, grad_norm, lr, stats, time.perf_counter() - started)
 
     def probe(self, packs: Sequence[TrainPack]) -> StepResult:
@@ -136,7 +138,7 @@ class Trainer:
         return StepResult(loss, self._gradient_norm(), 0.0, stats)
 
     def rest(self) -> None:
-        """With ``optimizer.offload``: what only updates need leaves the device until the next one."""
+        """After the updates of a step: weights whole, and what only updates need off the device. Collective."""
         self.optimization.rest()
 
     def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
@@ -147,13 +149,14 @@ class Trainer:
         self.optimization.optimizer.zero_grad()
         self._sums = self._new_sums()
         self.model.config.finalize_model_grads_func = self._finalize_gradients
-        run_packs(
-            self.model,
-            [item.pack for item in packs],
-            lambda number, hidden, weight: (self._pack_loss(packs[number], hidden, weight), None),
-            wrapped=self.optimization.wrapped,
-            backward=True,
-        )
+        with self.optimization.training():
+            run_packs(
+                self.model,
+                [item.pack for item in packs],
+                lambda number, hidden, weight: (self._pack_loss(packs[number], hidden, weight), None),
+                wrapped=self.optimization.wrapped,
+                backward=True,
+            )
         return self._reduce_sums()
 
     def _gradient_norm(self) -> float:

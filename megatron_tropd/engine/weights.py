@@ -63,7 +63,7 @@ def _chunks(model: Model) -> list[_Chunk]:
 
 def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
     """Every table entry this rank holds, with its parameter."""
-    model.check_present()
+    model.ready()
     tables = [chunk.table for chunk in _chunks(model) if chunk.stage == model.groups.stage]
     found = []
     for chunk, offset, table in zip(model.chunks, model.layer_offsets(), tables, strict=True):
