@@ -56,6 +56,7 @@ def test_final_numbers_compare_as_numbers():
     assert grade("final_number", "#### 72", "Natalia sold 48+24 = <<48+24=72>>72 clips.\n#### 72")
     assert not grade("final_number", "#### 71", "72")
     assert not grade("final_number", "72", "72")  # the marker is part of the task
+    assert grade("final_number", "#### 0", "0") and not grade("final_number", "I do not know", "0")
     assert not grade("final_number", "#### 0.3", "0.30000000000000001")  # exact, not rounded to doubles
     with pytest.raises(DataError, match="'seven' is not a number"):
         grade("final_number", "#### 7", "seven")
@@ -65,6 +66,7 @@ def test_final_numbers_compare_as_numbers():
 
 def test_exact_and_regex_kinds():
     assert grade("exact", " yes\n", "yes") and not grade("exact", "Yes", "yes")
+    assert not grade("exact", "yes or no", "yes") and not grade("exact", "", "yes")
     assert grade("regex", "it is 42!", r"\b42\b") and not grade("regex", "it is 142!", r"\b42\b")
     with pytest.raises(DataError, match="not a regular expression"):
         grade("regex", "x", "(")
@@ -80,6 +82,7 @@ def test_exact_and_regex_kinds():
         (r"\boxed{43}", "42", False),
         ("I do not know", "42", False),
         ("The answer is 72", "48+24\n#### 72", True),
+        ("The answer is 24", "24\n#### 72", False),
     ],
 )
 def test_math_kind_sees_equal_mathematics(response, answer, right):
@@ -147,6 +150,7 @@ def test_the_program_of_a_response_is_its_last_python_block():
     first, second = "def f():\n    return 1\n", "def f():\n    return 2\n"
     assert program_of(f"Try\n```python\n{first}```\nor\n```py\n{second}```\nand run\n```bash\npython x\n```") == second
     assert program_of(f"```\n{first}```") == first
+    assert program_of(f"```python\n{first}```\nIt prints\n```\n1\n```") == first
     assert program_of(f"```python\n{first}") == first  # cut off before its end
     assert program_of(first) == first
 

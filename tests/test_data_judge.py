@@ -79,6 +79,20 @@ def test_a_worker_that_dies_is_replaced(judge):
     assert [verdict.right for verdict in judge.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
 
 
+def test_a_worker_that_no_longer_answers_is_ended_before_the_next_response():
+    judge, before = Judge(workers=1), psutil.Process().children()
+    right, wrong = ("regex", "aaa", "a{3}"), ("regex", "aaa", "b")
+    try:
+        assert [verdict.right for verdict in judge.grade(items(right, seconds=0.5))] == [True]
+        (process,) = set(psutil.Process().children()) - set(before)
+        process.suspend()
+        first, second = judge.grade(items(wrong, right, seconds=0.5))
+        # its late answer to the first would have been taken for one to the second
+        assert first.timed_out and second.right and not process.is_running()
+    finally:
+        judge.close()
+
+
 def test_references_that_cannot_be_used_are_said_not_raised(judge):
     verdicts = judge.grade(items(("final_number", "#### 7", "seven"), ("math", "7", ""), ("choice", "A", "K")))
     assert not any(verdict.right for verdict in verdicts) and all(verdict.bad_reference for verdict in verdicts)

@@ -135,6 +135,13 @@ def test_sources_of_equal_size_are_not_shuffled_alike():
     assert sorted(first) == sorted(second) == list(range(8)) and first != second
 
 
+def test_the_first_prompts_are_of_all_sources_in_turn_and_go_on_where_one_ends():
+    source = mixed([5, 2, 3], [1, 9, 1])  # rows 0 to 4, 5 and 6, 7 to 9
+    assert [prompt.index for prompt in source.first(9)] == [0, 5, 7, 1, 6, 8, 2, 9, 3]
+    assert [prompt.index for prompt in source.first(2)] == [0, 5]
+    assert [prompt.index for prompt in stream(3).first(7)] == [0, 1, 2]
+
+
 def test_mixtures_that_cannot_be_are_refused():
     with pytest.raises(DataError, match="a source of the mixture has no prompt"):
         mixed([3, 0], [1, 1])

@@ -126,6 +126,8 @@ def test_samples_of_one_problem_are_not_counted_as_independent_and_one_each_is_w
     assert (summary.low, summary.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
     assert (summary.problems, summary.samples, summary.step, summary.finished, summary.timed_out) == (5, 8, 4, 0.5, 3)
     assert list(summary.pass_at) == ["1", "8"]
+    for interval in summary.pass_at.values():  # 8 answers that agree say no more than one
+        assert interval == pytest.approx([0.6, centre - half, centre + half])
 
 
 # --------------------------------------------------------------------------- several ranks

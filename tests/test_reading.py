@@ -144,15 +144,15 @@ def test_every_reference_is_looked_at_wherever_it_stands(tmp_path):
     data = DataConfig(prompts=(Path("p"),), grader="choice")
 
     def read(**changed: Any) -> None:
-        path = write(tmp_path / "p.jsonl", *rows[:46], {"prompt": "q"} | changed, *rows[46:])
+        path = write(tmp_path / "p.jsonl", *rows[:47], {"prompt": "q"} | changed, *rows[47:])
         suites = reading.complete_suites(
             EvaluateConfig(prompts=(path,), suites=(SuiteConfig(name="s"),)), data, budget=9
         )
         reading.read_problems(suites, data, Letters(), allow_code=False)
 
-    with pytest.raises(DataError, match=r"p.jsonl:47: reference answer 'Z' is not a choice"):
+    with pytest.raises(DataError, match=r"p.jsonl:48: reference answer 'Z' is not a choice"):
         read(answer="Z")
-    with pytest.raises(DataError, match=r"1 of 91 problems have no reference answer .* first is .*p.jsonl:47"):
+    with pytest.raises(DataError, match=r"1 of 91 problems have no reference answer .* first is .*p.jsonl:48"):
         read()
 
 
@@ -163,7 +163,7 @@ def test_ids_must_be_below_the_smallest_embedding():
     tokenizer: Any = SimpleNamespace(eos_ids=(19,))
     rows = {"prompt": [table([1, 2], [19, 3])], "problem": [table([4])]}
     reading.check_ids(rows, tokenizer, vocab_sizes={"student": 20, "teacher": 30})
-    rows["problem"].append(table([4], [5, 20], [21]))
+    rows["problem"].append(table([4], [5, 20], [20]))
     with pytest.raises(TokenizerError, match=r"the problem at memory:2 holds token id 20, but the teacher has .* 20 "):
         reading.check_ids(rows, tokenizer, vocab_sizes={"student": 30, "teacher": 20})
     with pytest.raises(TokenizerError, match=r"the end-of-sequence id is 19, but the student has embeddings for 19 "):

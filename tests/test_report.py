@@ -220,6 +220,10 @@ def test_evaluations_are_added_and_repeated_ones_replaced(tmp_path: Path):
     record_evaluations(tmp_path, [evaluation(BEFORE, 0.4), evaluation(DURING, 0.7, step=20), evaluation(TEACHER, 1.0)])
     found = [(e.model, e.accuracy, e.step) for e in read_evaluations(tmp_path)]
     assert found == [(BEFORE, 0.4, None), (DURING, 0.6, 10), (DURING, 0.7, 20), (TEACHER, 1.0, None)]
+    # the end of a run that goes on moves, and is there once
+    for step in (30, 40):
+        record_evaluations(tmp_path, [evaluation(AFTER, step / 100, step=step)])
+    assert [(e.accuracy, e.step) for e in read_evaluations(tmp_path)[4:]] == [(0.4, 40)]
 
 
 def test_samples_of_one_moment_are_replaced_together(tmp_path: Path):
@@ -245,7 +249,11 @@ def test_distance_closed_is_the_share_of_the_gap_to_the_teacher():
     trio = [evaluation(BEFORE, 0.5), evaluation(AFTER, 0.8), evaluation(TEACHER, 0.9)]
     assert distance_closed(trio, "greedy") == pytest.approx(0.75)
     assert distance_closed(trio[:2], "greedy") is None
-    assert distance_closed([*trio[:2], evaluation(TEACHER, 0.5)], "greedy") is None
+    for accuracy in (0.5, 0.4):  # no gap to close
+        assert distance_closed([*trio[:2], evaluation(TEACHER, accuracy)], "greedy") is None
+    other = [evaluation(model, accuracy, suite="other") for model, accuracy in ((BEFORE, 0.2), (AFTER, 0.3))]
+    assert distance_closed([*trio, *other], "greedy") == pytest.approx(0.75)
+    assert distance_closed([*trio, *other], "other") is None
 
 
 def test_table_shows_per_cent_with_intervals_and_fits_a_terminal():
