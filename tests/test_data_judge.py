@@ -47,6 +47,8 @@ def test_extraction_takes_the_last_match_before_grading(judge):
     pattern = r"(?m)^Answer: (.+)$"
     rows = [("exact", "Answer: 3\nno,\nAnswer: 4", "4"), ("exact", "4", "4"), ("math", "Answer: $\\frac12$", "0.5")]
     assert [verdict.right for verdict in judge.grade(items(*rows, extract=pattern))] == [True, False, True]
+    tagged = ("code", "<answer>x = 1</answer>\n```python\nx = 2\n```", "assert x == 1")
+    assert judge.grade(items(tagged, extract="(?s)<answer>(.*?)</answer>"))[0].right
     with pytest.raises(ConfigError, match="is not a regular expression"):
         judge.grade(items(*rows, extract="("))
 
@@ -91,6 +93,13 @@ def test_a_worker_that_no_longer_answers_is_ended_before_the_next_response():
         assert first.timed_out and second.right and not process.is_running()
     finally:
         judge.close()
+
+
+def test_ranks_of_a_machine_share_its_cores_between_their_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    for ranks, workers in ((1, 8), (3, 4), (64, 1)):  # 8 at most
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert Judge()._count == workers
 
 
 def test_references_that_cannot_be_used_are_said_not_raised(judge):

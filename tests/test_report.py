@@ -71,6 +71,7 @@ def test_every_metric_has_a_meaning_and_every_step_part_is_one():
 
 def test_unknown_names_are_found_and_refused_when_strict(tmp_path: Path):
     assert unknown_names(["loss", "zloss", "step", "aloss"]) == ["aloss", "zloss"]
+    assert unknown_names(["loss/math", "math/loss", "logprob_gap_mean/0-63"]) == ["math/loss"]  # of a source
     with (
         MetricsWriter(tmp_path / "m.jsonl", strict=True) as writer,
         pytest.raises(ValueError, match=r"\['zloss'\] are"),
@@ -272,6 +273,8 @@ def test_table_shows_per_cent_with_intervals_and_fits_a_terminal():
 
 def test_table_leaves_out_who_was_not_evaluated():
     assert accuracy_table([evaluation(BEFORE, 0.5)]).row_count == 1
+    assert accuracy_table([evaluation(BEFORE, 0.5, step=0), evaluation(DURING, 0.6, step=4)]).row_count == 1
+    assert accuracy_table([evaluation("student", 0.6)]).row_count == 1  # a model that happens to be called so
 
 
 # --------------------------------------------------------------------------- progress
