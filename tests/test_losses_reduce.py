@@ -76,6 +76,9 @@ def test_no_special_ids_keep_everything():
 def test_entropy_threshold_leaves_the_share_strictly_above():
     entropy = np.random.default_rng(0).permutation(np.linspace(0.1, 3.0, 101)).astype(np.float32)
     assert (entropy > entropy_threshold(entropy, fraction=0.2)).sum() == 20
+    few = np.arange(9, dtype=np.float32)
+    for fraction, above in ((0.2, 2), (0.3, 3), (0.6, 5), (0.05, 0)):  # 1.8, 2.7, 5.4 and 0.45 of 9: the nearest
+        assert (few > entropy_threshold(few, fraction=fraction)).sum() == above
     assert entropy_threshold(entropy, fraction=0.2) == entropy_threshold(entropy[::-1], fraction=0.2)
     assert entropy_threshold(np.empty(0, dtype=np.float32), fraction=0.2) == 0.0
     assert (np.float32([2.0, 1.0]) > entropy_threshold(np.float32([2.0, 1.0]), fraction=0.99)).sum() == 1
