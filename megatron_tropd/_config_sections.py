@@ -355,6 +355,15 @@ class TeacherConfig(Section):
                 f"ranks = {self.ranks} gives ranks of their own to a teacher that Megatron runs, got engine = "
                 f"{self.engine!r}. Set ranks to 0, or engine to megatron."
             )
+        if self.ranks:
+            try:
+                self.parallel.data_size(self.ranks)
+            except ConfigError:
+                least = self.parallel.smallest_world
+                raise ValueError(
+                    f"ranks = {self.ranks} cannot be divided as parallel says, which takes {least} or a multiple. "
+                    f"Set ranks to {-(-self.ranks // least) * least}, or lower an axis of teacher.parallel."
+                ) from None
         if self.ranks and self.recorded_from is not None:
             raise ValueError(
                 f"ranks = {self.ranks} would have nothing to do: grades come from recorded_from = "
