@@ -97,10 +97,12 @@ def _world_size() -> int:
 
 def _leave() -> None:
     """Ends the process group, so that no rank is torn down while another still talks to it."""
+    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.barrier()
+        # a barrier on the CPU: on GPUs one may first have to meet at a store that has left with the launch's first rank
+        dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 
 
@@ -233,7 +235,7 @@ def evaluate(
         )
         _leave()
         return
-    changes = list(overrides or [])
+    changes = [*(overrides or []), "teacher.ranks=0"]  # all ranks answer
     if suite:
         changes.append(f"evaluate.suites=[{', '.join(f'{{file: {json.dumps(str(file))}}}' for file in suite)}]")
     if allow_code_execution:
@@ -348,7 +350,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     """
     from megatron_tropd.config import load_config
 
-    settings = load_config(config, overrides or [], world_size=_world_size())
+    settings = load_config(config, overrides or [])
     from megatron_tropd import score as scoring
 
     scoring.score(settings)
