@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -43,6 +43,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._heard: signal.Signals | None = None
         self._deferring = False
+        self._others: Callable[[], int] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -64,6 +65,15 @@ class StopRequest:
             self._deferring = False
         self.leave_if_heard()
 
+    @property
+    def heard(self) -> signal.Signals | None:
+        """The signal that this rank has heard, if any."""
+        return self._heard
+
+    def listen_to(self, others: Callable[[], int]) -> None:
+        """``others``: the signal that ranks with no part in ``agreed`` have heard; 0 for none."""
+        self._others = others
+
     def leave_if_heard(self) -> None:
         """Ends the process when there was a signal."""
         if self._heard is not None:
@@ -77,7 +87,7 @@ class StopRequest:
     def agreed(self) -> signal.Signals | None:
         """The signal that some rank has heard, None when none has; the same on every rank. Collective."""
         # on the CPU, where it waits for no kernel
-        heard = torch.tensor(int(self._heard or 0))
+        heard = torch.tensor(int(self._heard or (self._others() if self._others is not None else 0)))
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
         number = int(heard)
         return signal.Signals(number) if number else None

@@ -71,9 +71,16 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
     assert launch.bridge is not None
     groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(layout_of(config.teacher.parallel))
     model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
+    bridge = launch.bridge
+
+    def pass_on() -> None:
+        if stop.heard is not None:  # the student's ranks may have heard nothing
+            bridge.ask_to_stop(stop.heard)
+
     with stop.deferred():  # a student that is asked to stop may still need grades
         try:
-            answer_orders(model, halves(config, launch.student_ranks), launch.bridge)
+            if answer_orders(model, halves(config, launch.student_ranks), bridge, at_order=pass_on):
+                raise Preempted("stopped with the student")
         except EngineError:
             stop.leave_if_heard()  # as the student's ranks did
             raise
@@ -84,6 +91,8 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     check_writable(config)
     checkpoint = find_start(config, identity(config, inputs))
     run = build_run(config, inputs, launch.bridge)
+    if launch.bridge is not None and run.world.is_first:
+        stop.listen_to(launch.bridge.asked_to_stop)
     batches = Batches(run)
     first_step = restore(run, batches, checkpoint)
     if first_step == 0:
@@ -100,6 +109,8 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
         try:
             loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
         except Preempted:
+            if launch.bridge is not None:
+                launch.bridge.stopping = True
             run.teacher.close()
             raise
     evaluator.after()

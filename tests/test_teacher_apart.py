@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -15,14 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
-from run_inputs import Job, Task, assert_metrics_agree, commands, make_task, steady_metrics, torchrun
+from run_inputs import TEACHER, Job, Task, assert_metrics_agree, commands, make_task, steady_metrics, torchrun
 
 from megatron_tropd.config import load_config
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import ConfigError, EngineError
-from megatron_tropd.parallel.groups import Layout
-from megatron_tropd.parallel.partition import Bridge, Message
-from megatron_tropd.teacher.apart import decode_order, encode_order
+from megatron_tropd.parallel.groups import GroupBuilder, Layout
+from megatron_tropd.parallel.partition import Bridge, Message, join_launch
+from megatron_tropd.teacher.apart import Halves, TeacherApart, decode_order, encode_order
+from megatron_tropd.teacher.dealt import HiddenKind
 from megatron_tropd.teacher.delivery import Workers, carry
 from megatron_tropd.teacher.protocol import SignalSpec
 from megatron_tropd.types import Pack, Region, Rollout
@@ -35,7 +37,8 @@ ASKING = ("method.ppo_clip=0.2", "train.minibatches=2", "method.support=union", 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return make_task(tmp_path_factory.mktemp("task"))
+    # a teacher with ids of its own, which are none of the student's
+    return make_task(tmp_path_factory.mktemp("task"), teacher={**TEACHER, "vocab_size": 230})
 
 
 def train(task: Task, run_dir: Path, *overrides: str, ranks: int = 0) -> list[dict[str, Any]]:
@@ -62,9 +65,9 @@ def with_method(task: Task, name: str) -> Task:
 @pytest.mark.parametrize(
     ("method", "settings", "student", "teacher", "own"),
     [
-        ("tropd", ASKING, ("tensor=2",), ("pipeline=2",), 2),
+        ("tropd", (*ASKING, "method.temperature=0.7"), ("tensor=2",), ("pipeline=2",), 2),
         # hidden states; three ranks grade for one, by turns
-        ("rkl", (), (), (), 3),
+        ("rkl", ("dtype=bf16",), (), (), 3),
         # a base model, which stays on the student's ranks; rows of a pack lie on several ranks of both
         ("exopd", (), ("context=2",), ("tensor=2",), 2),
         ("local_support", (), ("pipeline=2",), ("context=2",), 2),
@@ -115,10 +118,10 @@ def lines_of(run_dir: Path) -> int:
 @pytest.fixture(scope="module")
 def unbroken(task: Task, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A run two batches ahead, with a teacher on the student's rank."""
-    return train(task, tmp_path_factory.mktemp("unbroken"), *ASKING, "rollout.ahead=2")
+    return train(task, tmp_path_factory.mktemp("unbroken"), *ASKING, "rollout.ahead=2", "train.steps=12")
 
 
-AHEAD = (*QUIET, *ASKING, "rollout.ahead=2", "teacher.ranks=1")
+AHEAD = (*QUIET, *ASKING, "rollout.ahead=2", "teacher.ranks=1", "train.steps=12")
 
 
 def until_steps(job: Job, run_dir: Path, steps: int) -> None:
@@ -137,16 +140,18 @@ def test_a_run_ahead_that_is_killed_goes_on_as_if_nothing_had_happened(
     assert steady_metrics(tmp_path) == unbroken
 
 
-def test_a_run_that_is_asked_to_stop_takes_its_teacher_along(
+def test_either_part_may_be_asked_to_stop_and_takes_the_other_along(
     task: Task, unbroken: list[dict[str, Any]], tmp_path: Path
 ):
     command = ("train", task.config, f"run_dir={tmp_path}", "checkpoint.every=0", *AHEAD)
-    job = commands().start(*command, ranks=2)
-    until_steps(job, tmp_path, 1)
-    for pid in job.pids:  # as launchers do
-        job.signal(pid, signal.SIGTERM)
-    outcome = job.wait(60)
-    assert outcome.statuses == (75, 75) and "stopped by SIGTERM after" in outcome.output
+    # what the teacher has begun on is graded for nobody, which is nothing that it could complain about
+    for asked in (0, 1):
+        job = commands().start(*command, ranks=2)
+        until_steps(job, tmp_path, lines_of(tmp_path) + 1)
+        job.signal(job.pids[asked], signal.SIGUSR1)
+        outcome = job.wait(60)
+        assert outcome.statuses == (75, 75) and "stopped by SIGUSR1 after" in outcome.output
+        assert "Error" not in "".join(outcome.outputs)
     commands().run(*command, ranks=2).expect_success()
     assert steady_metrics(tmp_path) == unbroken
 
@@ -181,6 +186,36 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     assert time.monotonic() - started < 100
 
 
+def _left_alone() -> None:
+    """Rank 1 waits longer than a message may take, and is gone once it has heard one."""
+    launch = join_launch(teacher_ranks=1, timeout_s=0.4)
+    assert launch.bridge is not None
+    if launch.is_teachers:
+        launch.bridge.wait_for(torch.zeros(1), 0)
+        os._exit(0)
+    time.sleep(1.0)
+    launch.bridge.exchange([Message(torch.ones(1), 1, sent=True)])()
+    halves = Halves(student=Layout(), student_ranks=1, teacher=Layout(), teacher_ranks=1)
+    facts: dict[str, Any] = {"vocab_size": 5, "temperature": 1.0, "hidden": HiddenKind(3, torch.float32)}
+    teacher = TeacherApart(halves, GroupBuilder().build(Layout()), launch.bridge, launch.device, **facts)
+    with pytest.raises(EngineError, match="rank 1 of the launch is gone"):
+        for _ in range(100):  # the first ones may still be on their way to nobody
+            teacher.begin(random_packs(1), SignalSpec())
+            time.sleep(0.05)
+    teacher.close()
+
+
+def test_a_teacher_waits_for_orders_as_long_as_it_takes_and_is_missed_when_it_is_gone():
+    commands().call(_left_alone, ranks=2)
+
+
+def test_commands_that_do_not_divide_the_ranks_say_so_or_use_all(task: Task, tmp_path: Path):
+    settings = (f"run_dir={tmp_path}", "teacher.ranks=1", "evaluate.max_problems=1")
+    commands().run("evaluate", task.config, *settings).expect_success()
+    outcome = commands().run("score", task.config, *settings, f"teacher.record={tmp_path}/grades")
+    assert outcome.status == 2 and "teacher.ranks=1: here all ranks grade. Set it to 0." in outcome.output
+
+
 # --------------------------------------------------------------------------- what the configuration says
 
 
@@ -189,11 +224,8 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     [
         (("teacher.ranks=2",), 2, r"leaves no rank to the student: 2 are launched\. Launch 3"),
         (("teacher.ranks=1",), 1, r"1 is launched\. Launch 2"),
-        (
-            ("teacher.ranks=3", "teacher.parallel.tensor=2"),
-            4,
-            r"teacher\.parallel: world size 3 .* Of the 4 launched, 3 are the teacher",
-        ),
+        (("teacher.ranks=3", "teacher.parallel.tensor=2"), None, "ranks = 3 cannot be divided .* Set ranks to 4"),
+        (("teacher.ranks=1", "teacher.parallel.expert=2"), 2, "ranks = 1 cannot be divided .* Set ranks to 2"),
         (("teacher.ranks=1", "student.parallel.tensor=2"), 4, r"student\.parallel: world size 3 .* and 3 the student"),
         (("teacher.ranks=1", "teacher.engine=vllm"), 2, "engine = 'vllm'"),
         (("teacher.ranks=1", "teacher.recorded_from=."), 2, "would have nothing to do"),
@@ -201,7 +233,7 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     ],
 )
 def test_a_division_that_cannot_be_is_refused_with_the_rule(
-    task: Task, overrides: tuple[str, ...], world: int, message: str
+    task: Task, overrides: tuple[str, ...], world: int | None, message: str
 ):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(task.config, overrides, world_size=world)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class Bridge(Post):
 
     def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
         """Meets the others. ``timeout_s``: of one message, from when it is waited for."""
+        self.stopping = False  # whether this part of the launch leaves before its work is done
         join, self._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S), datetime.timedelta(seconds=timeout_s)
         self._rank = rank
         self._gloo: Any = ProcessGroupGloo(store, rank, size, join)  # torch's own type stub lacks its messages
@@ -72,7 +74,8 @@ class Bridge(Post):
 
         def wait() -> None:
             for message, (work, host) in zip(messages, pending, strict=True):
-                self._wait(work, message.peer, self._timeout)
+                with _talking_to(message.peer):
+                    work.wait(self._timeout)
                 if not message.sent and host is not message.tensor:
                     message.tensor.copy_(host)
 
@@ -80,25 +83,42 @@ class Bridge(Post):
 
     def wait_for(self, tensor: Tensor, peer: int) -> None:
         """Receives into a host tensor, however long it takes. EngineError when the other side is gone."""
-        self._wait(self._gloo.recv([tensor], peer, 0), peer, datetime.timedelta(days=365))
+        with _talking_to(peer):
+            self._gloo.recv([tensor], peer, 0).wait(datetime.timedelta(days=365))
+
+    def ask_to_stop(self, signal: int) -> None:
+        """Leaves word that this rank has heard ``signal``."""
+        self._store.set(_STOP, str(int(signal)))
+
+    def asked_to_stop(self) -> int:
+        """The signal that some rank has left word of; 0 when none has."""
+        return int(self._store.get(_STOP)) if self._store.check([_STOP]) else 0
 
     def _begin(self, message: Message) -> tuple[Any, Tensor]:
         tensor = message.tensor
         if message.sent:
             host = tensor.cpu()
-            return self._gloo.send([host], message.peer, 0), host
-        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return self._gloo.recv([host], message.peer, 0), host
+        else:
+            host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
+        # a connection that is known to be lost fails here already
+        with _talking_to(message.peer):
+            start = self._gloo.send if message.sent else self._gloo.recv
+            return start([host], message.peer, 0), host
 
-    @staticmethod
-    def _wait(work: Any, peer: int, timeout: datetime.timedelta) -> None:
-        try:
-            work.wait(timeout)
-        except RuntimeError as error:
-            raise EngineError(
-                f"rank {peer} of the launch is gone or too slow: {str(error).splitlines()[0]}. The first error of any "
-                "rank says why; collective_timeout_s is how long ranks wait for one another."
-            ) from error
+
+_STOP = "asked to stop"  # in a bridge's store
+
+
+@contextmanager
+def _talking_to(peer: int) -> Iterator[None]:
+    """Turns what gloo says of a lost or late message into an EngineError that names the other side."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(
+            f"rank {peer} of the launch is gone or too slow: {str(error).splitlines()[0]}. The first error of any "
+            "rank says why; collective_timeout_s is how long ranks wait for one another."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ the first signals of a later one are waited for, so nobody waits for somebody wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from megatron_tropd.engine.model import Model
+from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import Groups, Layout
 from megatron_tropd.parallel.partition import Bridge, Message
 from megatron_tropd.teacher.dealt import DealtTeacher, HiddenKind
@@ -28,6 +30,7 @@ from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
 from megatron_tropd.types import Pack, Signal
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
+_OVER, _STOPPED = 0, -1  # in place of an order's length: there will be no more
 _FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "sequence_ids": "sequences"}
 
 
@@ -65,7 +68,8 @@ class TeacherApart(DealtTeacher):
 
     def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
         """As ``score``; the teacher's ranks grade while the caller goes on."""
-        sent = self._order(encode_order(packs, spec, self._facts))
+        body = encode_order(packs, spec, self._facts)
+        sent = self._tell(len(body), body)
         pending = self._begin(packs, spec, asked)
 
         def signals() -> list[Signal | None]:
@@ -81,19 +85,20 @@ class TeacherApart(DealtTeacher):
         return self.begin(packs, spec, asked)()
 
     def close(self) -> None:
-        """Lets the teacher's ranks go. What was begun and never waited for is theirs to drop."""
-        self._order(b"")()
+        """Lets the teacher's ranks go, once they have graded what was begun; if they are gone already, so be it."""
+        with suppress(EngineError):
+            self._tell(_STOPPED if self._bridge.stopping else _OVER)()
 
     def _score_dealt(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         raise AssertionError("nothing is dealt to the student's ranks")
 
-    def _order(self, body: bytes) -> Any:
+    def _tell(self, length: int, body: bytes = b"") -> Callable[[], None]:
         """Starts on sending; everyone is told the length, and the first of them the rest."""
         if self._bridge.rank != 0:
             return _nothing
-        messages = [Message(torch.tensor([len(body)]), rank, True) for rank in self._ranks]
+        messages = [Message(torch.tensor([length]), rank, True) for rank in self._ranks]
         if body:
             whole = torch.frombuffer(bytearray(body), dtype=torch.uint8)
             messages.insert(1, Message(whole, self._ranks[0], True))
@@ -104,25 +109,31 @@ def _nothing() -> None:
     """What there is to wait for off the first rank."""
 
 
-def answer_orders(model: Model, halves: Halves, bridge: Bridge) -> None:
+def answer_orders(model: Model, halves: Halves, bridge: Bridge, *, at_order: Callable[[], None]) -> bool:
     """On the teacher's ranks: grades what the student orders, until it orders no more. Collective over them.
+
+    ``at_order`` is called when an order has come, before it is graded.
+
+    Returns:
+        Whether the student was asked to stop before it was done.
 
     Raises:
         EngineError: the student's ranks are gone.
     """
     student = Workers.elsewhere(halves.student, ranks=halves.student_ranks, dealt=False)
-    while body := _next_order(bridge):
-        packs, spec, facts = decode_order(body)
+    length = torch.zeros(1, dtype=torch.int64)
+    while True:
+        bridge.wait_for(length, 0)
+        if int(length) in (_OVER, _STOPPED):
+            return int(length) == _STOPPED
+        at_order()
+        packs, spec, facts = decode_order(_hear(bridge, int(length)))
         teacher = MegatronTeacher(model, student, first_rank=halves.student_ranks, post=bridge, **facts)
         teacher.score(packs, spec)
 
 
-def _next_order(bridge: Bridge) -> bytes:
-    length = torch.zeros(1, dtype=torch.int64)
-    bridge.wait_for(length, 0)
-    body = torch.empty(int(length), dtype=torch.uint8)
-    if not len(body):
-        return b""
+def _hear(bridge: Bridge, length: int) -> bytes:
+    body = torch.empty(length, dtype=torch.uint8)
     if dist.get_rank() == 0:
         bridge.wait_for(body, 0)
     dist.broadcast(body, src=0)
