@@ -110,7 +110,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
             loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
         except Preempted:
             if launch.bridge is not None:
-                launch.bridge.stopping = True
+                launch.bridge.withdraw()
             run.teacher.close()
             raise
     evaluator.after()

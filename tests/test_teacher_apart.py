@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from megatron_tropd.config import load_config
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import ConfigError, EngineError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout
-from megatron_tropd.parallel.partition import Bridge, Message, join_launch
+from megatron_tropd.parallel.partition import Bridge, Launch, Message, join_launch
+from megatron_tropd.teacher import apart
 from megatron_tropd.teacher.apart import Halves, TeacherApart, decode_order, encode_order
 from megatron_tropd.teacher.dealt import HiddenKind
 from megatron_tropd.teacher.delivery import Workers, carry
@@ -186,6 +188,16 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     assert time.monotonic() - started < 100
 
 
+HALVES = Halves(student=Layout(), student_ranks=1, teacher=Layout(), teacher_ranks=1)
+
+
+def lone_teacher(launch: Launch) -> TeacherApart:
+    """To a student of one rank, for whom one other grades."""
+    assert launch.bridge is not None
+    facts: dict[str, Any] = {"vocab_size": 5, "temperature": 1.0, "hidden": HiddenKind(3, torch.float32)}
+    return TeacherApart(HALVES, GroupBuilder().build(Layout()), launch.bridge, launch.device, **facts)
+
+
 def _left_alone() -> None:
     """Rank 1 waits longer than a message may take, and is gone once it has heard one."""
     launch = join_launch(teacher_ranks=1, timeout_s=0.4)
@@ -195,9 +207,7 @@ def _left_alone() -> None:
         os._exit(0)
     time.sleep(1.0)
     launch.bridge.exchange([Message(torch.ones(1), 1, sent=True)])()
-    halves = Halves(student=Layout(), student_ranks=1, teacher=Layout(), teacher_ranks=1)
-    facts: dict[str, Any] = {"vocab_size": 5, "temperature": 1.0, "hidden": HiddenKind(3, torch.float32)}
-    teacher = TeacherApart(halves, GroupBuilder().build(Layout()), launch.bridge, launch.device, **facts)
+    teacher = lone_teacher(launch)
     with pytest.raises(EngineError, match="rank 1 of the launch is gone"):
         for _ in range(100):  # the first ones may still be on their way to nobody
             teacher.begin(random_packs(1), SignalSpec())
@@ -207,6 +217,44 @@ def _left_alone() -> None:
 
 def test_a_teacher_waits_for_orders_as_long_as_it_takes_and_is_missed_when_it_is_gone():
     commands().call(_left_alone, ranks=2)
+
+
+class _Counting:
+    """In place of a teacher's model: says when it begins, and takes its time."""
+
+    graded = 0
+
+    def __init__(self, model: Any, *_: Any, **__: Any) -> None:
+        self._tell = model
+
+    def score(self, *_: Any) -> None:
+        _Counting.graded += 1
+        self._tell()
+        time.sleep(0.5)
+
+
+def _withdrawn() -> None:
+    """Three orders, of which the first is being graded when the student leaves."""
+    launch = join_launch(teacher_ranks=1, timeout_s=30)
+    bridge = launch.bridge
+    assert bridge is not None
+    if launch.is_teachers:
+        apart.MegatronTeacher = _Counting  # type: ignore[assignment,misc]
+        model: Any = partial(bridge.ask_to_stop, 1)
+        assert apart.answer_orders(model, HALVES, bridge, at_order=lambda: None)
+        assert _Counting.graded == 1
+        os._exit(0)
+    teacher = lone_teacher(launch)
+    pending = [teacher.begin(random_packs(1), SignalSpec()) for _ in range(3)]
+    while not bridge.asked_to_stop():
+        time.sleep(0.01)
+    bridge.withdraw()
+    teacher.close()
+    assert len(pending) == 3  # till here: what nobody can wait for is not sent
+
+
+def test_what_a_stopping_student_has_ordered_is_not_graded_any_more():
+    commands().call(_withdrawn, ranks=2)
 
 
 def test_commands_that_do_not_divide_the_ranks_say_so_or_use_all(task: Task, tmp_path: Path):

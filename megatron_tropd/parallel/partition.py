@@ -40,7 +40,9 @@ class Post:
         return dist.get_rank()
 
     def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
-        """Starts on all messages and returns what waits for them. Between two ranks they keep their order."""
+        """Starts on all messages and returns what waits for them, which is to be kept until then: a message that nobody
+        can wait for any more may never be sent. Between two ranks they keep their order.
+        """
         operations = [dist.P2POp(dist.isend if m.sent else dist.irecv, m.tensor, m.peer) for m in messages]
         requests = dist.batch_isend_irecv(operations) if operations else []
 
@@ -59,7 +61,6 @@ class Bridge(Post):
 
     def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
         """Meets the others. ``timeout_s``: of one message, from when it is waited for."""
-        self.stopping = False  # whether this part of the launch leaves before its work is done
         join, self._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S), datetime.timedelta(seconds=timeout_s)
         self._rank = rank
         self._gloo: Any = ProcessGroupGloo(store, rank, size, join)  # torch's own type stub lacks its messages
@@ -86,6 +87,15 @@ class Bridge(Post):
         with _talking_to(peer):
             self._gloo.recv([tensor], peer, 0).wait(datetime.timedelta(days=365))
 
+    def withdraw(self) -> None:
+        """Leaves word that the student stops before it is done, and wants no more of what it has ordered."""
+        self._store.set(_WITHDRAWN, "yes")
+
+    def is_withdrawn(self) -> bool:
+        """Whether there is that word."""
+        with _talking_to(0):
+            return bool(self._store.check([_WITHDRAWN]))
+
     def ask_to_stop(self, signal: int) -> None:
         """Leaves word that this rank has heard ``signal``."""
         self._store.set(_STOP, str(int(signal)))
@@ -106,7 +116,7 @@ class Bridge(Post):
             return start([host], message.peer, 0), host
 
 
-_STOP = "asked to stop"  # in a bridge's store
+_STOP, _WITHDRAWN = "asked to stop", "withdrawn"  # in a bridge's store
 
 
 @contextmanager

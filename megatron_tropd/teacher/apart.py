@@ -30,7 +30,7 @@ from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
 from megatron_tropd.types import Pack, Signal
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
-_OVER, _STOPPED = 0, -1  # in place of an order's length: there will be no more
+_OVER, _WITHDRAWN = 0, -1  # in place of an order's length: there will be no more
 _FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "sequence_ids": "sequences"}
 
 
@@ -85,9 +85,9 @@ class TeacherApart(DealtTeacher):
         return self.begin(packs, spec, asked)()
 
     def close(self) -> None:
-        """Lets the teacher's ranks go, once they have graded what was begun; if they are gone already, so be it."""
+        """Lets the teacher's ranks go, and waits until they know; those that are gone already know it."""
         with suppress(EngineError):
-            self._tell(_STOPPED if self._bridge.stopping else _OVER)()
+            self._tell(_WITHDRAWN if self._bridge.is_withdrawn() else _OVER)()
 
     def _score_dealt(
         self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
@@ -124,20 +124,25 @@ def answer_orders(model: Model, halves: Halves, bridge: Bridge, *, at_order: Cal
     length = torch.zeros(1, dtype=torch.int64)
     while True:
         bridge.wait_for(length, 0)
-        if int(length) in (_OVER, _STOPPED):
-            return int(length) == _STOPPED
+        if int(length) in (_OVER, _WITHDRAWN):
+            return int(length) == _WITHDRAWN
+        body = _hear(bridge, int(length))
+        if body is None:
+            return True
         at_order()
-        packs, spec, facts = decode_order(_hear(bridge, int(length)))
+        packs, spec, facts = decode_order(body)
         teacher = MegatronTeacher(model, student, first_rank=halves.student_ranks, post=bridge, **facts)
         teacher.score(packs, spec)
 
 
-def _hear(bridge: Bridge, length: int) -> bytes:
-    body = torch.empty(length, dtype=torch.uint8)
+def _hear(bridge: Bridge, length: int) -> bytes | None:
+    """An order of so many bytes, on all of the teacher's ranks; None when the student wants no more grades."""
+    body = torch.empty(length + 1, dtype=torch.uint8)
     if dist.get_rank() == 0:
-        bridge.wait_for(body, 0)
+        bridge.wait_for(body[:length], 0)
+        body[length] = bridge.is_withdrawn()  # one rank looks, so that all do the same
     dist.broadcast(body, src=0)
-    return body.numpy().tobytes()
+    return None if body[length] else body[:length].numpy().tobytes()
 
 
 # --------------------------------------------------------------------------- orders as bytes
