@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics
 
+from megatron_tropd import batches
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.recorded import read_rollouts, write_rollouts
 from megatron_tropd.types import Rollout
@@ -194,3 +196,50 @@ def test_a_part_within_a_part_is_counted_once(monkeypatch: pytest.MonkeyPatch):
     # by hand: from 1 to 14, of which 3 to 6 and 7 to 9 are the rollouts'
     assert watch.parts == {"rollout": 5.0, "train": 8.0}
     assert watch.metrics() == {"time_train": 8.0, "time_rollout": 5.0, "time_step": 20.0, "time_other": 7.0}
+
+
+class Sampling:
+    """A sampler that writes at once or, as servers do, while something else is done."""
+
+    def __init__(self, collected: list[int]) -> None:
+        self._collected = collected
+
+    def generate(self, requests: Any, params: Any, *, seed: int, step: int) -> list[Rollout]:
+        return []
+
+
+class Serving(Sampling):
+    def begin(self, requests: Any, params: Any, *, seed: int, step: int) -> Any:
+        def collect() -> list[Rollout]:
+            self._collected.append(step)
+            return []
+
+        return SimpleNamespace(collect=collect, ended_at=None)
+
+
+@pytest.mark.parametrize(("sampler", "scored"), [(Sampling, [0, 1, 2]), (Serving, [0])])
+def test_what_is_written_is_handed_to_the_teacher_before_it_is_learnt_from_and_nothing_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, sampler: type[Sampling], scored: list[int]
+):
+    handed: list[int] = []
+    collected: list[int] = []
+    rollout = SimpleNamespace(ahead=2, record=None, guided_per_prompt=0, samples_per_prompt=1, max_new_tokens=1)
+    train = SimpleNamespace(steps=9, prompts_per_step=1)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(rollout=rollout, train=train, seed=0),
+        prompts=SimpleNamespace(batch=lambda number, count: [number]),
+        method=SimpleNamespace(guided=False),
+        sampler=sampler(collected),
+    )
+    for name in ("make_requests", "sampling_params", "with_teachers"):
+        monkeypatch.setattr(batches, name, lambda *_, **__: [])
+    monkeypatch.setattr(batches, "score_rollouts", lambda *_, **__: handed.append(len(handed)))
+    watch, ahead = Stopwatch(), batches.Batches(run)
+    ahead.begin(0, watch=watch)
+    batch = ahead.take(0, watch=watch, collected=lambda: None)
+    assert batch.prompts == [0]
+    assert handed == scored
+    assert collected == ([0] if sampler is Serving else [])
+    ahead.settle(watch=watch, collected=lambda: None)  # before the weights change
+    assert handed == [0, 1, 2]
+    assert [ahead.take(n, watch=watch, collected=lambda: None).prompts for n in range(3)] == [[0], [1], [2]]
