@@ -287,6 +287,10 @@ def test_fingerprints_change_with_anything_that_training_sees():
         for names in ("stt", "sst")
     ]
     assert mixtures[0].fingerprint() != mixtures[1].fingerprint()
+    cut = [table_of(Prompt(index=i, token_ids=np.array(row), text="") for i, row in enumerate(rows)) for rows in (
+        ([1, 2], [3]), ([1], [2, 3]),
+    )]  # fmt: skip
+    assert cut[0].fingerprint() != cut[1].fingerprint()  # the same tokens in a row
 
 
 # --------------------------------------------------------------------------- what is wrong
