@@ -26,7 +26,7 @@ from megatron_tropd.parallel.groups import JOIN_TIMEOUT_S, initialize_distribute
 class Message:
     """A tensor that this rank sends to, or receives from, another."""
 
-    tensor: Tensor  # contiguous; what is received is written into it
+    tensor: Tensor  # contiguous; what is received is written into it, where `Post.receives_on` says
     peer: int
     sent: bool
 
@@ -38,6 +38,10 @@ class Post:
     def rank(self) -> int:
         """This rank's number, as senders give it."""
         return dist.get_rank()
+
+    def receives_on(self, device: torch.device) -> torch.device:
+        """Where a rank whose device is ``device`` is to have room for what it receives."""
+        return device
 
     def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
         """Starts on all messages and returns what waits for them, which is to be kept until then: a message that nobody
@@ -56,7 +60,7 @@ class Post:
 class Bridge(Post):
     """Messages between all ranks of a launch, by their numbers there, through host memory.
 
-    Nothing waits on a device: a message may be expected long before it is sent, and device and network work on.
+    A message may be expected long before it is sent: until then it takes no room on a device, and no kernel waits.
     """
 
     def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
@@ -70,15 +74,16 @@ class Bridge(Post):
     def rank(self) -> int:
         return self._rank
 
+    def receives_on(self, device: torch.device) -> torch.device:
+        return torch.device("cpu")
+
     def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
         pending = [self._begin(message) for message in messages]
 
         def wait() -> None:
-            for message, (work, host) in zip(messages, pending, strict=True):
+            for message, work in zip(messages, pending, strict=True):
                 with _talking_to(message.peer):
                     work.wait(self._timeout)
-                if not message.sent and host is not message.tensor:
-                    message.tensor.copy_(host)
 
         return wait
 
@@ -104,16 +109,12 @@ class Bridge(Post):
         """The signal that some rank has left word of; 0 when none has."""
         return int(self._store.get(_STOP)) if self._store.check([_STOP]) else 0
 
-    def _begin(self, message: Message) -> tuple[Any, Tensor]:
-        tensor = message.tensor
-        if message.sent:
-            host = tensor.cpu()
-        else:
-            host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu", pin_memory=True)
+    def _begin(self, message: Message) -> Any:
         # a connection that is known to be lost fails here already
         with _talking_to(message.peer):
-            start = self._gloo.send if message.sent else self._gloo.recv
-            return start([host], message.peer, 0), host
+            if message.sent:
+                return self._gloo.send([message.tensor.cpu()], message.peer, 0)
+            return self._gloo.recv([message.tensor], message.peer, 0)
 
 
 _STOP, _WITHDRAWN = "asked to stop", "withdrawn"  # in a bridge's store

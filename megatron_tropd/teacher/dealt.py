@@ -67,7 +67,7 @@ class DealtTeacher(ABC):
         """Grades what is dealt to this rank; what it is told by others is waited for when the result is called."""
         delivered = self._deliver(packs, spec, asked)
         here = self._own.groups is not None
-        wires = self._score_dealt(packs, spec, _as_ids(delivered())) if here else {}
+        wires = self._score_dealt(packs, spec, self._as_ids(delivered())) if here else {}
         source, target = self._own, self._student
         collect = carry(
             packs, wires, source=source, target=target, blank=lambda rows: self._blank(rows, spec), post=self._post
@@ -81,7 +81,8 @@ class DealtTeacher(ABC):
                 return [None] * len(mine)
             answered = asked if asked is not None and spec.asked else [None] * len(mine)
             return [
-                replace(_from_wire(found[key], spec), asked_ids_NJ=ids) for key, ids in zip(mine, answered, strict=True)
+                replace(_from_wire(self._on_device(found[key]), spec), asked_ids_NJ=ids)
+                for key, ids in zip(mine, answered, strict=True)
             ]
 
         return signals
@@ -101,12 +102,12 @@ class DealtTeacher(ABC):
             raise EngineError(f"the teacher is to grade {spec.asked} ids of the student's, but was not told which.")
 
         def blank(rows: int) -> Wire:
-            return [torch.empty(rows, spec.asked, dtype=torch.int32, device=self._device)]
+            return [torch.empty(rows, spec.asked, dtype=torch.int32, device=self._post.receives_on(self._device))]
 
         return carry(packs, held, source=student, target=self._own, blank=blank, post=self._post)
 
     def _blank(self, rows: int, spec: SignalSpec) -> Wire:
-        device = self._device
+        device = self._post.receives_on(self._device)
         wire = [torch.empty(rows, sum(_columns(spec).values()), device=device)]
         if spec.top_k:
             wire.append(torch.empty(rows, spec.top_k, dtype=torch.int32, device=device))
@@ -115,9 +116,11 @@ class DealtTeacher(ABC):
             wire.append(torch.empty(rows, self._hidden.size, dtype=self._hidden.dtype, device=device))
         return wire
 
+    def _on_device(self, wire: Wire) -> Wire:
+        return [part.to(self._device) for part in wire]
 
-def _as_ids(found: Mapping[Key, Wire]) -> dict[Key, Tensor]:
-    return {key: wire[0].long() for key, wire in found.items()}
+    def _as_ids(self, found: Mapping[Key, Wire]) -> dict[Key, Tensor]:
+        return {key: self._on_device(wire)[0].long() for key, wire in found.items()}
 
 
 def check_finite(signal: Signal, *, role: str = "teacher") -> None:
