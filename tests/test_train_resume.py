@@ -355,3 +355,19 @@ def test_a_tensor_parallel_checkpoint_goes_on_under_another_layout(
     # in a new directory, the metrics are those of the steps that were left
     assert_metrics_agree(steady_metrics(tmp_path), steady_metrics(unbroken)[4:])
     assert_weights_agree(tmp_path / "export", unbroken / "export")
+
+
+def test_states_that_the_distributed_optimizer_has_cut_go_on_under_other_layouts(
+    task: Task, unbroken: Path, tmp_path: Path
+):
+    few = ("optimizer.distributed=true", "train.pack_tokens=90")
+    commands().run(*arguments(task, tmp_path / "two", *few), ranks=2).expect_success()
+    assert_metrics_agree(steady_metrics(tmp_path / "two"), steady_metrics(unbroken))
+    resume = f"checkpoint.resume={checkpoint_of(tmp_path / 'two', 4)}"
+    for name, ranks, layout in (
+        ("pipeline", 2, ("student.parallel.pipeline=2", "teacher.parallel.pipeline=2")),
+        ("tensor and replicas", 4, TP2),
+    ):
+        commands().run(*arguments(task, tmp_path / name, *few, *layout, resume), ranks=ranks).expect_success()
+        assert_metrics_agree(steady_metrics(tmp_path / name), steady_metrics(unbroken)[4:])
+        assert_weights_agree(tmp_path / name / "export", unbroken / "export")
