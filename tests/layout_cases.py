@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
-from tiny_models import STUDENT, TEACHER, Objective, random_rollouts
+from tiny_models import STUDENT, TEACHER, Objective, random_rollouts, save_qwen3
 from torch import Tensor
 
 from megatron_tropd.batches import score_rollouts
@@ -125,6 +125,19 @@ def config_of(case: Case, models: Path) -> RunConfig:
             },
         }
     )
+
+
+def save_models(directory: Path) -> Path:
+    """What cases are of: students that `student_directory` names, the teacher and the base model."""
+    deep = STUDENT | {"num_hidden_layers": 4}
+    save_qwen3(directory / "untied", STUDENT, seed=1)
+    save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
+    save_qwen3(directory / "deep-untied", deep, seed=4)
+    save_qwen3(directory / "deep-tied", deep, tied=True, seed=5)
+    save_qwen3(directory / "teacher", TEACHER, seed=3)
+    # one more vocabulary, larger than what the others share
+    save_qwen3(directory / "base", TEACHER | {"vocab_size": 103, "num_hidden_layers": 3}, seed=6)
+    return directory
 
 
 def student_directory(case: Case) -> str:

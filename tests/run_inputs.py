@@ -94,6 +94,13 @@ def make_task(directory: Path, *, student: Mapping[str, int] = STUDENT, teacher:
     return task
 
 
+def split_prompts(task: Task, *, first: int) -> None:
+    """Its prompts in two files beside it, for runs of two sources: ``first.jsonl`` with so many, ``second.jsonl``."""
+    rows = task.prompts.read_text().splitlines(keepends=True)
+    (task.directory / "first.jsonl").write_text("".join(rows[:first]))
+    (task.directory / "second.jsonl").write_text("".join(rows[first:]))
+
+
 def save_model(directory: Path, sizes: Mapping[str, int], *, tied: bool, seed: int, **changes: Any) -> Path:
     """A random model in a Hugging Face directory, with the demo's tokenizer."""
     import torch

@@ -10,16 +10,24 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_on_ranks
-from layout_cases import ADAM, STEPS, VOCAB, Case, learning_rates, run_cases, run_chain, self_checks, student_directory
+from layout_cases import (
+    ADAM,
+    STEPS,
+    VOCAB,
+    Case,
+    learning_rates,
+    run_cases,
+    run_chain,
+    save_models,
+    self_checks,
+    student_directory,
+)
 from tiny_models import (
-    STUDENT,
-    TEACHER,
     Objective,
     Reference,
     load_hf,
     random_rollouts,
     relative_error,
-    save_qwen3,
 )
 
 OPD, FKL = Objective(name="opd"), Objective(name="fkl")
@@ -29,15 +37,12 @@ UNION = Objective(name="fkl", support="union", k=5)
 UNION_RENORM = Objective(name="rkl", support="union", k=9, tail="renorm")
 STUDENT_NONE = Objective(name="fkl", support="student", k=3, tail="none")
 EXOPD = Objective(name="exopd")
-# one more vocabulary, larger than what the others share
-BASE = TEACHER | {"vocab_size": 103, "num_hidden_layers": 3}
 SAMPLED = Objective(name="fkl", support="teacher_and_sampled", k=4)
 TP2, PP2 = {"tensor": 2}, {"pipeline": 2}
 TP2_SP = {"tensor": 2, "sequence": True}
 TP2_PP2, TP2_SP_PP2 = TP2 | PP2, TP2_SP | PP2
 CP2 = {"context": 2}
 VPP2 = PP2 | {"virtual_pipeline": 2}
-DEEP = STUDENT | {"num_hidden_layers": 4}
 
 ONE_RANK = [
     Case(name="tp1"),
@@ -133,14 +138,7 @@ Outcome = Callable[[Case], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    save_qwen3(directory / "untied", STUDENT, seed=1)
-    save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
-    save_qwen3(directory / "deep-untied", DEEP, seed=4)
-    save_qwen3(directory / "deep-tied", DEEP, tied=True, seed=5)
-    save_qwen3(directory / "teacher", TEACHER, seed=3)
-    save_qwen3(directory / "base", BASE, seed=6)
-    return directory
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

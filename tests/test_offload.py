@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_on_ranks
-from layout_cases import Case
+from layout_cases import Case, save_models
 from offload_cases import compare
-from run_inputs import Task, commands, make_task, steady_metrics, weights_of
+from run_inputs import Task, commands, make_task, split_prompts, steady_metrics, weights_of
 from tiny_families import save_family
-from tiny_models import STUDENT, TEACHER, Objective, save_qwen3
+from tiny_models import STUDENT, Objective
 
 from megatron_tropd.config import load_config
 from megatron_tropd.engine import offload
@@ -95,12 +95,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    save_qwen3(directory / "untied", STUDENT, seed=1)
-    save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
-    save_qwen3(directory / "deep-untied", STUDENT | {"num_hidden_layers": 4}, seed=4)
-    save_qwen3(directory / "teacher", TEACHER, seed=3)
-    save_qwen3(directory / "base", TEACHER | {"vocab_size": 103}, seed=6)
+    directory = save_models(tmp_path_factory.mktemp("models"))
     save_family(directory / "moe", "qwen3-moe", sizes={"vocab_size": STUDENT["vocab_size"]})
     return directory
 
@@ -158,9 +153,7 @@ OFF = ("teacher.offload=true", "optimizer.offload=true")
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     task = make_task(tmp_path_factory.mktemp("task"))
-    rows = task.prompts.read_text().splitlines(keepends=True)
-    (task.directory / "first.jsonl").write_text("".join(rows[:6]))
-    (task.directory / "second.jsonl").write_text("".join(rows[6:]))
+    split_prompts(task, first=6)
     usual = "  name: tropd\n  k: 7\n  beta: 0.3\n"
     config = task.config.read_text()
     assert usual in config

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
-from layout_cases import STEPS, VOCAB, Case, assemble, config_of, gather_gradients, whole_gradients
+from layout_cases import STEPS, VOCAB, Case, assemble, config_of, gather_gradients, save_models, whole_gradients
 from tiny_families import save_family
-from tiny_models import STUDENT, TEACHER, random_rollouts, relative_error, save_qwen3
+from tiny_models import STUDENT, random_rollouts, relative_error
 from torch import Tensor
 
 from megatron_tropd.batches import score_rollouts
@@ -112,12 +112,7 @@ def _read_first(run: Any, folder: Path, minibatches: Any) -> list[bool]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    save_qwen3(directory / "untied", STUDENT, seed=1)
-    save_qwen3(directory / "tied", STUDENT, tied=True, seed=2)
-    save_qwen3(directory / "deep-untied", STUDENT | {"num_hidden_layers": 4}, seed=4)
-    save_qwen3(directory / "deep-tied", STUDENT | {"num_hidden_layers": 4}, tied=True, seed=5)
-    save_qwen3(directory / "teacher", TEACHER, seed=3)
+    directory = save_models(tmp_path_factory.mktemp("models"))
     save_family(directory / "moe", "qwen3-moe", sizes={"vocab_size": STUDENT["vocab_size"]})
     return directory
 

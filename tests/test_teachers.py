@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_on_ranks
-from run_inputs import Task, assert_metrics_agree, commands, make_task, save_model, steady_metrics
+from run_inputs import Task, assert_metrics_agree, commands, make_task, save_model, split_prompts, steady_metrics
 from tiny_models import STUDENT, TEACHER, hf_logprobs, load_hf, random_rollouts, save_qwen3
 
 from megatron_tropd import batches
@@ -129,9 +129,7 @@ def test_rollouts_take_their_teacher_from_their_prompt():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     task = make_task(tmp_path_factory.mktemp("task"))
-    rows = task.prompts.read_text().splitlines(keepends=True)
-    (task.directory / "first.jsonl").write_text("".join(rows[:6]))
-    (task.directory / "second.jsonl").write_text("".join(rows[6:]))
+    split_prompts(task, first=6)
     save_model(task.directory / "stranger", {"hidden_size": 44} | _SIZES, tied=False, seed=9)
     return task
 
