@@ -17,7 +17,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP_ARGS ?=
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install -c constraints-vllm.txt $(VLLM_PIP_ARGS)
 VLLM_STAMP := $(VLLM_VENV)/.installed
-VLLM_TESTS := $(wildcard tests/test_vllm*.py)
+VLLM_TESTS := tests/vllm
 
 # one process per core, never very many: a test may itself start four ranks
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
@@ -39,7 +39,7 @@ demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE
 	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP) ## run the test suite: ARGS="tests/test_config.py -k unknown" runs a part
+test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k unknown" runs a part
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(ARGS)
 
 test-vllm: export OMP_NUM_THREADS := 1

@@ -5,7 +5,7 @@
 The student answers prompts, the teacher grades every token of the answers, the student learns from the grades. FILE
 holds JSON lines with "prompt", "response" (the teacher's, for tropd's guidance) and "answer" (a number, only to print
 accuracy). The package on one process gives the same loss and gradients for the same tokens and draws: this file is
-what ``tests/test_one_file_opd.py`` compares it with.
+what ``tests/runs/test_one_file_opd.py`` compares it with.
 
 Left out, all of it in the package: parallel layouts, packing, losses that never hold whole logits, GPUs and bf16; the
 other methods, terms, gates, supports and tails; rollouts used for several updates, special-token masks, corrections

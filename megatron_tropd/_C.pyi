@@ -1,4 +1,4 @@
-"""Compiled twins of the functions in ``megatron_tropd.data.packing_reference``; same contract, same numbers."""
+"""Compiled twins of the functions in ``megatron_tropd.data.packing.reference``; same contract, same numbers."""
 
 import numpy as np
 import numpy.typing as npt

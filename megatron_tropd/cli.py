@@ -20,7 +20,7 @@ from rich.console import Console
 from megatron_tropd.errors import ConfigError, TropdError
 
 if TYPE_CHECKING:
-    from megatron_tropd.config import RunConfig
+    from megatron_tropd.config.run import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,7 +107,7 @@ def _leave() -> None:
 
 
 def _leave_preempted(stop: Exception) -> NoReturn:
-    from megatron_tropd.preemption import EXIT_PREEMPTED, SIGNALS
+    from megatron_tropd.train.preemption import EXIT_PREEMPTED, SIGNALS
 
     # a launcher that sees the first rank go ends the others, who are on their way out with the same status
     for number in SIGNALS:
@@ -124,11 +124,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     SIGTERM and SIGUSR1 ask it to stop: it writes a checkpoint and exits with status 75. Start it again to go on.
     """
-    from megatron_tropd.config import load_config
+    from megatron_tropd.config.loading import load_config
 
     settings = load_config(config, overrides or [], world_size=_world_size())
-    from megatron_tropd.preemption import Preempted
-    from megatron_tropd.session import run_training
+    from megatron_tropd.train.preemption import Preempted
+    from megatron_tropd.train.session import run_training
 
     try:
         run_training(settings)
@@ -150,15 +150,15 @@ def check(
     ] = None,
 ) -> None:
     """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
-    from megatron_tropd.config import load_config
+    from megatron_tropd.config.loading import load_config
 
     if cluster is not None:
-        from megatron_tropd.planning.report import print_cluster_plan
+        from megatron_tropd.planning.cluster_report import print_cluster_plan
 
         print_cluster_plan(load_config(config, overrides or [], check_paths=False), cluster)
         return
     settings = load_config(config, overrides or [])
-    from megatron_tropd.plan import check_plan
+    from megatron_tropd.commands.check import check_plan
 
     check_plan(settings)
     _leave()
@@ -179,7 +179,7 @@ def generate(
     response_column: str = "response",
 ) -> None:
     """Write one or more responses of a model to every prompt: the teacher's, to guide a student."""
-    from megatron_tropd.generate import generate_responses
+    from megatron_tropd.commands.generate import generate_responses
     from megatron_tropd.types import SamplingParams
 
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
@@ -215,13 +215,13 @@ def evaluate(
     ] = False,
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
-    from megatron_tropd.config import load_config, load_suite
+    from megatron_tropd.config.loading import load_config, load_suite
 
     if target.is_dir():
         if not suite:
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
         suites = [load_suite(file, overrides or []) for file in suite]
-        from megatron_tropd.generate import evaluate_model
+        from megatron_tropd.commands.generate import evaluate_model
 
         evaluate_model(
             target,
@@ -243,7 +243,7 @@ def evaluate(
     settings = load_config(target, changes, world_size=_world_size())
     if not settings.evaluate.prompts and not any(suite.prompts for suite in settings.evaluate.suites):
         raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")
-    from megatron_tropd.generate import evaluate_models
+    from megatron_tropd.commands.generate import evaluate_models
 
     evaluate_models(settings)
     _leave()
@@ -295,7 +295,7 @@ def _convert(
         command = [sys.executable, *launcher, "-m", "megatron_tropd", *sys.argv[1:]]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         raise typer.Exit(subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)
-    from megatron_tropd import conversion
+    from megatron_tropd.commands import convert as conversion
     from megatron_tropd.parallel.groups import Layout
 
     layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert)
@@ -312,8 +312,8 @@ def health(
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that ranks wait for one another.")] = 120.0,
 ) -> None:
     """Check devices, versions, collectives and the shared file system, under the launcher of the training."""
+    from megatron_tropd.commands.health import check_health
     from megatron_tropd.errors import HealthError
-    from megatron_tropd.health import check_health
 
     problems = check_health(shared=shared, timeout_s=timeout_s)
     if problems and _is_first():
@@ -334,10 +334,10 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
 ) -> None:
     """Start a vLLM server that this configuration can train with, on GPUs or on CPU."""
-    from megatron_tropd.config import load_config
+    from megatron_tropd.config.loading import load_config
 
     settings = load_config(config, overrides or [])
-    from megatron_tropd import serve as serving
+    from megatron_tropd.commands import serve as serving
 
     serving.serve(settings, role, host=host, port=port)
 
@@ -348,10 +348,10 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
     A run with teacher.recorded_from then needs no teacher.
     """
-    from megatron_tropd.config import load_config
+    from megatron_tropd.config.loading import load_config
 
     settings = load_config(config, overrides or [])
-    from megatron_tropd import score as scoring
+    from megatron_tropd.commands import score as scoring
 
     scoring.score(settings)
     _leave()
@@ -380,7 +380,7 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    from megatron_tropd.demo import SMALL_CACHE, student_server
+    from megatron_tropd.commands.demo import SMALL_CACHE, student_server
 
     changes = [*_of_preset(root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
@@ -407,7 +407,7 @@ def demo(
 
 def _of_preset(root: Path, method: str) -> list[str]:
     """The overrides that ``examples/methods`` has for a preset: its options and the rollouts it wants."""
-    from megatron_tropd.config import read_overrides
+    from megatron_tropd.config.loading import read_overrides
 
     file = root / "examples" / "methods" / f"{method}.yaml"
     # an unknown one is refused later, with the names there are
@@ -416,7 +416,7 @@ def _of_preset(root: Path, method: str) -> list[str]:
 
 def _check_early(config: Path, changes: list[str], processes: int) -> RunConfig:
     """Finds a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
-    from megatron_tropd.config import load_config
+    from megatron_tropd.config.loading import load_config
     from megatron_tropd.methods import build_method
 
     # paths are relative to the root of the repository, where the ranks will be

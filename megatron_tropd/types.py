@@ -191,7 +191,7 @@ SupportKind = Literal["teacher", "student", "union", "teacher_and_sampled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a method must be given. ``build.py`` provides exactly this and nothing more."""
+    """What a method must be given. ``setup/build.py`` provides exactly this and nothing more."""
 
     top_k: int = 0  # support size; 0: no support
     support: SupportKind = "teacher"

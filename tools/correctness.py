@@ -1,7 +1,7 @@
 """Measures again and writes the tables of docs/correctness.md: ``python tools/correctness.py [NAME ...]``.
 
 Without names, all of them. About a minute of processor time for the losses' tables, and more for ``layouts``, whose
-rows run on up to eight processes. What a table says is in ``tests/parity_page.py`` and ``tests/invariance.py``.
+rows run on up to eight processes. What a table says is in ``tests/support/parity_page.py`` and ``tests/support/invariance.py``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
     """Replaces what stands between the marks of each table."""
-    from invariance import HEADER, layouts
-    from parity_page import TABLES, rendered, table, with_table
+    from tests.support.invariance import HEADER, layouts
+    from tests.support.parity_page import TABLES, rendered, table, with_table
 
     tables = {name: partial(table, name) for name in TABLES}
     tables["layouts"] = lambda: rendered(layouts(), HEADER)

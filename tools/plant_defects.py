@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES = ("tests/test_losses_parity.py", "tests/test_losses_terms.py")
-LAYOUTS, METHODS = "tests/test_engine_layouts.py", "tests/test_methods.py"
+LOSSES = ("tests/ranks/test_losses_parity.py", "tests/unit/losses/test_losses_terms.py")
+LAYOUTS, METHODS = "tests/ranks/test_engine_layouts.py", "tests/unit/methods/test_methods.py"
 _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.egg-info", ".*_cache", "__pycache__")
 
 
@@ -51,44 +51,44 @@ DEFECTS = (
         planted="what the softmax Jacobian of reverse KL and JSD subtracts, a mean under q, is this shard's part of it",
         edits=(
             Edit(
-                path="megatron_tropd/losses/_divergence.py",
+                path="megatron_tropd/losses/vocab_parallel/divergence.py",
                 old="    kl_2T = all_reduce_sum(_mixture_kl(pair, plan, student, teacher), plan.group)\n",
                 new="    local_2T = _mixture_kl(pair, plan, student, teacher)\n"
                 "    kl_2T = all_reduce_sum(local_2T.clone(), plan.group)\n",
             ),
             Edit(
-                path="megatron_tropd/losses/_divergence.py",
+                path="megatron_tropd/losses/vocab_parallel/divergence.py",
                 old="    return student, teacher, loss_T, kl_2T[1]\n",
                 new="    return student, teacher, loss_T, local_2T[1]\n",
             ),
             Edit(
-                path="megatron_tropd/losses/_divergence.py",
+                path="megatron_tropd/losses/vocab_parallel/divergence.py",
                 old="whole.kl_T, whole.mean_gap_T",
                 new="whole.kl_T, local.mean_gap_T",
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="replicated loss and a gather whose backward sums over ranks",
         planted="the gradient that comes in, equal on all ranks, is summed over them: everything times TP",
         edits=(
             Edit(
-                path="megatron_tropd/losses/vocab_parallel.py",
+                path="megatron_tropd/losses/vocab_parallel/logprobs.py",
                 old="        grad_TK, grad_entropy_T, grad_logsumexp_T, grad_logtail_T = grads\n",
                 new="        group = ctx.plan.group\n"
                 "        grads = tuple(None if g is None else all_reduce_sum(g.clone(), group) for g in grads)\n"
                 "        grad_TK, grad_entropy_T, grad_logsumexp_T, grad_logtail_T = grads\n",
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="truncated forward KL's gradient as q - p, without the mass factor",
         planted="`(1 - m_A) q_j` is added to the gradient of `tail: none`; values stay as they are",
         edits=(
             Edit(
-                path="megatron_tropd/losses/vocab_parallel.py",
+                path="megatron_tropd/losses/vocab_parallel/logprobs.py",
                 old="    logprob_TK, entropy_T, logsumexp_T, logtail_T = answer\n",
                 new="    logprob_TK, entropy_T, logsumexp_T, logtail_T = answer\n"
                 "    if logsumexp_T.requires_grad:\n"
@@ -104,38 +104,38 @@ DEFECTS = (
                 '    if tail != "bucket":\n        return kl_T\n',
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="out-of-shard ids at local index 0, assigned instead of added",
         planted="an id outside a tile points at its column 0, and gradients of ids are scattered by assignment",
         edits=(
             Edit(
-                path="megatron_tropd/losses/_statistics.py",
+                path="megatron_tropd/losses/vocab_parallel/backends/torch_statistics.py",
                 old="        column_RK = true_RK.clamp(0, width - 1)\n",
                 new="        column_RK = torch.where((true_RK >= 0) & (true_RK < width), true_RK, 0)\n",
             ),
             Edit(
-                path="megatron_tropd/losses/_statistics.py",
+                path="megatron_tropd/losses/vocab_parallel/backends/torch_statistics.py",
                 old="        dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)\n",
                 new="        at_RK = dlogits_Rw.gather(1, self.column_RK)\n"
                 "        dlogits_Rw.scatter_(1, self.column_RK, at_RK + grad_RK * self.inside_RK)\n",
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="a shard-local sum where backward needs the global one",
         planted="the sum of the ids' gradients leaves out ids that lie on other shards",
         edits=(
             Edit(
-                path="megatron_tropd/losses/vocab_parallel.py",
+                path="megatron_tropd/losses/vocab_parallel/logprobs.py",
                 old="            constant_T -= grad_TK.sum(-1)\n",
                 new="            local_TK = ids_TK - plan.shard.start\n"
                 "            constant_T -= (grad_TK * ((local_TK >= 0) & (local_TK < plan.shard.width))).sum(-1)\n",
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="truncated KL clamped at 0",
@@ -147,7 +147,7 @@ DEFECTS = (
                 new='    if tail != "bucket":\n        return kl_T.clamp(min=0.0)\n',
             ),
         ),
-        caught_by="tests/test_losses_terms.py::test_negative_truncated_forward_kl_keeps_its_gradient",
+        caught_by="tests/unit/losses/test_losses_terms.py::test_negative_truncated_forward_kl_keeps_its_gradient",
     ),
     Defect(
         name="mean of per-microbatch means",
@@ -172,12 +172,12 @@ DEFECTS = (
         planted="every row of the output weight counts as a token of the vocabulary",
         edits=(
             Edit(
-                path="megatron_tropd/losses/_chunking.py",
+                path="megatron_tropd/losses/vocab_parallel/tiles.py",
                 old="width=min(max(vocab_size - start, 0), per_rank)",
                 new="width=per_rank",
             ),
         ),
-        caught_by="tests/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
+        caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
     ),
     Defect(
         name="detached top-k KL as the advantage",
@@ -197,7 +197,7 @@ DEFECTS = (
         planted="the teacher's hidden states pass through bf16 before its log-probabilities are taken",
         edits=(
             Edit(
-                path="megatron_tropd/teacher/megatron.py",
+                path="megatron_tropd/teacher/engines/megatron.py",
                 old="        groups, device = self.model.groups, self.model.device\n",
                 new="        groups, device = self.model.groups, self.model.device\n"
                 "        hidden_ND = hidden_ND.bfloat16().to(hidden_ND.dtype)\n",

@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from make_data import HERE, heldout_problems, save_tokenizer, train_problems, write_data
 
-from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
-from megatron_tropd.data.grading import grade
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.synthetic import Style, sft_examples, write_prompts
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,9 +31,11 @@ from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
 from megatron_tropd.errors import TokenizerError
+from megatron_tropd.evaluate.rules import grade
 from megatron_tropd.methods import build_method
+from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
-from megatron_tropd.rollout.megatron import MegatronSampler
+from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
 
 TEACHER, STUDENT, DATA = HERE / "teacher", HERE / "student", HERE / "data"

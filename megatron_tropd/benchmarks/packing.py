@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.data import packing_reference
 from megatron_tropd.data.packing import LINEAR_WORK, backend
+from megatron_tropd.data.packing import reference as packing_reference
 from megatron_tropd.types import Int64Array
 
 try:

@@ -30,24 +30,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.bridge.client import Server
-from megatron_tropd.bridge.inprocess import check_installed, prepare
-from megatron_tropd.bridge.jobs import Job, PoolSettings
-from megatron_tropd.bridge.launch import server_command
-from megatron_tropd.bridge.pool import Pool
-from megatron_tropd.build import load_model
-from megatron_tropd.convert.families import hf_shapes
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.publish import BroadcastPublisher, FilePublisher, WeightStream
 from megatron_tropd.errors import ServingError
+from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
-from megatron_tropd.rollout.sampler import Probed, Sampler
-from megatron_tropd.rollout.verify import verify_publish
-from megatron_tropd.rollout.vllm import VLLMSampler
-from megatron_tropd.rollout.vllm_server import ServerSampler
+from megatron_tropd.rollout.engines.vllm import VLLMSampler
+from megatron_tropd.rollout.engines.vllm_server import ServerSampler
+from megatron_tropd.weight_sync.interface import Probed
+from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import Int64Array, RolloutRequest, SamplingParams
+from megatron_tropd.vllm_bridge.client import Server
+from megatron_tropd.vllm_bridge.jobs import Job, PoolSettings
+from megatron_tropd.vllm_bridge.launch import server_command
+from megatron_tropd.vllm_bridge.local_engine import check_installed, prepare
+from megatron_tropd.vllm_bridge.pool import Pool
+from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, WeightStream
+from megatron_tropd.weight_sync.verify import verify_publish
 
 _CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.convert.hf import INDEX, SINGLE, read_json
-from megatron_tropd.convert.rules import Shape, strips
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.models.rules import Shape, strips
 
 # what a model directory holds besides weights, and an export carries over
 COMPANIONS = (

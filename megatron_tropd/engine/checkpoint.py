@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 from megatron_tropd.errors import CheckpointError
 
 _LATEST = "latest"

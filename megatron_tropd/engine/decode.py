@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PrefillPlan
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 
 # dropping rows copies the cache, so it waits until no more than this share of the batch is alive

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tropd.engine.attention import PackedPlan, Plan
 from megatron_tropd.engine.context import ContextPlan, carries_loss, held_tokens
 from megatron_tropd.engine.model import HiddenStateGPT, Model
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Pack, Region

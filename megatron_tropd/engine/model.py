@@ -28,13 +28,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_tropd.engine import shim
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
 from megatron_tropd.engine.offload import Movable, Moves
-from megatron_tropd.engine.rope import rotary_frequencies
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches import cuda_calls as shim
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.models.rotary import rotary_frequencies
 from megatron_tropd.parallel.groups import Groups, Layout
 from megatron_tropd.types import Architecture
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.offload import Movable, Moves
 from megatron_tropd.engine.overlap import Overlap
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 
 # a norm this large is never reached: clipping off, gradient norm still measured
 _NO_CLIPPING = 1e30

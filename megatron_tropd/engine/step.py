@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.view import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import megatron_sees
 from megatron_tropd.errors import EngineError
-from megatron_tropd.losses.gap import BUCKETS, MEAN, bucket_of
+from megatron_tropd.losses.logprob_mismatch import BUCKETS, MEAN, bucket_of
 from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method

@@ -12,11 +12,11 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_tropd.convert.families import Entry, entries, hf_shapes
 from megatron_tropd.convert.hf import HFWeights, check_weights
-from megatron_tropd.convert.rules import RULES, Cut, Shape, fill, runs
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.models.name_table import Entry, entries, hf_shapes
+from megatron_tropd.models.rules import RULES, Cut, Shape, fill, runs
 
 Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]
 # what is gathered at once, over all ranks that hold a part

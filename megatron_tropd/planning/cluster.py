@@ -16,8 +16,8 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError
 
-from megatron_tropd._config_sections import Real, Section, Whole, key
-from megatron_tropd.config import RunConfig
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import Real, Section, Whole, key
 from megatron_tropd.engine.model import check_divisible, check_trainable, padded_vocab_size
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import Method

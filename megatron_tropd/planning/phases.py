@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_tropd.config import RunConfig
+from megatron_tropd.config.run import RunConfig
 
 # what only some phases of a step use; everything else is there in all of them
 _USED: Mapping[str, frozenset[str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from megatron_tropd.losses.gap import BUCKETS, LARGEST, MEAN
+from megatron_tropd.losses.logprob_mismatch import BUCKETS, LARGEST, MEAN
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,283 @@
+"""What a configuration resolves to, before anything is spent on it: layout, packs, memory, and the self check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import ParallelConfig
+from megatron_tropd.data.packing import backend, pack
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.engine.model import build_model, padded_vocab_size
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
+from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
+from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
+from megatron_tropd.planning.phases import by_phase
+from megatron_tropd.setup.self_check import check_self
+from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.types import Architecture, Rollout
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest rank, of all that it ever holds."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    teacher: int
+    base: int
+    sampler: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Memory:
+    """Bytes per rank: weights, fp32 gradients, Adam states, activations of the packs in flight, loss, frozen models."""
+    itemsize, student = DTYPES[config.dtype].itemsize, inputs.student
+    layout = layout_of(config.student.parallel)
+    own = trained_states(
+        student,
+        layout,
+        # alone: more replicas only make a distributed optimizer's share smaller
+        data_ranks=layout.context * layout.expert,
+        itemsize=itemsize,
+        moments={"adam": 2, "sgd": int(config.optimizer.momentum > 0)}[config.optimizer.name],
+        distributed=config.optimizer.distributed,
+    )
+    activations = activation_bytes(
+        student, layout, config.train.pack_tokens, itemsize=itemsize, recompute=config.student.recompute
+    )
+    sampler = frozen_states(student, Layout(tensor=config.rollout.parallel.tensor), itemsize=itemsize)
+    return Memory(
+        weights=own.weights,
+        gradients=own.gradients,
+        optimizer=own.optimizer,
+        activations=int(activations),
+        loss=loss_bytes,
+        teacher=0 if config.teacher.ranks else _teacher_bytes(config, inputs),
+        base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
+        if inputs.base
+        else 0,
+        sampler=sampler.weights,
+    )
+
+
+def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
+    itemsize = DTYPES[config.dtype].itemsize
+    together = max if config.teacher.offload else sum  # each is then there alone
+    return together(
+        frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
+        for _, _, architecture, parallel in _teachers(config, inputs)
+    )
+
+
+def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) -> int:
+    """The fused loss holds two fp32 tiles of logits and the fp32 gradient of a pack's hidden states."""
+    tensor = config.student.parallel.tensor
+    shard = padded_vocab_size(student.vocab_size, tensor) // tensor
+    nothing = torch.empty(1, 1, device=device)
+    hidden = nothing.expand(config.train.pack_tokens, student.hidden_size)
+    tiles = plan_tiles(
+        hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None
+    )
+    return 4 * (2 * tiles.rows * tiles.columns + hidden.numel())
+
+
+def check_plan(config: RunConfig) -> None:
+    """Prints the plan and runs the self check on a small model of the student's shape. Collective.
+
+    Raises:
+        TropdError: whatever is wrong.
+    """
+    device = initialize_distributed()
+    inputs = read_inputs(config)
+    student = inputs.student
+    memory = estimate_memory(config, inputs, loss_bytes=_loss_bytes(student, config, device))
+    groups = GroupBuilder().build(Layout())
+    small = build_model(
+        _small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed
+    )
+    optimization = optimize(small, OptimizerSettings(lr=1e-3, total_updates=1))
+    found = check_self(small, optimization, inputs.method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+    if dist.get_rank() == 0:
+        console = Console()
+        console.print(_plan_table(config, inputs))
+        console.print(_memory_table(memory, config))
+        if config.teacher.ranks:
+            console.print(f"on each of the teacher's own ranks {_teacher_bytes(config, inputs) / _MIB:,.1f}")
+        console.print(_token_table(config, inputs))
+        verdict = (
+            f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
+            f"(at most {found.tolerance:.0e})"
+            if found.applies
+            else "does not apply: this method is not meant to vanish when student and teacher agree"
+        )
+        console.print(f"teacher == student self check {verdict}", highlight=False, soft_wrap=True)
+
+
+def _small(architecture: Architecture, top_k: int) -> Architecture:
+    """The same kind of model, small enough to build anywhere, with more ids than the method looks at."""
+    heads = 2 * min(2, architecture.num_heads // architecture.num_kv_heads)
+    return replace(
+        architecture,
+        num_layers=2,
+        hidden_size=64,
+        ffn_size=96,
+        num_heads=heads,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=max(211, top_k + 1),
+        max_positions=64,
+        num_experts=min(architecture.num_experts, 2 * architecture.experts_per_token),
+    )
+
+
+def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
+    sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
+    packs, fill = _expected_packs(config, prompts, sequences)
+    packs += len(config.teachers)  # no pack mixes teachers
+    table = Table(title=f"Plan of {config.run_dir}", title_justify="left", show_header=False, box=None)
+    for name, value in (
+        ("method", config.method.name),
+        ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
+        *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(config, inputs)),
+        *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
+        ("ranks", _ranks(config)),
+        ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
+        (
+            "step",
+            f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)",
+        ),
+        (
+            "packs",
+            f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)",
+        ),
+        ("grades", _traffic(config, inputs, sequences)),
+        ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, ParallelConfig]]:
+    """Role, directory, sizes and layout of every teacher."""
+    others = [(f"teacher {t.name!r}", t.model, inputs.teachers[t.name], t.parallel) for t in config.teachers]
+    return [("teacher", config.teacher.model, inputs.teacher, config.teacher.parallel), *others]
+
+
+def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
+    """What the teacher tells of a response token, what it is asked, and how much of that travels in a step."""
+    spec = SignalSpec.of(inputs.method.needs)
+    told = spec.bytes_per_row(hidden_bytes=inputs.teacher.hidden_size * DTYPES[config.dtype].itemsize)
+    text = f"{told:,} bytes per response token from the teacher"
+    if spec.asked:
+        text += f", {spec.asked_bytes_per_row:,} to it for the student's own likeliest tokens"
+    layouts = [config.student.parallel, *(parallel for *_, parallel in _teachers(config, inputs))]
+    layouts += [config.base_parallel] if inputs.base else []
+    if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1 and not config.teacher.ranks:
+        return f"{text}; none travels, as the layouts agree"
+    most = sequences * config.rollout.max_new_tokens * (told + spec.asked_bytes_per_row)
+    return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
+
+
+def _count_problems(inputs: Inputs) -> int:
+    """Different ones: suites may share theirs."""
+    return sum(len(table) for table in {id(table): table for table in inputs.problems.values()}.values())
+
+
+def _ranks(config: RunConfig) -> str:
+    own, others = config.teacher.ranks, [teacher.parallel for teacher in config.teachers]
+    models = [config.student.parallel, *others, config.base_parallel]
+    models += [] if own else [config.teacher.parallel]
+    sizes = [*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]
+    multiple = f"a multiple of {int(np.lcm.reduce(sizes))}"
+    return f"{multiple}, and {own} for the teacher alone" if own else multiple
+
+
+def _checkpoints(config: RunConfig) -> str:
+    every = config.checkpoint.every
+    return f"a checkpoint every {every}" if every else "no checkpoints"
+
+
+def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
+    count = total_parameters(a)
+    cut = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+    axes = [f"{name}={getattr(parallel, name)}" for name in cut if getattr(parallel, name) > 1]
+    return (
+        f"{path}: {a.family}, {count / 1e6:,.1f}M parameters, {a.num_layers} layers, hidden {a.hidden_size}, "
+        f"vocabulary {a.vocab_size:,}; {', '.join(axes) or 'one rank'}{', sequence parallel' * parallel.sequence}"
+    )
+
+
+def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> tuple[int, float]:
+    """Packs of a step whose responses all use their whole budget, the most there can be, and how full they are."""
+    per_prompt = sequences // config.train.prompts_per_step
+    prompt_N = prompts.prompt_lengths()
+    lengths = [
+        int(prompt_N[i % len(prompt_N)]) + config.rollout.max_new_tokens
+        for i in range(config.train.prompts_per_step)
+        for _ in range(per_prompt)
+    ]
+    empty = np.empty(0, np.float32)
+    rollouts = [
+        Rollout(
+            sequence_id=i,
+            prompt_index=i,
+            token_ids=np.zeros(length, np.int64),
+            prompt_length=1,
+            prefix_length=0,
+            sampling_logprob=empty,
+            model_logprob=empty,
+            finished=True,
+        )
+        for i, length in enumerate(lengths)
+    ]
+    packs = pack(rollouts, max_tokens=config.train.pack_tokens)[0]
+    return len(packs), sum(lengths) / (len(packs) * config.train.pack_tokens)
+
+
+def _memory_table(memory: Memory, config: RunConfig) -> Table:
+    table = Table(title="Estimated memory of the fullest rank, MiB", title_justify="left", box=None, show_header=False)
+    phases = {f"in all while {phase}": size for phase, size in by_phase(memory.parts, config).items()}
+    for name, size in (memory.parts | phases).items():
+        table.add_row(name, f"{size / _MIB:,.1f}")
+    return table
+
+
+def _token_table(config: RunConfig, inputs: Inputs) -> Table:
+    """Every tensor with a row per token: what a longer pack makes longer."""
+    layout, tokens = layout_of(config.student.parallel), config.train.pack_tokens // config.student.parallel.context
+    rows = per_token_bytes(
+        inputs.student,
+        inputs.teacher,
+        layout,
+        SignalSpec.of(inputs.method.needs),
+        itemsize=DTYPES[config.dtype].itemsize,
+        recompute=config.student.recompute,
+    )
+    table = Table(
+        title=f"Tensors with a row per token, {tokens:,} tokens of a pack on a rank", title_justify="left", box=None
+    )
+    for column in ("", "bytes per token", "MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, size in rows.items():
+        table.add_row(name, f"{size:,.0f}", f"{size * tokens / _MIB:,.1f}")
+    return table

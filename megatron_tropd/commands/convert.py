@@ -1,0 +1,239 @@
+"""``tropd convert``: a Hugging Face directory into a Megatron checkpoint, and back, laid out over any ranks.
+
+The checkpoint is of the format that training writes. It belongs to no layout: any can load it. The layout given here is
+that of the conversion itself: every rank holds its own shard of the model and no process the whole of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.progress import Progress, track
+from torch import Tensor
+
+from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
+from megatron_tropd.convert.writer import COMPANIONS, HFWriter
+from megatron_tropd.data.tokenizer import load_tokenizer
+from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
+from megatron_tropd.engine.forward import run_packs
+from megatron_tropd.engine.model import Model, build_model, check_divisible
+from megatron_tropd.engine.score import pack_alone
+from megatron_tropd.engine.weights import hf_rows, load_weights
+from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.models.name_table import hf_shapes
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.types import Architecture
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# of the largest logit; both models in fp32
+_TOLERANCE = 1e-4
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to convert: over which ranks, into which numbers, and on which texts the result is compared."""
+
+    layout: Layout
+    dtype: str = "auto"  # auto: that of the source
+    texts: Sequence[str] = ()  # nothing is compared when empty
+
+
+def hf_to_megatron(source: Path, target: Path, plan: Plan) -> None:
+    """Writes ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
+
+    A target that was finished from the same source is left as it is. Killed before that, there is no target, and the
+    conversion starts over: ranks write their files together, so no part of them is of use alone.
+
+    Raises:
+        CheckpointError: the source cannot be used, or the result gives other logits.
+        ConfigError: the layout does not fit the model, or something else stands at ``target``.
+    """
+    device = initialize_distributed()
+    architecture, weights = read_architecture(source), HFWeights(source)
+    check_divisible(architecture, plan.layout)
+    check_weights(weights, architecture)
+    dtype = DTYPES.get(plan.dtype) or next(iter(weights.values())).dtype
+    facts = {"source": _fingerprint(source, source.glob("*.safetensors")), "dtype": str(dtype)}
+    groups = GroupBuilder().build(plan.layout)
+    if _already_there(target, facts):
+        _say("it is there already, made of the same source: left as it is")
+    else:
+        if target.with_name(target.name + ".partial").exists():
+            _say("an earlier conversion was killed: starting over")
+        model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
+        load_weights(model, weights, watch=_progress("reading"))
+        _say("writing")
+        companions = [source / name for name in COMPANIONS if (source / name).exists()]
+        save_model(target, model, state={**facts, "architecture": asdict(architecture)}, companions=companions)
+    _say(f"Megatron checkpoint: {target}")
+    if plan.texts:
+        _verify(source, target, architecture, groups, device=device, texts=plan.texts)
+
+
+def megatron_to_hf(source: Path, target: Path, plan: Plan, *, like: Path | None = None) -> None:
+    """Writes ``source``, a Megatron checkpoint, as the Hugging Face directory ``target``. Collective.
+
+    Killed and started again, it goes on after the last safetensors file that was finished.
+
+    Args:
+        like: a model directory whose ``config.json`` and tokenizer the target gets. Checkpoints made by
+            ``hf_to_megatron`` carry their own; those of training do not.
+
+    Raises:
+        CheckpointError: the source cannot be used, or the result gives other logits.
+        ConfigError: the layout does not fit the model, or there is no ``config.json``.
+    """
+    device = initialize_distributed()
+    state = read_state(source)
+    companions = _companions(source, like)
+    architecture = read_architecture(companions)
+    check_divisible(architecture, plan.layout)
+    dtype = DTYPES[plan.dtype] if plan.dtype != "auto" else _saved_dtype(state)
+    groups = GroupBuilder().build(plan.layout)
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
+    load_model_weights(source, model)
+    shapes = hf_shapes(architecture)
+    writer, done = None, [frozenset[str]()]
+    if dist.get_rank() == 0:
+        made_from = json.dumps([_fingerprint(source, source.glob("*.distcp")), str(dtype)], sort_keys=True)
+        writer = HFWriter(target, companions_from=companions, tensors=shapes, dtype=dtype, resume_from=made_from)
+        done = [writer.done]
+    dist.broadcast_object_list(done)
+    total = sum(math.prod(shape) for name, shape in shapes.items() if name not in done[0])
+    with Progress(disable=writer is None) as progress:
+        bar = progress.add_task("writing", total=total)
+        for name, first, rows in hf_rows(model, skip=done[0]):
+            if writer is not None:
+                writer.write_rows(name, first, rows)
+                progress.advance(bar, rows.numel())
+    if writer is not None:
+        writer.finish()
+    dist.barrier()
+    del model
+    _say(f"Hugging Face directory: {target}")
+    if plan.texts:
+        _verify(target, source, architecture, groups, device=device, texts=plan.texts)
+
+
+def _companions(source: Path, like: Path | None) -> Path:
+    found = source / "hf" if like is None else like
+    if not (found / "config.json").exists():
+        raise ConfigError(
+            f"{source.absolute()} carries no config.json of a Hugging Face model. Name the directory of the model it "
+            "was trained from with --like."
+            if like is None
+            else f"--like {like} has no config.json. Give a Hugging Face model directory."
+        )
+    return found
+
+
+def _saved_dtype(state: dict[str, Any]) -> torch.dtype:
+    name = str(state.get("dtype", "")).removeprefix("torch.")
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise ConfigError("the checkpoint does not say in which dtype it is. Give --dtype fp32, bf16 or fp16.")
+    return names[name]
+
+
+def _fingerprint(directory: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """What tells one state of a directory from another without reading it."""
+    stats = {file.name: file.stat() for file in sorted(files)}
+    return {str(directory.absolute()): {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
+
+
+def _already_there(target: Path, facts: dict[str, Any]) -> bool:
+    """Whether ``target`` is finished and of this source; ConfigError when it is something else."""
+    if not target.exists():
+        return False
+    try:
+        found = read_state(target)
+    except CheckpointError as error:
+        raise ConfigError(f"{target.absolute()} is there and is no whole checkpoint: {error}") from error
+    if any(found.get(name) != value for name, value in facts.items()):
+        raise ConfigError(f"{target.absolute()} is a checkpoint made of something else. Remove it, or name another.")
+    return True
+
+
+def _progress(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
+    """A progress bar on the first rank."""
+    if dist.get_rank() != 0:
+        return lambda items: items
+    return lambda items: track(items, description=what)
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# --------------------------------------------------------------------------- comparing
+
+
+def _verify(
+    hf: Path,
+    checkpoint: Path,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    device: torch.device,
+    texts: Sequence[str],
+) -> None:
+    """Compares the checkpoint's logits with those of `transformers`, both in fp32. Collective.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    tokenizer = load_tokenizer(hf)
+    sequences = [np.array(tokenizer.encode(text), dtype=np.int64)[: architecture.max_positions] for text in texts]
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False).freeze()
+    load_model_weights(checkpoint, model)
+    worst = 0.0
+    for sequence, truth_LV in zip(sequences, _transformers_logits(hf, sequences, architecture, device), strict=True):
+        dist.broadcast(truth_LV, src=0)
+        worst = max(worst, _difference(model, sequence, truth_LV))
+    _say(f"logits differ from transformers' by {worst:.1e} of the largest, over {len(texts)} texts")
+    if not worst < _TOLERANCE:
+        raise CheckpointError(
+            f"{checkpoint.absolute()} gives other logits than {hf.absolute()} in transformers: they differ by "
+            f"{worst:.1e} of the largest one, and rounding leaves less than {_TOLERANCE:.0e}. Do not use the result."
+        )
+
+
+def _transformers_logits(
+    hf: Path, sequences: Sequence[np.ndarray], architecture: Architecture, device: torch.device
+) -> list[Tensor]:
+    """``[L, V]`` per sequence on the first rank, which holds the whole model for it; room for them on the others."""
+    if dist.get_rank() != 0:
+        return [torch.empty(len(tokens), architecture.vocab_size, device=device) for tokens in sequences]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [model(torch.from_numpy(tokens)[None]).logits[0].to(device) for tokens in sequences]
+
+
+def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
+    """Largest difference of a logit, as a share of the largest logit, over all ranks. Collective."""
+    groups = model.groups
+    packs = pack_alone(tokens, groups.layout)[0]
+
+    def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> float:
+        first = groups.tensor_rank * len(weight_vD)
+        wanted_Nv = truth_LV[:-1, first : first + len(weight_vD)]
+        found_Nv = F.linear(hidden_ND, weight_vD)[:, : wanted_Nv.size(1)]
+        return float((found_Nv - wanted_Nv).abs().max()) if wanted_Nv.numel() else 0.0
+
+    found = torch.tensor(max(run_packs(model, packs, last_stage) or [0.0]), device=model.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found / truth_LV.abs().max())

@@ -1,0 +1,86 @@
+"""The demo with vLLM: which settings it adds, and a server of the demo's own for as long as it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.errors import ServingError
+
+# so many MiB hold all sequences of a step; vLLM would take a GiB
+SMALL_CACHE = "rollout.vllm.cache_mib=64"
+_START_S = 300.0
+_END_S = 15.0
+
+
+@contextmanager
+def student_server(
+    config: Path, overrides: Sequence[str], settings: RunConfig, *, root: Path
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """A server on a free port of loopback, ended with the block: its address, and the variable that holds its key.
+
+    ``settings``: those of ``config`` with ``overrides``. What the server says goes to ``server.log`` in ``run_dir``.
+
+    Raises:
+        ServingError: it ended, or was not ready in five minutes.
+    """
+    port, variable = _free_port(), settings.rollout.vllm_server.key_variable
+    key = {variable: os.environ.get(variable) or secrets.token_urlsafe(24)}
+    command = [sys.executable, "-m", "megatron_tropd", "serve", "student", str(config), *overrides, f"--port={port}"]
+    log = root / settings.run_dir / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            command,
+            cwd=root,
+            env={"OMP_NUM_THREADS": "1", **os.environ, **key},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # with its workers it makes up a group, which ends as one
+        )
+    try:
+        print(f"starting a vLLM server; it writes to {log}", flush=True)
+        _wait_until_well(server, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}", key
+    finally:
+        _end(server)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_well(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while True:
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        if server.poll() is not None or time.monotonic() > deadline:
+            how = f"was not ready in {_START_S:g} s" if server.poll() is None else f"ended ({server.returncode})"
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise ServingError(f"the vLLM server {how}: {said[-1] if said else 'it said nothing'} Look at {log}.")
+        time.sleep(0.5)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=_END_S)

@@ -1,0 +1,1 @@
+"""The configuration: frozen sections, the tree of a run, reading, messages, and the generated reference."""

@@ -1,0 +1,227 @@
+"""The frozen tree of a whole run, and the rules between its sections.
+
+Rules inside one section are in ``config.sections``. Method options are collected here but checked by
+``methods.build_method``, which knows them; this room is below it.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from megatron_tropd.config.sections import (
+    BaseConfig,
+    CheckpointConfig,
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    ExportConfig,
+    MethodConfig,
+    NamedTeacherConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Real,
+    ReportConfig,
+    RolloutConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    UserPath,
+    Whole,
+    key,
+)
+from megatron_tropd.errors import ConfigError
+
+
+class RunConfig(Section):
+    """A whole run. Build it with :func:`load_config` or :func:`parse_config`, which raise readable errors."""
+
+    run_dir: UserPath = Field(description="Directory of the run: metrics, config, checkpoints, report.")
+    seed: Whole = key(0, "Seed of every random number of the run.", ge=0, lt=2**63)
+    dtype: Dtype = key("bf16", "Compute type. `bf16` keeps fp32 master weights.")
+    collective_timeout_s: Real = key(
+        1800.0,
+        "Seconds that ranks wait for one another before they give up; a node that is cut off is noticed no sooner. "
+        "Above the longest that one rank works alone: loading a model, writing a checkpoint or an export.",
+        gt=0,
+    )
+    student: StudentConfig
+    teacher: TeacherConfig
+    teachers: tuple[NamedTeacherConfig, ...] = key(
+        (), "More teachers, each for the sequences of the data sources that name it; a list."
+    )
+    base: BaseConfig = BaseConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.train.pack_tokens < longest:
+            raise ValueError(
+                f"train.pack_tokens = {self.train.pack_tokens} cannot hold the longest sequence: "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = "
+                f"{self.data.max_prompt_tokens} + {self.rollout.max_new_tokens} = {longest}. "
+                f"Raise train.pack_tokens to {longest} or more, or lower one of the two."
+            )
+        sequences = self.train.prompts_per_step * (self.rollout.samples_per_prompt + self.rollout.guided_per_prompt)
+        if self.train.minibatches > sequences:
+            raise ValueError(
+                f"train.minibatches = {self.train.minibatches} is more than the {sequences} sequences of a step. "
+                "Lower it, or raise train.prompts_per_step."
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} never ends: train.steps = {self.train.steps}. "
+                "Lower it, or raise train.steps."
+            )
+        for name, model in (
+            ("student.model", self.student.model),
+            ("teacher.model", self.teacher.model),
+            *((f"teachers[{i}].model", teacher.model) for i, teacher in enumerate(self.teachers)),
+            ("base.model", self.base_model),
+        ):
+            if self.export.hf is not None and self.export.hf.absolute() == model.absolute():
+                raise ValueError(
+                    f"export.hf = '{self.export.hf}' is {name}, which would be overwritten. Name another directory."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _every_teacher_has_something_to_grade(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        asked = [source.teacher for source in self.data.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"teachers holds {names.count(name)} teachers named {name!r}. Give each its own name.")
+            if name not in asked:
+                raise ValueError(
+                    f"teachers holds {name!r}, which no source names and nothing would be graded by. "
+                    "Give it to one of data.sources, as its teacher, or take it out."
+                )
+        for i, wanted in enumerate(asked):
+            if wanted is not None and wanted not in names:
+                known = ", ".join(map(repr, names)) or "none"
+                raise ValueError(f"data.sources[{i}].teacher = {wanted!r} is not one of teachers ({known}).")
+        return self
+
+    @model_validator(mode="after")
+    def _several_teachers_are_megatrons_own_and_live(self) -> Self:
+        if not self.teachers:
+            return self
+        if all(source.teacher is not None for source in self.data.sources):
+            raise ValueError(
+                "every source names one of teachers, so that teacher.model would grade nothing. "
+                "Move one of them there, and leave out the name in its sources."
+            )
+        if self.teacher.engine != "megatron":
+            raise ValueError(
+                f"teacher.engine = {self.teacher.engine} is for runs with one teacher, and teachers holds "
+                f"{len(self.teachers)} more. Set it to megatron."
+            )
+        if self.teacher.ranks:
+            raise ValueError(
+                f"teacher.ranks = {self.teacher.ranks} is for runs with one teacher, and teachers holds "
+                f"{len(self.teachers)} more. Set it to 0."
+            )
+        for key_, value in (("record", self.teacher.record), ("recorded_from", self.teacher.recorded_from)):
+            if value is not None:
+                raise ValueError(
+                    f"teacher.{key_} = '{value}' is for runs with one teacher, and teachers holds "
+                    f"{len(self.teachers)} more. Set it to null, or record each source in a run of its own."
+                )
+        return self
+
+    @property
+    def base_model(self) -> Path:
+        """Where the base model's weights are: the student's before training unless another is named."""
+        return self.base.model or self.student.model
+
+    @property
+    def base_parallel(self) -> ParallelConfig:
+        """How the base model is laid out."""
+        return self.base.parallel or (self.teacher.parallel if self.base.model else self.student.parallel)
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
+        own = self.teacher.ranks
+        shared = world_size - own
+        if shared < 1:
+            raise ConfigError(
+                f"teacher.ranks = {own} leaves no rank to the student: {world_size} "
+                f"{'is' if world_size == 1 else 'are'} launched. "
+                f"Launch {own + self.student.parallel.smallest_world}, as in `torchrun --nproc-per-node "
+                f"{own + self.student.parallel.smallest_world} -m megatron_tropd ...`, or set teacher.ranks=0."
+            )
+        sampler = ParallelConfig(tensor=self.rollout.parallel.tensor)
+        for role, parallel, ranks in (
+            ("student", self.student.parallel, shared),
+            ("teacher", self.teacher.parallel, own or world_size),
+            *((f"teachers[{i}]", teacher.parallel, shared) for i, teacher in enumerate(self.teachers)),
+            ("base", self.base_parallel, shared),
+            ("rollout", sampler, shared),
+        ):
+            try:
+                parallel.data_size(ranks)
+            except ConfigError as error:
+                divided = ""
+                if own:
+                    divided = (
+                        f" Of the {world_size} launched, {own} are the teacher's (teacher.ranks), and {shared} the "
+                        f"student's: the two parts are launched together, so add the other to what this one needs."
+                    )
+                raise ConfigError(f"{role}.parallel: {error}{divided}") from None
+
+    def check_paths(self) -> None:
+        """Raises ConfigError when a path that the run reads does not exist."""
+        resume = self.checkpoint.resume
+        model = "Give a Hugging Face checkpoint directory on this machine; hub names are not downloaded."
+        for name, path, fix in (
+            ("student.model", self.student.model, model),
+            ("teacher.model", self.teacher.model, model),
+            *((f"teachers[{i}].model", teacher.model, model) for i, teacher in enumerate(self.teachers)),
+            ("base.model", self.base.model, model),
+            *(("data.prompts", path, PROMPT_FILES) for path in self.data.prompts),
+            *(
+                (f"data.sources[{i}].prompts", path, PROMPT_FILES)
+                for i, source in enumerate(self.data.sources)
+                for path in source.prompts
+            ),
+            *(("evaluate.prompts", path, f"{PROMPT_FILES} Null is no evaluation.") for path in self.evaluate.prompts),
+            *(
+                (f"prompts of the suite {suite.name!r}", path, PROMPT_FILES)
+                for suite in self.evaluate.suites
+                for path in suite.prompts
+            ),
+            ("rollout.recorded_from", self.rollout.recorded_from, "Give the directory of a run with rollout.record."),
+            ("teacher.recorded_from", self.teacher.recorded_from, "Give the directory of a run with teacher.record."),
+            (
+                "checkpoint.resume",
+                None if resume in ("auto", "never") else Path(resume).expanduser(),
+                "Give a checkpoint directory, auto or never.",
+            ),
+        ):
+            if path is not None and not path.exists() and not (fix.startswith(PROMPT_FILES) and matches(path)):
+                raise ConfigError(
+                    f"{name} = '{path}': there is nothing at {path.absolute()} "
+                    f"(relative paths are relative to the current directory). {fix}"
+                )
+
+
+PROMPT_FILES = "Give a JSONL, Parquet or Arrow file, a glob, or a directory of them."
+
+
+def matches(pattern: Path) -> bool:
+    """Whether a pattern such as ``data/*.parquet`` finds anything."""
+    return next(glob.iglob(str(pattern), recursive=True), None) is not None

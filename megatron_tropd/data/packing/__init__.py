@@ -1,0 +1,5 @@
+"""Packing of whole sequences into fixed-budget streams: ``pack``, its validation, and the plain twin of the C++ core."""
+
+from megatron_tropd.data.packing.api import LINEAR_WORK, FlatSequences, backend, pack, pack_flat, pack_work
+
+__all__ = ["LINEAR_WORK", "FlatSequences", "backend", "pack", "pack_flat", "pack_work"]

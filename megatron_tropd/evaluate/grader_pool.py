@@ -1,0 +1,239 @@
+"""Grades many responses, several at a time, each within its time: one response that hangs costs its own point only.
+
+What takes a bounded time is graded in place. Mathematics and regular expressions go to worker processes, which are
+ended and replaced when they exceed their time; programs go to ``data.sandbox``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.evaluate.rules import CODE, Rule, extracted, grade, program_of
+from megatron_tropd.evaluate.sandbox import Limits, detect_isolation, run_program
+
+logger = logging.getLogger(__name__)
+
+_BOUNDED = ("final_number", "exact", "choice")
+_START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
+_MOST_WORKERS = 8
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One response and what it is graded by."""
+
+    rule: Rule
+    response: str
+    answer: str  # reference
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``note`` says why a response could not be graded, or why a program failed; empty otherwise."""
+
+    right: bool
+    note: str = ""
+    timed_out: bool = False
+    bad_reference: bool = False
+
+
+class Judge:
+    """Grades with up to ``workers`` processes, started when first needed and ended by ``close`` or with this process.
+
+    Args:
+        allow_code: programs are run only when whoever started us has said so.
+    """
+
+    def __init__(self, *, workers: int | None = None, allow_code: bool = False) -> None:
+        self._count = workers or _workers()
+        self._allow_code = allow_code
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(self._count):
+            self._idle.put(_Worker())
+
+    def grade(self, items: Sequence[Item]) -> list[Verdict]:
+        """One verdict per item, in their order.
+
+        Raises:
+            ConfigError: a program is to be run and that is not allowed, or not possible here; or a rule is unknown.
+        """
+        if any(item.rule.kind == CODE for item in items):
+            check_code_allowed(self._allow_code)
+        for pattern in {item.rule.extract for item in items}:
+            extracted("", pattern)  # refuses what is no regular expression
+        slow = [number for number, item in enumerate(items) if _is_slow(item.rule)]
+        verdicts = {number: _grade_in_place(items[number]) for number in set(range(len(items))) - set(slow)}
+        with ThreadPoolExecutor(max_workers=self._count) as threads:
+            verdicts.update(zip(slow, threads.map(self._grade_slowly, [items[i] for i in slow]), strict=True))
+        return [verdicts[number] for number in range(len(items))]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for _ in range(self._count):
+            worker = self._idle.get()
+            worker.end()
+            self._idle.put(worker)
+
+    def _grade_slowly(self, item: Item) -> Verdict:
+        if item.rule.kind == CODE:
+            return _run_tests(item)
+        worker = self._idle.get()
+        try:
+            return worker.grade(item)
+        finally:
+            self._idle.put(worker)
+
+
+def check_code_allowed(allowed: bool) -> None:
+    """Raises ConfigError unless programs may be run, and can be; warns once of what they are not kept from here."""
+    if not allowed:
+        raise ConfigError(
+            "the grader 'code' runs programs that a model wrote, which is not allowed here. To allow it, set "
+            "evaluate.allow_code_execution=true or give --allow-code-execution."
+        )
+    _warn_of_missing_isolation()
+
+
+@lru_cache(maxsize=2)
+def shared_judge(allow_code: bool = False) -> Judge:
+    """The judge of this process; its workers end with it."""
+    judge = Judge(allow_code=allow_code)
+    atexit.register(judge.close)
+    return judge
+
+
+def _workers() -> int:
+    """One per core, shared with the other ranks of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _is_slow(rule: Rule) -> bool:
+    return rule.kind not in _BOUNDED or rule.extract is not None
+
+
+def _grade_in_place(item: Item) -> Verdict:
+    try:
+        return Verdict(grade(item.rule.kind, item.response, item.answer))
+    except DataError as error:
+        return Verdict(False, str(error), bad_reference=True)
+
+
+@lru_cache(maxsize=1)
+def _warn_of_missing_isolation() -> None:
+    missing = detect_isolation().missing
+    if missing:
+        logger.warning(
+            "programs of a model run here with limits but without namespaces: they can %s. "
+            "Allow user namespaces, or evaluate in a machine that may be lost.",
+            "; ".join(missing),
+        )
+
+
+def _run_tests(item: Item) -> Verdict:
+    code = program_of(extracted(item.response, item.rule.extract))
+    seconds = item.rule.seconds
+    limits = replace(Limits(), seconds=seconds, cpu_seconds=max(1, int(seconds)))
+    outcome = run_program(f"{code}\n{item.answer}\n", limits=limits)
+    return Verdict(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
+
+
+# --------------------------------------------------------------------------- workers
+
+
+class _Worker:
+    """A process that runs ``judge_worker``, replaced after it had to be ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def grade(self, item: Item) -> Verdict:
+        started = time.monotonic()
+        reply = self._try(item)
+        if reply is None and time.monotonic() - started < item.rule.seconds:
+            reply = self._try(item)  # it did not take long: the worker had died of something else
+        if reply is None:
+            note = f"grading took longer than {item.rule.seconds:g} s, or too much memory"
+            return Verdict(False, note, timed_out=True)
+        bad = reply.get("bad_reference", "")
+        return Verdict(reply["right"], bad or reply.get("note", ""), bad_reference=bool(bad))
+
+    def _try(self, item: Item) -> dict[str, Any] | None:
+        # its own limits first; what they cannot interrupt, its watchdog; and in the end we
+        patience = item.rule.seconds + 3.0 + (0.0 if self._is_running() else _START_S)
+        task = {
+            "kind": item.rule.kind,
+            "extract": item.rule.extract,
+            "seconds": item.rule.seconds,
+            "response": item.response,
+            "answer": item.answer,
+        }
+        reply = self._ask(json.dumps(task).encode() + b"\n", patience)
+        if reply is None:
+            self.end()
+        return reply
+
+    def end(self) -> None:
+        """Kills the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
+            self._process = None
+
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _ask(self, task: bytes, seconds: float) -> dict[str, Any] | None:
+        """The reply, or None when there is none in time."""
+        if not self._is_running():
+            self.end()
+            self._process = _start_worker()
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        deadline, line = time.monotonic() + seconds, b""
+        try:
+            self._process.stdin.write(task)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(timeout=max(deadline - time.monotonic(), 0.0)):
+                    return None
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    return None
+                line += part
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def _start_worker() -> subprocess.Popen[bytes]:
+    paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "megatron_tropd.evaluate.grader_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )

@@ -1,0 +1,56 @@
+"""A process that grades for ``data.judge``: one JSON object per line in, one per line out, until its input ends.
+
+It exists to be killed: symbolic mathematics and regular expressions may take for ever on a text that asks for it, some
+of it in C code that no signal interrupts. A watchdog ends the process by itself when its parent cannot.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import resource
+import sys
+from typing import IO, Any
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.evaluate.rules import extracted, grade
+
+_MEMORY_BYTES = 4 << 30
+
+
+def main() -> None:
+    # whatever a library prints must not be taken for an answer
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    logging.disable(logging.CRITICAL)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    for line in sys.stdin:
+        _answer(json.loads(line), replies)
+
+
+def _answer(task: dict[str, Any], replies: IO[str]) -> None:
+    if task["kind"] == "math":
+        import math_verify  # noqa: F401  # its import is not the response's time
+
+    faulthandler.dump_traceback_later(task["seconds"] + 1.0, exit=True)
+    try:
+        reply: dict[str, Any] = {
+            "right": grade(task["kind"], extracted(task["response"], task["extract"]), task["answer"])
+        }
+    except DataError as error:
+        reply = {"right": False, "bad_reference": str(error)}
+    except (MemoryError, RecursionError) as error:
+        reply = {"right": False, "note": f"too large to grade ({type(error).__name__})"}
+    faulthandler.cancel_dump_traceback_later()
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Runs a program that nobody has read, such as a model's answer and its tests, where it can do no harm.
+
+Every program has a process group, a process tree and a directory of its own, an empty environment, and limits on wall
+time, CPU time, memory, processes, files and output. Where Linux namespaces are to be had (as root, or with unprivileged
+user namespaces) it also has no network, sees no other process, and no file but the system's and the interpreter's, all
+read-only. ``isolation`` says what this machine can do, and what it cannot.
+
+What no sandbox of this kind can do: a program that sets out to fool its own tests runs in one process with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Literal
+
+import psutil
+
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.evaluate.sandbox_child import SETUP_FAILED
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_NOBODY = 65534
+_KEPT_OUTPUT = 4000  # bytes
+_LOOK_EVERY_S = 0.2  # at memory, of all processes together
+# what the program ends with cannot be told from what its tests end with, so the driver answers for them: it sends back
+# a word that it is given, and only after the last line has run; or else what was raised. Output would not do for that:
+# processes that the program has forked write to it as well. They come through these lines, too, and are not asked
+_DRIVER = """\
+import os, sys
+reply, word, program = %d, %d, os.getpid()
+def say_why(kind, error, trace):
+    sys.__excepthook__(kind, error, trace)
+    if os.getpid() == program:
+        import traceback
+        os.write(reply, traceback.format_exception_only(kind, error)[-1].encode("utf-8", "replace")[:1000])
+sys.excepthook = say_why
+with open("program.py", encoding="utf-8") as file:
+    source = file.read()
+exec(compile(source, "program.py", "exec"), {"__name__": "program"})
+sys.stdout.flush()
+if os.getpid() == program:
+    os.write(reply, os.read(word, 64))
+os._exit(0)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one program may use. Memory counts all its processes together, and each of them alone."""
+
+    seconds: float = 10.0  # wall time
+    cpu_seconds: int = 10
+    memory_bytes: int = 1 << 30
+    processes: int = 16  # threads count
+    file_bytes: int = 32 << 20  # of one file, and of all files together where namespaces are to be had
+    open_files: int = 64
+    output_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Isolation:
+    """What stands between a program and this machine."""
+
+    namespaces: bool  # no network, own processes, own files
+    user: Literal["unique", "nobody", "same"]  # whom it runs as
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What is not guarded here, in words."""
+        if self.namespaces:
+            return ()
+        files = "read and write what this user can" if self.user == "same" else "read what everyone can"
+        return ("reach the network", f"{files} on this machine", "see its processes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a program ended: ``ok`` when every line of it ran; else ``reason`` says in one line why not."""
+
+    ok: bool
+    reason: str = ""
+    output: str = ""  # the end of what it printed
+    timed_out: bool = False
+
+
+def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation | None = None) -> Outcome:
+    """Runs a Python program to its end, or to its limits. Nothing of it is left when this returns.
+
+    ``__name__`` is not ``"__main__"`` in the program, and there is nothing on its standard input.
+
+    Raises:
+        ConfigError: this machine cannot confine a program.
+    """
+    wanted = isolation or detect_isolation()
+    with tempfile.TemporaryDirectory(prefix="tropd-sandbox-") as directory, tempfile.TemporaryFile() as source:
+        source.write(program.encode("utf-8", "replace"))
+        source.seek(0)
+        return _Run(limits, wanted, directory).run(source)
+
+
+@lru_cache(maxsize=1)
+def detect_isolation() -> Isolation:
+    """The strongest isolation that works here, found by trying.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if sys.platform != "linux":
+        raise ConfigError(f"running programs of a model needs Linux, this is {sys.platform}. Evaluate code elsewhere.")
+    users: tuple[Literal["unique", "nobody", "same"], ...] = ("unique", "nobody") if os.getuid() == 0 else ("same",)
+    first = ""
+    for namespaces in (True, False):
+        for user in users:
+            choice = Isolation(namespaces=namespaces, user=user)
+            # nothing is at stake in a program that does nothing, so the machine may take its time
+            tried = run_program("pass", limits=replace(Limits(), seconds=60.0), isolation=choice)
+            if tried.ok:
+                return choice
+            first = first or tried.reason
+    raise ConfigError(
+        f"this machine cannot confine a program of a model ({first}), and as {'root' if users[0] != 'same' else 'is'} "
+        "none is run. Evaluate code as a user whose interpreter others may execute, or where namespaces are allowed."
+    )
+
+
+class _Run:
+    """One program, from its start to the end of its last process."""
+
+    def __init__(self, limits: Limits, isolation: Isolation, directory: str) -> None:
+        self._limits, self._isolation, self._directory = limits, isolation, directory
+        self._word = secrets.token_hex(16).encode()
+        self._output = bytearray()
+
+    def run(self, source: IO[bytes]) -> Outcome:
+        word_in, word_out = os.pipe()
+        reply_in, reply_out = os.pipe()
+        try:
+            os.write(word_out, self._word)
+            # whoever reads second finds the end and not a wait
+            os.close(word_out)
+            os.set_blocking(reply_in, False)
+            process = self._start(source, (reply_out, word_in))
+            try:
+                stopped = self._watch(process)
+            finally:
+                self._end(process)
+            replied = _read(reply_in)
+        finally:
+            for end in (word_in, reply_in, reply_out):
+                os.close(end)
+        return self._outcome(process.returncode, stopped, replied or b"")
+
+    def _start(self, source: IO[bytes], fds: tuple[int, int]) -> subprocess.Popen[bytes]:
+        user = {"unique": 1_000_000_000 + secrets.randbelow(1_000_000_000), "nobody": _NOBODY, "same": 0}
+        config = {
+            **asdict(self._limits),
+            "namespaces": self._isolation.namespaces,
+            "user": user[self._isolation.user],
+            "directory": self._directory,
+            "driver": _DRIVER % fds,
+        }
+        # an interpreter may need it to find its own libraries; nothing else is handed on
+        environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        return subprocess.Popen(
+            [sys.executable, "-I", "-B", str(_CHILD), json.dumps(config)],
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+            pass_fds=fds,
+        )
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> str:
+        """Reads output until the program ends; why it must be ended, where it does not by itself."""
+        assert process.stdout is not None
+        deadline, look = time.monotonic() + self._limits.seconds, time.monotonic() + _LOOK_EVERY_S
+        ended = os.pidfd_open(process.pid)
+        try:
+            os.set_blocking(process.stdout.fileno(), False)
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                selector.register(ended, selectors.EVENT_READ)
+                while process.poll() is None:
+                    now = time.monotonic()
+                    if now >= deadline:
+                        return f"ran longer than {self._limits.seconds:g} s"
+                    if now >= look:
+                        look = now + _LOOK_EVERY_S
+                        if _memory_of(process.pid) > self._limits.memory_bytes:
+                            return f"used more than {self._limits.memory_bytes >> 20} MiB of memory"
+                    ready = [key.fileobj for key, _ in selector.select(timeout=min(deadline, look) - now)]
+                    if process.stdout in ready and not self._take(process.stdout):
+                        selector.unregister(process.stdout)  # it closed its output and goes on
+                    if len(self._output) > self._limits.output_bytes:
+                        return f"printed more than {self._limits.output_bytes >> 10} KiB"
+        finally:
+            os.close(ended)
+        self._take(process.stdout)
+        return ""
+
+    def _take(self, stream: IO[bytes]) -> bool:
+        """Takes what there is; False at the end of the stream."""
+        part = _read(stream.fileno())
+        self._output += part or b""
+        return part != b""
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends whatever is left: in namespaces all of it dies with its first process, elsewhere one by one."""
+        if process.poll() is None:
+            _stop(process.pid)
+            if self._isolation.namespaces:
+                _end_world(process.pid)
+            else:
+                _end_descendants(process.pid)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+    def _outcome(self, status: int, stopped: str, replied: bytes) -> Outcome:
+        output = self._output[-_KEPT_OUTPUT:].decode("utf-8", "replace")
+        raised, printed = _first_line(replied.decode("utf-8", "replace")), _first_line(output, backwards=True)
+        if stopped:
+            return Outcome(ok=False, reason=stopped, output=output, timed_out="longer" in stopped)
+        if replied == self._word:
+            return Outcome(ok=True, output=output)
+        if status == SETUP_FAILED and printed.startswith("sandbox: "):
+            return Outcome(ok=False, reason=printed, output=output)
+        if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and not printed):
+            return Outcome(
+                ok=False,
+                reason=f"used more than {self._limits.cpu_seconds} s of CPU time",
+                output=output,
+                timed_out=True,
+            )
+        reason = raised or printed or f"ended with status {status} before its last line"
+        return Outcome(ok=False, reason=reason[:200], output=output)
+
+
+def _first_line(text: str, *, backwards: bool = False) -> str:
+    """The first line, or the last, that is not blank; empty where there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1 if backwards else 0] if lines else ""
+
+
+def _read(fd: int) -> bytes | None:
+    """What a pipe holds, up to 64 KiB; empty at its end, None where there is nothing yet."""
+    try:
+        return os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return None
+
+
+def _memory_of(pid: int) -> int:
+    """Bytes in the memory of a process and all its descendants."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total
+
+
+def _stop(pid: int) -> None:
+    """Stops a child of ours and waits until it is stopped, or has ended: from then on it starts no other process."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def _end_world(outside: int) -> None:
+    """Ends the first process of new namespaces, whose parent is ``outside``, stopped, which then ends by itself.
+
+    The kernel lets the first process of a namespace end only after all others in it; the one outside waits for it.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(outside)
+        for process in parent.children() or [parent]:
+            process.kill()
+    os.kill(outside, signal.SIGCONT)
+
+
+def _end_descendants(pid: int) -> None:
+    """Stops all of them before the first is ended, so that none can start another meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        while found := [process for process in root.children(recursive=True) if _is_running(process)]:
+            for stop in (psutil.Process.suspend, psutil.Process.kill):
+                for process in found:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        stop(process)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

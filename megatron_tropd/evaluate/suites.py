@@ -1,0 +1,186 @@
+"""Accuracy of a sampler on suites of graded problems, with intervals. Collective: ranks share the grading."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_tropd.config.sections import DataConfig, SuiteConfig
+from megatron_tropd.data.tokenizer import Tokenizer
+from megatron_tropd.errors import DataError
+from megatron_tropd.evaluate.grader_pool import Item, Verdict, shared_judge
+from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
+from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.report.records import Evaluation
+from megatron_tropd.rollout.guidance import make_requests
+from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.types import Prompt, Rollout, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# evaluation draws come from a seed of their own, so that training does not depend on when it is evaluated
+_SEED_OFFSET = 1 << 40
+
+
+def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
+    """The response as text, without special tokens."""
+    return tokenizer.decode(rollout.token_ids[rollout.prompt_length :].tolist())
+
+
+def training_rule(data: DataConfig, prompt: Prompt) -> Rule:
+    """The rule that grades responses to a training prompt: its source's own, or that of all."""
+    own = {source.name: source.grader for source in data.sources}
+    return Rule(kind=own.get(prompt.source) or data.grader)
+
+
+def verdicts(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    rule: Callable[[Prompt], Rule],
+    *,
+    allow_code: bool,
+) -> list[Verdict]:
+    """One verdict per rollout, of which every prompt has as many as the others, in order. Collective.
+
+    An answer cut off by the budget is graded as it stands.
+
+    Raises:
+        DataError: a problem has no reference answer.
+    """
+    per_prompt = len(rollouts) // len(prompts)
+    items = []
+    for number, rollout in enumerate(rollouts):
+        prompt = prompts[number // per_prompt]
+        if prompt.answer is None:
+            raise DataError(
+                f"problem {prompt.index} has no reference answer to grade against. Give data.columns.answer the name "
+                "of the column that holds it."
+            )
+        items.append(Item(rule=rule(prompt), response=answer_text(rollout, tokenizer), answer=prompt.answer))
+    return _shared_out(items, allow_code=allow_code)
+
+
+def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Verdict]:
+    """Every rank grades its part of what takes long, so that all know the same and none does the work of others."""
+    judge = shared_judge(allow_code)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return judge.grade(items)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts: list[list[Verdict] | None] = [None] * world
+    dist.all_gather_object(parts, judge.grade(items[rank::world]))
+    found = [iter(part or ()) for part in parts]
+    return [next(found[number % world]) for number in range(len(items))]
+
+
+def correctness(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    rule: Callable[[Prompt], Rule],
+    *,
+    allow_code: bool,
+) -> np.ndarray:
+    """``[prompts, samples]`` of 0 and 1, by ``verdicts``."""
+    found = verdicts(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
+    return np.array([verdict.right for verdict in found], dtype=np.float64).reshape(len(prompts), -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One suite's graded answers."""
+
+    right: np.ndarray  # [problems, samples] of 0 and 1
+    mean_length: float  # tokens per answer
+    finished: float = 1.0  # share of answers that ended by themselves
+    timed_out: int = 0  # answers whose grading was given up
+
+    @property
+    def solved(self) -> float:
+        """Share of problems with at least one right answer: pass@n of n samples."""
+        return float((self.right.max(axis=1) > 0).mean())
+
+
+def answer_suite(
+    sampler: Sampler,
+    suite: SuiteConfig,
+    problems: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    allow_code: bool = False,
+) -> Answered:
+    """Samples and grades the answers of one complete suite (``reading.complete_suites``). Collective."""
+    assert suite.max_new_tokens is not None and suite.grader is not None
+    budget = suite.max_new_tokens
+    requests = make_requests(problems, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
+    params = SamplingParams(
+        max_new_tokens=budget,
+        temperature=suite.temperature,
+        top_p=suite.top_p,
+        top_k=suite.top_k,
+        stop_token_ids=tuple(tokenizer.eos_ids),
+    )
+    rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
+    rule = Rule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s)
+    found = verdicts(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
+    _warn_of_ungraded(suite.name, found)
+    return Answered(
+        right=np.array([verdict.right for verdict in found], dtype=np.float64).reshape(len(problems), -1),
+        mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
+        finished=float(np.mean([rollout.finished for rollout in rollouts])),
+        timed_out=sum(verdict.timed_out for verdict in found),
+    )
+
+
+def _warn_of_ungraded(suite: str, found: Sequence[Verdict]) -> None:
+    bad = [verdict.note for verdict in found if verdict.bad_reference]
+    if bad:
+        logger.warning("%s: %d answers count as wrong for want of a reference: %s", suite, len(bad), bad[0])
+
+
+def answer_suites(
+    sampler: Sampler,
+    suites: Sequence[SuiteConfig],
+    problems: Mapping[str, Sequence[Prompt]],
+    tokenizer: Tokenizer,
+    *,
+    model: str,
+    step: int | None,
+    seed: int,
+    allow_code: bool,
+) -> list[Evaluation]:
+    """Every suite in turn, summarised. Collective."""
+    return [
+        summarise(
+            answer_suite(sampler, suite, problems[suite.name], tokenizer, seed=seed, allow_code=allow_code),
+            suite,
+            model=model,
+            step=step,
+        )
+        for suite in suites
+    ]
+
+
+def summarise(answered: Answered, suite: SuiteConfig, *, model: str, step: int | None = None) -> Evaluation:
+    """Accuracy, mean over samples, and pass@k of one suite with their 95 % intervals."""
+    right = answered.right
+    interval = accuracy_interval(right[:, 0] if suite.samples == 1 else right)
+    return Evaluation(
+        model=model,
+        suite=suite.name,
+        accuracy=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        problems=len(right),
+        samples=suite.samples,
+        mean_length=answered.mean_length,
+        step=step,
+        pass_at={str(k): list(pass_at_k_interval(right, k)) for k in suite.pass_at},
+        finished=answered.finished,
+        timed_out=answered.timed_out,
+    )

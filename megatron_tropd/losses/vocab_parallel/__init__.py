@@ -1,0 +1,7 @@
+"""Vocabulary-parallel losses of hidden states and output weights, without whole logits: the four public names."""
+
+from megatron_tropd.losses.vocab_parallel.divergence import linear_divergence
+from megatron_tropd.losses.vocab_parallel.logprobs import LogProbs, linear_logprobs
+from megatron_tropd.losses.vocab_parallel.topk import TopK, linear_topk
+
+__all__ = ["LogProbs", "TopK", "linear_divergence", "linear_logprobs", "linear_topk"]

@@ -1,0 +1,1 @@
+"""Who computes a tile: plain torch, or Triton kernels on GPUs."""

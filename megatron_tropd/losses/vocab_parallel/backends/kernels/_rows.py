@@ -1,0 +1,113 @@
+"""What the kernels share. Each program owns one row of the tile and walks it in blocks of columns.
+
+Owning the row makes everything deterministic without atomics, and lets picked entries be read before, and written
+after, the row is overwritten. Sums run in fp32 whatever the tile holds. Needs Triton: other rooms go through
+``megatron_tropd.losses.vocab_parallel.backends.kernels``, which does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NOTHING = tl.constexpr(float("-inf"))  # past the end of a row
+HIDDEN = tl.constexpr(-1.0e30)  # ``losses._tail.HIDDEN``: a column that is not to count
+LOG2_E = tl.constexpr(1.4426950408889634)
+_MOST_COLUMNS = 4096
+_MOST_IDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a row is walked.
+
+    On Hopper a block of 4,096 bfloat16 columns over 8 warps gives every thread two 16-byte loads in flight, and
+    eight such programs fit a multiprocessor: 64 KB in flight on each, several times what its share of the memory's
+    latency times bandwidth asks for.
+    """
+
+    block: int
+    warps: int
+
+
+def launch_for(width: int, *, most: int = _MOST_COLUMNS) -> Launch:
+    """Blocks for rows of ``width`` columns; a narrow row gets a narrow block."""
+    block = min(most, max(16, triton.next_power_of_2(width)))
+    return Launch(block=block, warps=min(8, max(1, block // 256)))
+
+
+def ids_block(count: int) -> int:
+    """How many picked ids are handled at once."""
+    return min(_MOST_IDS, max(16, triton.next_power_of_2(count)))
+
+
+def check_rows(*tensors: Tensor) -> None:
+    """Tiles may be views with any row stride, but what a row holds lies side by side, and so do numbers per token."""
+    for x in tensors:
+        assert x.stride(-1) == 1 or x.shape[-1] <= 1, f"a kernel was given strides {x.stride()}"
+
+
+@triton.jit
+def load_block(row_ptr, start, width, beyond, BLOCK: tl.constexpr):
+    """(values in fp32, with ``beyond`` past the width; which columns are real)."""
+    columns = start + tl.arange(0, BLOCK)
+    inside = columns < width
+    return tl.load(row_ptr + columns, mask=inside, other=beyond).to(tl.float32), inside
+
+
+@triton.jit
+def rescale(old_max, new_max):
+    """(old_max - new_max, its exponential); bounded, since the maximum of an empty set is the lowest float."""
+    shift = tl.maximum(old_max - new_max, -1.0e4)
+    return shift, tl.exp2(shift * LOG2_E)
+
+
+@triton.jit
+def merge(max_a, sumexp_a, weighted_a, max_b, sumexp_b, weighted_b):
+    """Statistics of two sets of columns together: ``Statistics.merge_``."""
+    top = tl.maximum(max_a, max_b)
+    shift_a, scale_a = rescale(max_a, top)
+    shift_b, scale_b = rescale(max_b, top)
+    weighted = (weighted_a + sumexp_a * shift_a) * scale_a + (weighted_b + sumexp_b * shift_b) * scale_b
+    return top, sumexp_a * scale_a + sumexp_b * scale_b, weighted
+
+
+@triton.jit
+def block_statistics(raw, scale):
+    """(max, sumexp, weighted) of ``scale * raw`` over the columns that are not hidden; sums of 0 when all are.
+
+    Differences are taken before scaling, so that the maximum's own exponent is exactly 0.
+    """
+    raw_max = tl.maximum(tl.max(raw, 0), HIDDEN)
+    gap = tl.where(raw > 0.5 * HIDDEN, raw - raw_max, HIDDEN)
+    exponential = tl.exp2(gap * (scale * LOG2_E))
+    return raw_max * scale, tl.sum(exponential, 0), tl.sum(exponential * gap, 0) * scale
+
+
+@triton.jit
+def picked_columns(ids_ptr, start, num_ids, first_id, width, IDS: tl.constexpr):
+    """(places of some of the row's ids, their columns in this tile, which of them lie in it)."""
+    slots = start + tl.arange(0, IDS)
+    columns = tl.load(ids_ptr + slots, mask=slots < num_ids, other=-1) - first_id
+    return slots, columns, (slots < num_ids) & (columns >= 0) & (columns < width)
+
+
+@triton.jit
+def read_picked(
+    logits_ptr, width, scale, ids_ptr, picked_ptr, num_ids, first_id, HIDE: tl.constexpr, IDS: tl.constexpr
+):
+    """Logits of the row's ids that lie in this tile, to where they belong; with HIDE their columns are then hidden."""
+    for start in tl.range(0, num_ids, IDS):
+        slots, columns, here = picked_columns(ids_ptr, start, num_ids, first_id, width, IDS)
+        raw = tl.load(logits_ptr + columns, mask=here, other=0.0).to(tl.float32)
+        tl.store(picked_ptr + slots, raw * scale, mask=here)
+    if HIDE:
+        tl.debug_barrier()  # every mention of an id has been read before any of them hides its column
+        for start in tl.range(0, num_ids, IDS):
+            _, columns, here = picked_columns(ids_ptr, start, num_ids, first_id, width, IDS)
+            hidden = tl.full((IDS,), HIDDEN, tl.float32).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + columns, hidden, mask=here)
+        tl.debug_barrier()  # no column is read below by another thread before it is hidden

@@ -1,0 +1,88 @@
+"""The embedded sampler: a second copy of the model in the same processes, generating data-parallel.
+
+Decoding over tensor-parallel ranks pays a collective per layer and token (1-2 ms each over gloo), so each rank holds
+the whole model when it fits (``tensor=1``), and batches of sequences are dealt to ranks. Batches are cut by the
+sequences' lengths alone, never by the number of ranks: every layout generates the same rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tropd.data.random import Stream, uniforms
+from megatron_tropd.engine.decode import Continuation, decode_batch
+from megatron_tropd.engine.model import Model, build_model
+from megatron_tropd.engine.weights import load_stream
+from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.rollout.dispatch import contexts_of, dealt_to, exchange, to_rollout
+from megatron_tropd.types import Architecture, Rollout, RolloutRequest, SamplingParams
+
+
+class MegatronSampler:
+    """Implements ``rollout.sampler.Sampler``. Its layout must have one pipeline stage and no sequence parallelism."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        groups: Groups,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int = 64,
+        vocab_size: int | None = None,
+    ) -> None:
+        """``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""
+        self.model: Model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False).freeze()
+        self.batch_size = batch_size
+        self._vocab_size = vocab_size or architecture.vocab_size
+        self.version = 0
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        load_stream(self.model, tensors)
+        self.version = version
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> list[Rollout]:
+        contexts = contexts_of(requests, self.model.architecture.max_positions)
+        writable = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
+        batches = _cut_batches(writable, [len(context) for context in contexts], self.batch_size)
+        costs = [max(len(contexts[i]) / 8 + requests[i].max_new_tokens for i in batch) for batch in batches]
+        mine = [batches[number] for number in dealt_to(self.model.groups, costs)]
+        done: dict[int, Continuation] = {}
+        for batch in mine:
+            budgets = [requests[i].max_new_tokens for i in batch]
+            drawn = np.stack(
+                [
+                    uniforms(
+                        seed=seed,
+                        step=step,
+                        sequence_id=requests[i].sequence_id,
+                        stream=Stream.SAMPLING,
+                        count=max(budgets),
+                    )
+                    for i in batch
+                ]
+            )
+            continuations = decode_batch(
+                self.model, [contexts[i] for i in batch], budgets, drawn, params, vocab_size=self._vocab_size
+            )
+            done.update(zip(batch, continuations, strict=True))
+        everything = exchange(done, self.model.groups.pg.dp)
+        return [
+            to_rollout(request, context, everything.get(i), params, version=self.version)
+            for i, (request, context) in enumerate(zip(requests, contexts, strict=True))
+        ]
+
+
+def _cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Batches of sequences of similar context length, so that little of a batch is padding."""
+    order = sorted(indices, key=lambda i: (lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

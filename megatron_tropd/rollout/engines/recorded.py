@@ -1,0 +1,167 @@
+"""Rollouts on disk: any run can record them, any run can replay them exactly.
+
+One ``.npz`` file per step, plain arrays only (never pickled): concatenated tokens and log-probs plus one row of
+integers per sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron_tropd.errors import DataError
+from megatron_tropd.rollout.dispatch import versions_of
+from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+
+_COLUMNS = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
+
+
+def _file(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}.npz"
+
+
+def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
+    """Writes one step's rollouts; the file appears whole or not at all."""
+    path = _file(Path(directory), step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[getattr(rollout, name) for name in _COLUMNS] for rollout in rollouts]
+    columns = {}
+    if any(rollout.token_versions is not None for rollout in rollouts):
+        columns["token_versions"] = _joined([versions_of(rollout) for rollout in rollouts], np.int64)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            rows=np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)),
+            lengths=np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64),
+            token_ids=_joined([rollout.token_ids for rollout in rollouts], np.int64),
+            sampling_logprob=_joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
+            model_logprob=_joined([rollout.model_logprob for rollout in rollouts], np.float32),
+            **columns,  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
+        )
+    os.replace(partial, path)
+    return path
+
+
+def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
+
+
+def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
+    """One step's rollouts as they were recorded.
+
+    Raises:
+        DataError: nothing was recorded for the step, or the file is torn.
+    """
+    check_recorded(directory, range(step, step + 1))
+    path = _file(Path(directory), step)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+            return _rollouts(arrays)
+    # a file that is a single array opens, but is no archive: it has neither `with` nor names
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
+
+
+def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:
+    """DataError when one of the steps was not recorded."""
+    for step in steps:
+        path = _file(Path(directory), step)
+        if not path.exists():
+            recorded = sorted(p.stem for p in path.parent.glob("step-*.npz"))
+            span = f"the directory holds {recorded[0]} to {recorded[-1]}" if recorded else "the directory holds none"
+            raise DataError(
+                f"{path.absolute()} was not recorded ({span}). Record as many steps as train.steps of the replay."
+            )
+
+
+def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in arrays["rows"].tolist()]
+    lengths = arrays["lengths"]
+    written = lengths - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
+    versions: list[np.ndarray | None] = [None] * len(rows)
+    if "token_versions" in arrays:  # where one sequence has several
+        versions = [_if_mixed(version_n) for version_n in _parts(arrays["token_versions"], written)]
+    return [
+        Rollout(
+            **{**row, "finished": bool(row["finished"])},
+            token_ids=t,
+            sampling_logprob=s,
+            model_logprob=m,
+            token_versions=v,
+        )
+        for row, t, s, m, v in zip(
+            rows,
+            _parts(arrays["token_ids"], lengths),
+            _parts(arrays["sampling_logprob"], written),
+            _parts(arrays["model_logprob"], written),
+            versions,
+            strict=True,
+        )
+    ]
+
+
+def _if_mixed(version_n: np.ndarray) -> np.ndarray | None:
+    return version_n if len(version_n) and (version_n != version_n[0]).any() else None
+
+
+def _parts(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    if (lengths < 0).any() or lengths.sum() != len(joined):
+        raise ValueError(f"its sequences have {lengths.sum()} entries, its arrays {len(joined)}")
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+class RecordedSampler:
+    """Implements ``rollout.sampler.Sampler`` by replaying a recording; weights are ignored."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        # the stream is collective: it must be drawn to its end
+        for _ in tensors:
+            pass
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> list[Rollout]:
+        """The recorded rollouts of ``step``.
+
+        Raises:
+            DataError: they answer other requests than these (other prompts, order, prefixes or number of samples).
+        """
+        rollouts = read_rollouts(self._directory, step)
+        if len(rollouts) != len(requests):
+            raise DataError(
+                f"the recording of step {step} in {self._directory.absolute()} holds {len(rollouts)} sequences, but "
+                f"{len(requests)} are asked for. Replay with the prompts_per_step, samples_per_prompt and "
+                "guided_per_prompt of the recording."
+            )
+        for request, rollout in zip(requests, rollouts, strict=True):
+            if not _answers(rollout, request):
+                raise DataError(
+                    f"the recording of step {step} in {self._directory.absolute()} answers other prompts: sequence "
+                    f"{request.sequence_id} is of prompt {rollout.prompt_index} there, of prompt "
+                    f"{request.prompt_index} here, or its text has changed. Replay with the seed, prompts, tokenizer "
+                    "and guidance of the recording."
+                )
+        return rollouts
+
+
+def _answers(rollout: Rollout, request: RolloutRequest) -> bool:
+    """Whether the recorded sequence starts with exactly what is asked to be continued."""
+    context = np.concatenate([request.prompt_ids, request.prefix_ids])
+    return (
+        (rollout.sequence_id, rollout.prompt_index) == (request.sequence_id, request.prompt_index)
+        and (rollout.prompt_length, rollout.prefix_length) == (len(request.prompt_ids), len(request.prefix_ids))
+        and np.array_equal(rollout.token_ids[: len(context)], context)
+    )

@@ -1,0 +1,56 @@
+"""What every source of rollouts must do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+
+
+class Sampler(Protocol):
+    """Continues sequences with the newest weights it was given. Collective: every rank calls, every rank gets all."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> list[Rollout]:
+        """One rollout per request, in the order of the requests.
+
+        The random numbers of a sequence depend on ``(seed, step, sequence_id)`` alone.
+        """
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Takes whole tensors under Hugging Face names; later rollouts carry ``version``.
+
+        ``tensors`` may be iterated over again, later: a server that comes back asks for them. Iterating is collective.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of engines and connections it holds. Collective."""
+        ...
+
+
+class Pending(Protocol):
+    """Rollouts that are being written while the caller does something else."""
+
+    @property
+    def ended_at(self) -> float | None:
+        """``time.perf_counter()`` when the last of them was there; None where that is not known."""
+        ...
+
+    def collect(self) -> list[Rollout]:
+        """Waits for all of them: what ``generate`` returns. Collective."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A sampler that computes elsewhere, so that generation need not be waited for at once."""
+
+    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> Pending:
+        """Starts what ``generate`` does. Weights must not change before all that was begun is collected."""
+        ...

@@ -1,0 +1,444 @@
+"""From a configuration to the objects of a run. Everything that can be wrong is found before work begins."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.stream import PromptStream
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.tokenizer import Tokenizer
+from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
+from megatron_tropd.engine.offload import Moves
+from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.step import Trainer
+from megatron_tropd.engine.weights import load_weights
+from megatron_tropd.methods import Method
+from megatron_tropd.models.name_table import output_entry
+from megatron_tropd.models.rules import RULES, Cut, fill
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.partition import Bridge
+from megatron_tropd.rollout.engines.megatron import MegatronSampler
+from megatron_tropd.rollout.engines.recorded import RecordedSampler
+from megatron_tropd.rollout.engines.vllm import VLLMSampler
+from megatron_tropd.rollout.engines.vllm_server import ServerSampler
+from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.setup.datasets import shares_of
+from megatron_tropd.setup.validate import (
+    DTYPES,
+    Inputs,
+    check_method,
+    identity,
+    layout_of,
+    live_teacher_engine,
+    longest_sequence,
+    longest_training_sequence,
+    most_alternatives,
+    signal_spec,
+)
+from megatron_tropd.teacher.base_model import TeacherAndBase
+from megatron_tropd.teacher.engines.megatron import MegatronTeacher
+from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
+from megatron_tropd.teacher.engines.remote import Halves, TeacherApart
+from megatron_tropd.teacher.engines.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
+from megatron_tropd.teacher.protocol import SignalSpec, Teacher
+from megatron_tropd.teacher.routing import RoutedTeacher
+from megatron_tropd.teacher.sharded import HiddenKind
+from megatron_tropd.types import Architecture, Pack, Rollout
+from megatron_tropd.vllm_bridge.connect import open_pool
+from megatron_tropd.vllm_bridge.local_engine import Grading, LocalEngine
+from megatron_tropd.vllm_bridge.options import engine_options
+from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher
+
+__all__ = [
+    "DTYPES",
+    "Run",
+    "World",
+    "build_run",
+    "build_sampler",
+    "build_teacher",
+    "build_world",
+    "check_method",
+    "embedded_sampler",
+    "halves",
+    "layout_of",
+    "live_teacher",
+    "load_model",
+    "optimizer_settings",
+    "output_weight_for",
+    "pack_for",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process's device and the layouts over all processes."""
+
+    device: torch.device
+    student: Groups
+    teacher: Groups | None  # None where the teacher has ranks of its own
+    sampler: Groups
+    base: Groups | None = None  # None without a base model
+    teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
+    moves: Moves = field(default_factory=Moves)  # between this process's device and host memory
+
+    @property
+    def is_first(self) -> bool:
+        return dist.get_rank() == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything ``loop.train`` works with."""
+
+    config: RunConfig
+    world: World
+    tokenizer: Tokenizer
+    prompts: PromptStream
+    problems: Mapping[str, PromptTable]  # held out, by suite; empty when nothing is evaluated
+    method: Method
+    vocab_size: int  # ids all models know
+    student: Model
+    trainer: Trainer
+    teacher_model: Model | None  # None where vLLM, a recording or other ranks stand in for it
+    teacher: Teacher
+    sampler: Sampler
+    signal: SignalSpec
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
+
+
+def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -> Run:
+    """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
+
+    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+
+    Raises:
+        TropdError: weights or a recording cannot be used.
+    """
+    device = initialize_distributed()
+    method, dtype = inputs.method, DTYPES[config.dtype]
+    world = build_world(config, device, base=inputs.base is not None)
+    student = load_model(
+        config.student.model,
+        world.student,
+        dtype=dtype,
+        device=device,
+        recompute=config.student.recompute,
+        balance=config.student.router_aux_loss,
+    )
+    signal = signal_spec(config, method)
+    teacher = None
+    if world.teacher is not None and live_teacher_engine(config) == "megatron":
+        teacher = load_frozen(config, config.teacher.model, world.teacher, world)
+    trainer = Trainer(
+        student,
+        optimize(student, optimizer_settings(config), world.moves),
+        method,
+        vocab_size=inputs.vocab_size,
+        teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
+        if signal.hidden_states
+        else None,
+        keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
+    )
+    return Run(
+        config=config,
+        world=world,
+        tokenizer=inputs.tokenizer,
+        prompts=PromptStream(
+            inputs.prompts, config.seed, shuffle=config.data.shuffle, shares=shares_of(config.data, inputs.prompts)
+        ),
+        problems=inputs.problems,
+        method=method,
+        vocab_size=inputs.vocab_size,
+        student=student,
+        trainer=trainer,
+        teacher_model=teacher,
+        teacher=build_teacher(config, inputs, teacher, world, bridge),
+        sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
+        signal=signal,
+        identity=identity(config, inputs),
+    )
+
+
+def build_teacher(
+    config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: Bridge | None = None
+) -> Teacher:
+    """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one.
+
+    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+    """
+    facts: dict[str, Any] = {
+        "architecture": asdict(inputs.teacher),
+        "vocab_size": inputs.vocab_size,
+        "temperature": inputs.method.temperature,
+        "tokenizer": inputs.tokenizer.fingerprint(),
+        **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
+    }
+    if config.teacher.record is not None or config.teacher.recorded_from is not None:
+        models = {"teacher weights": config.teacher.model}
+        models |= {} if inputs.base is None else {"base model weights": config.base_model}
+        prints = {name: weights_fingerprint(path) for name, path in models.items()}
+        # a model that is not there any more cannot be compared
+        facts |= {name: found for name, found in prints.items() if found is not None}
+    if config.teacher.recorded_from is not None:
+        return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
+    shared: dict[str, Any] = {"vocab_size": inputs.vocab_size, "temperature": inputs.method.temperature}
+    own: Teacher | None = None
+    if bridge is not None:
+        hidden = HiddenKind(inputs.teacher.hidden_size, DTYPES[config.dtype])
+        own = TeacherApart(
+            halves(config, dist.get_world_size()), world.student, bridge, world.device, hidden=hidden, **shared
+        )
+    elif config.teacher.engine != "megatron":
+        own = vllm_teacher(config, open_grader(config, inputs, world), world, **shared)
+    live = live_teacher(config, model, world, own=own, **shared)
+    if config.teacher.record is None:
+        return live
+    return RecordingTeacher(
+        live, config.teacher.record, world.student, facts=facts, values=config.teacher.record_values
+    )
+
+
+def live_teacher(
+    config: RunConfig,
+    model: Model | None,
+    world: World,
+    *,
+    vocab_size: int,
+    temperature: float,
+    own: Teacher | None = None,
+) -> Teacher:
+    """The teacher, which is ``model`` over the student's ranks unless it is somebody's ``own``; the other teachers; and
+    the base model where the world has a place for one."""
+    teacher = own
+    if teacher is None:
+        assert model is not None  # nobody else's, so it was loaded here
+        teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
+    if config.teachers:
+        teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
+    if world.base is None:
+        return teacher
+    base = load_frozen(config, config.base_model, world.base, world)
+    beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
+    return TeacherAndBase(teacher, beside)
+
+
+def vllm_teacher(
+    config: RunConfig, grader: Grader, world: World, *, vocab_size: int, temperature: float
+) -> VLLMTeacher:
+    """A teacher that vLLM runs."""
+    assert world.teacher is not None  # config/loading.py sees to it
+    return VLLMTeacher(
+        grader,
+        world.teacher,
+        world.student,
+        world.device,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        whole=config.teacher.whole_vocabulary,
+    )
+
+
+def halves(config: RunConfig, student_ranks: int) -> Halves:
+    """How a launch is divided between the student and a teacher with ranks of its own."""
+    return Halves(
+        student=layout_of(config.student.parallel),
+        student_ranks=student_ranks,
+        teacher=layout_of(config.teacher.parallel),
+        teacher_ranks=config.teacher.ranks,
+    )
+
+
+def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
+    """Who runs a vLLM teacher: an engine here, or servers that every rank asks for the packs dealt to it."""
+    section, longest = config.teacher, longest_training_sequence(config)
+    top_k = most_alternatives(config, inputs.method, inputs.teacher)
+    if section.engine == "vllm_server":
+        needs: dict[str, Any] = {
+            "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
+            "vocab_size": inputs.teacher.vocab_size,
+            "max_model_len": longest + 1,
+            "max_logprobs": top_k,
+        }
+        weights = weights_fingerprint(section.model)
+        if weights is not None:  # weights that are not on this machine cannot be compared
+            needs["weights"] = weights
+        pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
+        return ServerGrader(pool, timeout_s=section.vllm_server.timeout_s)
+    gpu = world.device.type == "cuda"
+    assert world.teacher is not None  # config/loading.py sees to it
+    engine = LocalEngine(
+        section.model,
+        world.teacher,
+        dtype=DTYPES[config.dtype],
+        device=world.device,
+        max_tokens=longest,
+        grading=Grading(top_k=top_k, vocab_size=inputs.teacher.vocab_size),
+        options=engine_options(section.vllm, gpu=gpu)
+        | ({"enable_sleep_mode": True} if gpu and section.vllm.sleep else {}),
+    )
+    return LocalGrader(engine)
+
+
+def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
+    found: dict[str, Teacher] = {}
+    for one in config.teachers:
+        model = load_frozen(config, one.model, world.teachers[one.name], world)
+        role = f"teacher {one.name!r}"
+        found[one.name] = MegatronTeacher(
+            model, world.student, vocab_size=vocab_size, temperature=temperature, role=role
+        )
+    return found
+
+
+def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:
+    """Process groups of all layouts, made in the same order on every rank."""
+    builder = GroupBuilder(timeout_s=config.collective_timeout_s)
+    return World(
+        device=device,
+        student=builder.build(layout_of(config.student.parallel)),
+        teacher=None if config.teacher.ranks else builder.build(layout_of(config.teacher.parallel)),
+        sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
+        base=builder.build(layout_of(config.base_parallel)) if base else None,
+        teachers={one.name: builder.build(layout_of(one.parallel)) for one in config.teachers},
+    )
+
+
+def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
+    """Packs for every student replica; ``hidden_size``: the student's.
+
+    No pack mixes teachers, and pack by pack all replicas have the same one.
+    """
+    # teachers and base model run the same packs, so their length must suit all layouts
+    layouts = [layout_of(config.teacher.parallel)] if world.teacher is None else [world.teacher.layout]
+    layouts += [g.layout for g in (world.student, world.base, *world.teachers.values()) if g is not None]
+    cuts = [layout.tensor * layout.context for layout in layouts]
+    replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
+    for teacher in sorted({rollout.teacher for rollout in rollouts}):
+        packs = pack(
+            [rollout for rollout in rollouts if rollout.teacher == teacher],
+            max_tokens=config.train.pack_tokens,
+            multiple_of=math.lcm(*cuts) * 2,
+            num_replicas=len(replicas),
+            linear_work=12 * hidden_size,
+        )
+        for replica, own in zip(replicas, packs, strict=True):
+            replica += [replace(one, teacher=teacher) for one in own] if teacher else own
+    return replicas
+
+
+def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
+    """A model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
+    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialise=False, **options)
+    load_weights(model, HFWeights(path))
+    return model
+
+
+def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
+    """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
+    model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
+    return model.resting(world.moves) if config.teacher.offload else model
+
+
+def optimizer_settings(config: RunConfig) -> OptimizerSettings:
+    """``optimizer.*`` counts steps; the engine counts updates."""
+    options = config.optimizer.model_dump()
+    updates = config.train.minibatches
+    return OptimizerSettings(
+        total_updates=config.train.steps * updates, warmup_updates=options.pop("warmup_steps") * updates, **options
+    )
+
+
+def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:
+    """The sampler ``rollout.engine`` names."""
+    if config.rollout.engine == "recorded":
+        assert config.rollout.recorded_from is not None  # config/loading.py sees to it
+        return RecordedSampler(config.rollout.recorded_from)
+    if config.rollout.engine == "vllm":
+        gpu = world.device.type == "cuda"
+        sleep = {"enable_sleep_mode": True} if gpu and config.rollout.vllm.sleep else {}
+        return VLLMSampler(
+            config.student.model,
+            architecture,
+            world.sampler,
+            dtype=DTYPES[config.dtype],
+            device=world.device,
+            max_tokens=longest_sequence(config),
+            vocab_size=vocab_size,
+            options=engine_options(config.rollout.vllm, gpu=gpu) | sleep,
+        )
+    if config.rollout.engine == "vllm_server":
+        return server_sampler(config, architecture, world, vocab_size)
+    return embedded_sampler(config, architecture, world, vocab_size)
+
+
+def server_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> ServerSampler:
+    """A sampler that asks servers, which the first rank talks to."""
+    servers, longest = config.rollout.vllm_server, longest_sequence(config)
+    needs = {
+        "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
+        "vocab_size": architecture.vocab_size,
+        "max_model_len": longest + 1,
+        "logprobs_mode": "processed_logprobs",
+        "takes_weights": True,
+    }
+    pool = open_pool(servers, section="rollout.vllm_server", needs=needs) if world.is_first else None
+    publisher: Publisher
+    if servers.publish == "files":
+        directory = servers.publish_dir or publish_directory(config)
+        publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20)
+    else:
+        publisher = BroadcastPublisher(
+            pool, address=servers.publish_address, bucket_bytes=servers.bucket_mib << 20, device=world.device
+        )
+    return ServerSampler(
+        pool, publisher, architecture, max_tokens=longest, timeout_s=servers.timeout_s, vocab_size=vocab_size
+    )
+
+
+def publish_directory(config: RunConfig) -> Path:
+    """Where weights are left for servers on this host: memory where there is a file system of it."""
+    memory = Path("/dev/shm")
+    return memory / f"tropd-{os.getuid()}-{os.getpid()}" if memory.is_dir() else config.run_dir.absolute() / "publish"
+
+
+def embedded_sampler(
+    config: RunConfig, architecture: Architecture, world: World, vocab_size: int | None = None
+) -> MegatronSampler:
+    """A sampler over its own copy of the weights."""
+    return MegatronSampler(
+        architecture,
+        world.sampler,
+        dtype=DTYPES[config.dtype],
+        device=world.device,
+        batch_size=config.rollout.batch_size,
+        vocab_size=vocab_size,
+    )
+
+
+def output_weight_for(directory: Path, teacher: Architecture, student: Model) -> Tensor:
+    """``[v, E]``: the output weight of the teacher in ``directory`` under the student's vocabulary partition.
+
+    The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
+
+    Raises:
+        CheckpointError: the teacher's weights cannot be used.
+    """
+    entry = output_entry(teacher)
+    tensor = student.groups.layout.tensor
+    padded = padded_vocab_size(student.architecture.vocab_size, tensor)
+    cut = Cut(teacher, student.groups.tensor_rank, tensor, padded)
+    weight = torch.empty(RULES[entry.rule].shard_shape(entry.shapes, cut), dtype=student.dtype, device=student.device)
+    fill(entry.rule, weight, {0: HFWeights(directory)[entry.hf[0]]}, entry.shapes, cut)
+    return weight

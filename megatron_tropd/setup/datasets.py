@@ -1,0 +1,227 @@
+"""Tokenizer, prompts and problems of a configuration, read and checked before a model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
+from megatron_tropd.data.prompts import Columns, Limits, Source, read_sources
+from megatron_tropd.data.stream import Share
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+from megatron_tropd.errors import ConfigError, DataError, TokenizerError
+from megatron_tropd.evaluate.grader_pool import check_code_allowed
+from megatron_tropd.evaluate.rules import CODE, check_reference
+from megatron_tropd.types import Architecture
+
+# --------------------------------------------------------------------------- tokenizers
+
+
+def read_tokenizer(config: RunConfig, *, base: bool = False) -> Tokenizer:
+    """The student's tokenizer; TokenizerError unless the teacher's, and the base model's, gives its ids to the same
+    tokens."""
+    data = config.data
+    tokenizer = load_tokenizer(
+        config.student.model, chat_template=data.chat_template, template_options=data.template_options
+    )
+    models = {"teacher": config.teacher.model}
+    models |= {f"teacher {teacher.name!r}": teacher.model for teacher in config.teachers}
+    for role, model in (models | ({"base model": config.base_model} if base else {})).items():
+        check_same_vocabulary(tokenizer, load_tokenizer(model, chat_template=data.chat_template), role=role)
+    return tokenizer
+
+
+def check_ids(
+    rows: Mapping[str, Iterable[PromptTable]], tokenizer: Tokenizer, *, vocab_sizes: Mapping[str, int]
+) -> None:
+    """TokenizerError when the tokenizer writes ids that a model has no embedding for.
+
+    Args:
+        rows: by what they are called in a message.
+        vocab_sizes: embeddings of each model, by its role.
+    """
+    role, size = min(vocab_sizes.items(), key=lambda item: item[1])
+    rule = (
+        f"the {role} has embeddings for {size} ids only (vocab_size in its config.json). "
+        "Give every model the tokenizer it was trained with."
+    )
+    if tokenizer.eos_ids[0] >= size:
+        raise TokenizerError(f"the end-of-sequence id is {tokenizer.eos_ids[0]}, but {rule}")
+    for what, prompts in ((what, table) for what, tables in rows.items() for table in tables):
+        largest_N = prompts.largest_ids()
+        if len(prompts) and largest_N.max() >= size:
+            row = int(np.argmax(largest_N >= size))
+            raise TokenizerError(f"the {what} at {prompts.place(row)} holds token id {largest_N[row]}, but {rule}")
+
+
+# --------------------------------------------------------------------------- data
+
+
+def sources_of(data: DataConfig) -> list[Source]:
+    """The training sources of a configuration: ``data.sources``, or ``data.prompts`` as the only one."""
+    listed = data.sources or (SourceConfig.model_construct(name="", prompts=data.prompts),)
+    return [
+        Source(
+            paths=source.prompts,
+            name=source.name,
+            teacher=source.teacher or "",
+            columns=Columns(**(source.columns or data.columns).model_dump()),
+            template=data.template if source.template is None else source.template,
+            answer_template=data.answer_template if source.answer_template is None else source.answer_template,
+            system=data.system if source.system is None else source.system,
+        )
+        for source in listed
+    ]
+
+
+def shares_of(data: DataConfig, prompts: PromptTable) -> tuple[Share, ...]:
+    """Rows and weight of every source, for ``PromptStream``."""
+    rows = prompts.sources()
+    weights = {source.name: source.weight for source in data.sources}
+    return tuple(Share(rows_N, weights.get(name) or float(len(rows_N))) for name, rows_N in rows.items())
+
+
+def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bool) -> PromptTable:
+    """Training prompts; with ``guided`` every one of them has a teacher response."""
+    data = config.data
+    limits = Limits(
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=data.max_response_tokens,
+        require_response=guided and data.on_bad_row == "skip",
+    )
+    prompts = read_sources(sources_of(data), tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
+    bare = np.flatnonzero(prompts.response_lengths() == 0)
+    if guided and bare.size:
+        raise DataError(
+            f"{bare.size} of {len(prompts)} prompts have no teacher response in column {data.columns.response!r} (the "
+            f"first is {prompts.place(int(bare[0]))}), and method.name={config.method.name} starts some sequences with "
+            "one. Let the teacher write them (`tropd generate TEACHER PROMPTS OUT`), or set "
+            "rollout.guided_per_prompt=0 to train without."
+        )
+    return prompts
+
+
+def suites_of(config: RunConfig) -> tuple[SuiteConfig, ...]:
+    """The suites there are problems for, with nothing left to look up elsewhere in the configuration."""
+    return complete_suites(config.evaluate, config.data, budget=config.rollout.max_new_tokens)
+
+
+def complete_suites(evaluate: EvaluateConfig, data: DataConfig, *, budget: int) -> tuple[SuiteConfig, ...]:
+    """Suites of ``evaluate`` with what they leave open filled in: by ``evaluate``, ``data`` and the answers' budget."""
+    return tuple(
+        suite.model_copy(
+            update={
+                "prompts": suite.prompts or evaluate.prompts,
+                "max_problems": suite.max_problems or evaluate.max_problems,
+                "columns": suite.columns or data.columns,
+                "template": data.template if suite.template is None else suite.template,
+                "answer_template": data.answer_template if suite.answer_template is None else suite.answer_template,
+                "system": data.system if suite.system is None else suite.system,
+                "grader": suite.grader or data.grader,
+                "max_new_tokens": suite.max_new_tokens or budget,
+            }
+        )
+        for suite in evaluate.suites
+        if suite.prompts or evaluate.prompts
+    )
+
+
+def read_problems(
+    suites: Sequence[SuiteConfig], data: DataConfig, tokenizer: Tokenizer, *, allow_code: bool
+) -> dict[str, PromptTable]:
+    """The problems of every (complete) suite by its name; suites that ask for the same share a table.
+
+    Raises:
+        DataError: a file or a row is bad, or a problem has no answer that it can be graded against.
+        ConfigError: programs would be run, which ``allow_code`` does not allow.
+    """
+    read: dict[tuple[Any, ...], PromptTable] = {}
+    problems: dict[str, PromptTable] = {}
+    for suite in suites:
+        if suite.grader == CODE:
+            check_code_allowed(allow_code)
+        assert suite.columns is not None
+        source = Source(
+            paths=suite.prompts,
+            columns=Columns(**suite.columns.model_dump()),
+            template=suite.template,
+            answer_template=suite.answer_template,
+            system=suite.system,
+        )
+        key = (source, suite.max_problems)
+        if key not in read:
+            limits = Limits(max_prompt_tokens=data.max_prompt_tokens, max_rows=suite.max_problems)
+            read[key] = read_sources([source], tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
+        problems[suite.name] = read[key]
+        _check_answers(suite, problems[suite.name])
+    return problems
+
+
+def _check_answers(suite: SuiteConfig, problems: PromptTable) -> None:
+    bare = np.flatnonzero(~problems.answered())
+    assert suite.columns is not None and suite.grader is not None
+    if bare.size:
+        raise DataError(
+            f"{bare.size} of {len(problems)} problems have no reference answer in column {suite.columns.answer!r} (the "
+            f"first is {problems.place(int(bare[0]))}). Name the column that holds it with data.columns.answer, or set "
+            "evaluate.prompts=null."
+        )
+    # mathematics takes milliseconds to read: there a few, all over the data, show whether it is the right column
+    step = max(1, len(problems) // 32) if suite.grader == "math" else 1
+    for row in range(0, len(problems), step):
+        try:
+            check_reference(suite.grader, problems[row].answer or "")
+        except DataError as error:
+            raise DataError(f"{problems.place(row)}: {error}") from None
+
+
+def check_training_lengths(config: RunConfig, prompts: PromptTable, models: Mapping[str, Architecture]) -> None:
+    """ConfigError when a prompt and a response of full length have more tokens than a model has positions."""
+    for role, architecture in models.items():
+        _check_length(prompts, config.rollout.max_new_tokens, architecture, role=role, key="rollout.max_new_tokens")
+
+
+def check_problem_lengths(
+    suites: Sequence[SuiteConfig], problems: Mapping[str, PromptTable], models: Mapping[str, Architecture]
+) -> None:
+    """The same for the problems of every (complete) suite. ``models`` by role, those that answer them."""
+    for role, architecture in models.items():
+        for suite in suites:
+            key, budget = f"max_new_tokens of the suite {suite.name!r}", suite.max_new_tokens
+            assert budget is not None
+            _check_length(problems[suite.name], budget, architecture, role=role, key=key)
+
+
+def _check_length(prompts: PromptTable, budget: int, architecture: Architecture, *, role: str, key: str) -> None:
+    limit, length_N = architecture.max_positions, prompts.prompt_lengths()
+    if not len(prompts) or length_N.max() + budget <= limit:
+        return
+    row = int(np.argmax(length_N))
+    length = int(length_N[row])
+    raise ConfigError(
+        f"the prompt at {prompts.place(row)} has {length} tokens; with {key} = {budget} a sequence may have "
+        f"{length + budget}, but the {role} has {limit} positions ({_limit_name(architecture)}). "
+        + (f"Lower {key} to {limit - length} or less." if length < limit else "Lower data.max_prompt_tokens.")
+    )
+
+
+def data_identity(data: DataConfig, prompts: PromptTable) -> dict[str, Any]:
+    """What makes the walk through the prompts what it is, by config key."""
+    sources = {name: len(rows_N) for name, rows_N in prompts.sources().items() if name}
+    return {
+        "data.prompts": f"{len(prompts)} prompts, {prompts.fingerprint()[:16]}",
+        "data.shuffle": data.shuffle,
+        "data.sources": [
+            [s.name, s.weight, sources[s.name], *([s.teacher] if s.teacher else [])] for s in data.sources
+        ],
+    }
+
+
+def _limit_name(architecture: Architecture) -> str:
+    if architecture.sliding_window is None:
+        return "max_position_embeddings"
+    return "sliding_window: beyond it, attention forgets, which is not supported"

@@ -1,0 +1,397 @@
+"""What a run is made from, read and checked against each other: everything a user can have wrong is found here,
+before a model is built or a rank waits for another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import ParallelConfig, TeacherEngine
+from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.tokenizer import Tokenizer
+from megatron_tropd.engine.model import check_divisible, check_trainable
+from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.losses.terms import NONE
+from megatron_tropd.methods import Method, build_method
+from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.rollout.engines.recorded import check_recorded
+from megatron_tropd.setup.datasets import (
+    check_ids,
+    check_problem_lengths,
+    check_training_lengths,
+    data_identity,
+    read_problems,
+    read_tokenizer,
+    read_training_prompts,
+    suites_of,
+)
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.types import Architecture
+from megatron_tropd.vllm_bridge.local_engine import check_installed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """A method, its models' sizes, their tokenizer, and data that fits them."""
+
+    method: Method
+    student: Architecture
+    teacher: Architecture
+    teachers: Mapping[str, Architecture]  # those beside it, by name
+    base: Architecture | None  # None unless the method asks for a base model
+    tokenizer: Tokenizer
+    vocab_size: int  # ids all models know
+    prompts: PromptTable
+    problems: Mapping[str, PromptTable]  # held out, by suite; empty when nothing is evaluated
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Reads and checks everything that training starts from.
+
+    Raises:
+        TropdError: whatever method, models, layouts, tokenizers or data have wrong, in that order.
+    """
+    method = check_method(config)
+    check_available(config)
+    check_ahead(config, method)
+    check_sequences(config, method)
+    if config.rollout.recorded_from is not None:
+        check_recorded(config.rollout.recorded_from, range(config.train.steps))
+    check_one_teacher(config, method)
+    student, teacher = read_architectures(config)
+    teachers = {
+        one.name: _read_architecture(f"teachers[{i}].model", one.model) for i, one in enumerate(config.teachers)
+    }
+    base = _read_architecture("base.model", config.base_model) if method.needs.base_model else None
+    check_layouts(config, student, teacher, base)
+    _check_teachers(config, teachers)
+    tokenizer = read_tokenizer(config, base=base is not None)
+    models = {"student": student, "teacher": teacher}
+    models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
+    models |= {} if base is None else {"base model": base}
+    inputs = Inputs(
+        method=method,
+        student=student,
+        teacher=teacher,
+        teachers=teachers,
+        base=base,
+        tokenizer=tokenizer,
+        vocab_size=min(model.vocab_size for model in models.values()),
+        prompts=read_training_prompts(config, tokenizer, guided=guided_per_prompt(config, method) > 0),
+        problems=read_problems(
+            suites_of(config), config.data, tokenizer, allow_code=config.evaluate.allow_code_execution
+        ),
+    )
+    check_support(method, inputs.vocab_size)
+    check_sampling(config, inputs)
+    check_teacher(config, inputs)
+    sizes = {role: model.vocab_size for role, model in models.items()}
+    check_ids({"prompt": [inputs.prompts], "problem": inputs.problems.values()}, tokenizer, vocab_sizes=sizes)
+    check_training_lengths(config, inputs.prompts, models)
+    answering = {"student": student, "teacher": teacher} if config.evaluate.teacher else {"student": student}
+    check_problem_lengths(suites_of(config), inputs.problems, answering)
+    return inputs
+
+
+# --------------------------------------------------------------------------- the configuration alone
+
+
+def check_method(config: RunConfig) -> Method:
+    """The method; ConfigError for an unknown name or option."""
+    return build_method(config.method.name, **config.method.options)
+
+
+def check_available(config: RunConfig) -> None:
+    """Refuses what the configuration knows and this version does not run yet, and packages that are not installed."""
+    for role, section in (("student", config.student), ("teacher", config.teacher)):
+        if section.attention == "te":
+            raise ConfigError(f"{role}.attention=te is not available yet; use sdpa or auto.")
+    check_packages(config)
+
+
+def check_ahead(config: RunConfig, method: Method) -> None:
+    """ConfigError when the method cannot learn from rollouts of older weights; a warning when nothing would overlap."""
+    ahead, engine = config.rollout.ahead, config.rollout.engine
+    if not ahead:
+        return
+    if method.on_policy_terms:
+        raise ConfigError(
+            f"rollout.ahead={ahead} has method.name={config.method.name} learn from tokens that older weights sampled, "
+            f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. Set "
+            "method.ppo_clip=0.2 where the method has it, take another term, or set rollout.ahead=0."
+        )
+    if engine in ("megatron", "vllm") and not config.teacher.ranks:
+        warnings.warn(
+            f"rollout.ahead={ahead} with rollout.engine={engine}: the trainer's own processes sample, so nothing "
+            "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), give the teacher ranks of "
+            "its own (teacher.ranks), or set rollout.ahead=0.",
+            stacklevel=2,
+        )
+
+
+def check_packages(config: RunConfig) -> None:
+    """ConfigError when something that the configuration asks for is not installed."""
+    engines = (config.rollout.engine, live_teacher_engine(config))
+    if "vllm" in engines:
+        check_installed()
+    sleeping = config.rollout.vllm.sleep and config.teacher.vllm.sleep and torch.cuda.is_available()
+    if engines == ("vllm", "vllm") and sleeping:
+        raise ConfigError(
+            "rollout.engine=vllm and teacher.engine=vllm: of the engines in one process only one can leave the GPU "
+            "while it has nothing to do. Set teacher.vllm.sleep=false, or have servers for one of them."
+        )
+    for name, wanted in (("tensorboard", config.report.tensorboard), ("wandb", config.report.wandb is not None)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report.{name} needs the package {name}, which is not installed. "
+                f"Run `pip install {name}`, or take report.{name} out of the config."
+            )
+
+
+def guided_per_prompt(config: RunConfig, method: Method) -> int:
+    """Sequences per prompt that begin with a teacher prefix."""
+    return config.rollout.guided_per_prompt if method.guided else 0
+
+
+def sequences_per_step(config: RunConfig, method: Method) -> int:
+    """Sequences of one training step, over all ranks."""
+    return config.train.prompts_per_step * (config.rollout.samples_per_prompt + guided_per_prompt(config, method))
+
+
+def check_sequences(config: RunConfig, method: Method) -> None:
+    """ConfigError when the method leaves nothing to train on."""
+    name, rollout = config.method.name, config.rollout
+    sequences = sequences_per_step(config, method)
+    if sequences == 0:
+        raise ConfigError(
+            f"method.name={name} is not guided, so rollout.guided_per_prompt={rollout.guided_per_prompt} does not "
+            "count, and rollout.samples_per_prompt=0: nothing would be sampled. Raise rollout.samples_per_prompt."
+        )
+    if method.trusted is NONE and method.outlier is NONE and method.extra is NONE and rollout.guided_per_prompt == 0:
+        raise ConfigError(
+            f"method.name={name} learns from the teacher's responses alone, but rollout.guided_per_prompt=0 asks for "
+            "none. Set rollout.guided_per_prompt=1."
+        )
+    if config.train.minibatches > sequences:
+        raise ConfigError(
+            f"train.minibatches={config.train.minibatches} is more than the {sequences} sequences of a step. "
+            "Lower it, or raise train.prompts_per_step."
+        )
+
+
+def check_one_teacher(config: RunConfig, method: Method) -> None:
+    """ConfigError for several teachers where the loss multiplies by the output weight of one."""
+    if config.teachers and method.needs.hidden_states:
+        raise ConfigError(
+            f"method.name={config.method.name} compares whole vocabularies with the hidden states of one teacher, but "
+            f"teachers holds {len(config.teachers)} more. Take them out, or use a method that asks for log-probs or "
+            "for top-k candidates."
+        )
+
+
+def _check_teachers(config: RunConfig, architectures: Mapping[str, Architecture]) -> None:
+    for i, one in enumerate(config.teachers):
+        try:
+            check_divisible(architectures[one.name], layout_of(one.parallel))
+        except ConfigError as error:
+            raise ConfigError(f"teachers[{i}].parallel: {error}") from None
+
+
+def check_writable(config: RunConfig) -> None:
+    """Makes the directories a run writes to; ConfigError when one cannot be made or written."""
+    export = config.export.hf
+    for key, path in (
+        ("run_dir", config.run_dir),
+        ("rollout.record", config.rollout.record),
+        ("teacher.record", config.teacher.record),
+        ("export.hf", None if export is None else export.parent),
+    ):
+        if path is None:
+            continue
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write")
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: cannot write to {path.absolute()} ({why_not_written(error)}). Name another directory."
+            ) from error
+
+
+def why_not_written(error: OSError) -> str:
+    """The operating system's reason, in words that fit a directory to be made."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file is in the way"
+    return error.strerror or str(error)
+
+
+# --------------------------------------------------------------------------- models and tokenizers
+
+
+def read_architectures(config: RunConfig) -> tuple[Architecture, Architecture]:
+    """Sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
+    return (
+        _read_architecture("student.model", config.student.model),
+        _read_architecture("teacher.model", config.teacher.model),
+    )
+
+
+def _read_architecture(key: str, path: Path) -> Architecture:
+    try:
+        return read_architecture(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key} = '{path}': {error}") from error
+
+
+def layout_of(parallel: ParallelConfig) -> Layout:
+    """The layout a config section asks for."""
+    return Layout(**parallel.model_dump())
+
+
+def check_layouts(
+    config: RunConfig, student: Architecture, teacher: Architecture, base: Architecture | None = None
+) -> None:
+    """ConfigError when a model cannot be cut the way its section asks for."""
+    sampler = Layout(tensor=config.rollout.parallel.tensor)
+    asked = [
+        ("student.parallel", student, layout_of(config.student.parallel)),
+        ("teacher.parallel", teacher, layout_of(config.teacher.parallel)),
+        ("rollout.parallel", student, sampler),
+    ]
+    if base is not None:
+        asked.append(("base.parallel", base, layout_of(config.base_parallel)))
+    if suites_of(config) and config.evaluate.teacher:
+        asked.append(("rollout.parallel (evaluating the teacher)", teacher, sampler))
+    for key, architecture, layout in asked:
+        try:
+            check_divisible(architecture, layout)
+            if key == "student.parallel":
+                check_trainable(architecture, layout)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    if config.student.router_aux_loss and not student.num_experts:
+        raise ConfigError(
+            f"student.router_aux_loss={config.student.router_aux_loss}, but the student has no experts. Set it to 0."
+        )
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of the longest sequence that training or evaluation may ask of the student."""
+    budgets = [config.rollout.max_new_tokens, *(suite.max_new_tokens or 0 for suite in suites_of(config))]
+    return config.data.max_prompt_tokens + max(budgets)
+
+
+def longest_training_sequence(config: RunConfig) -> int:
+    """Tokens of the longest sequence that the teacher may be asked to grade."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) -> int:
+    """How many alternatives of a token a vLLM teacher may be asked for."""
+    return teacher.vocab_size if config.teacher.whole_vocabulary else SignalSpec.of(method.needs).top_k
+
+
+def check_support(method: Method, vocab_size: int) -> None:
+    """ConfigError when the method asks for more candidates than there are ids."""
+    if method.needs.top_k > vocab_size:
+        raise ConfigError(
+            f"method.k={method.needs.top_k} candidates per token, but the models share {vocab_size} ids. "
+            "Lower method.k."
+        )
+
+
+def check_sampling(config: RunConfig, inputs: Inputs) -> None:
+    """ConfigError when vLLM could not say what the model itself thinks of what it drew."""
+    rollout, vllm = config.rollout, config.rollout.engine in ("vllm", "vllm_server")
+    plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
+    if vllm and not plain and inputs.vocab_size < inputs.student.vocab_size:
+        raise ConfigError(
+            f"the student has {inputs.student.vocab_size} ids, the teacher {inputs.teacher.vocab_size}: with "
+            f"rollout.engine={rollout.engine} training then needs rollout.temperature=1, top_p=1 and top_k=0. "
+            "Set them so, or use rollout.engine=megatron."
+        )
+
+
+def live_teacher_engine(config: RunConfig) -> TeacherEngine | None:
+    """Who runs the teacher that grades; None where a recording does."""
+    return config.teacher.engine if config.teacher.recorded_from is None else None
+
+
+def signal_spec(config: RunConfig, method: Method) -> SignalSpec:
+    """What the teacher is asked, which is what its engine can tell."""
+    spec = SignalSpec.of(method.needs)
+    if live_teacher_engine(config) in (None, "megatron") or config.teacher.whole_vocabulary:
+        return spec
+    return replace(spec, entropy=False, entropy_bound=spec.top_k > 0)
+
+
+def check_teacher(config: RunConfig, inputs: Inputs) -> None:
+    """ConfigError when vLLM cannot tell of the teacher what the method needs."""
+    engine, needs = live_teacher_engine(config), inputs.method.needs
+    if engine in (None, "megatron"):
+        return
+    name, where = config.method.name, f"teacher.engine={engine}"
+    if needs.hidden_states:
+        raise ConfigError(
+            f"method.name={name} with these options compares whole distributions, for which it needs the teacher's "
+            f"hidden states; {where} tells log-probs only. Use teacher.engine=megatron, or a divergence over the top k."
+        )
+    if config.teacher.whole_vocabulary:
+        return
+    shared, teacher = inputs.vocab_size, inputs.teacher.vocab_size
+    lacking = {
+        f"method.support={needs.support} needs the log-probs of ids that the student names": (
+            needs.top_k > 0 and needs.support in ("student", "union")
+        ),
+        f"method.name={name} with these options needs the teacher's exact entropy": needs.teacher_entropy,
+        f"method.temperature={inputs.method.temperature} is not 1": inputs.method.temperature != 1.0,
+        f"the models share {shared} of the teacher's {teacher} ids, over which its softmax runs": shared < teacher,
+    }
+    for why, stands in lacking.items():
+        if stands:
+            raise ConfigError(
+                f"{why}, but {where} tells the log-probs of the sampled and the likeliest ids at temperature 1 only. "
+                "Set teacher.whole_vocabulary=true (for small vocabularies), or use teacher.engine=megatron."
+            )
+
+
+# --------------------------------------------------------------------------- what a resumed run must share
+
+
+def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What shapes the numbers of a run, by config key: a checkpoint of a run with other values is of another run.
+
+    Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run goes on.
+    """
+    optimizer = config.optimizer.model_dump(exclude={"offload", "overlap"})
+    return {
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "student.model": asdict(inputs.student),
+        "student.router_aux_loss": config.student.router_aux_loss,
+        "teacher.model": asdict(inputs.teacher),
+        **{f"teachers.{name}": asdict(architecture) for name, architecture in inputs.teachers.items()},
+        **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
+        **data_identity(config.data, inputs.prompts),
+        **{f"method.{key}": value for key, value in config.method.model_dump().items()},
+        **{
+            f"rollout.{key}": getattr(config.rollout, key)
+            for key in (
+                *("samples_per_prompt", "guided_per_prompt", "max_new_tokens"),
+                *("temperature", "top_p", "top_k", "ahead"),
+            )
+        },
+        **{f"train.{key}": getattr(config.train, key) for key in ("steps", "prompts_per_step", "minibatches")},
+        **{f"optimizer.{key}": value for key, value in optimizer.items()},
+    }

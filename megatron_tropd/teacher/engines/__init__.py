@@ -1,0 +1,1 @@
+"""Who scores: a Megatron teacher here or on ranks of its own, vLLM, a recording."""

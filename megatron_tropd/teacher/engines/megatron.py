@@ -1,0 +1,117 @@
+"""A frozen Megatron teacher with its own architecture and its own layout, over the student's ranks or over others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.forward import run_packs
+from megatron_tropd.engine.model import Model
+from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
+from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.parallel.partition import Post
+from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.sharded import DealtTeacher, HiddenKind, check_finite, to_wire
+from megatron_tropd.teacher.transfer import Key, Wire, Workers
+from megatron_tropd.types import Pack, Signal
+
+
+class MegatronTeacher(DealtTeacher):
+    """Implements ``teacher.protocol.Teacher``."""
+
+    def __init__(
+        self,
+        model: Model,
+        student: Groups | Workers,
+        *,
+        vocab_size: int | None = None,
+        temperature: float = 1.0,
+        role: str = "teacher",
+        first_rank: int = 0,
+        post: Post | None = None,
+    ) -> None:
+        """``model`` is not changed, nor its gradients.
+
+        ``student``: the layout signals are delivered to; where that is of another part of the launch, ``post`` carries
+        them, and ``first_rank`` is the launch's number for the first rank of the model. ``vocab_size``: ids all models
+        know (default: all of this one's). ``role``: what the model is called in messages.
+        """
+        hidden = HiddenKind(model.architecture.hidden_size, model.dtype)
+        own = Workers.here(model.groups, dealt=True, first_rank=first_rank)
+        receivers = student if isinstance(student, Workers) else Workers.here(student, dealt=False)
+        super().__init__(own, receivers, model.device, hidden, post=post)
+        self.model = model
+        self.temperature = temperature
+        self._vocab_size = vocab_size or model.architecture.vocab_size
+        self._role = role
+
+    def _score_dealt(
+        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    ) -> dict[Key, Wire]:
+        groups, keys = self.model.groups, self._own.mine(packs)
+        dealt = [packs[replica][number] for replica, number in keys]
+        # replicas that share experts run the same number of passes: one without a pack repeats another's, for nothing
+        missing = -(-sum(map(len, packs)) // groups.num_replicas) - len(dealt)
+        dealt += [packs[0][0]] * missing if groups.layout.expert > 1 else []
+        if not dealt:
+            return {}
+
+        def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> Wire:
+            if number >= len(keys):
+                return []
+            signal = self._grade(dealt[number], hidden_ND, weight_vD, spec, asked.get(keys[number]))
+            check_finite(signal, role=self._role)
+            return to_wire(signal, spec)
+
+        with self.model.present():
+            collected = run_packs(self.model, dealt, last_stage)
+        return dict(zip(keys, collected, strict=False))
+
+    def _grade(
+        self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, spec: SignalSpec, asked_NJ: Tensor | None
+    ) -> Signal:
+        groups, device = self.model.groups, self.model.device
+        ids = torch.from_numpy(pack.target_T[own_valid_positions(pack, groups)]).to(device)[:, None]
+        if asked_NJ is not None:
+            ids = torch.cat([ids, asked_NJ], dim=1)
+        if not spec.top_k:
+            out = linear_logprobs(
+                hidden_ND,
+                weight_vD,
+                ids,
+                group=groups.tp,
+                vocab_size=self._vocab_size,
+                temperature=self.temperature,
+                tail=spec.has_tail,
+            )
+            return _signal(spec, out.logprob_TK, out.entropy_T, out.logtail_T, hidden_ND)
+        top = linear_topk(
+            hidden_ND,
+            weight_vD,
+            spec.top_k,
+            group=groups.tp,
+            vocab_size=self._vocab_size,
+            temperature=self.temperature,
+            ids_TJ=ids,
+            tail=spec.has_tail,
+        )
+        assert top.picked_logprob_TJ is not None
+        signal = _signal(spec, top.picked_logprob_TJ, top.entropy_T, top.logtail_T, hidden_ND)
+        return replace(signal, topk_ids_NK=top.ids_TK, topk_logprob_NK=top.logprob_TK)
+
+
+def _signal(
+    spec: SignalSpec, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
+) -> Signal:
+    """``picked_NJ``: log-probs of the target and then of the ids asked for."""
+    return Signal(
+        logprob_N=picked_NJ[:, 0],
+        asked_logprob_NJ=picked_NJ[:, 1:] if spec.asked else None,
+        topk_logtail_N=logtail_N,
+        entropy_N=entropy_N if spec.entropy else None,
+        hidden_NE=hidden_NE if spec.hidden_states else None,
+    )

@@ -1,0 +1,176 @@
+"""A Megatron teacher on ranks of its own, which grades one batch while the student learns from another.
+
+The student's first rank tells the teacher's what to grade: packs and questions go out as one order, and signals come
+back from rank to rank (``delivery``). Orders are answered one after another; all of them have been asked for before
+the first signals of a later one are waited for, so nobody waits for somebody who waits for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from megatron_tropd.engine.model import Model
+from megatron_tropd.errors import EngineError
+from megatron_tropd.parallel.groups import Groups, Layout
+from megatron_tropd.parallel.partition import Bridge, Message
+from megatron_tropd.teacher.engines.megatron import MegatronTeacher
+from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
+from megatron_tropd.teacher.sharded import DealtTeacher, HiddenKind
+from megatron_tropd.teacher.transfer import Key, Wire, Workers
+from megatron_tropd.types import Pack, Signal
+
+_OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
+_OVER, _WITHDRAWN = 0, -1  # in place of an order's length: there will be no more
+_FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "sequence_ids": "sequences"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """How a launch is divided between student and teacher."""
+
+    student: Layout
+    student_ranks: int
+    teacher: Layout
+    teacher_ranks: int
+
+
+class TeacherApart(DealtTeacher):
+    """Implements ``teacher.protocol.EarlyTeacher`` on the student's ranks."""
+
+    def __init__(
+        self,
+        halves: Halves,
+        student: Groups,
+        bridge: Bridge,
+        device: torch.device,
+        *,
+        vocab_size: int,
+        temperature: float,
+        hidden: HiddenKind,
+    ) -> None:
+        """``vocab_size``: ids all models know; ``hidden``: the teacher's hidden states."""
+        teacher = Workers.elsewhere(
+            halves.teacher, ranks=halves.teacher_ranks, dealt=True, first_rank=halves.student_ranks
+        )
+        super().__init__(teacher, Workers.here(student, dealt=False), device, hidden, post=bridge)
+        self._bridge, self._ranks = bridge, range(halves.student_ranks, halves.student_ranks + halves.teacher_ranks)
+        self._facts = {"vocab_size": vocab_size, "temperature": temperature}
+
+    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+        """As ``score``; the teacher's ranks grade while the caller goes on."""
+        body = encode_order(packs, spec, self._facts)
+        sent = self._tell(len(body), body)
+        pending = self._begin(packs, spec, asked)
+
+        def signals() -> list[Signal | None]:
+            found = pending()
+            sent()
+            return found
+
+        return signals
+
+    def score(
+        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
+    ) -> list[Signal | None]:
+        return self.begin(packs, spec, asked)()
+
+    def close(self) -> None:
+        """Lets the teacher's ranks go, and waits until they know; those that are gone already know it."""
+        with suppress(EngineError):
+            self._tell(_WITHDRAWN if self._bridge.is_withdrawn() else _OVER)()
+
+    def _score_dealt(
+        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    ) -> dict[Key, Wire]:
+        raise AssertionError("nothing is dealt to the student's ranks")
+
+    def _tell(self, length: int, body: bytes = b"") -> Callable[[], None]:
+        """Starts on sending; everyone is told the length, and the first of them the rest."""
+        if self._bridge.rank != 0:
+            return _nothing
+        messages = [Message(torch.tensor([length]), rank, True) for rank in self._ranks]
+        if body:
+            whole = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            messages.insert(1, Message(whole, self._ranks[0], True))
+        return self._bridge.exchange(messages)
+
+
+def _nothing() -> None:
+    """What there is to wait for off the first rank."""
+
+
+def answer_orders(model: Model, halves: Halves, bridge: Bridge, *, at_order: Callable[[], None]) -> bool:
+    """On the teacher's ranks: grades what the student orders, until it orders no more. Collective over them.
+
+    ``at_order`` is called when an order has come, before it is graded.
+
+    Returns:
+        Whether the student was asked to stop before it was done.
+
+    Raises:
+        EngineError: the student's ranks are gone.
+    """
+    student = Workers.elsewhere(halves.student, ranks=halves.student_ranks, dealt=False)
+    length = torch.zeros(1, dtype=torch.int64)
+    while True:
+        bridge.wait_for(length, 0)
+        if int(length) in (_OVER, _WITHDRAWN):
+            return int(length) == _WITHDRAWN
+        body = _hear(bridge, int(length))
+        if body is None:
+            return True
+        at_order()
+        packs, spec, facts = decode_order(body)
+        teacher = MegatronTeacher(model, student, first_rank=halves.student_ranks, post=bridge, **facts)
+        teacher.score(packs, spec)
+
+
+def _hear(bridge: Bridge, length: int) -> bytes | None:
+    """An order of so many bytes, on all of the teacher's ranks; None when the student wants no more grades."""
+    body = torch.empty(length + 1, dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        bridge.wait_for(body[:length], 0)
+        body[length] = bridge.is_withdrawn()  # one rank looks, so that all do the same
+    dist.broadcast(body, src=0)
+    return None if body[length] else body[:length].numpy().tobytes()
+
+
+# --------------------------------------------------------------------------- orders as bytes
+
+
+def encode_order(packs: Sequence[Sequence[Pack]], spec: SignalSpec, facts: Mapping[str, Any]) -> bytes:
+    """Packs of every replica, of which all have the same number, and what is asked of them, as safetensors."""
+    flat = [pack for replica in packs for pack in replica]
+    text = json.dumps({"replicas": len(packs), "spec": asdict(spec), "facts": dict(facts)})
+    arrays: dict[str, np.ndarray] = {
+        "order": np.frombuffer(text.encode(), np.uint8),
+        "tokens": np.array([len(pack.token_T) for pack in flat], np.int64),
+        "bounds": np.array([len(pack.cu_seqlens) for pack in flat], np.int64),
+        "sequences": np.array([len(pack.sequence_ids) for pack in flat], np.int64),
+        "num_valid": np.array([pack.num_valid for pack in flat], np.int64),
+    }
+    return save(arrays | {name: np.concatenate([getattr(pack, name) for pack in flat]) for name in _FIELDS})
+
+
+def decode_order(body: bytes) -> tuple[list[list[Pack]], SignalSpec, dict[str, Any]]:
+    """What ``encode_order`` was given."""
+    arrays = load(body)
+    order = json.loads(arrays["order"].tobytes())
+    columns = {name: np.split(arrays[name], np.cumsum(arrays[of])[:-1]) for name, of in _FIELDS.items()}
+    flat = []
+    for number, valid in enumerate(arrays["num_valid"].tolist()):
+        fields: dict[str, Any] = {name: column[number] for name, column in columns.items()}
+        flat.append(Pack(num_valid=valid, **fields))
+    each = len(flat) // order["replicas"]
+    packs = [flat[start : start + each] for start in range(0, len(flat), each)]
+    return packs, SignalSpec(**order["spec"]), order["facts"]

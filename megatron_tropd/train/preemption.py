@@ -1,0 +1,130 @@
+"""Leaving in good order when the machines are wanted back: SIGTERM and SIGUSR1 mean "write a checkpoint and go".
+
+The signal may reach one rank or all of them, at any moment. Ranks agree at fixed places of the loop, so none is left in
+a collective that another will never enter. A step whose rollouts were still being written is abandoned (its prompts
+and random numbers are drawn again, so the run that goes on repeats it exactly); a later one is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.engine.checkpoint import find_checkpoint, read_state
+from megatron_tropd.setup.build import Run
+from megatron_tropd.train.loop import save
+from megatron_tropd.train.rollout_queue import Batches
+
+# EX_TEMPFAIL of sysexits.h: not done, worth another try; what job scripts requeue on
+EXIT_PREEMPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has a checkpoint to go on from. Not an error, so not one of ``errors``."""
+
+
+class StopRequest:
+    """Hears ``SIGNALS`` while it is entered: then the process ends at once with ``EXIT_PREEMPTED``.
+
+    Before the first step nothing is lost by that, and after the last one there is a checkpoint. In between, within
+    ``deferred``, the signal is only remembered, for ``agreed``. Outside the main thread nothing is heard.
+    """
+
+    def __init__(self) -> None:
+        self._heard: signal.Signals | None = None
+        self._deferring = False
+        self._others: Callable[[], int] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a signal waits for the next ``agreed``."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        self.leave_if_heard()
+
+    @property
+    def heard(self) -> signal.Signals | None:
+        """The signal that this rank has heard, if any."""
+        return self._heard
+
+    def listen_to(self, others: Callable[[], int]) -> None:
+        """``others``: the signal that ranks with no part in ``agreed`` have heard; 0 for none."""
+        self._others = others
+
+    def leave_if_heard(self) -> None:
+        """Ends the process when there was a signal."""
+        if self._heard is not None:
+            _leave_at_once(self._heard)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = self._heard or signal.Signals(number)
+        if not self._deferring:
+            _leave_at_once(self._heard)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal that some rank has heard, None when none has; the same on every rank. Collective."""
+        # on the CPU, where it waits for no kernel
+        heard = torch.tensor(int(self._heard or (self._others() if self._others is not None else 0)))
+        dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+        number = int(heard)
+        return signal.Signals(number) if number else None
+
+
+def _leave_at_once(heard: signal.Signals) -> None:
+    # no cleaning up: that could wait for ranks that have left already
+    os.write(2, f"stopped by {heard.name} outside of training\n".encode())
+    os._exit(EXIT_PREEMPTED)
+
+
+def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *, first_step: int) -> None:
+    """Where the weights are those of ``steps`` finished steps: saves and raises when any rank was asked to stop.
+
+    Collective. ``first_step``: what this session went on from, which needs no checkpoint of its own.
+
+    Raises:
+        Preempted: the run was asked to stop.
+    """
+    heard = stop.agreed()
+    if heard is None:
+        return
+    if steps > first_step and not _is_saved(run, steps):
+        save(run, batches, steps)
+    newest = f"the checkpoint is in {run.config.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
+    again = "" if run.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
+    raise Preempted(
+        f"stopped by {heard.name} after {steps} of {run.config.train.steps} steps; {newest}. "
+        f"Start the same command again{again} to go on."
+    )
+
+
+def _is_saved(run: Run, steps: int) -> bool:
+    """Whether the newest checkpoint is of ``steps`` steps. One rank looks for all."""
+    newest: Path | None = None
+    if run.world.is_first:
+        newest = find_checkpoint(run.config.run_dir / "checkpoints")
+    saved = torch.tensor(int(newest is not None and read_state(newest)["step"] == steps))
+    dist.broadcast(saved, src=0)
+    return bool(saved)

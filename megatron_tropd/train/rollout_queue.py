@@ -1,0 +1,335 @@
+"""The batches of a run in their order, each sampled up to ``rollout.ahead`` steps before it is learnt from.
+
+Batch ``s`` is always sampled with the weights of step ``max(0, s - ahead)``, whatever is ready when. It is begun once
+the sampler has those weights and, before they change, waited for and scored by the trainer. So nothing is under way
+while new weights are published, and whatever calls itself old is of the very weights that wrote the batch, in the
+trainer's own arithmetic: a batch that waited is to every method what the later minibatches of a step are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_tropd.engine.batch import StudentScores
+from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.errors import CheckpointError
+from megatron_tropd.report.stopwatch import Stopwatch
+from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
+from megatron_tropd.rollout.guidance import make_requests
+from megatron_tropd.rollout.protocol import Overlapping, Pending
+from megatron_tropd.setup.build import Run, pack_for
+from megatron_tropd.teacher.protocol import PendingSignals, begin_score
+from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
+
+_FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learnt from
+
+Collected = Callable[[], None]  # called when a batch has been waited for, the longest part of a step
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollouts:
+    """A batch's rollouts with what the student said of them at the weights that wrote them, and its grades to come."""
+
+    rollouts: Sequence[Rollout]
+    packs: Sequence[Sequence[Sequence[Pack]]]  # by minibatch and replica
+    scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not asked for
+    grades: Sequence[PendingSignals]  # by minibatch: the teacher's of this replica's packs
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from."""
+
+    prompts: Sequence[Prompt]
+    fraction: float  # of a teacher response that guided sequences start with
+    scored: ScoredRollouts
+
+
+class Batches:
+    """See the module. Every method is collective."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ahead = run.config.rollout.ahead
+        self._open: dict[int, _Open] = {}
+        self._ready: dict[int, Batch] = {}
+        self._accounted = 0.0  # time.perf_counter() up to which overlap has been counted
+        self._hidden = 0.0
+
+    def begin(self, step: int, *, watch: Stopwatch) -> None:
+        """Starts on all that the present weights, of ``step`` finished steps, are to sample."""
+        self._ready = {number: batch for number, batch in self._ready.items() if number >= step}
+        with watch("rollout"):
+            for number in range(step, min(step + self._ahead + 1, self._run.config.train.steps)):
+                if number not in self._ready and number not in self._open:
+                    self._open[number] = _begin(self._run, number)
+
+    def _settle_written(self, watch: Stopwatch, collected: Collected) -> None:
+        """What the trainer's own processes have written is there: a teacher with ranks of its own need not wait."""
+        for number in sorted(self._open):
+            if isinstance(self._open[number].pending, _Written):
+                self._settle(number, watch, collected)
+
+    def take(self, step: int, *, watch: Stopwatch, collected: Collected) -> Batch:
+        """The batch of ``step``, once it is there."""
+        self._settle_written(watch, collected)
+        if step not in self._ready:
+            self._settle(step, watch, collected)
+        return self._ready[step]
+
+    def settle(self, *, watch: Stopwatch, collected: Collected) -> None:
+        """Waits for all that was begun: the weights may change then."""
+        for number in sorted(self._open):
+            self._settle(number, watch, collected)
+
+    def hidden_seconds(self) -> float:
+        """How long, since last asked, rollouts were written while this program did something else; first rank."""
+        seconds, self._hidden = self._hidden, 0.0
+        return seconds
+
+    def _settle(self, number: int, watch: Stopwatch, collected: Collected) -> None:
+        begun, asked = self._open[number], time.perf_counter()
+        with watch("rollout"):
+            rollouts = with_teachers(begun.pending.collect(), begun.prompts)
+        self._account(begun, asked)
+        rollout = self._run.config.rollout
+        if rollout.record is not None and self._run.world.is_first:
+            write_rollouts(rollout.record, number, rollouts)
+        collected()
+        scored = score_rollouts(self._run, rollouts, watch=watch)
+        self._ready[number] = Batch(begun.prompts, begun.fraction, scored)
+        del self._open[number]
+
+    def _account(self, begun: _Open, asked: float) -> None:
+        ended = begun.pending.ended_at
+        if ended is not None:
+            self._hidden += max(0.0, min(ended, asked) - max(begun.at, self._accounted))
+            self._accounted = time.perf_counter()
+
+    # ----------------------------------------------------------------- kept with a checkpoint
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Into a checkpoint of ``step`` finished steps: what older weights have sampled for later steps."""
+        for number in range(step, step + self._ahead):
+            if number in self._ready:
+                folder = checkpoint / _FOLDER
+                folder.mkdir(exist_ok=True)
+                if self._run.world.is_first:
+                    write_rollouts(folder, number, self._ready[number].scored.rollouts)
+                self._write_scores(folder, number)
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """What ``save`` has left there; what it has not is sampled anew, with the present weights.
+
+        Raises:
+            CheckpointError: scores are missing.
+        """
+        folder = checkpoint / _FOLDER
+        for number in range(step, min(step + self._ahead, self._run.config.train.steps)):
+            if any(folder.glob(_scores_files(number))):
+                prompts, fraction = _prompts_of(self._run, number)
+                rollouts = with_teachers(read_rollouts(folder, number), prompts)
+                packs = packs_of(self._run, rollouts)
+                stored = _Stored(folder, number)
+                groups, device = self._run.world.student, self._run.student.device
+                scores = [
+                    [
+                        stored.scores(item, own_valid_positions(item, groups), device) if groups.is_last_stage else None
+                        for item in part[groups.replica]
+                    ]
+                    for part in packs
+                ]
+                self._ready[number] = Batch(prompts, fraction, scored_rollouts(self._run, rollouts, packs, scores))
+
+    def _write_scores(self, folder: Path, number: int) -> None:
+        """This rank's part, a row per prediction: whatever layout goes on, finds its own among those of all ranks."""
+        groups, scored = self._run.world.student, self._ready[number].scored
+        if groups.tensor_rank or not groups.is_last_stage:
+            return
+        columns: list[dict[str, np.ndarray]] = []
+        for packs, scores in zip(scored.packs, scored.scores, strict=True):
+            for item, score in zip(packs[groups.replica], scores, strict=True):
+                assert score is not None  # a batch that waits is always scored
+                rows = own_valid_positions(item, groups)
+                columns.append(_columns(item, rows, score))
+        whole = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else ())}
+        with (folder / f"scores-{number:08d}-{torch.distributed.get_rank():05d}.npz").open("wb") as file:
+            np.savez(file, **whole)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A batch that is being written."""
+
+    prompts: Sequence[Prompt]
+    fraction: float
+    pending: Pending
+    at: float  # time.perf_counter() when it was begun
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Implements ``Pending`` where the sampler writes at once."""
+
+    rollouts: list[Rollout]
+    ended_at: float | None = None
+
+    def collect(self) -> list[Rollout]:
+        return self.rollouts
+
+
+def _begin(run: Run, number: int) -> _Open:
+    prompts, fraction = _prompts_of(run, number)
+    rollout = run.config.rollout
+    guided = rollout.guided_per_prompt if run.method.guided else 0
+    requests = make_requests(
+        prompts,
+        samples=rollout.samples_per_prompt,
+        guided=guided,
+        fraction=fraction,
+        max_new_tokens=rollout.max_new_tokens,
+    )
+    params, seed, at = sampling_params(run), run.config.seed, time.perf_counter()
+    if isinstance(run.sampler, Overlapping):
+        return _Open(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
+    return _Open(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
+
+
+def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
+    prompts = list(run.prompts.batch(number, run.config.train.prompts_per_step))
+    return prompts, run.method.schedule.fraction(number, run.config.train.steps) if run.method.guided else 0.0
+
+
+def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """The rollouts, which follow their prompts in equal numbers, with the names of the teachers that grade them."""
+    per_prompt = len(rollouts) // len(prompts)
+    teachers = (prompts[number // per_prompt].teacher for number in range(len(rollouts)))
+    return [replace(one, teacher=name) if name else one for one, name in zip(rollouts, teachers, strict=True)]
+
+
+def sampling_params(run: Run) -> SamplingParams:
+    """How training rollouts are drawn."""
+    rollout = run.config.rollout
+    return SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=tuple(run.tokenizer.eos_ids),
+    )
+
+
+# --------------------------------------------------------------------------- packs, and the student's scores of them
+
+
+def score_rollouts(run: Run, rollouts: Sequence[Rollout], *, watch: Stopwatch) -> ScoredRollouts:
+    """The packs of every minibatch, scored by the student at its present weights where that is asked for."""
+    with watch("pack"):
+        packs = packs_of(run, rollouts)
+    with watch("student"):
+        scores = [student_scores(run, part) for part in packs]
+    with watch("teacher"):
+        return scored_rollouts(run, rollouts, packs, scores)
+
+
+def scored_rollouts(
+    run: Run,
+    rollouts: Sequence[Rollout],
+    packs: Sequence[Sequence[Sequence[Pack]]],
+    scores: Sequence[Sequence[StudentScores | None]],
+) -> ScoredRollouts:
+    """Has the packs graded, too: a teacher with ranks of its own begins at once, another when it is waited for."""
+    grades = [
+        begin_score(run.teacher, part, run.signal, asked_ids(own)) for part, own in zip(packs, scores, strict=True)
+    ]
+    return ScoredRollouts(rollouts, packs, scores, grades)
+
+
+def packs_of(run: Run, rollouts: Sequence[Rollout]) -> list[list[list[Pack]]]:
+    """By minibatch and replica."""
+    return [pack_rollouts(run, part) for part in split_evenly(rollouts, run.config.train.minibatches)]
+
+
+def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
+    """Consecutive parts whose sizes differ by at most one."""
+    ends = np.linspace(0, len(rollouts), parts + 1).astype(int)
+    return [rollouts[start:end] for start, end in pairwise(ends)]
+
+
+def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
+    """Packs for every student replica."""
+    return pack_for(run.config, run.world, run.student.architecture.hidden_size, rollouts)
+
+
+def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:
+    """Old log-probs, entropies, likeliest tokens: when the method needs them, or weights change before they learn."""
+    mine, needs = packs[run.world.student.replica], run.method.needs
+    changing = run.config.train.minibatches > 1 or run.config.rollout.ahead > 0
+    if not (needs.old_logprob or needs.entropy_top or run.signal.asked or changing):
+        return [None] * len(mine)
+    return score_packs(
+        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
+    )
+
+
+# --------------------------------------------------------------------------- scores on disk
+
+
+def _scores_files(number: int) -> str:
+    return f"scores-{number:08d}-*.npz"
+
+
+def _columns(item: Pack, rows: np.ndarray, score: StudentScores) -> dict[str, np.ndarray]:
+    columns = {
+        "key": _keys(item, rows),
+        "logprob": score.logprob_N.cpu().numpy(),
+        "entropy": score.entropy_N.cpu().numpy(),
+        "model_logprob": score.model_logprob_N.cpu().numpy(),
+    }
+    return columns if score.topk_ids_NK is None else columns | {"topk_ids": score.topk_ids_NK.cpu().numpy()}
+
+
+def _keys(item: Pack, rows: np.ndarray) -> np.ndarray:
+    """One number per prediction of a batch: its sequence and position."""
+    return (item.sequence_T[rows] << 32) | item.position_T[rows]
+
+
+class _Stored:
+    """All ranks' scores of one batch."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        parts: list[dict[str, np.ndarray]] = []
+        for path in sorted(folder.glob(_scores_files(number))):
+            with np.load(path, allow_pickle=False) as stored:
+                parts += [{name: stored[name] for name in stored.files}] if stored.files else []
+        self._folder, self._number = folder, number
+        self._columns = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        self._order = np.argsort(self._columns["key"], kind="stable") if parts else np.empty(0, np.int64)
+
+    def scores(self, item: Pack, rows: np.ndarray, device: torch.device) -> StudentScores:
+        """Of these predictions of a pack; CheckpointError when there are none."""
+        wanted = _keys(item, rows)
+        keys = self._columns["key"][self._order] if self._columns else np.empty(0, np.int64)
+        at = np.searchsorted(keys, wanted)
+        if len(keys) == 0 or not np.array_equal(keys[at.clip(max=len(keys) - 1)], wanted):
+            raise CheckpointError(
+                f"{self._folder.absolute()} lacks scores of batch {self._number}: it is of other rollouts. Delete the "
+                "checkpoint, or name another with checkpoint.resume=PATH."
+            )
+        found = {
+            name: torch.from_numpy(column[self._order[at]]).to(device)
+            for name, column in self._columns.items()
+            if name != "key"
+        }
+        return StudentScores(found["logprob"], found["entropy"], found["model_logprob"], found.get("topk_ids"))

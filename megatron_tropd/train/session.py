@@ -1,0 +1,248 @@
+"""A whole training session around the loop: resume, evaluate, train, evaluate again, export, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_tropd.config.loading import dump_config
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.convert.hf import HFWeights, read_architecture
+from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
+from megatron_tropd.errors import EngineError
+from megatron_tropd.evaluate.suites import answer_suites
+from megatron_tropd.models.name_table import hf_shapes
+from megatron_tropd.parallel.groups import GroupBuilder
+from megatron_tropd.parallel.partition import Launch, join_launch
+from megatron_tropd.report.html import write_report
+from megatron_tropd.report.records import (
+    AFTER,
+    BEFORE,
+    DURING,
+    TEACHER,
+    Evaluation,
+    read_evaluations,
+    record_evaluations,
+    record_samples,
+)
+from megatron_tropd.report.sinks import MetricsWriter, open_sinks
+from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.rollout.engines.megatron import MegatronSampler
+from megatron_tropd.rollout.engines.recorded import RecordedSampler
+from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.setup.build import Run, build_run, embedded_sampler, halves, load_model
+from megatron_tropd.setup.datasets import suites_of
+from megatron_tropd.setup.self_check import check_self
+from megatron_tropd.setup.validate import DTYPES, check_writable, identity, layout_of, read_inputs
+from megatron_tropd.teacher.engines.remote import answer_orders
+from megatron_tropd.train import loop
+from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
+from megatron_tropd.train.resume import find_start, restore
+from megatron_tropd.train.rollout_queue import Batches
+from megatron_tropd.train.sample_report import sample_answers
+
+
+def run_training(config: RunConfig) -> Run | None:
+    """Trains as ``config`` says, from the newest checkpoint if there is one. Collective.
+
+    Returns:
+        What was trained; None on ranks that are the teacher's alone.
+
+    Raises:
+        Preempted: a signal asked for the machines; there is a checkpoint to go on from.
+    """
+    with StopRequest() as stop:
+        launch = join_launch(teacher_ranks=config.teacher.ranks, timeout_s=config.collective_timeout_s)
+        config.check_world(launch.world_size)
+        if launch.is_teachers:
+            _grade_for_students(config, launch, stop)
+            return None
+        return _run_training(config, launch, stop)
+
+
+def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
+    """What the teacher's own ranks do, from the beginning to the end of a run."""
+    assert launch.bridge is not None
+    groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(layout_of(config.teacher.parallel))
+    model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
+    bridge = launch.bridge
+
+    def pass_on() -> None:
+        if stop.heard is not None:  # the student's ranks may have heard nothing
+            bridge.ask_to_stop(stop.heard)
+
+    with stop.deferred():  # a student that is asked to stop may still need grades
+        try:
+            if answer_orders(model, halves(config, launch.student_ranks), bridge, at_order=pass_on):
+                raise Preempted("stopped with the student")
+        except EngineError:
+            stop.leave_if_heard()  # as the student's ranks did
+            raise
+
+
+def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
+    inputs = read_inputs(config)
+    check_writable(config)
+    checkpoint = find_start(config, identity(config, inputs))
+    run = build_run(config, inputs, launch.bridge)
+    if launch.bridge is not None and run.world.is_first:
+        stop.listen_to(launch.bridge.asked_to_stop)
+    batches = Batches(run)
+    first_step = restore(run, batches, checkpoint)
+    if first_step == 0:
+        check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
+    if run.world.is_first:
+        dump_config(config, config.run_dir / "config.yaml")
+    run.trainer.rest()
+    loop.publish(run, first_step)
+    evaluator = Evaluator(run)
+    if first_step == 0:
+        evaluator.before()
+    with stop.deferred(), _metrics_writer(run, first_step) as writer:
+        pause = partial(leave_if_asked, run, batches, stop, first_step=first_step)
+        try:
+            loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
+        except Preempted:
+            if launch.bridge is not None:
+                launch.bridge.withdraw()
+            run.teacher.close()
+            raise
+    evaluator.after()
+    if config.export.hf is not None:
+        export_student(run, config.export.hf)
+    if run.world.is_first:
+        _conclude(run)
+    dist.barrier()
+    run.sampler.close()
+    run.teacher.close()
+    return run
+
+
+@contextmanager
+def _metrics_writer(run: Run, first_step: int) -> Iterator[MetricsWriter | None]:
+    """The metrics file, cut back to what the checkpoint knows; None off the first rank."""
+    if not run.world.is_first:
+        yield None
+        return
+    config = run.config
+    sinks = open_sinks(
+        config.run_dir,
+        tensorboard=config.report.tensorboard,
+        wandb=config.report.wandb,
+        config=config.model_dump(mode="json"),
+    )
+    with MetricsWriter(config.run_dir / "metrics.jsonl", sinks=sinks) as writer:
+        writer.truncate_after(first_step if first_step else -1)
+        yield writer
+
+
+class Evaluator:
+    """Accuracy and sample answers before, during and after training: ``evaluation.json``, ``samples.jsonl``."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        # a recording cannot answer new questions, so evaluation then has a sampler of its own
+        self._own = not isinstance(run.sampler, RecordedSampler)
+        self._sampler: Sampler | None = run.sampler if self._own else None
+
+    def before(self) -> None:
+        """The student as it came, and the teacher."""
+        config = self._run.config.evaluate
+        if config.before:
+            self._evaluate_student(BEFORE, 0)
+        if config.teacher and self._run.problems:
+            self._evaluate(self._teacher_sampler(), TEACHER, None)
+        self._show("before")
+
+    def during(self, step: int) -> None:
+        """Called after every step; evaluates when one is due."""
+        every = self._run.config.evaluate.every
+        if every and step % every == 0 and step < self._run.config.train.steps:
+            self._evaluate_student(DURING, step)
+
+    def after(self) -> None:
+        """The trained student."""
+        if self._run.config.evaluate.after:
+            self._evaluate_student(AFTER, self._run.config.train.steps)
+        self._show("after")
+
+    def _student_sampler(self, step: int) -> Sampler:
+        run = self._run
+        if self._sampler is None:
+            self._sampler = embedded_sampler(run.config, run.student.architecture, run.world, run.vocab_size)
+        if not self._own:
+            self._sampler.update_weights(hf_tensors(run.student), version=step)
+        return self._sampler
+
+    def _teacher_sampler(self) -> MegatronSampler:
+        run = self._run
+        path = run.config.teacher.model
+        sampler = embedded_sampler(run.config, read_architecture(path), run.world, run.vocab_size)
+        if run.teacher_model is None:  # vLLM or a recording stands in for it
+            load_weights(sampler.model, HFWeights(path))
+        else:
+            with run.teacher_model.present():
+                sampler.update_weights(hf_tensors(run.teacher_model), version=0)
+        return sampler
+
+    def _evaluate_student(self, model: str, step: int) -> None:
+        if self._run.problems:
+            self._evaluate(self._student_sampler(step), model, step)
+
+    def _evaluate(self, sampler: Sampler, model: str, step: int | None) -> None:
+        run = self._run
+        results = answer_suites(
+            sampler,
+            suites_of(run.config),
+            run.problems,
+            run.tokenizer,
+            model=model,
+            step=step,
+            seed=run.config.seed,
+            allow_code=run.config.evaluate.allow_code_execution,
+        )
+        if run.world.is_first:
+            record_evaluations(run.config.run_dir, results)
+
+    def _show(self, when: Literal["before", "after"]) -> None:
+        count = self._run.config.report.samples
+        if count:
+            samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
+            if self._run.world.is_first:
+                record_samples(self._run.config.run_dir, samples)
+
+
+def export_student(run: Run, target: Path) -> None:
+    """Writes the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
+    writer = None
+    if run.world.is_first:
+        writer = HFWriter(
+            target,
+            companions_from=run.config.student.model,
+            tensors=hf_shapes(run.student.architecture),
+            dtype=run.student.dtype,
+        )
+    for name, first, rows in hf_rows(run.student):
+        if writer is not None:
+            writer.write_rows(name, first, rows)
+    if writer is not None:
+        writer.finish()
+
+
+def _conclude(run: Run) -> None:
+    """The table and where to look, for whoever started the run."""
+    console, config = Console(), run.config
+    evaluations: list[Evaluation] = read_evaluations(config.run_dir)
+    if evaluations:
+        console.print(accuracy_table(evaluations))
+    if config.export.hf is not None:
+        console.print(f"trained student: {config.export.hf}", highlight=False, soft_wrap=True)
+    if config.report.html:
+        console.print(f"report: {write_report(config.run_dir)}", highlight=False, soft_wrap=True)

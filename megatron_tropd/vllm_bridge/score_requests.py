@@ -1,0 +1,153 @@
+"""What a teacher is asked about the tokens of a sequence, and the answer made from vLLM's prompt log-probs.
+
+vLLM tells the log-probs of a prompt's own tokens and of the likeliest ids before it, at temperature 1. Whatever else a
+method may want (other ids, another temperature, fewer ids in the softmax, the entropy) follows from the log-probs of
+all ids, for vocabularies small enough to have them told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_tropd.errors import ServingError
+from megatron_tropd.types import Int64Array
+from megatron_tropd.vllm_bridge.requests import Graded, checked_graded
+
+ALL = -1  # in place of a top k: every id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """Has the answer made from the log-probs of all ids."""
+
+    temperature: float = 1.0
+    vocab_size: int  # ids that the softmax runs over: the first so many
+    asked_ids: Int64Array  # [n, J] ids whose log-probs are wanted, per prediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """About the tokens of one sequence of L, each given those before it."""
+
+    number: int  # position in the batch, for messages
+    token_ids: Int64Array  # [L]
+    first: int = 0  # the prediction that the answer begins with: n = L - 1 - first of them are wanted
+    top_k: int = 0
+    whole: Whole | None = None
+
+    @property
+    def columns(self) -> int:
+        """What vLLM is asked for beside every token's own log-prob."""
+        return self.top_k if self.whole is None else ALL
+
+    @property
+    def cost(self) -> int:
+        """Tokens that are read to answer it."""
+        return len(self.token_ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a server; ``of_json`` reads it."""
+        asked: dict[str, Any] = {"token_ids": self.token_ids.tolist(), "first": self.first, "top_k": self.top_k}
+        if self.whole is not None:
+            whole = self.whole
+            asked["whole"] = {"temperature": whole.temperature, "vocab_size": whole.vocab_size}
+            asked["whole"]["asked_ids"] = whole.asked_ids.tolist()
+        return asked
+
+    @staticmethod
+    def of_json(asked: Mapping[str, Any]) -> Question:
+        """Raises KeyError, TypeError or ValueError for anything else than a question."""
+        token_ids = np.asarray(asked["token_ids"], dtype=np.int64)
+        first, whole = int(asked.get("first", 0)), asked.get("whole")
+        if whole is not None:
+            rows = max(len(token_ids) - 1 - first, 0)
+            ids_NJ = np.asarray(whole["asked_ids"], dtype=np.int64).reshape(rows, -1 if rows else 0)
+            whole = Whole(
+                temperature=float(whole["temperature"]), vocab_size=int(whole["vocab_size"]), asked_ids=ids_NJ
+            )
+        return Question(number=0, token_ids=token_ids, first=first, top_k=int(asked["top_k"]), whole=whole)
+
+
+def answer_of(question: Question, token_ids: Any, logprobs: Any) -> Graded:
+    """The answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
+
+    Raises:
+        ServingError: they cannot be right.
+    """
+    rows = len(question.token_ids) - 1
+    ids, logprob = np.asarray(token_ids, dtype=np.int64), np.asarray(logprobs, dtype=np.float32)
+    if not rows or len(ids) % rows or len(ids) != len(logprob):
+        raise ServingError(
+            f"vLLM answered sequence {question.number} with {len(ids)} ids and {len(logprob)} log-probs for {rows} "
+            "tokens."
+        )
+    ids, logprob = ids.reshape(rows, -1)[question.first :], logprob.reshape(rows, -1)[question.first :]
+    if question.whole is not None:
+        return _from_all(question, question.whole, ids[:, 1:], logprob[:, 1:])
+    return Graded(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])
+
+
+def _from_all(question: Question, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> Graded:
+    """Everything there is to ask about, from the log-probs of all ids."""
+    vocab_size, k = whole.vocab_size, question.top_k
+    if ids_NV.shape[1] < vocab_size:
+        raise ServingError(
+            f"vLLM answered sequence {question.number} with {ids_NV.shape[1]} ids, not with all {vocab_size}."
+        )
+    logp_NV = np.full(ids_NV.shape, -np.inf)
+    np.put_along_axis(logp_NV, ids_NV, logprob_NV.astype(np.float64), axis=1)
+    logp_NV = logp_NV[:, :vocab_size] / whole.temperature
+    logp_NV -= _logsumexp(logp_NV)[:, None]
+    target_N1 = question.token_ids[question.first + 1 :, None]
+    top_NK = np.argsort(-logp_NV, axis=1, kind="stable")[:, :k]
+    probability_NV = np.exp(logp_NV)
+    entropy_N = -np.where(probability_NV > 0, probability_NV * logp_NV, 0.0).sum(1)
+    rest_NV = logp_NV.copy()
+    np.put_along_axis(rest_NV, np.concatenate([target_N1, top_NK, whole.asked_ids], axis=1), -np.inf, axis=1)
+    return Graded(
+        logprob=np.take_along_axis(logp_NV, target_N1, axis=1)[:, 0].astype(np.float32),
+        topk_ids=top_NK.astype(np.int64),
+        topk_logprob=np.take_along_axis(logp_NV, top_NK, axis=1).astype(np.float32),
+        asked_logprob=np.take_along_axis(logp_NV, whole.asked_ids, axis=1).astype(np.float32),
+        entropy=entropy_N.astype(np.float32),
+        logtail=_logsumexp(rest_NV).astype(np.float32),
+    )
+
+
+def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
+    """Over the last axis; -inf where there is nothing."""
+    with np.errstate(divide="ignore"):
+        largest_N = values_NV.max(axis=1, initial=-np.inf)
+        shift_N = np.where(np.isfinite(largest_N), largest_N, 0.0)
+        return np.log(np.exp(values_NV - shift_N[:, None]).sum(1)) + shift_N
+
+
+def checked_answer(graded: Graded, question: Question) -> Graded:
+    """The same, when it can be what a working engine answers; ServingError otherwise."""
+    checked_graded(graded, question.number, question.token_ids[question.first :], question.top_k)
+    if question.whole is None:
+        return graded
+    rows = len(question.token_ids) - 1 - question.first
+    wanted = ((rows, question.whole.asked_ids.shape[1]), (rows,), (rows,))
+    others = (graded.asked_logprob, graded.entropy, graded.logtail)
+    if any(found is None or found.shape != shape for found, shape in zip(others, wanted, strict=True)):
+        raise ServingError(f"vLLM answered sequence {question.number} without all that was asked.")
+    return graded
+
+
+def in_batches(questions: Sequence[Question], *, vocab_size: int, most_values: int) -> list[list[Question]]:
+    """Consecutive questions whose answers hold at most ``most_values`` log-probs, where no single one holds more."""
+    batches: list[list[Question]] = []
+    room = 0
+    for question in questions:
+        values = question.cost * (1 + (vocab_size if question.whole is not None else question.top_k))
+        if not batches or values > room:
+            batches.append([])
+            room = most_values
+        batches[-1].append(question)
+        room -= values
+    return batches

@@ -1,0 +1,238 @@
+"""What a vLLM teacher is asked, what follows from its answers, and what it is not asked: all without vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+
+from megatron_tropd.config.loading import load_config
+from megatron_tropd.errors import ConfigError, ServingError
+from megatron_tropd.losses.support import entropy_at_most, log_tail
+from megatron_tropd.setup.validate import check_method, check_teacher, signal_spec
+from megatron_tropd.vllm_bridge.requests import Graded
+from megatron_tropd.vllm_bridge.score_requests import Question, Whole, answer_of, checked_answer, in_batches
+from tests.support.run_inputs import Task, commands, make_task
+
+VOCAB = 23
+
+
+def told(logp_LV: np.ndarray, token_ids: np.ndarray, columns: int) -> tuple[list[int], list[float]]:
+    """As vLLM's flat prompt log-probs: per token after the first, its own and then the likeliest ids."""
+    ids, logprobs = [], []
+    for row, token in enumerate(token_ids[1:].tolist()):
+        order = [token, *np.argsort(-logp_LV[row], kind="stable")[:columns].tolist()]
+        ids += order
+        logprobs += logp_LV[row][order].tolist()
+    return ids, logprobs
+
+
+@pytest.fixture
+def sequence() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return scipy.special.log_softmax(3 * rng.normal(size=(11, VOCAB)), axis=1), rng.integers(0, VOCAB, 12)
+
+
+def test_the_likeliest_ids_are_what_was_told_from_the_first_prediction_that_counts(sequence):
+    logp, token_ids = sequence
+    question = Question(number=3, token_ids=token_ids, first=4, top_k=5)
+    graded = checked_answer(answer_of(question, *told(logp, token_ids, 5)), question)
+    np.testing.assert_allclose(graded.logprob, logp[np.arange(4, 11), token_ids[5:]], rtol=1e-6)
+    assert (graded.topk_ids == np.argsort(-logp[4:], axis=1)[:, :5]).all() and graded.entropy is None
+
+
+def test_from_all_ids_follow_another_temperature_fewer_ids_entropy_and_the_mass_of_the_rest(sequence):
+    logp, token_ids = sequence
+    token_ids %= VOCAB - 4
+    asked = np.array([[1, 7, int(token_ids[5 + row])] for row in range(7)])
+    whole = Whole(temperature=0.6, vocab_size=VOCAB - 4, asked_ids=asked)
+    question = Question(number=0, token_ids=token_ids, first=4, top_k=3, whole=whole)
+    same = Question.of_json(question.as_json())
+    assert same.whole is not None and (same.whole.asked_ids == asked).all() and same.first == 4
+    graded = checked_answer(answer_of(same, *told(logp, token_ids, VOCAB)), question)
+    expected = scipy.special.log_softmax(logp[4:, : VOCAB - 4] / 0.6, axis=1)
+    np.testing.assert_allclose(graded.logprob, expected[np.arange(7), token_ids[5:]], rtol=1e-5)
+    np.testing.assert_allclose(graded.topk_logprob, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5)
+    np.testing.assert_allclose(graded.asked_logprob, np.take_along_axis(expected, asked, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(graded.entropy, scipy.special.entr(np.exp(expected)).sum(1), rtol=1e-5)
+    for row in range(7):
+        listed = {*asked[row].tolist(), *graded.topk_ids[row].tolist(), int(token_ids[5 + row])}
+        rest = [i for i in range(VOCAB - 4) if i not in listed]
+        assert graded.logtail[row] == pytest.approx(scipy.special.logsumexp(expected[row][rest]), rel=1e-5)
+
+
+def test_an_answer_of_another_size_is_refused(sequence):
+    logp, token_ids = sequence
+    ids, logprobs = told(logp, token_ids, 5)
+    question = Question(number=3, token_ids=token_ids, top_k=5)
+    with pytest.raises(ServingError, match="sequence 3 with 65 ids and 66 log-probs for 11 tokens"):
+        answer_of(question, ids[:-1], logprobs)
+    with pytest.raises(ServingError, match="sequence 3 with arrays of shapes"):
+        checked_answer(answer_of(question, *told(logp, token_ids, 4)), question)
+    whole = Whole(vocab_size=VOCAB, asked_ids=np.empty((11, 0), np.int64))
+    question = Question(number=3, token_ids=token_ids, top_k=5, whole=whole)
+    with pytest.raises(ServingError, match=f"sequence 3 with 5 ids, not with all {VOCAB}"):
+        answer_of(question, ids, logprobs)
+    bare = Graded(logprob=np.zeros(11), topk_ids=np.zeros((11, 5), np.int64), topk_logprob=np.zeros((11, 5)))
+    with pytest.raises(ServingError, match="without all that was asked"):
+        checked_answer(bare, question)
+
+
+def test_questions_are_batched_by_the_size_of_their_answers():
+    questions = [Question(number=n, token_ids=np.zeros(length), top_k=9) for n, length in enumerate((3, 2, 1, 9, 1, 1))]
+    batches = in_batches(questions, vocab_size=VOCAB, most_values=50)
+    assert [[q.number for q in batch] for batch in batches] == [[0, 1], [2], [3], [4, 5]]
+    assert in_batches([], vocab_size=VOCAB, most_values=50) == []
+
+
+def test_the_bound_of_the_entropy_is_the_entropy_where_the_rest_is_even_and_above_it_elsewhere():
+    torch.manual_seed(0)
+    logp = (2 * torch.randn(40, VOCAB, dtype=torch.float64)).log_softmax(-1)
+    logp[:20, 6:] = logp[:20, 6:].logsumexp(-1, keepdim=True) - np.log(VOCAB - 6)
+    exact = torch.from_numpy(scipy.special.entr(logp.exp().numpy()).sum(1))
+    mask = torch.ones(40, 6, dtype=torch.bool)
+    bound = entropy_at_most(logp[:, :6], log_tail(logp[:, :6], mask), mask, vocab_size=VOCAB)
+    torch.testing.assert_close(bound[:20], exact[:20], rtol=1e-9, atol=1e-9)
+    assert (bound[20:] > exact[20:]).all()
+    whole = entropy_at_most(logp, log_tail(logp), vocab_size=VOCAB)
+    torch.testing.assert_close(whole, exact, rtol=1e-9, atol=1e-9)
+    # an id that is listed twice counts once
+    twice = torch.cat([logp[:, :1], logp[:, :6]], dim=1)
+    mask = torch.tensor([True, False, True, True, True, True, True]).expand(40, 7)
+    again = entropy_at_most(twice, log_tail(twice, mask), mask, vocab_size=VOCAB)
+    torch.testing.assert_close(again, bound, rtol=1e-9, atol=1e-9)
+
+
+# --------------------------------------------------------------------------- from packs to signals
+
+
+def test_signals_are_put_together_from_the_answers_to_every_sequence_of_every_pack():
+    commands().call(signals_of_a_model_that_looks_at_one_token)
+
+
+def signals_of_a_model_that_looks_at_one_token() -> None:
+    """Its log-probs are a table: what any signal must be can be read off it. One pack carries no loss."""
+    from megatron_tropd.data.packing import pack
+    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.teacher.engines.vllm import VLLMTeacher
+    from megatron_tropd.teacher.protocol import SignalSpec
+    from megatron_tropd.types import Rollout
+
+    device, rng = initialize_distributed(), np.random.default_rng(1)
+    table_VV = scipy.special.log_softmax(2 * rng.normal(size=(VOCAB, VOCAB)), axis=1)
+
+    class Table:
+        def answer(self, questions: Any) -> list[Graded]:
+            answers = []
+            for question in questions:
+                logp = table_VV[question.token_ids[:-1]]
+                columns = VOCAB if question.whole is not None else question.top_k
+                answers.append(answer_of(question, *told(logp, question.token_ids, columns)))
+            return answers
+
+        def close(self) -> None: ...
+
+    def rollout(number: int, prompt: int, prefix: int, written: int) -> Rollout:
+        nothing = np.zeros(written, np.float32)
+        return Rollout(
+            sequence_id=number,
+            prompt_index=number,
+            token_ids=rng.integers(0, VOCAB, prompt + prefix + written),
+            prompt_length=prompt,
+            prefix_length=prefix,
+            sampling_logprob=nothing,
+            model_logprob=nothing,
+            finished=True,
+        )
+
+    full = pack([rollout(i, 1 + i, i % 2, 3 + i) for i in range(6)], max_tokens=20, multiple_of=4)[0]
+    packs = [[*full, *pack([rollout(9, 5, 0, 0)], max_tokens=20)[0]]]
+    assert packs[0][-1].num_valid == 0 and len(full) > 1
+    groups = GroupBuilder().build(Layout())
+    options: Any = {"vocab_size": VOCAB}
+    spec = SignalSpec(top_k=4, entropy=False, entropy_bound=True, tail_mass=True)
+    told_signals = VLLMTeacher(Table(), groups, groups, device, **options).score(packs, spec)
+    asked = [torch.from_numpy(rng.integers(0, VOCAB, (item.num_valid, 3))) for item in packs[0]]
+    spec = SignalSpec(top_k=4, asked=3, tail_mass=True)
+    whole = VLLMTeacher(Table(), groups, groups, device, temperature=0.5, whole=True, **options)
+    all_signals = whole.score(packs, spec, asked)
+    for item, ids_NJ, a, b in zip(packs[0], asked, told_signals, all_signals, strict=True):
+        assert a is not None and b is not None
+        valid = (item.region_T == 1) | (item.region_T == 2)
+        seen, target = item.token_T[valid], item.target_T[valid]
+        rows = np.arange(len(seen))
+        for signal, logp_NV in (
+            (a, table_VV[seen]),
+            (b, scipy.special.log_softmax(table_VV[seen] / 0.5, axis=1)),
+        ):
+            top_NK = np.argsort(-logp_NV, axis=1)[:, :4]
+            np.testing.assert_allclose(signal.logprob_N, logp_NV[rows, target], rtol=1e-5)
+            np.testing.assert_array_equal(signal.topk_ids_NK, top_NK)
+            np.testing.assert_allclose(signal.topk_logprob_NK, np.take_along_axis(logp_NV, top_NK, 1), rtol=1e-5)
+            listed_NX = np.concatenate([target[:, None], top_NK], axis=1)
+            if signal is b:
+                np.testing.assert_allclose(
+                    b.asked_logprob_NJ, np.take_along_axis(logp_NV, ids_NJ.numpy(), 1), rtol=1e-5
+                )
+                np.testing.assert_allclose(b.entropy_N, scipy.special.entr(np.exp(logp_NV)).sum(1), rtol=1e-5)
+                listed_NX = np.concatenate([listed_NX, ids_NJ.numpy()], axis=1)
+            outside = np.exp(logp_NV)
+            np.put_along_axis(outside, listed_NX, 0.0, axis=1)
+            np.testing.assert_allclose(np.exp(signal.topk_logtail_N), outside.sum(1), rtol=1e-4, atol=1e-6)
+        entropy = scipy.special.entr(np.exp(table_VV[seen])).sum(1)
+        assert a.entropy_bound_N is not None and (a.entropy_bound_N.numpy() >= entropy - 1e-5).all()
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["method.trusted=rkl_full"], "needs the teacher's hidden states; teacher.engine=vllm tells log-probs only"),
+        (["method.support=student"], "method.support=student needs the log-probs of ids that the student names"),
+        (["method.support=union"], "method.support=union needs the log-probs of ids that the student names"),
+        (["method.temperature=0.9"], "method.temperature=0.9 is not 1, but teacher.engine=vllm tells"),
+        (["teacher.model=LARGER"], "the models share 50 of the teacher's 60 ids, over which its softmax runs"),
+    ],
+)
+def test_what_vllm_cannot_tell_is_refused_unless_it_tells_all_ids(task: Task, changes: list[str], message: str):
+    larger = "teacher.model=LARGER" in changes
+    changes = [change for change in changes if not change.startswith("teacher.model")]
+    config = load_config(task.config, ["teacher.engine=vllm", *changes])
+    inputs = inputs_of(config, 50, 60 if larger else 50)
+    with pytest.raises(ConfigError, match=message):
+        check_teacher(config, inputs)
+    assert signal_spec(config, inputs.method).entropy is False
+    if "hidden" not in message:
+        config = load_config(task.config, ["teacher.engine=vllm", "teacher.whole_vocabulary=true", *changes])
+        check_teacher(config, inputs_of(config, 50, 60))
+        assert signal_spec(config, inputs.method).entropy
+    # a recording says whatever it was recorded with
+    check_teacher(
+        load_config(task.config, ["teacher.engine=vllm", f"teacher.recorded_from={Path()}", *changes]), inputs
+    )
+
+
+def test_a_method_that_needs_the_exact_entropy_is_refused(task: Task):
+    text = task.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", "name: eopd")
+    path = task.directory / "eopd.yaml"
+    path.write_text(text)
+    config = load_config(path, ["teacher.engine=vllm"])
+    with pytest.raises(ConfigError, match=r"method.name=eopd with these options needs the teacher's exact entropy"):
+        check_teacher(config, inputs_of(config, 50, 50))
+
+
+def inputs_of(config: Any, shared: int, teacher: int) -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(method=check_method(config), vocab_size=shared, teacher=SimpleNamespace(vocab_size=teacher))

@@ -1,0 +1,537 @@
+"""Gradients of every objective under tensor parallelism beside autograd of the textbook formula.
+
+On the ranks each objective is computed the way the engine computes it: ``linear_topk`` and ``linear_logprobs`` on
+shards of the output weights make the views, ``Method.token_loss`` the loss per token, weights and one division by the
+global count the loss, and the region mapping sums the hidden states' gradient. In the parent the truth of
+``parity_truth`` is differentiated in fp64 on whole rows of logits. ``parity_page`` makes a page of the outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.engine.batch import support_of
+from megatron_tropd.losses import gates, terms
+from megatron_tropd.losses.support import TAILS, Tail, log_tail, tail_beside
+from megatron_tropd.losses.terms import Term
+from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
+from megatron_tropd.methods import build_method
+from megatron_tropd.methods.base import Method
+from megatron_tropd.parallel.collectives import copy_to_region
+from megatron_tropd.types import Region, Signal, StudentView, SupportKind, TeacherView, TokenView
+from tests.support import parity_truth as truth
+from tests.support.distributed import run_on_ranks
+from tests.support.parity_problems import LOW_PRECISION, PROBLEMS, REPLICATED, Problem, peaked
+
+WORLDS = (1, 2, 4)
+SUPPORTS: tuple[SupportKind, ...] = get_args(SupportKind)
+
+# --------------------------------------------------------------------------- the rows of the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One objective: the package's term for a support of k, and its formula."""
+
+    term: str
+    support: SupportKind | None = None  # None: it uses none
+    tail: Tail | None = None
+    build: Callable[[int], Term]
+    textbook: truth.Textbook
+
+    @property
+    def row(self) -> str:
+        """Its row of the table."""
+        return f"{self.term} | {self.support or '-'} | {self.tail or '-'}"
+
+
+def cells() -> Iterator[Cell]:
+    plain: dict[str, tuple[Term, truth.Textbook]] = {
+        "k1_pg": (terms.k1_pg(), truth.k1_pg),
+        "k1_pg, PPO clip": (terms.k1_pg(clip=truth.CLIP), truth.k1_pg_clip),
+        "k1_pg, reward floor": (terms.k1_pg(floor=truth.FLOOR), truth.k1_pg_floor),
+        "k2": (terms.k2(), truth.k2),
+        "k3": (terms.k3(), truth.k3),
+        "extrapolated_pg": (terms.extrapolated_pg(lam=truth.LAM), truth.extrapolated),
+        "nll": (terms.nll(), truth.nll),
+        "prefix_pg_scalar": (terms.prefix_pg_scalar(), truth.prefix_pg_scalar),
+        "none": (terms.NONE, truth.none),
+        "fkl_full": (terms.fkl_full(), truth.fkl_full),
+        "rkl_full": (terms.rkl_full(), truth.rkl_full),
+        "jsd_full, beta 0.5": (terms.jsd_full(beta=0.5), truth.jsd_full(0.5)),
+        "jsd_full, beta 0.1": (terms.jsd_full(beta=0.1), truth.jsd_full(0.1)),
+    }
+    for name, (term, textbook) in plain.items():
+        yield Cell(term=name, build=lambda k, term=term: term, textbook=textbook)
+    over_support: dict[str, tuple[Callable[..., Term], Callable[[str], truth.Textbook]]] = {
+        "fkl_topk": (terms.fkl_topk, truth.fkl_topk),
+        "rkl_topk": (terms.rkl_topk, truth.rkl_topk),
+        "fkl_pg_scalar": (terms.fkl_pg_scalar, truth.fkl_pg_scalar),
+    }
+    for name, (factory, formula) in over_support.items():
+        for support, tail in product(SUPPORTS, TAILS):
+            build = lambda k, f=factory, s=support, t=tail: f(k=k, tail=t, support=s)  # noqa: E731
+            yield Cell(term=name, support=support, tail=tail, build=build, textbook=formula(tail))
+    yield Cell(
+        term="fkl_topk where the teacher is uncertain",
+        support="teacher",
+        tail="none",
+        build=lambda k: terms.where_teacher_uncertain(terms.fkl_topk(k=k), entropy=truth.UNCERTAIN),
+        textbook=truth.uncertain_fkl("none"),
+    )
+
+
+CELLS = tuple(cells())
+
+# --------------------------------------------------------------------------- what the package computes, on the ranks
+
+
+def shard_of(weight_VD: Tensor, problem: Problem, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows, in the problem's dtype; nan beyond the true size."""
+    padded = torch.full((problem.padded, weight_VD.shape[1]), torch.nan, dtype=torch.float64)
+    padded[: len(weight_VD)] = weight_VD
+    return padded.chunk(dist.get_world_size(group))[dist.get_rank(group)].to(problem.dtype, copy=True)
+
+
+Layout = tuple[int, dist.ProcessGroup, dist.ProcessGroup]  # this rank's replica, its tensor- and data-parallel group
+# "hidden" [cells, T, D] whole, "weight" [cells, v, D] of this rank's shard, "loss" [cells], "least" [cells] of a token
+Gradients = dict[str, Tensor]
+
+
+def on_ranks(problems: Sequence[Problem]) -> dict[str, Any]:
+    """The gradients of every cell of every problem, of the log tail, and of methods that coincide."""
+    layouts = {replicas: layout(replicas) for replicas in sorted({problem.replicas for problem in problems})}
+    _, tensor, _ = layouts[1]
+    return {
+        "cells": {problem.name: gradients(problem, *layouts[problem.replicas]) for problem in problems},
+        "tails": {mass: tail_of(mass, tensor) for mass in MASSES},
+        "coincidences": {name: coincidence(*pair, tensor) for name, pair in COINCIDENCES.items()},
+    }
+
+
+def layout(replicas: int) -> Layout:
+    """Replicas are the outer dimension of the world."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tensor = world // replicas
+    tp_groups = [dist.new_group(list(range(r * tensor, (r + 1) * tensor))) for r in range(replicas)]
+    dp_groups = [dist.new_group(list(range(t, world, tensor))) for t in range(tensor)]
+    return rank // tensor, tp_groups[rank // tensor], dp_groups[rank % tensor]
+
+
+def gradients(problem: Problem, replica: int, tp: dist.ProcessGroup, dp: dist.ProcessGroup) -> Gradients:
+    """Of every cell, as the engine's step leaves them: summed over packs and replicas, then divided once."""
+    hidden_TD = problem.student[0].to(problem.dtype).requires_grad_()
+    weight_vD = shard_of(problem.student[1], problem, tp).requires_grad_()
+    slices = problem.slices(replica)
+    packs = [losses(problem, hidden_TD[part], weight_vD, part, tp) for part in slices]
+    totals = [
+        sum((loss_T * problem.weight_T[part]).sum() for part, loss_T in zip(slices, every, strict=True))
+        for every in zip(*packs, strict=True)
+    ]
+    partial = [torch.autograd.grad(total, [hidden_TD, weight_vD], retain_graph=True) for total in totals]
+    hidden_NTD, weight_NvD = (torch.stack(parts) for parts in zip(*partial, strict=True))
+    hidden_NTD = summed_by_the_mapping(hidden_NTD, tp)
+    denominator = torch.stack([problem.weight_T[part].double().sum() for part in slices]).sum()
+    dist.all_reduce(denominator, group=dp)
+    whole = {"hidden": hidden_NTD.float(), "weight": weight_NvD.float()}  # Megatron keeps sums of gradients in fp32
+    whole["loss"] = torch.stack(totals).detach()
+    for gradient in whole.values():
+        dist.all_reduce(gradient, group=dp)
+        gradient.mul_((1.0 / denominator).item())
+    lowest = [[loss_T.detach().min() for loss_T in every if len(loss_T)] for every in zip(*packs, strict=True)]
+    return whole | {"least": torch.tensor([min(every, default=0.0) for every in lowest])}
+
+
+def summed_by_the_mapping(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The region mapping's backward on the partial gradients of many losses at once."""
+    entered = torch.zeros_like(partial, requires_grad=True)
+    return torch.autograd.grad(copy_to_region(entered, group), entered, partial)[0]
+
+
+def losses(
+    problem: Problem, hidden_TD: Tensor, weight_vD: Tensor, part: slice, group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Of one pack: every cell's loss per token."""
+    tokens = tokens_of(problem, part)
+    seen = Scores(problem, hidden_TD, weight_vD, part, group)
+    views = {key: seen.views(*key) for key in product(SUPPORTS, (False, True))}
+    result = []
+    for cell in CELLS:
+        method = Method(gate=gates.ALL, trusted=cell.build(problem.k))
+        result.append(method.token_loss(*views[method.needs.support, method.needs.tail_mass], tokens).loss_T)
+    return result
+
+
+def tokens_of(problem: Problem, part: slice) -> TokenView:
+    target_T = problem.target_T[part]
+    return TokenView(
+        region_T=torch.full_like(target_T, int(Region.CONTINUATION)),
+        uniform_T=torch.rand(problem.tokens, generator=torch.Generator().manual_seed(80))[part],
+        sequence_T=torch.zeros_like(target_T),
+        position_T=torch.arange(len(target_T)),
+        target_T=target_T,
+        rollout_logprob_T=torch.zeros(len(target_T)),
+    )
+
+
+class Scores:
+    """What both models say of one pack: the views that the engine would hand to a method, for any support."""
+
+    def __init__(
+        self, problem: Problem, hidden_TD: Tensor, weight_vD: Tensor, part: slice, group: dist.ProcessGroup
+    ) -> None:
+        self._problem, self._part, self._group = problem, part, group
+        self._student = (hidden_TD, weight_vD)
+        self._target_T1 = problem.target_T[part][:, None]
+        self._options: dict[str, Any] = {
+            "group": group,
+            "vocab_size": problem.vocab,
+            "temperature": problem.temperature,
+            "chunk_tokens": problem.chunk_tokens,
+        }
+        self._teacher = self._given(problem.teacher)
+        self._old_T, self._base_T = (
+            linear_logprobs(*self._given(model), self._target_T1, **self._options).logprob_TK[:, 0]
+            for model in (problem.old, problem.base)
+        )
+
+    def _given(self, model: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return model[0][self._part].to(self._problem.dtype), shard_of(model[1], self._problem, self._group)
+
+    def views(self, support: SupportKind, tail: bool) -> tuple[StudentView, TeacherView]:
+        signal, target_T1 = self._signal(support, tail), self._target_T1
+        term = terms.fkl_topk(k=self._problem.k, support=support, tail="bucket" if tail else "none")
+        known = support_of(signal, target_T1[:, 0], Method(gate=gates.ALL, trusted=term))
+        assert known.ids_NK is not None
+        listed_TK = torch.cat([target_T1, known.ids_NK], dim=1)
+        out = linear_logprobs(*self._student, listed_TK, **self._options, tail=tail)
+        logprob_T, logtail_T = out.logprob_TK[:, 0], out.logtail_T
+        if logtail_T is not None:
+            logtail_T = tail_beside(logtail_T, logprob_T, (known.ids_NK == target_T1).any(-1))
+        student = StudentView(
+            logprob_T=logprob_T,
+            old_logprob_T=self._old_T,
+            support_logprob_TK=out.logprob_TK[:, 1:],
+            support_logtail_T=logtail_T,
+            entropy_T=out.entropy_T,
+            divergence=lambda kind, beta: linear_divergence(
+                *self._student, *self._teacher, kind=kind, beta=beta, **self._options
+            ),
+        )
+        teacher = TeacherView(
+            logprob_T=signal.logprob_N,
+            support_ids_TK=known.ids_NK,
+            support_logprob_TK=known.logprob_NK,
+            support_mask_TK=known.mask_NK,
+            support_logtail_T=known.logtail_N,
+            entropy_T=signal.entropy_N,
+            base_logprob_T=self._base_T,
+        )
+        return student, teacher
+
+    @torch.no_grad()
+    def _signal(self, support: SupportKind, tail: bool) -> Signal:
+        """What the teacher answers: its own likeliest ids where they play a part, the student's where it asks."""
+        problem, options, k = self._problem, self._options, self._problem.k
+        own = support != "student"
+        asked_TJ = self._target_T1[:, :0]
+        if support in ("student", "union"):
+            given = support_ids(problem, "student")[self._part] if problem.given_support else None
+            asked_TJ = linear_topk(*self._student, k, **options).ids_TK if given is None else given
+        listed_TJ = torch.cat([self._target_T1, asked_TJ], dim=1)
+        if own and not problem.given_support:
+            top = linear_topk(*self._teacher, k, ids_TJ=listed_TJ, **options, tail=tail)
+            ids_TK, logprob_TK, logprob_TJ = top.ids_TK, top.logprob_TK, top.picked_logprob_TJ
+            entropy_T, logtail_T = top.entropy_T, top.logtail_T
+        else:
+            ids_TK = support_ids(problem, "teacher")[self._part] if own else listed_TJ[:, :0]
+            out = linear_logprobs(*self._teacher, torch.cat([listed_TJ, ids_TK], dim=1), **options, tail=tail)
+            logprob_TJ, logprob_TK = out.logprob_TK.split([listed_TJ.shape[1], ids_TK.shape[1]], dim=1)
+            entropy_T, logtail_T = out.entropy_T, out.logtail_T
+        assert logprob_TJ is not None
+        return Signal(
+            logprob_N=logprob_TJ[:, 0],
+            topk_ids_NK=ids_TK,
+            topk_logprob_NK=logprob_TK,
+            asked_ids_NJ=asked_TJ,
+            asked_logprob_NJ=logprob_TJ[:, 1:],
+            topk_logtail_N=logtail_T,
+            entropy_N=entropy_T,
+        )
+
+
+# --------------------------------------------------------------------------- the log tail by itself
+
+MASSES = (1e-3, 1e-5, 1e-7, 1e-15)
+
+
+def tail_of(mass: float, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The log mass outside a support that holds nearly everything, its gradients, and what ``1 - sum`` would say."""
+    hidden_TD, weight_VD, ids_TK = peaked(mass)
+    problem = Problem(name="peaked")
+    hidden_TD, weight_vD = hidden_TD.float().requires_grad_(), shard_of(weight_VD, problem, group).requires_grad_()
+    out = linear_logprobs(hidden_TD, weight_vD, ids_TK, group=group, vocab_size=problem.vocab, tail=True)
+    assert out.logtail_T is not None
+    hidden, weight = torch.autograd.grad(out.logtail_T.sum(), [hidden_TD, weight_vD])
+    return {
+        "logtail": out.logtail_T.detach(),
+        "one_minus_sum": log_tail(out.logprob_TK),
+        "hidden": summed_by_the_mapping(hidden, group),
+        "weight": weight,
+    }
+
+
+# --------------------------------------------------------------------------- methods that coincide
+
+UNGUIDED = {"prefix_schedule": "none"}
+Options = dict[str, Any]
+COINCIDENCES: dict[str, tuple[Options, Options]] = {
+    "tropd(gate=all), unguided = opd": ({"name": "tropd", "gate": "all", **UNGUIDED}, {"name": "opd"}),
+    "tropd(gate=none), unguided = fkl(form=topk, tail=none)": (
+        {"name": "tropd", "gate": "none", "k": 5, **UNGUIDED},
+        {"name": "fkl", "form": "topk", "tail": "none", "k": 5},
+    ),
+    "aopd = tropd(gate=probability_gap), unguided": (
+        {"name": "aopd", "k": 5},
+        {"name": "tropd", "gate": "probability_gap", "k": 5, **UNGUIDED},
+    ),
+    "gkd(beta=0) = fkl": ({"name": "gkd", "beta": 0.0}, {"name": "fkl"}),
+    "gkd(beta=1) = rkl": ({"name": "gkd", "beta": 1.0}, {"name": "rkl"}),
+    "local_support(k=V) = rkl": ({"name": "local_support", "k": 37}, {"name": "rkl"}),
+    "eopd(alpha=0) = opd(ppo_clip=0.2)": ({"name": "eopd", "alpha": 0.0}, {"name": "opd", "ppo_clip": 0.2}),
+    "fkl(form=topk, tail=bucket, k=V) = fkl": (
+        {"name": "fkl", "form": "topk", "tail": "bucket", "k": 37},
+        {"name": "fkl"},
+    ),
+    "rkl(form=topk, tail=bucket, k=V) = rkl": (
+        {"name": "rkl", "form": "topk", "tail": "bucket", "k": 37},
+        {"name": "rkl"},
+    ),
+    "exopd(lam=1) = opd": ({"name": "exopd", "lam": 1.0}, {"name": "opd"}),
+    "tropd_soft = mean of tropd over 1001 draws of the gate": (
+        {"name": "tropd", "k": 5, **UNGUIDED, "draws": 1001},
+        {"name": "tropd_soft", "k": 5, **UNGUIDED},
+    ),
+}
+
+
+def coincidence(first: Options, second: Options, group: dist.ProcessGroup) -> list[float]:
+    """Relative difference of two methods' losses, hidden and weight gradients."""
+    one, other = (method_gradients(options, group) for options in (first, second))
+    assert all(float(x.norm()) > 0.0 for x in other)
+    return [relative_error(a, b.double()) for a, b in zip(one, other, strict=True)]
+
+
+def method_gradients(options: Options, group: dist.ProcessGroup) -> list[Tensor]:
+    """(loss per token, hidden gradient, this shard's weight gradient); with ``draws`` the mean over the gate's."""
+    options = dict(options)
+    draws = options.pop("draws", None)
+    method = build_method(**options)
+    problem = Problem(name="coincidence", k=method.needs.top_k or 5)
+    hidden_TD = problem.student[0].float().requires_grad_()
+    weight_vD = shard_of(problem.student[1], problem, group).requires_grad_()
+    views = Scores(problem, hidden_TD, weight_vD, slice(None), group).views(
+        method.needs.support, method.needs.tail_mass
+    )
+    tokens = tokens_of(problem, slice(None))
+    if draws is None:
+        loss_T = method.token_loss(*views, tokens).loss_T
+    else:
+        every = ((i + 0.5) / draws for i in range(draws))
+        drawn = (replace(tokens, uniform_T=torch.full((problem.tokens,), u)) for u in every)
+        loss_T = sum(method.token_loss(*views, t).loss_T for t in drawn) / draws
+    hidden, weight = torch.autograd.grad((loss_T * problem.weight_T).sum(), [hidden_TD, weight_vD])
+    return [loss_T.detach(), summed_by_the_mapping(hidden, group), weight]
+
+
+# --------------------------------------------------------------------------- the truth, in the parent
+
+
+def logprobs(
+    problem: Problem, model: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float64, shards: int = 1
+) -> Tensor:
+    """Of whole rows, ids that both models know; in at least fp32 from logits in ``dtype``."""
+    hidden_TD, weight_VD = (x.to(dtype) for x in model)
+    cut = weight_VD[: problem.vocab].split(problem.padded // shards)
+    logits_TV = torch.cat([hidden_TD @ weight_wD.t() for weight_wD in cut], dim=1)
+    return (logits_TV.to(torch.promote_types(dtype, torch.float32)) / problem.temperature).log_softmax(-1)
+
+
+def support_ids(problem: Problem, support: SupportKind) -> Tensor:
+    """Ids of the support from fp64 logits, [T, K], with duplicates."""
+    top = {name: logprobs(problem, getattr(problem, name)).topk(problem.k).indices for name in ("teacher", "student")}
+    parts = {
+        "teacher": [top["teacher"]],
+        "student": [top["student"]],
+        "union": [top["teacher"], top["student"]],
+        "teacher_and_sampled": [top["teacher"], problem.target_T[:, None]],
+    }
+    return torch.cat(parts[support], dim=1)
+
+
+def support_mask(problem: Problem, support: SupportKind | None) -> Tensor:
+    """True on the ids of the support, bool [T, V]."""
+    mask_TV = torch.zeros(problem.tokens, problem.vocab, dtype=torch.bool)
+    return mask_TV if support is None else mask_TV.scatter_(1, support_ids(problem, support), True)
+
+
+@cache
+def true_losses(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(loss, mean size of its terms) of every cell, fp64."""
+    known = {name: logprobs(problem, getattr(problem, name)) for name in ("student", "teacher", "old", "base")}
+    weight_T = problem.weight_T.double()
+    losses_NT = torch.stack(
+        [
+            cell.textbook(
+                truth.Rows(
+                    logq_TV=known["student"],
+                    logp_TV=known["teacher"],
+                    logold_TV=known["old"],
+                    logbase_TV=known["base"],
+                    target_T=problem.target_T,
+                    in_A_TV=support_mask(problem, cell.support),
+                )
+            )
+            for cell in CELLS
+        ]
+    )
+    share_T = weight_T / weight_T.sum()
+    return (losses_NT * share_T).sum(-1), (losses_NT.abs() * share_T).sum(-1)
+
+
+@cache
+def plain_gradients(problem: Problem, dtype: torch.dtype, shards: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """(hidden, weight) of every cell by autograd of the textbook formula; fp64 makes it the truth.
+
+    In a lower precision: logits in ``dtype``, softmax and formula in at least fp32, gradients in ``dtype``; with
+    ``shards`` the hidden states' gradient is the sum, in ``dtype``, of one for each shard of the vocabulary.
+    """
+    hidden_TD, weight_VD = (x.to(dtype).requires_grad_() for x in problem.student)
+    known = {name: logprobs(problem, getattr(problem, name), dtype) for name in ("teacher", "old", "base")}
+    rows = truth.Rows(
+        logq_TV=logprobs(problem, (hidden_TD, weight_VD), dtype, shards),
+        logp_TV=known["teacher"],
+        logold_TV=known["old"],
+        logbase_TV=known["base"],
+        target_T=problem.target_T,
+        in_A_TV=support_mask(problem, None),
+    )
+    weight_T = problem.weight_T.to(rows.logq_TV.dtype)
+    answer = []
+    for cell in CELLS:
+        loss_T = cell.textbook(replace(rows, in_A_TV=support_mask(problem, cell.support)))
+        loss = (loss_T * weight_T).sum() / weight_T.sum()
+        answer.append(torch.autograd.grad(loss, [hidden_TD, weight_VD], retain_graph=True))
+    return answer
+
+
+# --------------------------------------------------------------------------- the comparison
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the truth: off in scale or in direction, both show."""
+    difference, size = (found.double() - exact).norm(), exact.norm()
+    return float(difference) if size == 0.0 else float(difference / size)
+
+
+Errors = dict[tuple[str, str], tuple[float, float]]  # (row of the table, problem) -> (hidden, weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was measured in a world of so many ranks."""
+
+    gradients: Errors
+    losses: dict[tuple[str, str], float]  # (row, problem) -> error of the loss, relative to the mean size of its terms
+    least: dict[tuple[str, str], float]  # (row, problem) -> least loss of a token
+    tails: dict[float, tuple[float, float, float, float]]  # errors of the mass, its hidden and weight gradient; 1 - sum
+    coincidences: dict[str, float]  # worst of loss, hidden and weight gradient over the ranks
+
+
+def problems_of(world: int) -> list[Problem]:
+    return [p for p in (*PROBLEMS, *REPLICATED, *LOW_PRECISION) if world % p.replicas == 0]
+
+
+@cache
+def measured(world: int) -> Outcome:
+    """All of it, the ranks being started once."""
+    problems = problems_of(world)
+    ranks = run_on_ranks(on_ranks, problems, world_size=world, timeout_s=280)
+    errors: Errors = {}
+    losses, least = {}, {}
+    for problem in problems:
+        found = [rank["cells"][problem.name] for rank in ranks]
+        errors |= gradient_errors(problem, found)
+        for number, (cell, exact, size) in enumerate(zip(CELLS, *true_losses(problem), strict=True)):
+            key = (cell.row, problem.name)
+            losses[key] = max(float((rank["loss"][number] - exact).abs() / size.clamp(min=1e-9)) for rank in found)
+            least[key] = min(float(rank["least"][number]) for rank in found)
+    return Outcome(
+        gradients=errors,
+        losses=losses,
+        least=least,
+        tails={mass: tail_errors(mass, [rank["tails"][mass] for rank in ranks]) for mass in MASSES},
+        coincidences={name: max(max(rank["coincidences"][name]) for rank in ranks) for name in COINCIDENCES},
+    )
+
+
+def gradient_errors(problem: Problem, ranks: Sequence[Gradients]) -> Errors:
+    """Worst over ranks and replicas. What padding, or an id that the teacher lacks, gets must be exactly 0."""
+    tensor, found = len(ranks) // problem.replicas, {}
+    for number, (cell, exact) in enumerate(zip(CELLS, plain_gradients(problem, torch.float64), strict=True)):
+        hidden = max(relative_error(rank["hidden"][number], exact[0]) for rank in ranks)
+        shards = [rank["weight"][number] for rank in ranks]
+        weights = [torch.cat(shards[first : first + tensor]) for first in range(0, len(ranks), tensor)]
+        assert not any(weight_VD[problem.vocab :].any() for weight_VD in weights), f"{cell.row} of {problem.name}"
+        weight = max(relative_error(weight_VD[: len(exact[1])], exact[1]) for weight_VD in weights)
+        found[cell.row, problem.name] = (hidden, weight)
+    return found
+
+
+def tail_errors(mass: float, ranks: Sequence[Gradients]) -> tuple[float, float, float, float]:
+    hidden_TD, weight_VD, ids_TK = peaked(mass)
+    inputs = [hidden_TD.requires_grad_(), weight_VD.requires_grad_()]
+    logq_TV = (hidden_TD @ weight_VD.t()).log_softmax(-1)
+    listed_TV = torch.zeros_like(logq_TV, dtype=torch.bool).scatter_(1, ids_TK, True)
+    logtail_T = truth.log_sum(logq_TV, ~listed_TV)
+    hidden, weight = torch.autograd.grad(logtail_T.sum(), inputs)
+    assert abs(float(logtail_T.detach().exp().log10().mean()) - np.log10(mass)) < 1.0
+    shards_VD, logtail_T = torch.cat([rank["weight"] for rank in ranks])[: len(weight)], logtail_T.detach()
+
+    def of_mass(name: str) -> float:
+        return max(float((rank[name].double() - logtail_T).expm1().abs().max()) for rank in ranks)
+
+    gradient = max(relative_error(rank["hidden"], hidden) for rank in ranks)
+    return of_mass("logtail"), gradient, relative_error(shards_VD, weight), of_mass("one_minus_sum")
+
+
+def plain_errors(problem: Problem, shards: int = 1) -> dict[str, tuple[float, float]]:
+    """Of plain autograd in the problem's dtype, by row."""
+    exact, plain = plain_gradients(problem, torch.float64), plain_gradients(problem, problem.dtype, shards)
+    return {
+        cell.row: (relative_error(found[0], true[0]), relative_error(found[1], true[1]))
+        for cell, found, true in zip(CELLS, plain, exact, strict=True)
+    }
+
+
+def low_precision_ratios(world: int) -> dict[str, float]:
+    """Error of the package in bf16 over that of plain bf16 autograd, by row: the worse of hidden and weight gradient.
+
+    Root mean squares over several draws: in one draw luck of rounding makes it 1.2 either way.
+    """
+    ours, plain = ({cell.row: torch.zeros(2) for cell in CELLS} for _ in range(2))
+    for problem in LOW_PRECISION:
+        theirs = plain_errors(problem, shards=world)
+        for row in ours:
+            ours[row] += torch.tensor(measured(world).gradients[row, problem.name]).square()
+            plain[row] += torch.tensor(theirs[row]).square()
+    return {row: float((ours[row] / plain[row]).sqrt().max()) for row in ours if plain[row].any()}

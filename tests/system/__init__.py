@@ -1,0 +1,1 @@
+"""Tests of what the machine gives: SLURM, nodes, the sandbox."""

@@ -1,0 +1,1 @@
+"""Tests of one room each, without other processes (some start a child of their own)."""

@@ -1,0 +1,81 @@
+"""``tropd health`` passes healthy ranks, and names the rank, host and fault of what is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.run_inputs import commands
+
+
+def test_healthy_ranks_pass_and_leave_nothing_behind(tmp_path: Path):
+    outcome = commands().run("health", "--shared", tmp_path / "runs", ranks=2).expect_success()
+    said = " ".join(outcome.output.split())
+    assert re.search(r"2 rank\(s\); all-reduce [\d,]+ us, [\d,.]+ GB/s per rank", said)
+    assert f"{socket.gethostname()} 0, 1 cpu" in said
+    assert outcome.outputs[1] == ""
+    assert not list((tmp_path / "runs").iterdir())
+    commands().run("health", "--shared", tmp_path / "runs").expect_success()
+
+
+def test_a_directory_that_cannot_be_shared_is_one_message_and_exit_status_2(tmp_path: Path):
+    (tmp_path / "file").touch()
+    outcome = commands().run("health", "--shared", tmp_path / "file" / "runs", ranks=2)
+    assert outcome.status == 2
+    assert f"HealthError: 1 problem(s):\n  rank 0 on {socket.gethostname()}: cannot write to" in outcome.output
+    assert "Traceback" not in outcome.output + outcome.outputs[1]
+    assert "HealthError" not in outcome.outputs[1]
+
+
+def faulty(fault: str, message: str, shared: str) -> None:
+    """On the ranks: rank 1 has the fault, and all ranks are told of it in the same words."""
+    import torch
+
+    from megatron_tropd.commands import health
+
+    rank, here, wait_s = int(os.environ["RANK"]), Path(shared), 20.0
+    if fault == "absent":
+        os.environ["WORLD_SIZE"], wait_s = "3", 1.0
+    if rank == 1 and fault == "device":
+        health._product = broken  # type: ignore[assignment]
+    if rank == 1 and fault == "versions":
+        health._version = lambda package: "0.1"  # type: ignore[assignment]
+    if rank == 1 and fault == "sums":
+        full = torch.full
+        torch.full = lambda *args, **options: full(*args, **options) + 1  # type: ignore[assignment]
+    if rank == 1 and fault == "elsewhere":
+        here, health._SHARED_WAIT_S = here / "mine", 0.5
+    problems = health.check_health(shared=here, timeout_s=wait_s)
+    assert any(message in problem for problem in problems), (fault, problems)
+    assert list(Path(shared).glob("**/*")) in ([], [Path(shared) / "mine"])
+
+
+def broken(device: object) -> float:
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nand more lines")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("absent", "rank(s) 2 of 3 have not come within 1 s; those that have are on HOST."),
+        ("device", "rank 1 on HOST: CUDA error: uncorrectable ECC error encountered"),
+        ("versions", "torch is not the same everywhere: 0.1 on HOST; 2."),
+        ("sums", "rank 0 on HOST: a collective failed: 1 of 1 elements of an all-reduce are wrong"),
+        ("elsewhere", "rank 1 on HOST: SHARED/mine is not the directory that rank 0 sees under this name"),
+    ],
+)
+def test_every_rank_is_told_what_is_wrong_and_where(fault: str, message: str, tmp_path: Path):
+    message = message.replace("HOST", socket.gethostname()).replace("SHARED", str(tmp_path))
+    commands().call(faulty, fault, message, tmp_path, ranks=2)
+
+
+def test_a_first_rank_that_cannot_be_reached_is_told_with_its_address():
+    elsewhere = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    outcome = commands().run("health", "--timeout", "1", **elsewhere)
+    assert outcome.status == 2
+    assert f"HealthError on rank 1: {socket.gethostname()} cannot reach the first rank at 127.0.0.1:9" in outcome.output
+    assert "Traceback" not in outcome.output

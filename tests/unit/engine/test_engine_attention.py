@@ -1,0 +1,205 @@
+"""Attention plans against one sequence at a time in fp64: values, gradients, packing, caching."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PackedPlan, PrefillPlan
+from megatron_tropd.engine.context import ContextPlan, held_tokens
+from megatron_tropd.errors import EngineError
+from tests.support.distributed import run_on_ranks
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, DIM = 6, 2, 10
+SCALE = 0.37  # not 1/sqrt(dim): it must be used as given
+
+
+def textbook(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of one sequence, ``[l, heads, d]`` each, head by head."""
+    outputs = []
+    for head in range(query.size(1)):
+        of = head // (query.size(1) // key.size(1))
+        scores = SCALE * query[:, head] @ key[:, of].T
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+        outputs.append(scores.softmax(-1) @ value[:, of])
+    return torch.stack(outputs, dim=1)
+
+
+def streams(tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Query, key and value of one stream, ``[T, 1, heads, d]``."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, 1, heads, DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def one_by_one(qkv: list[Tensor], lengths: list[int]) -> Tensor:
+    """Each sequence alone, in fp64: the truth a stream is compared with."""
+    pieces = zip(*(x[:, 0].split(lengths) for x in qkv), strict=True)
+    return torch.cat([textbook(*piece) for piece in pieces])
+
+
+def truth_of(qkv: list[Tensor], lengths: list[int], weight: Tensor) -> tuple[Tensor, list[Tensor]]:
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    output = one_by_one(exact, lengths)
+    return output, list(torch.autograd.grad((output * weight.double()).sum(), exact))
+
+
+def boundaries(lengths: list[int]) -> np.ndarray:
+    return np.cumsum([0, *lengths]).astype(np.int32)
+
+
+LENGTHS = {
+    "one sequence": [13],
+    "one token": [1],
+    "only single tokens": [1, 1, 1],
+    "all alike": [5, 5, 5],
+    "very different": [1, 31, 2, 17, 1, 9],
+    "similar": [11, 8, 10, 9, 12],
+    "on the edge of a group": [10, 7, 6, 10],
+    "longest last": [1, 2, 3, 40],
+}
+
+
+def close(found: Tensor, truth: Tensor, relative: float) -> bool:
+    return bool((found.double() - truth).norm() <= relative * truth.norm())
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_packed_stream_is_its_sequences_one_by_one(lengths, dtype):
+    qkv = streams(sum(lengths), dtype)
+    weight = torch.randn(sum(lengths), HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    output = PackedPlan.build(boundaries(lengths), CPU).attend(1, *qkv, SCALE)
+    gradients = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
+
+    expected, expected_gradients = truth_of(qkv, lengths, weight)
+    assert output.dtype == dtype and output.shape == qkv[0].shape
+    limit = 1e-6 if dtype == torch.float32 else 1e-2  # bf16 has 8 bits: 2**-8 = 4e-3 per rounding
+    assert close(output[:, 0], expected, limit)
+    for found, truth in zip(gradients, expected_gradients, strict=True):
+        # a sequence of one token attends to itself alone: queries and keys then have no gradient at all
+        assert close(found, truth, limit) if truth.norm() > 0 else found.double().norm() < 1e-6
+
+
+def test_random_lengths_are_attended_one_by_one():
+    rng = np.random.default_rng(0)
+    for trial in range(25):
+        lengths = rng.integers(1, 40, rng.integers(1, 12)).tolist()
+        qkv = streams(sum(lengths), seed=trial)
+        output = PackedPlan.build(boundaries(lengths), CPU).attend(1, *qkv, SCALE)
+        assert close(output[:, 0], one_by_one([x.double() for x in qkv], lengths), 1e-6), lengths
+
+
+def test_a_sequence_is_blind_to_its_neighbours_and_to_its_future():
+    lengths = [4, 7, 1, 6]
+    query, key, value = (x.detach() for x in streams(sum(lengths)))
+    plan = PackedPlan.build(boundaries(lengths), CPU)
+    before = plan.attend(1, query, key, value, SCALE)
+    position = 4 + 5  # the sixth token of the second sequence
+    key[position], value[position] = 1e3, -1e3
+    after = plan.attend(1, query, key, value, SCALE)
+    changed = (before != after).flatten(1).any(1).nonzero()[:, 0].tolist()
+    assert changed == [position, position + 1]
+
+
+def test_sequences_of_similar_length_share_one_call():
+    """Otherwise a pack of many sequences would pay one call for each."""
+    assert len(PackedPlan.build(boundaries([20, 19, 18, 17, 16, 15]), CPU).groups) == 1
+    assert len(PackedPlan.build(boundaries([40, 4, 40, 4]), CPU).groups) == 2
+
+
+def test_no_group_is_mostly_padding():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        plan = PackedPlan.build(boundaries(rng.integers(1, 500, 60).tolist()), CPU)
+        assert all(group.real_NL.float().mean() > 0.7 for group in plan.groups)
+
+
+# --------------------------------------------------------------------------- over context-parallel ranks
+
+STREAMS = ([24], [5, 19], [1, 1, 1, 21], [13, 2, 4, 5], [7, 1, 3, 3, 8, 2], [6, 6, 6, 6])  # 24 tokens: 4 or 6 blocks
+
+
+def attend_in_parts() -> list[list[tuple[Tensor, ...]]]:
+    """On the ranks: this one's rows of the output and of the three gradients, for every stream."""
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    found = []
+    for lengths in STREAMS:
+        held = held_tokens(sum(lengths), rank=rank, ranks=ranks)
+        qkv = [x.detach()[held].requires_grad_() for x in streams(sum(lengths))]
+        weight = torch.randn(sum(lengths), HEADS, DIM, generator=torch.Generator().manual_seed(1))[held]
+        output = ContextPlan.build(boundaries(lengths), group, CPU).attend(1, *qkv, SCALE)
+        gradients = torch.autograd.grad((output[:, 0] * weight).sum(), qkv)
+        found.append((output.detach(), *gradients))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_attend_to_what_others_hold(ranks):
+    parts = run_on_ranks(attend_in_parts, world_size=ranks)
+    for number, lengths in enumerate(STREAMS):
+        weight = torch.randn(sum(lengths), HEADS, DIM, generator=torch.Generator().manual_seed(1))
+        expected, gradients = truth_of(streams(sum(lengths)), lengths, weight)
+        for rank in range(ranks):
+            held = held_tokens(sum(lengths), rank=rank, ranks=ranks)
+            output, *found = parts[rank][number]
+            assert close(output[:, 0], expected.detach()[held], 1e-6)
+            for mine, truth in zip(found, gradients, strict=True):
+                assert (mine.double() - truth[held]).norm() <= 1e-6 * truth.norm()
+
+
+def test_every_token_is_held_once_and_the_causal_work_is_even():
+    for ranks in (1, 2, 3, 4):
+        held = [held_tokens(48, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert sorted(np.concatenate(held).tolist()) == list(range(48))
+        assert len({int((positions + 1).sum()) for positions in held}) == 1  # keys that a token sees
+
+
+def test_a_stream_that_cannot_be_cut_evenly_is_refused():
+    with pytest.raises(EngineError, match="a pack of 26 tokens does not divide into 4 blocks for 2 context-parallel"):
+        held_tokens(26, rank=0, ranks=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cached_decoding_attends_as_the_whole_sequence_would(dtype):
+    """Prompts of different lengths are cached together, then every row is continued at its own position."""
+    prompts, total = [3, 7, 1], 12
+    rows = [[x.detach() for x in streams(total, dtype, seed=10 + row)] for row in range(len(prompts))]
+    truth = [one_by_one([x.double() for x in row], [total]) for row in rows]
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+
+    def batch(part: slice) -> list[Tensor]:  # [s, b, heads, d]
+        return [torch.cat([row[i][part] for row in rows], dim=1) for i in range(3)]
+
+    cache = KeyValueCache(len(prompts), total)
+    # right-padded: what stands behind a shorter prompt is cached too, and overwritten when its turn comes
+    output = PrefillPlan(cache).attend(1, *batch(slice(0, max(prompts))), SCALE)
+    for row, length in enumerate(prompts):
+        assert close(output[:length, row], truth[row][:length], limit)
+    for step in range(total - max(prompts)):
+        position = torch.tensor(prompts) + step
+        query, key, value = (
+            torch.stack([row[i][at, 0] for row, at in zip(rows, position.tolist(), strict=True)])[None]
+            for i in range(3)
+        )
+        plan = DecodePlan(cache, position, int(position.max()) + 1)
+        output = plan.attend(1, query, key, value, SCALE)
+        for row, at in enumerate(position.tolist()):
+            assert close(output[0, row], truth[row][at], limit)
+
+
+def test_dropping_rows_keeps_what_the_others_cached():
+    cache = KeyValueCache(3, 5)
+    keys, values = cache.layer(2, torch.empty(1, 3, KEY_HEADS, DIM))
+    keys.copy_(torch.arange(3.0)[:, None, None, None].expand_as(keys))
+    values.copy_(10 + keys)
+    cache.keep(torch.tensor([0, 2]))
+    keys, values = cache.layer(2, torch.empty(1, 2, KEY_HEADS, DIM))
+    assert cache.batch_size == 2
+    assert keys[:, 0, 0, 0].tolist() == [0, 2] and values[:, 0, 0, 0].tolist() == [10, 12]

@@ -1,0 +1,235 @@
+"""Answers are graded against their own problem, whoever grades them; the records of suites say what was measured."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_tropd.config.sections import DataConfig, SourceConfig, SuiteConfig
+from megatron_tropd.errors import DataError
+from megatron_tropd.evaluate import suites as evaluation
+from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.teacher.engines.recorded import RecordedTeacher
+from megatron_tropd.train import sample_report as samples
+from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams
+
+END = 0
+EXACT = Rule(kind="exact")
+
+
+class Letters:
+    """Token i is the i-th letter; 0 and 99 end a response and show as nothing."""
+
+    eos_ids = (END, 99)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(96 + i) for i in ids if i not in self.eos_ids)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self.decode([i]) for i in ids]
+
+
+def ids(text: str) -> np.ndarray:
+    return np.array([ord(letter) - 96 for letter in text], dtype=np.int64)
+
+
+def problems(*answers: str | None, **options: Any) -> list[Prompt]:
+    """Prompts of different lengths, which hold none of the answers."""
+    return [
+        Prompt(index=10 + i, token_ids=ids("z" * (i + 1)), text=f"problem {i}", answer=answer, **options)
+        for i, answer in enumerate(answers)
+    ]
+
+
+@dataclass
+class Says:
+    """A sampler that answers in the order given; an answer with a full stop ends by itself."""
+
+    answers: Sequence[str]
+    asked: list[tuple[Sequence[RolloutRequest], SamplingParams, int, int]] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> list[Rollout]:
+        self.asked.append((requests, params, seed, step))
+        return [rollout(request, answer) for request, answer in zip(requests, self.answers, strict=True)]
+
+
+def rollout(request: RolloutRequest, answer: str) -> Rollout:
+    said = np.append(ids(answer[:-1]), END) if answer.endswith(".") else ids(answer)
+    return Rollout(
+        sequence_id=request.sequence_id,
+        prompt_index=request.prompt_index,
+        token_ids=np.concatenate([request.prompt_ids, request.prefix_ids, said]),
+        prompt_length=len(request.prompt_ids),
+        prefix_length=len(request.prefix_ids),
+        sampling_logprob=np.zeros(len(said), np.float32),
+        model_logprob=np.zeros(len(said), np.float32),
+        finished=answer.endswith("."),
+    )
+
+
+def suite(**options: Any) -> SuiteConfig:
+    return SuiteConfig(name="s", grader="exact", max_new_tokens=9, **options)
+
+
+def test_answers_are_graded_against_their_own_problem_and_counted():
+    said = ["ab.", "cd", "ab.", "cd.", "ab.", "efgh."]
+    sampler = Says(said)
+    config = suite(samples=2, temperature=0.5, top_p=0.9, top_k=7)
+    found = evaluation.answer_suite(sampler, config, problems("ab", "cd", "ef"), Letters(), seed=5)
+    np.testing.assert_array_equal(found.right, [[1, 0], [0, 1], [0, 0]])
+    assert found.mean_length == pytest.approx((3 + 2 + 3 + 3 + 3 + 5) / 6)  # end tokens are tokens
+    assert found.finished == pytest.approx(5 / 6) and found.timed_out == 0
+    ((requests, params, seed, step),) = sampler.asked
+    assert [request.prompt_index for request in requests] == [10, 10, 11, 11, 12, 12]
+    assert params == SamplingParams(max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=7, stop_token_ids=(0, 99))
+    assert (seed - 5, step) == (1 << 40, 0)  # not the draws of training
+
+
+def test_the_teacher_s_prefix_is_part_of_the_answer_and_the_prompt_is_not():
+    request = RolloutRequest(
+        sequence_id=0, prompt_index=0, prompt_ids=ids("zz"), prefix_ids=ids("ab"), max_new_tokens=3
+    )
+    assert evaluation.answer_text(rollout(request, "cd."), Letters()) == "abcd"
+
+
+def test_a_problem_without_an_answer_is_refused_by_number():
+    with pytest.raises(DataError, match="problem 11 has no reference answer"):
+        evaluation.answer_suite(Says(["ab.", "cd."]), suite(), problems("ab", None), Letters(), seed=0)
+
+
+def test_the_rule_of_a_training_prompt_is_that_of_its_source():
+    listed = [SourceConfig(name="own", prompts=(Path("a"),), grader="choice"), SourceConfig(name="b", prompts=("b",))]
+    data = DataConfig(sources=tuple(listed), grader="regex")
+    kinds = {name: evaluation.training_rule(data, problems("x", source=name)[0]).kind for name in ("own", "b", "")}
+    assert kinds == {"own": "choice", "b": "regex", "": "regex"}
+
+
+def test_samples_of_one_problem_are_not_counted_as_independent_and_one_each_is_wilsons():
+    each = evaluation.Answered(right=np.array([[1.0], [1.0], [1.0], [0.0], [0.0]]), mean_length=1.0)
+    alone = evaluation.summarise(each, suite(), model="teacher")
+    assert (alone.low, alone.high) == (pytest.approx(0.2307, abs=1e-4), pytest.approx(0.8824, abs=1e-4))
+    # all samples of a problem agree: worth one each, so the interval is that of 5 draws with their spread (ddof=1),
+    # 0.24 / (0.3 / 5) = 4 of them; Wilson's interval of 0.6 with n = 4, by hand
+    same = evaluation.Answered(right=np.repeat(each.right, 8, axis=1), mean_length=1.0, finished=0.5, timed_out=3)
+    summary = evaluation.summarise(same, suite(samples=8, temperature=1.0, pass_at=(1, 8)), model="m", step=4)
+    z, n = 1.959964, 4
+    half = z / (1 + z**2 / n) * (0.24 / n + z**2 / (4 * n**2)) ** 0.5
+    centre = (0.6 + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert (summary.low, summary.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+    assert (summary.problems, summary.samples, summary.step, summary.finished, summary.timed_out) == (5, 8, 4, 0.5, 3)
+    assert list(summary.pass_at) == ["1", "8"]
+    for interval in summary.pass_at.values():  # 8 answers that agree say no more than one
+        assert interval == pytest.approx([0.6, centre - half, centre + half])
+
+
+# --------------------------------------------------------------------------- several ranks
+
+
+class Ranks:
+    """As much of ``torch.distributed`` as ranks that are threads need."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._own = count, threading.local()
+        self._barrier, self._parts = threading.Barrier(count, timeout=60), [None] * count
+
+    def run(self, function: Callable[[], Any]) -> list[Any]:
+        results: list[Any] = [None] * self._count
+
+        def work(rank: int) -> None:
+            self._own.rank = rank
+            results[rank] = function()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self._count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self._count
+
+    def get_rank(self) -> int:
+        return self._own.rank
+
+    def all_gather_object(self, into: list[Any], mine: Any) -> None:
+        self._parts[self.get_rank()] = mine
+        self._barrier.wait()
+        into[:] = self._parts
+        self._barrier.wait()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_ranks_that_share_the_grading_all_know_every_verdict_in_order(monkeypatch, count):
+    monkeypatch.setattr(evaluation, "dist", ranks := Ranks(count))
+    said = ["ab", "x", "x", "cd", "ef", "ef", "x"]
+    requests = evaluation.make_requests(
+        problems("ab", "b", "c", "cd", "ef", "f", "g"), samples=1, guided=0, fraction=0.0, max_new_tokens=9
+    )
+    rollouts = Says(said).generate(requests, SamplingParams(max_new_tokens=9), seed=0, step=0)
+    graded = problems("ab", "b", "c", "cd", "ef", "f", "g")
+    found = ranks.run(
+        lambda: evaluation.correctness(rollouts, graded, Letters(), lambda _: EXACT, allow_code=False)[:, 0].tolist()
+    )
+    assert found == [[1, 0, 0, 1, 1, 0, 0]] * count
+
+
+# --------------------------------------------------------------------------- answers shown in the report
+
+
+def test_sampled_answers_stand_with_their_own_prompt_and_say_what_the_teacher_wrote():
+    prompts = problems("ab", "cd", None, response_ids=np.array([1, 2, 3, 4, END]))
+    run = SimpleNamespace(
+        prompts=SimpleNamespace(first=lambda count: prompts[:count]),
+        method=SimpleNamespace(guided=True),
+        config=SimpleNamespace(
+            rollout=SimpleNamespace(guided_per_prompt=1, max_new_tokens=9, temperature=1.0, top_p=1.0, top_k=0),
+            train=SimpleNamespace(steps=6),
+            data=DataConfig(prompts=(Path("p"),), grader="exact"),
+            evaluate=SimpleNamespace(allow_code_execution=False),
+            seed=5,
+        ),
+        tokenizer=Letters(),
+        teacher=object.__new__(RecordedTeacher),  # has no grades for new answers
+    )
+    sampler = Says(["ab.", "c.", "ab.", "", "cd.", "x"])
+    shown = samples.sample_answers(run, sampler, when="after", count=3)
+    assert [(one.prompt, one.correct) for one in shown] == [
+        ("problem 0", True), ("problem 0", False),  # of the guided ones the teacher wrote "ab"
+        ("problem 1", False), ("problem 1", False),
+        ("problem 2", None), ("problem 2", None),
+    ]  # fmt: skip
+    assert [token.text for token in shown[1].tokens] == ["a", "b", "c", ""]
+    assert [token.region for token in shown[1].tokens] == ["prefix", "prefix", "continuation", "continuation"]
+    assert {token.region for one in shown[::2] for token in one.tokens} == {"continuation"}
+    assert sampler.asked[0][2:] == (5, 6)  # draws of no training step
+
+
+def test_parts_of_a_sequence_are_joined_by_position_whichever_rank_has_them():
+    own = {7: np.array([[4.0, 1, 0.4], [2, 0, 0.2]]), 9: np.array([[1.0, 1, 1.5]])}
+    other = {7: np.array([[3.0, 0, 0.3]])}
+    for parts in ([own, other], [other, own]):
+        joined = samples._joined(parts)
+        np.testing.assert_array_equal(joined[7], [[0, 0.2], [0, 0.3], [1, 0.4]])
+        np.testing.assert_array_equal(joined[9], [[1, 1.5]])
+
+
+def test_a_token_has_its_own_gate_and_log_ratio_and_a_prefix_no_gate():
+    request = RolloutRequest(sequence_id=0, prompt_index=0, prompt_ids=ids("zz"), prefix_ids=ids("a"), max_new_tokens=3)
+    gate = np.array([[1.0, -0.5], [0.0, -2.5], [1.0, 0.25]])
+    run = SimpleNamespace(tokenizer=Letters())
+    tokens = samples._sample_tokens(run, rollout(request, "bc"), gate)
+    assert [token.trusted for token in tokens] == [None, False, True]
+    assert [token.log_ratio for token in tokens] == [-0.5, -2.5, 0.25]

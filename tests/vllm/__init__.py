@@ -1,0 +1,1 @@
+"""Tests with real vLLM engines and servers."""
