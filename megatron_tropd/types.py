@@ -115,14 +115,14 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signal:
+class TeacherOutputs:
     """What the teacher says about the valid predictions of one pack (N = ``pack.num_valid`` rows, stream order)."""
 
     logprob_N: Tensor  # log p(target), nats, fp32
     topk_ids_NK: Tensor | None = None  # int64, most likely first
     topk_logprob_NK: Tensor | None = None  # fp32, nats
-    asked_ids_NJ: Tensor | None = None  # int64, ids the student asked about (its own most likely ones)
-    asked_logprob_NJ: Tensor | None = None  # fp32, nats
+    query_ids_NJ: Tensor | None = None  # int64, ids the student asked about (its own most likely ones)
+    query_logprob_NJ: Tensor | None = None  # fp32, nats
     topk_logtail_N: Tensor | None = None  # log mass on all but top k, asked ids and target, nats; -inf: none
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
     entropy_bound_N: Tensor | None = None  # the entropy is at most that, nats: of teachers that tell their top k alone

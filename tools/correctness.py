@@ -1,7 +1,8 @@
 """Measures again and writes the tables of docs/correctness.md: ``python tools/correctness.py [NAME ...]``.
 
 Without names, all of them. About a minute of processor time for the losses' tables, and more for ``layouts``, whose
-rows run on up to eight processes. What a table says is in ``tests/support/parity_page.py`` and ``tests/support/invariance.py``.
+rows run on up to eight processes. What a table says is in ``parity_page.py`` and
+``invariance.py`` of ``tests/support``.
 """
 
 from __future__ import annotations

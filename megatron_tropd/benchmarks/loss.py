@@ -93,10 +93,10 @@ def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entro
     )
 
 
-def fused(x: Inputs, *, keep_bytes: int = 0) -> None:
+def fused(x: Inputs, *, cache_bytes: int = 0) -> None:
     """The package's own loss core."""
     vocab_size = x.weight_VD.shape[0]
-    out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=vocab_size, keep_bytes=keep_bytes)
+    out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=vocab_size, cache_bytes=cache_bytes)
     _backward([out.logprob_TK, out.entropy_T], x)
 
 
@@ -314,7 +314,7 @@ def main(
         return
     variants: dict[str, Callable[[Inputs], None]] = {"fused": fused, "plain": plain, "products": products}
     if keep_gb:
-        variants["kept"] = partial(fused, keep_bytes=int(keep_gb * 2**30))
+        variants["kept"] = partial(fused, cache_bytes=int(keep_gb * 2**30))
     if device.type == "cuda":
         variants["no kernels"] = without_kernels
     if compile_plain:

@@ -38,7 +38,6 @@ from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.rollout.engines.vllm import VLLMSampler
 from megatron_tropd.rollout.engines.vllm_server import ServerSampler
-from megatron_tropd.weight_sync.interface import Probed
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import Int64Array, RolloutRequest, SamplingParams
@@ -47,6 +46,7 @@ from megatron_tropd.vllm_bridge.jobs import Job, PoolSettings
 from megatron_tropd.vllm_bridge.launch import server_command
 from megatron_tropd.vllm_bridge.local_engine import check_installed, prepare
 from megatron_tropd.vllm_bridge.pool import Pool
+from megatron_tropd.weight_sync.interface import ProbeableSampler
 from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, WeightStream
 from megatron_tropd.weight_sync.verify import verify_publish
 
@@ -232,7 +232,7 @@ class Measure:
             started = time.perf_counter()
             sampler.update_weights(WeightStream(self._model), version=self._version)
             seconds = time.perf_counter() - started
-            assert isinstance(sampler, Probed)
+            assert isinstance(sampler, ProbeableSampler)
             verify_publish(self._model, sampler, np.arange(1, 100), 1e-3)
             return seconds
 

@@ -24,7 +24,7 @@ from megatron_tropd.planning.parameters import frozen_states, total_parameters, 
 from megatron_tropd.planning.phases import by_phase
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture, Rollout
 
 _MIB = 2**20
@@ -185,16 +185,16 @@ def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Archit
 
 def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
     """What the teacher tells of a response token, what it is asked, and how much of that travels in a step."""
-    spec = SignalSpec.of(inputs.method.needs)
+    spec = TeacherRequest.of(inputs.method.needs)
     told = spec.bytes_per_row(hidden_bytes=inputs.teacher.hidden_size * DTYPES[config.dtype].itemsize)
     text = f"{told:,} bytes per response token from the teacher"
-    if spec.asked:
-        text += f", {spec.asked_bytes_per_row:,} to it for the student's own likeliest tokens"
+    if spec.queries:
+        text += f", {spec.query_bytes_per_row:,} to it for the student's own likeliest tokens"
     layouts = [config.student.parallel, *(parallel for *_, parallel in _teachers(config, inputs))]
     layouts += [config.base_parallel] if inputs.base else []
     if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1 and not config.teacher.ranks:
         return f"{text}; none travels, as the layouts agree"
-    most = sequences * config.rollout.max_new_tokens * (told + spec.asked_bytes_per_row)
+    most = sequences * config.rollout.max_new_tokens * (told + spec.query_bytes_per_row)
     return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
 
 
@@ -269,7 +269,7 @@ def _token_table(config: RunConfig, inputs: Inputs) -> Table:
         inputs.student,
         inputs.teacher,
         layout,
-        SignalSpec.of(inputs.method.needs),
+        TeacherRequest.of(inputs.method.needs),
         itemsize=DTYPES[config.dtype].itemsize,
         recompute=config.student.recompute,
     )

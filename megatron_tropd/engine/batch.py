@@ -16,7 +16,7 @@ from megatron_tropd.losses.reduce import special_token_keep, token_weights
 from megatron_tropd.losses.support import first_of_each, tail_beside
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.types import Pack, Rollout, Signal, TokenView
+from megatron_tropd.types import Pack, Rollout, TeacherOutputs, TokenView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -
 def train_packs(
     packs: Sequence[Pack],
     weights: Sequence[np.ndarray],
-    signals: Sequence[Signal | None],
+    signals: Sequence[TeacherOutputs | None],
     scores: Sequence[StudentScores | None],
     *,
     rollouts: Mapping[int, Rollout],
@@ -124,15 +124,15 @@ class Support:
     logtail_N: torch.Tensor | None = None
 
 
-def support_of(signal: Signal | None, target_N: torch.Tensor, method: Method) -> Support:
+def support_of(signal: TeacherOutputs | None, target_N: torch.Tensor, method: Method) -> Support:
     """The support that the method looks at, from what the teacher has told."""
     needs = method.needs
     if signal is None or not needs.top_k:
         return Support()
     parts = {
         "teacher": [(signal.topk_ids_NK, signal.topk_logprob_NK)],
-        "student": [(signal.asked_ids_NJ, signal.asked_logprob_NJ)],
-        "union": [(signal.topk_ids_NK, signal.topk_logprob_NK), (signal.asked_ids_NJ, signal.asked_logprob_NJ)],
+        "student": [(signal.query_ids_NJ, signal.query_logprob_NJ)],
+        "union": [(signal.topk_ids_NK, signal.topk_logprob_NK), (signal.query_ids_NJ, signal.query_logprob_NJ)],
         "teacher_and_sampled": [
             (signal.topk_ids_NK, signal.topk_logprob_NK),
             (target_N[:, None], signal.logprob_N[:, None]),
@@ -152,14 +152,14 @@ def support_of(signal: Signal | None, target_N: torch.Tensor, method: Method) ->
 
 
 def _given(value: torch.Tensor | None) -> torch.Tensor:
-    assert value is not None  # the teacher was asked for it: SignalSpec.of
+    assert value is not None  # the teacher was asked for it: TeacherRequest.of
     return value
 
 
 def _train_pack(
     pack: Pack,
     weight_N: np.ndarray,
-    signal: Signal | None,
+    signal: TeacherOutputs | None,
     score: StudentScores | None,
     *,
     rollouts: Mapping[int, Rollout],

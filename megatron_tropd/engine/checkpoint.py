@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
 
 _LATEST = "latest"
@@ -59,7 +59,7 @@ def save_checkpoint(
     root = Path(root)
     target = _directory(root, step)
     with optimization.states.present():
-        with megatron_sees(model.groups):
+        with use_parallel_state(model.groups):
             sharded = _sharded_state(model, optimization, loading=False)
         _write_whole(target, sharded, {"step": step, **state}, model, beside=beside)
     if dist.get_rank() == 0:
@@ -76,7 +76,7 @@ def save_model(target: Path, model: Model, *, state: Mapping[str, Any], companio
     Args:
         companions: config and tokenizer files, which go into its directory ``hf``.
     """
-    with megatron_sees(model.groups):
+    with use_parallel_state(model.groups):
         sharded = _sharded_model(model)
     _write_whole(target, sharded, {"step": 0, **state}, model, companions)
 
@@ -95,7 +95,7 @@ def _write_whole(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    with megatron_sees(model.groups):
+    with use_parallel_state(model.groups):
         _collect_writes_in_process()
         dist_checkpointing.save(sharded, str(aside))
     if beside is not None:
@@ -184,7 +184,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     """
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with optimization.states.present(), megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
+    with optimization.states.present(), use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)):
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
@@ -210,7 +210,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
     """
     read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with megatron_sees(model.groups), only_plain_objects(Path(checkpoint)):
+    with use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)):
         # weights alone: what else a module saves comes as pickles, and is nothing here
         sharded = {
             key: {name: part for name, part in chunk.items() if not name.endswith("_extra_state")}
@@ -246,7 +246,7 @@ def _model_key(number: int, chunks: int) -> str:
 def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -> dict[str, Any]:
     state = _sharded_model(model)
     if loading:
-        optimization.begin_states()
+        optimization.init_optimizer_state()
     # the chunks' own names collide (each counts its layers from 0): they stay apart, under the chunk's key
     state["optimizer"] = optimization.optimizer.sharded_state_dict(
         # of the distributed optimizer: its default is refused by the same version's checkpoints

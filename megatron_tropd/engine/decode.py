@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PrefillPlan
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 
 # dropping rows copies the cache, so it waits until no more than this share of the batch is alive
@@ -99,7 +99,7 @@ def decode_batch(
     logprobs = torch.zeros(2, len(contexts), max_new, device=device)
     count = torch.zeros(len(contexts), dtype=torch.long, device=device)
     finished = torch.zeros(len(contexts), dtype=torch.bool, device=device)
-    with megatron_sees(model.groups):
+    with use_parallel_state(model.groups):
         hidden_BD = batch.prefill()
         for step in range(max_new):
             drawn = sample(

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tropd.engine.attention import PackedPlan, Plan
 from megatron_tropd.engine.context import ContextPlan, carries_loss, held_tokens
 from megatron_tropd.engine.model import HiddenStateGPT, Model
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Pack, Region
@@ -88,7 +88,7 @@ def run_packs(
     options: dict[str, Any] = {}
     if groups.layout.pipeline > 1:
         options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, model.config)
-    with megatron_sees(groups), torch.set_grad_enabled(backward):
+    with use_parallel_state(groups), torch.set_grad_enabled(backward):
         collected: list[Any] = schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(prepared) for _ in modules],

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
-from megatron_tropd.engine.offload import Movable, Moves
+from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.patches import cuda_calls as shim
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.models.rotary import rotary_frequencies
 from megatron_tropd.parallel.groups import Groups, Layout
@@ -88,8 +88,8 @@ class Model:
     config: TransformerConfig
     chunks: tuple[HiddenStateGPT, ...]
     device: torch.device
-    weights: Movable | None = None  # of a model that is on the device only when asked: see `resting`
-    before_use: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
+    weights: OffloadedTensors | None = None  # of a model that is on the device only when asked: see `resting`
+    pending: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,12 +116,12 @@ class Model:
             chunk.requires_grad_(False)
         return self
 
-    def resting(self, moves: Moves | None = None) -> Model:
+    def resting(self, moves: OffloadStats | None = None) -> Model:
         """The frozen model with its weights off the device, where they are only within ``present()``.
 
         To be used in place of this one; ``moves`` counts what that moves.
         """
-        weights = Movable(
+        weights = OffloadedTensors(
             "a frozen model",
             lambda: (parameter for chunk in self.chunks for parameter in chunk.parameters()),
             self.device,
@@ -145,7 +145,7 @@ class Model:
         """
         if self.weights is not None:
             self.weights.check()
-        for complete in self.before_use:
+        for complete in self.pending:
             complete()
 
     def _vp_stage(self, chunk: int) -> int | None:
@@ -184,7 +184,7 @@ def build_model(
     config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute, balance=balance)
     config.perform_initialization = initialise
     virtual = groups.layout.virtual_pipeline
-    with megatron_sees(groups):
+    with use_parallel_state(groups):
         chunks = tuple(
             _build_chunk(architecture, groups, config, stage if virtual > 1 else None).to(device)
             for stage in range(virtual)

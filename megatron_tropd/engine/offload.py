@@ -28,7 +28,7 @@ Contents = Literal["changing", "constant", "scratch"]
 
 
 @dataclass(slots=True)
-class Moves:
+class OffloadStats:
     """What has been moved on this rank so far."""
 
     seconds: float = 0.0
@@ -41,7 +41,7 @@ class Moves:
         return seconds
 
 
-class Movable:
+class OffloadedTensors:
     """Storages that leave the device together."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Movable:
         device: torch.device,
         *,
         contents: Contents = "changing",
-        moves: Moves | None = None,
+        moves: OffloadStats | None = None,
     ) -> None:
         """``what``: their name in messages. ``tensors``: asked anew every time they leave; what is not on ``device``
         stays where it is.
@@ -63,7 +63,7 @@ class Movable:
         self._tensors = tensors
         self._device = device
         self._contents = contents
-        self._moves = moves or Moves()
+        self._moves = moves or OffloadStats()
         self._host = _HostMemory((), pinned=False)
         self._copied = False
         self._gone: list[tuple[torch.UntypedStorage, int]] = []  # with their sizes, in bytes
@@ -99,7 +99,7 @@ class Movable:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # others than torch's allocator may want the room: vLLM, NCCL
 
-    def come_back(self) -> None:
+    def onload(self) -> None:
         """Onto the device, if they are off it."""
         if not self.away:
             return
@@ -119,7 +119,7 @@ class Movable:
     def present(self) -> Iterator[None]:
         """On the device within the block; afterwards off it again if they were before."""
         was_away = self.away
-        self.come_back()
+        self.onload()
         try:
             yield
         finally:

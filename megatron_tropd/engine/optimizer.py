@@ -15,9 +15,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.offload import Movable, Moves
+from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.overlap import Overlap
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 
 # a norm this large is never reached: clipping off, gradient norm still measured
 _NO_CLIPPING = 1e30
@@ -52,8 +52,8 @@ class Optimization:
     wrapped: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
-    states: Movable  # the optimizer's, and its fp32 weights where they are not the model's own
-    gradients: Movable
+    states: OffloadedTensors  # the optimizer's, and its fp32 weights where they are not the model's own
+    gradients: OffloadedTensors
     offload: bool = False
     overlap: Overlap | None = None
 
@@ -61,7 +61,7 @@ class Optimization:
         """For the forward and backward of an update, or of a probe."""
         return nullcontext() if self.overlap is None else self.overlap.training()
 
-    def begin_states(self) -> None:
+    def init_optimizer_state(self) -> None:
         """Gives a distributed torch Adam the states it has after a step: Megatron loads into nothing less."""
         for part in filter(_is_distributed_torch, _parts(self.optimizer)):
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
@@ -141,7 +141,7 @@ def _load_without_steps(part: Any) -> None:
     part._set_main_param_and_optimizer_states = fill_but_step
 
 
-def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = None) -> Optimization:
+def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | None = None) -> Optimization:
     """Wraps the model's chunks for training. Collective over the world.
 
     ``moves``: what is to count the bytes that ``Optimization.rest`` and its undoing move.
@@ -171,7 +171,7 @@ def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = No
         align_param_gather=gathers and len(model.chunks) > 1,
         bucket_size=settings.bucket_elements,
     )
-    with megatron_sees(model.groups):
+    with use_parallel_state(model.groups):
         wrapped = [
             DistributedDataParallel(
                 model.config, ddp, chunk, pg_collection=model.groups.pg, disable_bucketing=number > 0
@@ -183,9 +183,9 @@ def optimize(model: Model, settings: OptimizerSettings, moves: Moves | None = No
         )
     overlap = Overlap(wrapped, model.config) if settings.overlap else None
     if overlap is not None:
-        model.before_use.append(overlap.settle)
-    states = Movable("an optimizer", lambda: _states(optimizer, wrapped), model.device, moves=moves)
-    gradients = Movable(
+        model.pending.append(overlap.settle)
+    states = OffloadedTensors("an optimizer", lambda: _states(optimizer, wrapped), model.device, moves=moves)
+    gradients = OffloadedTensors(
         "a buffer of gradients", lambda: _gradients(wrapped), model.device, contents="scratch", moves=moves
     )
     for module in wrapped:

@@ -48,7 +48,7 @@ def score_packs(
     return run_packs(model, packs, last_stage) or [None] * len(packs)
 
 
-def asked_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
+def query_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
     """The student's own most likely tokens of every pack, for the teacher to grade; None where there are none."""
     return [None if score is None else score.topk_ids_NK for score in scores]
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import EngineError
 from megatron_tropd.losses.logprob_mismatch import BUCKETS, MEAN, bucket_of
 from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
-from megatron_tropd.types import Pack, Region, Signal, StudentView, TeacherView, TokenLoss, TokenView
+from megatron_tropd.types import Pack, Region, StudentView, TeacherOutputs, TeacherView, TokenLoss, TokenView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class TrainPack:
     pack: Pack
     tokens: TokenView
     weight_N: Tensor  # normalisation weight, sums to the number of valid predictions over the global minibatch
-    signal: Signal | None = None  # None when the method needs no teacher (pre-training)
+    signal: TeacherOutputs | None = None  # None when the method needs no teacher (pre-training)
     support_ids_NK: Tensor | None = None
     support_logprob_NK: Tensor | None = None
     support_mask_NK: Tensor | None = None
@@ -126,7 +126,7 @@ class Trainer:
             raise EngineError(
                 f"the gradient norm of update {update} is {grad_norm}. No weight was changed. Lower optimizer.lr."
             )
-        with optimization.states.present(), megatron_sees(self.model.groups):
+        with optimization.states.present(), use_parallel_state(self.model.groups):
             optimization.optimizer.step()
         if optimization.overlap is not None:
             optimization.overlap.updated()
@@ -143,7 +143,7 @@ class Trainer:
 
     def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
         """Fresh gradients of the packs; their loss and statistics."""
-        self.optimization.gradients.come_back()
+        self.optimization.gradients.onload()
         for module in self.optimization.wrapped:
             module.zero_grad_buffer()
         self.optimization.optimizer.zero_grad()
@@ -160,7 +160,7 @@ class Trainer:
         return self._reduce_sums()
 
     def _gradient_norm(self) -> float:
-        with megatron_sees(self.model.groups):
+        with use_parallel_state(self.model.groups):
             self.optimization.optimizer.prepare_grads()
             return float(self.optimization.optimizer.get_grad_norm())
 
@@ -203,7 +203,7 @@ class Trainer:
             vocab_size=self._vocab_size,
             temperature=self.method.temperature,
             tail=support is not None and self.method.needs.tail_mass,
-            keep_bytes=self._keep_bytes,
+            cache_bytes=self._keep_bytes,
         )
         logprob = out.logprob_TK[:, 0]
         logtail = out.logtail_T
@@ -239,7 +239,7 @@ class Trainer:
                 group=self.model.groups.tp,
                 vocab_size=self._vocab_size,
                 temperature=self.method.temperature,
-                keep_bytes=self._keep_bytes,
+                cache_bytes=self._keep_bytes,
             )
 
         return divergence

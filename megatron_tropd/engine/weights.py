@@ -16,16 +16,16 @@ from megatron_tropd.convert.hf import HFWeights, check_weights
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.name_table import Entry, entries, hf_shapes
-from megatron_tropd.models.rules import RULES, Cut, Shape, fill, runs
+from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, runs
 
 Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]
 # what is gathered at once, over all ranks that hold a part
 _BUCKET_BYTES = 16 << 20
 
 
-def _cut_of(model: Model, *, rank: int | None = None) -> Cut:
+def _cut_of(model: Model, *, rank: int | None = None) -> TensorShard:
     layout, groups = model.groups.layout, model.groups
-    return Cut(
+    return TensorShard(
         model.architecture,
         groups.tensor_rank if rank is None else rank,
         layout.tensor,

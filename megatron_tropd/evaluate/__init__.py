@@ -1,1 +1,1 @@
-"""Grading answers to problems: suites, rules, the pool of graders, the sandbox, intervals."""
+"""Scoring answers to problems: suites, rules, the pool of graders, the sandbox, intervals."""

@@ -44,16 +44,16 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Grade:
     """``note`` says why a response could not be graded, or why a program failed; empty otherwise."""
 
-    right: bool
+    correct: bool
     note: str = ""
     timed_out: bool = False
     bad_reference: bool = False
 
 
-class Judge:
+class GraderPool:
     """Grades with up to ``workers`` processes, started when first needed and ended by ``close`` or with this process.
 
     Args:
@@ -67,7 +67,7 @@ class Judge:
         for _ in range(self._count):
             self._idle.put(_Worker())
 
-    def grade(self, items: Sequence[Item]) -> list[Verdict]:
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         """One verdict per item, in their order.
 
         Raises:
@@ -90,7 +90,7 @@ class Judge:
             worker.end()
             self._idle.put(worker)
 
-    def _grade_slowly(self, item: Item) -> Verdict:
+    def _grade_slowly(self, item: Item) -> Grade:
         if item.rule.kind == CODE:
             return _run_tests(item)
         worker = self._idle.get()
@@ -111,9 +111,9 @@ def check_code_allowed(allowed: bool) -> None:
 
 
 @lru_cache(maxsize=2)
-def shared_judge(allow_code: bool = False) -> Judge:
+def shared_judge(allow_code: bool = False) -> GraderPool:
     """The judge of this process; its workers end with it."""
-    judge = Judge(allow_code=allow_code)
+    judge = GraderPool(allow_code=allow_code)
     atexit.register(judge.close)
     return judge
 
@@ -128,11 +128,11 @@ def _is_slow(rule: Rule) -> bool:
     return rule.kind not in _BOUNDED or rule.extract is not None
 
 
-def _grade_in_place(item: Item) -> Verdict:
+def _grade_in_place(item: Item) -> Grade:
     try:
-        return Verdict(grade(item.rule.kind, item.response, item.answer))
+        return Grade(grade(item.rule.kind, item.response, item.answer))
     except DataError as error:
-        return Verdict(False, str(error), bad_reference=True)
+        return Grade(False, str(error), bad_reference=True)
 
 
 @lru_cache(maxsize=1)
@@ -146,12 +146,12 @@ def _warn_of_missing_isolation() -> None:
         )
 
 
-def _run_tests(item: Item) -> Verdict:
+def _run_tests(item: Item) -> Grade:
     code = program_of(extracted(item.response, item.rule.extract))
     seconds = item.rule.seconds
     limits = replace(Limits(), seconds=seconds, cpu_seconds=max(1, int(seconds)))
     outcome = run_program(f"{code}\n{item.answer}\n", limits=limits)
-    return Verdict(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
+    return Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
 
 
 # --------------------------------------------------------------------------- workers
@@ -163,16 +163,16 @@ class _Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def grade(self, item: Item) -> Verdict:
+    def grade(self, item: Item) -> Grade:
         started = time.monotonic()
         reply = self._try(item)
         if reply is None and time.monotonic() - started < item.rule.seconds:
             reply = self._try(item)  # it did not take long: the worker had died of something else
         if reply is None:
             note = f"grading took longer than {item.rule.seconds:g} s, or too much memory"
-            return Verdict(False, note, timed_out=True)
+            return Grade(False, note, timed_out=True)
         bad = reply.get("bad_reference", "")
-        return Verdict(reply["right"], bad or reply.get("note", ""), bad_reference=bool(bad))
+        return Grade(reply["right"], bad or reply.get("note", ""), bad_reference=bool(bad))
 
     def _try(self, item: Item) -> dict[str, Any] | None:
         # its own limits first; what they cannot interrupt, its watchdog; and in the end we

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_tropd.config.sections import DataConfig, SuiteConfig
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import DataError
-from megatron_tropd.evaluate.grader_pool import Item, Verdict, shared_judge
+from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_judge
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
 from megatron_tropd.evaluate.rules import Rule
 from megatron_tropd.report.records import Evaluation
@@ -44,7 +44,7 @@ def verdicts(
     rule: Callable[[Prompt], Rule],
     *,
     allow_code: bool,
-) -> list[Verdict]:
+) -> list[Grade]:
     """One verdict per rollout, of which every prompt has as many as the others, in order. Collective.
 
     An answer cut off by the budget is graded as it stands.
@@ -65,13 +65,13 @@ def verdicts(
     return _shared_out(items, allow_code=allow_code)
 
 
-def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Verdict]:
+def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
     """Every rank grades its part of what takes long, so that all know the same and none does the work of others."""
     judge = shared_judge(allow_code)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return judge.grade(items)
     rank, world = dist.get_rank(), dist.get_world_size()
-    parts: list[list[Verdict] | None] = [None] * world
+    parts: list[list[Grade] | None] = [None] * world
     dist.all_gather_object(parts, judge.grade(items[rank::world]))
     found = [iter(part or ()) for part in parts]
     return [next(found[number % world]) for number in range(len(items))]
@@ -87,7 +87,7 @@ def correctness(
 ) -> np.ndarray:
     """``[prompts, samples]`` of 0 and 1, by ``verdicts``."""
     found = verdicts(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
-    return np.array([verdict.right for verdict in found], dtype=np.float64).reshape(len(prompts), -1)
+    return np.array([verdict.correct for verdict in found], dtype=np.float64).reshape(len(prompts), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,14 +130,14 @@ def answer_suite(
     found = verdicts(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)
     return Answered(
-        right=np.array([verdict.right for verdict in found], dtype=np.float64).reshape(len(problems), -1),
+        right=np.array([verdict.correct for verdict in found], dtype=np.float64).reshape(len(problems), -1),
         mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
         finished=float(np.mean([rollout.finished for rollout in rollouts])),
         timed_out=sum(verdict.timed_out for verdict in found),
     )
 
 
-def _warn_of_ungraded(suite: str, found: Sequence[Verdict]) -> None:
+def _warn_of_ungraded(suite: str, found: Sequence[Grade]) -> None:
     bad = [verdict.note for verdict in found if verdict.bad_reference]
     if bad:
         logger.warning("%s: %d answers count as wrong for want of a reference: %s", suite, len(bad), bad[0])

@@ -1,6 +1,6 @@
 """How tensors are cut for, and joined from, tensor-parallel ranks. Pure tensor algebra.
 
-A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``Block``). That one list is
+A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``RowRange``). That one list is
 read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``runs``
 puts all ranks' rows back together. Rows travel in strips, so neither holds a second copy of anything large.
 """
@@ -35,7 +35,7 @@ class Sliceable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class TensorShard:
     """Which part of the model: tensor-parallel ``rank`` of ``size``, and the padded vocabulary."""
 
     architecture: Architecture
@@ -50,7 +50,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RowRange:
     """``rows`` rows of a rank's parameter from ``shard_row`` are those of HF tensor ``part`` from ``hf_row``."""
 
     part: int
@@ -64,31 +64,31 @@ class Block:
 class Rule:
     """``blocks``: where one rank's rows are. ``shard_shape``: the shape of its parameter. Both from the HF shapes."""
 
-    blocks: Callable[[Sequence[Shape], Cut], list[Block]]
-    shard_shape: Callable[[Sequence[Shape], Cut], Shape]
+    blocks: Callable[[Sequence[Shape], TensorShard], list[RowRange]]
+    shard_shape: Callable[[Sequence[Shape], TensorShard], Shape]
 
 
-def _whole(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
-    return [Block(0, shapes[0][0], 0, 0)]
+def _whole(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
+    return [RowRange(0, shapes[0][0], 0, 0)]
 
 
-def _columns(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
-    return [Block(0, shapes[0][0], 0, 0, cut.span(shapes[0][1]))]
+def _columns(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
+    return [RowRange(0, shapes[0][0], 0, 0, cut.span(shapes[0][1]))]
 
 
-def _stacked_rows(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+def _stacked_rows(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
     span = cut.span(shapes[0][0])
     rows = span.stop - span.start
-    return [Block(part, rows, part * rows, span.start) for part in range(len(shapes))]
+    return [RowRange(part, rows, part * rows, span.start) for part in range(len(shapes))]
 
 
-def _vocabulary(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+def _vocabulary(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
     span = cut.span(cut.padded_vocab)
     real = min(span.stop, shapes[0][0]) - span.start
-    return [Block(0, real, 0, span.start)] if real > 0 else []
+    return [RowRange(0, real, 0, span.start)] if real > 0 else []
 
 
-def _qkv(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
+def _qkv(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
     """Megatron interleaves per key/value group: its query heads, its key head, its value head."""
     groups = cut.architecture.num_kv_heads
     per_group = [shape[0] // groups for shape in shapes]
@@ -96,12 +96,12 @@ def _qkv(shapes: Sequence[Shape], cut: Cut) -> list[Block]:
     blocks, row = [], 0
     for group in range(mine.start, mine.stop):
         for part, rows in enumerate(per_group):
-            blocks.append(Block(part, rows, row, group * rows))
+            blocks.append(RowRange(part, rows, row, group * rows))
             row += rows
     return blocks
 
 
-def _share_of_rows(shapes: Sequence[Shape], cut: Cut) -> Shape:
+def _share_of_rows(shapes: Sequence[Shape], cut: TensorShard) -> Shape:
     return (sum(shape[0] for shape in shapes) // cut.size, *shapes[0][1:])
 
 
@@ -114,7 +114,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-def fill(rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: Sequence[Shape], cut: Cut) -> None:
+def fill(
+    rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: Sequence[Shape], cut: TensorShard
+) -> None:
     """Copies this rank's rows of the HF tensors into its ``parameter``, in the parameter's dtype.
 
     Args:
@@ -133,7 +135,7 @@ def fill(rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: S
             target[strip].copy_(source[rows] if block.columns is None else source[rows, block.columns])
 
 
-def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: Cut) -> list[Tensor]:
+def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: TensorShard) -> list[Tensor]:
     """The whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
     whole = [shards[0].new_empty(shape) for shape in shapes]
     for part, row, rows in runs(rule, shards, 0, shapes, cut):
@@ -142,7 +144,7 @@ def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: Cut)
 
 
 def runs(
-    rule: str, shards: Sequence[Tensor], first: int, shapes: Sequence[Shape], cut: Cut
+    rule: str, shards: Sequence[Tensor], first: int, shapes: Sequence[Shape], cut: TensorShard
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The same rows of all ranks' parameters as whole rows of HF tensors: ``(part, its first row, rows)``.
 
@@ -155,7 +157,7 @@ def runs(
     found: dict[tuple[int, int], dict[int, Tensor]] = {}
     last = first + len(shards[0])
     for rank, shard in enumerate(shards):
-        for block in RULES[rule].blocks(shapes, Cut(cut.architecture, rank, cut.size, cut.padded_vocab)):
+        for block in RULES[rule].blocks(shapes, TensorShard(cut.architecture, rank, cut.size, cut.padded_vocab)):
             start, stop = max(block.shard_row, first), min(block.shard_row + block.rows, last)
             if start < stop:
                 # what every rank holds whole stands at column 0 of the same row each time

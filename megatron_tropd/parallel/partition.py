@@ -1,7 +1,7 @@
 """A launch cut in two: its first ranks are the student's, its last ones the teacher's.
 
 Each part is a world of its own to ``torch.distributed`` and to Megatron, with ranks from 0: whatever runs on all ranks
-of a world knows nothing of the other. Between the two there is a ``Bridge``.
+of a world knows nothing of the other. Between the two there is a ``CrossWorldLink``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from megatron_tropd.parallel.groups import JOIN_TIMEOUT_S, initialize_distribute
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Transfer:
     """A tensor that this rank sends to, or receives from, another."""
 
-    tensor: Tensor  # contiguous; what is received is written into it, where `Post.receives_on` says
+    tensor: Tensor  # contiguous; what is received is written into it, where `PointToPoint.receives_on` says
     peer: int
     sent: bool
 
 
-class Post:
+class PointToPoint:
     """Messages within the world. ``peer`` and ``rank`` are world ranks."""
 
     @property
@@ -43,7 +43,7 @@ class Post:
         """Where a rank whose device is ``device`` is to have room for what it receives."""
         return device
 
-    def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
+    def exchange(self, messages: Sequence[Transfer]) -> Callable[[], None]:
         """Starts on all messages and returns what waits for them, which is to be kept until then: a message that nobody
         can wait for any more may never be sent. Between two ranks they keep their order.
         """
@@ -57,7 +57,7 @@ class Post:
         return wait
 
 
-class Bridge(Post):
+class CrossWorldLink(PointToPoint):
     """Messages between all ranks of a launch, by their numbers there, through host memory.
 
     A message may be expected long before it is sent: until then it takes no room on a device, and no kernel waits.
@@ -77,7 +77,7 @@ class Bridge(Post):
     def receives_on(self, device: torch.device) -> torch.device:
         return torch.device("cpu")
 
-    def exchange(self, messages: Sequence[Message]) -> Callable[[], None]:
+    def exchange(self, messages: Sequence[Transfer]) -> Callable[[], None]:
         pending = [self._begin(message) for message in messages]
 
         def wait() -> None:
@@ -109,7 +109,7 @@ class Bridge(Post):
         """The signal that some rank has left word of; 0 when none has."""
         return int(self._store.get(_STOP)) if self._store.check([_STOP]) else 0
 
-    def _begin(self, message: Message) -> Any:
+    def _begin(self, message: Transfer) -> Any:
         # a connection that is known to be lost fails here already
         with _talking_to(message.peer):
             if message.sent:
@@ -139,7 +139,7 @@ class Launch:
     device: torch.device
     world_size: int  # of the launch
     student_ranks: int  # the first so many are the student's
-    bridge: Bridge | None = None  # None where the teacher has no ranks of its own
+    bridge: CrossWorldLink | None = None  # None where the teacher has no ranks of its own
 
     @property
     def is_teachers(self) -> bool:
@@ -163,5 +163,5 @@ def join_launch(*, teacher_ranks: int, timeout_s: float) -> Launch:
     students = world - teacher_ranks
     part, first, size = ("student", 0, students) if rank < students else ("teacher", students, teacher_ranks)
     device = initialize_distributed(timeout_s=timeout_s, place=(PrefixStore(part, store), rank - first, size))
-    bridge = Bridge(PrefixStore("bridge", store), rank=rank, size=world, timeout_s=timeout_s)
+    bridge = CrossWorldLink(PrefixStore("bridge", store), rank=rank, size=world, timeout_s=timeout_s)
     return Launch(device=device, world_size=world, student_ranks=students, bridge=bridge)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.parameters import layers_of_stages
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
 
 _FP32 = 4
@@ -74,10 +74,10 @@ def activation_bytes(a: Architecture, layout: Layout, tokens: int, *, itemsize: 
 
 
 def per_token_bytes(
-    student: Architecture, teacher: Architecture, layout: Layout, spec: SignalSpec, *, itemsize: int, recompute: str
+    student: Architecture, teacher: Architecture, layout: Layout, spec: TeacherRequest, *, itemsize: int, recompute: str
 ) -> dict[str, float]:
     """Every tensor with a row per token: bytes of one row on a rank of the last stage."""
-    candidates = 1 + (spec.top_k + spec.asked)
+    candidates = 1 + (spec.top_k + spec.queries)
     rows = {
         # ids, targets, positions: int64; region; gate's uniform, sampler's log-prob and weight: fp32; sequence: int64
         "pack: ids, targets, positions, regions": 3 * 8 + 1 + 8.0,

@@ -34,7 +34,7 @@ from megatron_tropd.planning.traffic import (
     grading_transfers,
     loss_transfers,
 )
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
 
 _GIB = 2**30
@@ -101,8 +101,8 @@ class Job:
         return self.config.data.max_prompt_tokens + self.response
 
     @property
-    def spec(self) -> SignalSpec:
-        return SignalSpec.of(self.method.needs)
+    def spec(self) -> TeacherRequest:
+        return TeacherRequest.of(self.method.needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
         sent.update({f"{role}: {name}": size for name, size in links.items()})
         seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, shares[role], recompute)
         seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
-    told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.asked_bytes_per_row
+    told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.query_bytes_per_row
     signals = shares["student"] * job.config.train.pack_tokens * (job.response / job.length) * told
     sent[f"signals, {_farthest(job.cluster)}"] = signals
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
@@ -290,7 +290,7 @@ def _student_transfers(job: Job, layout: Layout, packs: int, recompute: str) -> 
 def _teacher_transfers(job: Job, layout: Layout, packs: int) -> list[Transfer]:
     loads, stage, spec = _loads(job, layout, 1), layout.pipeline - 1, job.spec
     found = forward_transfers(job.teacher, layout, loads, stage=stage, itemsize=job.itemsize)
-    found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.asked)
+    found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.queries)
     return [replace(transfer, size=transfer.size * packs) for transfer in found]
 
 

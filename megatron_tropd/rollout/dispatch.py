@@ -27,7 +27,7 @@ def contexts_of(requests: Sequence[RolloutRequest], max_positions: int) -> list[
     return contexts
 
 
-def dealt_to(groups: Groups, costs: Sequence[float]) -> list[int]:
+def assigned_to(groups: Groups, costs: Sequence[float]) -> list[int]:
     """Numbers of the pieces of work this replica does: the costliest first, each to the least loaded replica."""
     loads = [0.0] * groups.num_replicas
     mine = []

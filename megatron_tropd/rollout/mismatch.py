@@ -16,7 +16,7 @@ _GROWS = 3.0  # times the gap at the start of sequences
 _OUTLIERS = 100.0  # times the mean
 
 
-class GapWatch:
+class MismatchMonitor:
     """Warns of a mean gap that rounding does not explain, once in ``WARN_EVERY`` steps."""
 
     def __init__(self, dtype: str, allowed: float | None) -> None:

@@ -34,7 +34,7 @@ class Sampler(Protocol):
         ...
 
 
-class Pending(Protocol):
+class GenerationHandle(Protocol):
     """Rollouts that are being written while the caller does something else."""
 
     @property
@@ -48,9 +48,11 @@ class Pending(Protocol):
 
 
 @runtime_checkable
-class Overlapping(Protocol):
+class AsyncSampler(Protocol):
     """A sampler that computes elsewhere, so that generation need not be waited for at once."""
 
-    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> Pending:
+    def begin(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
+    ) -> GenerationHandle:
         """Starts what ``generate`` does. Weights must not change before all that was begun is collected."""
         ...

@@ -20,15 +20,15 @@ from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
-from megatron_tropd.engine.offload import Moves
+from megatron_tropd.engine.offload import OffloadStats
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.methods import Method
 from megatron_tropd.models.name_table import output_entry
-from megatron_tropd.models.rules import RULES, Cut, fill
+from megatron_tropd.models.rules import RULES, TensorShard, fill
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
-from megatron_tropd.parallel.partition import Bridge
+from megatron_tropd.parallel.partition import CrossWorldLink
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.recorded import RecordedSampler
 from megatron_tropd.rollout.engines.vllm import VLLMSampler
@@ -45,19 +45,19 @@ from megatron_tropd.setup.validate import (
     longest_sequence,
     longest_training_sequence,
     most_alternatives,
-    signal_spec,
+    teacher_request,
 )
-from megatron_tropd.teacher.base_model import TeacherAndBase
+from megatron_tropd.teacher.base_model import TeacherWithBase
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
-from megatron_tropd.teacher.engines.remote import Halves, TeacherApart
-from megatron_tropd.teacher.engines.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
-from megatron_tropd.teacher.protocol import SignalSpec, Teacher
+from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher
+from megatron_tropd.teacher.engines.vllm import Grader, LocalScorer, ServerScorer, VLLMTeacher
+from megatron_tropd.teacher.protocol import Teacher, TeacherRequest
 from megatron_tropd.teacher.routing import RoutedTeacher
 from megatron_tropd.teacher.sharded import HiddenKind
 from megatron_tropd.types import Architecture, Pack, Rollout
 from megatron_tropd.vllm_bridge.connect import open_pool
-from megatron_tropd.vllm_bridge.local_engine import Grading, LocalEngine
+from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
 from megatron_tropd.vllm_bridge.options import engine_options
 from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher
 
@@ -71,13 +71,13 @@ __all__ = [
     "build_world",
     "check_method",
     "embedded_sampler",
-    "halves",
     "layout_of",
     "live_teacher",
     "load_model",
     "optimizer_settings",
     "output_weight_for",
     "pack_for",
+    "rank_split",
 ]
 
 
@@ -91,7 +91,7 @@ class World:
     sampler: Groups
     base: Groups | None = None  # None without a base model
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
-    moves: Moves = field(default_factory=Moves)  # between this process's device and host memory
+    moves: OffloadStats = field(default_factory=OffloadStats)  # between this process's device and host memory
 
     @property
     def is_first(self) -> bool:
@@ -114,11 +114,11 @@ class Run:
     teacher_model: Model | None  # None where vLLM, a recording or other ranks stand in for it
     teacher: Teacher
     sampler: Sampler
-    signal: SignalSpec
+    teacher_request: TeacherRequest
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
 
 
-def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -> Run:
+def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None = None) -> Run:
     """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
 
     ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
@@ -137,7 +137,7 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -
         recompute=config.student.recompute,
         balance=config.student.router_aux_loss,
     )
-    signal = signal_spec(config, method)
+    request = teacher_request(config, method)
     teacher = None
     if world.teacher is not None and live_teacher_engine(config) == "megatron":
         teacher = load_frozen(config, config.teacher.model, world.teacher, world)
@@ -147,7 +147,7 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -
         method,
         vocab_size=inputs.vocab_size,
         teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
-        if signal.hidden_states
+        if request.hidden_states
         else None,
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
@@ -166,13 +166,13 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: Bridge | None = None) -
         teacher_model=teacher,
         teacher=build_teacher(config, inputs, teacher, world, bridge),
         sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
-        signal=signal,
+        teacher_request=request,
         identity=identity(config, inputs),
     )
 
 
 def build_teacher(
-    config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: Bridge | None = None
+    config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: CrossWorldLink | None = None
 ) -> Teacher:
     """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one.
 
@@ -197,11 +197,11 @@ def build_teacher(
     own: Teacher | None = None
     if bridge is not None:
         hidden = HiddenKind(inputs.teacher.hidden_size, DTYPES[config.dtype])
-        own = TeacherApart(
-            halves(config, dist.get_world_size()), world.student, bridge, world.device, hidden=hidden, **shared
+        own = RemoteTeacher(
+            rank_split(config, dist.get_world_size()), world.student, bridge, world.device, hidden=hidden, **shared
         )
     elif config.teacher.engine != "megatron":
-        own = vllm_teacher(config, open_grader(config, inputs, world), world, **shared)
+        own = vllm_teacher(config, open_scorer(config, inputs, world), world, **shared)
     live = live_teacher(config, model, world, own=own, **shared)
     if config.teacher.record is None:
         return live
@@ -231,7 +231,7 @@ def live_teacher(
         return teacher
     base = load_frozen(config, config.base_model, world.base, world)
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
-    return TeacherAndBase(teacher, beside)
+    return TeacherWithBase(teacher, beside)
 
 
 def vllm_teacher(
@@ -250,9 +250,9 @@ def vllm_teacher(
     )
 
 
-def halves(config: RunConfig, student_ranks: int) -> Halves:
+def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
     """How a launch is divided between the student and a teacher with ranks of its own."""
-    return Halves(
+    return RankSplit(
         student=layout_of(config.student.parallel),
         student_ranks=student_ranks,
         teacher=layout_of(config.teacher.parallel),
@@ -260,7 +260,7 @@ def halves(config: RunConfig, student_ranks: int) -> Halves:
     )
 
 
-def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
+def open_scorer(config: RunConfig, inputs: Inputs, world: World) -> Grader:
     """Who runs a vLLM teacher: an engine here, or servers that every rank asks for the packs dealt to it."""
     section, longest = config.teacher, longest_training_sequence(config)
     top_k = most_alternatives(config, inputs.method, inputs.teacher)
@@ -275,7 +275,7 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
         if weights is not None:  # weights that are not on this machine cannot be compared
             needs["weights"] = weights
         pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
-        return ServerGrader(pool, timeout_s=section.vllm_server.timeout_s)
+        return ServerScorer(pool, timeout_s=section.vllm_server.timeout_s)
     gpu = world.device.type == "cuda"
     assert world.teacher is not None  # config/loading.py sees to it
     engine = LocalEngine(
@@ -284,11 +284,11 @@ def open_grader(config: RunConfig, inputs: Inputs, world: World) -> Grader:
         dtype=DTYPES[config.dtype],
         device=world.device,
         max_tokens=longest,
-        grading=Grading(top_k=top_k, vocab_size=inputs.teacher.vocab_size),
+        grading=Scoring(top_k=top_k, vocab_size=inputs.teacher.vocab_size),
         options=engine_options(section.vllm, gpu=gpu)
         | ({"enable_sleep_mode": True} if gpu and section.vllm.sleep else {}),
     )
-    return LocalGrader(engine)
+    return LocalScorer(engine)
 
 
 def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
@@ -438,7 +438,7 @@ def output_weight_for(directory: Path, teacher: Architecture, student: Model) ->
     entry = output_entry(teacher)
     tensor = student.groups.layout.tensor
     padded = padded_vocab_size(student.architecture.vocab_size, tensor)
-    cut = Cut(teacher, student.groups.tensor_rank, tensor, padded)
+    cut = TensorShard(teacher, student.groups.tensor_rank, tensor, padded)
     weight = torch.empty(RULES[entry.rule].shard_shape(entry.shapes, cut), dtype=student.dtype, device=student.device)
     fill(entry.rule, weight, {0: HFWeights(directory)[entry.hf[0]]}, entry.shapes, cut)
     return weight

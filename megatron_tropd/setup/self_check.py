@@ -19,14 +19,14 @@ from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.experts import without_balancing
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.engine.step import Trainer, TrainPack
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import Method
-from megatron_tropd.teacher.base_model import TeacherAndBase
+from megatron_tropd.teacher.base_model import TeacherWithBase
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
 
 # share of the gradient of plain likelihood on the same tokens that rounding may leave
@@ -120,15 +120,15 @@ def _items(
     """This replica's packs, graded by the model itself."""
     groups = model.groups
     facts = BatchFacts(seed=0, step=0, progress=0.0)
-    spec = SignalSpec.of(method.needs)
+    spec = TeacherRequest.of(method.needs)
     own = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
-    teacher = TeacherAndBase(own, own)
+    teacher = TeacherWithBase(own, own)
     mine = packs[groups.replica]
-    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature, top_k=spec.asked)
+    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature, top_k=spec.queries)
     return train_packs(
         mine,
         batch_weights(packs, method, facts, groups),
-        teacher.score(packs, spec, asked_ids(scores)),
+        teacher.score(packs, spec, query_ids(scores)),
         scores,
         rollouts={rollout.sequence_id: rollout for rollout in rollouts},
         method=method,

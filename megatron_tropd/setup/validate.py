@@ -34,7 +34,7 @@ from megatron_tropd.setup.datasets import (
     read_training_prompts,
     suites_of,
 )
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
 from megatron_tropd.vllm_bridge.local_engine import check_installed
 
@@ -299,7 +299,7 @@ def longest_training_sequence(config: RunConfig) -> int:
 
 def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) -> int:
     """How many alternatives of a token a vLLM teacher may be asked for."""
-    return teacher.vocab_size if config.teacher.whole_vocabulary else SignalSpec.of(method.needs).top_k
+    return teacher.vocab_size if config.teacher.whole_vocabulary else TeacherRequest.of(method.needs).top_k
 
 
 def check_support(method: Method, vocab_size: int) -> None:
@@ -328,9 +328,9 @@ def live_teacher_engine(config: RunConfig) -> TeacherEngine | None:
     return config.teacher.engine if config.teacher.recorded_from is None else None
 
 
-def signal_spec(config: RunConfig, method: Method) -> SignalSpec:
+def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
     """What the teacher is asked, which is what its engine can tell."""
-    spec = SignalSpec.of(method.needs)
+    spec = TeacherRequest.of(method.needs)
     if live_teacher_engine(config) in (None, "megatron") or config.teacher.whole_vocabulary:
         return spec
     return replace(spec, entropy=False, entropy_bound=spec.top_k > 0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec, Teacher, begin_score
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
+from megatron_tropd.types import Pack, TeacherOutputs
 
 
-class TeacherAndBase:
+class TeacherWithBase:
     """Implements ``teacher.protocol.Teacher``: a teacher's signals with a base model's log-probs of the same tokens.
 
     The base model is asked as a teacher would be, for the target alone, and has a layout of its own.
@@ -20,19 +20,21 @@ class TeacherAndBase:
         self._base = base
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         return self.begin(packs, spec, asked)()
 
-    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+    def begin(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> PendingScores:
         """As ``score``; the base model grades when the signals are asked for."""
-        pending = begin_score(self._teacher, packs, spec, asked)
+        pending = start_scoring(self._teacher, packs, spec, asked)
 
-        def signals() -> list[Signal | None]:
+        def signals() -> list[TeacherOutputs | None]:
             found = pending()
             if not spec.base:
                 return found
-            graded = self._base.score(packs, SignalSpec(entropy=False))
+            graded = self._base.score(packs, TeacherRequest(entropy=False))
             return [_with_base(*pair) for pair in zip(found, graded, strict=True)]
 
         return signals
@@ -42,5 +44,5 @@ class TeacherAndBase:
         self._base.close()
 
 
-def _with_base(signal: Signal | None, base: Signal | None) -> Signal | None:
+def _with_base(signal: TeacherOutputs | None, base: TeacherOutputs | None) -> TeacherOutputs | None:
     return None if signal is None or base is None else replace(signal, base_logprob_N=base.logprob_N)

@@ -9,18 +9,18 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from megatron_tropd.types import Needs, Pack, Signal
+from megatron_tropd.types import Needs, Pack, TeacherOutputs
 
-PendingSignals = Callable[[], list[Signal | None]]  # waits for them; to be called once
-AskedIds = Sequence[Tensor | None]  # int64 ids [N, J] of each of this rank's packs; None where it computes no loss
+PendingScores = Callable[[], list[TeacherOutputs | None]]  # waits for them; to be called once
+QueryIds = Sequence[Tensor | None]  # int64 ids [N, J] of each of this rank's packs; None where it computes no loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SignalSpec:
+class TeacherRequest:
     """What to ask of the teacher for each valid prediction, besides the log-prob of the target."""
 
     top_k: int = 0
-    asked: int = 0  # ids that the caller names, for their log-probs
+    queries: int = 0  # ids that the caller names, for their log-probs
     entropy: bool = True
     entropy_needed: bool = False  # exactly, and not for a metric alone
     entropy_bound: bool = False  # an upper bound of it, from the top k, where the teacher does not know it exactly
@@ -31,24 +31,24 @@ class SignalSpec:
     @property
     def has_tail(self) -> bool:
         """Whether there are tails in the signal."""
-        return self.tail_mass and self.top_k + self.asked > 0
+        return self.tail_mass and self.top_k + self.queries > 0
 
     def bytes_per_row(self, *, hidden_bytes: int) -> int:
         """Size of the signal of one prediction on its way to the student; ``hidden_bytes``: of one hidden state."""
-        values = 1 + self.base + self.entropy + self.entropy_bound + self.has_tail + self.top_k + self.asked
+        values = 1 + self.base + self.entropy + self.entropy_bound + self.has_tail + self.top_k + self.queries
         return 4 * (values + self.top_k) + hidden_bytes * self.hidden_states
 
     @property
-    def asked_bytes_per_row(self) -> int:
+    def query_bytes_per_row(self) -> int:
         """Size of the ids of one prediction on their way to the teacher."""
-        return 4 * self.asked
+        return 4 * self.queries
 
     @staticmethod
-    def of(needs: Needs) -> SignalSpec:
+    def of(needs: Needs) -> TeacherRequest:
         """What a method with these needs asks for."""
-        return SignalSpec(
+        return TeacherRequest(
             top_k=needs.top_k if needs.support != "student" else 0,
-            asked=needs.top_k if needs.support in ("student", "union") else 0,
+            queries=needs.top_k if needs.support in ("student", "union") else 0,
             entropy_needed=needs.teacher_entropy,
             hidden_states=needs.hidden_states,
             base=needs.base_model,
@@ -60,16 +60,16 @@ class Teacher(Protocol):
     """Scores packs. Collective: every rank calls with the same packs."""
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         """Signals for this rank's own replica of the student.
 
         Args:
             packs: ``packs[r]`` are the packs student replica ``r`` trains on.
-            asked: the ``spec.asked`` ids of each prediction whose log-probs are wanted, the same on tensor ranks.
+            asked: the ``spec.queries`` ids of each prediction whose log-probs are wanted, the same on tensor ranks.
 
         Returns:
-            One Signal per pack of this rank's replica; None on ranks that do not compute the loss.
+            One TeacherOutputs per pack of this rank's replica; None on ranks that do not compute the loss.
         """
         ...
 
@@ -79,18 +79,20 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
-class EarlyTeacher(Teacher, Protocol):
+class AsyncTeacher(Teacher, Protocol):
     """A teacher that may grade packs while those who asked do something else."""
 
-    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+    def begin(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> PendingScores:
         """As ``score``, for signals that are waited for later, in the order in which they were asked for."""
         ...
 
 
-def begin_score(
-    teacher: Teacher, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-) -> PendingSignals:
+def start_scoring(
+    teacher: Teacher, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+) -> PendingScores:
     """Has the packs graded: at once where that keeps nobody waiting, else when the signals are asked for."""
-    if isinstance(teacher, EarlyTeacher):
+    if isinstance(teacher, AsyncTeacher):
         return teacher.begin(packs, spec, asked)
     return partial(teacher.score, packs, spec, asked)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_tropd.teacher.protocol import AskedIds, SignalSpec, Teacher
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.teacher.protocol import QueryIds, Teacher, TeacherRequest
+from megatron_tropd.types import Pack, TeacherOutputs
 
 
 class RoutedTeacher:
@@ -19,10 +19,10 @@ class RoutedTeacher:
         self._teachers = dict(teachers)
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         names = [pack.teacher for pack in packs[0]]  # pack by pack the same in every replica: build.pack_for
-        found: list[Signal | None] = [None] * len(names)
+        found: list[TeacherOutputs | None] = [None] * len(names)
         for name in dict.fromkeys(names):
             numbers = [number for number, own in enumerate(names) if own == name]
             signals = self._teachers[name].score(

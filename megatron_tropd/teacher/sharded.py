@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.errors import EngineError
-from megatron_tropd.parallel.partition import Post
-from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
-from megatron_tropd.teacher.transfer import Key, Wire, Workers, carry
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.parallel.partition import PointToPoint
+from megatron_tropd.teacher.protocol import PendingScores, QueryIds, TeacherRequest
+from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire, carry
+from megatron_tropd.types import Pack, TeacherOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class HiddenKind:
     dtype: torch.dtype
 
 
-class DealtTeacher(ABC):
+class ShardedTeacher(ABC):
     """Implements ``teacher.protocol.Teacher`` for a subclass that grades packs.
 
     All packs of the batch are dealt to the teacher's replicas. Ids that are asked for travel to the ranks that score
@@ -33,12 +33,12 @@ class DealtTeacher(ABC):
 
     def __init__(
         self,
-        own: Workers,
-        student: Workers,
+        own: ReplicaMap,
+        student: ReplicaMap,
         device: torch.device,
         hidden: HiddenKind | None = None,
         *,
-        post: Post | None = None,
+        post: PointToPoint | None = None,
     ) -> None:
         """``own``: who grades; ``student``: whom signals are delivered to; ``post``: who carries them (default:
         both are the same world, which does)."""
@@ -46,11 +46,11 @@ class DealtTeacher(ABC):
         self._student = student
         self._device = device
         self._hidden = hidden
-        self._post = post or Post()
+        self._post = post or PointToPoint()
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         return self._begin(packs, spec, asked)()
 
     def close(self) -> None:
@@ -58,40 +58,40 @@ class DealtTeacher(ABC):
         return None
 
     @abstractmethod
-    def _score_dealt(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    def _score_assigned(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         """Signals of the packs dealt to this replica, ready to travel (``to_wire``); nothing off the last stage."""
 
-    def _begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None) -> PendingSignals:
+    def _begin(self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None) -> PendingScores:
         """Grades what is dealt to this rank; what it is told by others is waited for when the result is called."""
         delivered = self._deliver(packs, spec, asked)
         here = self._own.groups is not None
-        wires = self._score_dealt(packs, spec, self._as_ids(delivered())) if here else {}
+        wires = self._score_assigned(packs, spec, self._as_ids(delivered())) if here else {}
         source, target = self._own, self._student
         collect = carry(
             packs, wires, source=source, target=target, blank=lambda rows: self._blank(rows, spec), post=self._post
         )
 
-        def signals() -> list[Signal | None]:
+        def signals() -> list[TeacherOutputs | None]:
             if not here:
                 delivered()  # what was asked has been heard
             found, mine = collect(), target.mine(packs)
             if not target.compute:
                 return [None] * len(mine)
-            answered = asked if asked is not None and spec.asked else [None] * len(mine)
+            answered = asked if asked is not None and spec.queries else [None] * len(mine)
             return [
-                replace(_from_wire(self._on_device(found[key]), spec), asked_ids_NJ=ids)
+                replace(_from_wire(self._on_device(found[key]), spec), query_ids_NJ=ids)
                 for key, ids in zip(mine, answered, strict=True)
             ]
 
         return signals
 
     def _deliver(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None
     ) -> Callable[[], dict[Key, Wire]]:
         """Sends the ids asked for to the ranks whose last stage scores their packs."""
-        if not spec.asked:
+        if not spec.queries:
             return dict
         student = self._student
         held: dict[Key, Wire] = {}
@@ -99,14 +99,14 @@ class DealtTeacher(ABC):
             if ids_NJ is not None:
                 held[key] = [ids_NJ.to(torch.int32)]
         if student.compute and len(held) < len(student.mine(packs)):
-            raise EngineError(f"the teacher is to grade {spec.asked} ids of the student's, but was not told which.")
+            raise EngineError(f"the teacher is to grade {spec.queries} ids of the student's, but was not told which.")
 
         def blank(rows: int) -> Wire:
-            return [torch.empty(rows, spec.asked, dtype=torch.int32, device=self._post.receives_on(self._device))]
+            return [torch.empty(rows, spec.queries, dtype=torch.int32, device=self._post.receives_on(self._device))]
 
         return carry(packs, held, source=student, target=self._own, blank=blank, post=self._post)
 
-    def _blank(self, rows: int, spec: SignalSpec) -> Wire:
+    def _blank(self, rows: int, spec: TeacherRequest) -> Wire:
         device = self._post.receives_on(self._device)
         wire = [torch.empty(rows, sum(_columns(spec).values()), device=device)]
         if spec.top_k:
@@ -123,7 +123,7 @@ class DealtTeacher(ABC):
         return {key: self._on_device(wire)[0].long() for key, wire in found.items()}
 
 
-def check_finite(signal: Signal, *, role: str = "teacher") -> None:
+def check_finite(signal: TeacherOutputs, *, role: str = "teacher") -> None:
     """The teacher's door: a bad number is stopped here, before it can hide behind a mask.
 
     Raises:
@@ -132,7 +132,7 @@ def check_finite(signal: Signal, *, role: str = "teacher") -> None:
     fields = {
         "log-prob": signal.logprob_N,
         "top-k log-prob": signal.topk_logprob_NK,
-        "log-prob of an id asked for": signal.asked_logprob_NJ,
+        "log-prob of an id asked for": signal.query_logprob_NJ,
         "entropy": signal.entropy_N,
         "bound on the entropy": signal.entropy_bound_N,
         "hidden state": signal.hidden_NE,
@@ -147,20 +147,20 @@ def check_finite(signal: Signal, *, role: str = "teacher") -> None:
             )
 
 
-def _columns(spec: SignalSpec) -> dict[str, int]:
-    """Fields of a Signal that travel as columns of one fp32 tensor, and how many each has."""
+def _columns(spec: TeacherRequest) -> dict[str, int]:
+    """Fields of a TeacherOutputs that travel as columns of one fp32 tensor, and how many each has."""
     widths = {
         "logprob_N": 1,
         "entropy_N": int(spec.entropy),
         "entropy_bound_N": int(spec.entropy_bound),
         "topk_logtail_N": int(spec.has_tail),
         "topk_logprob_NK": spec.top_k,
-        "asked_logprob_NJ": spec.asked,
+        "query_logprob_NJ": spec.queries,
     }
     return {name: width for name, width in widths.items() if width}
 
 
-def to_wire(signal: Signal, spec: SignalSpec) -> Wire:
+def to_wire(signal: TeacherOutputs, spec: TeacherRequest) -> Wire:
     """One fp32 tensor of values and, when there are any, ids as int32 and hidden states as they are."""
     values = [getattr(signal, name) for name in _columns(spec)]
     wire = [torch.cat([value if value.dim() == 2 else value[:, None] for value in values], dim=1)]
@@ -171,10 +171,10 @@ def to_wire(signal: Signal, spec: SignalSpec) -> Wire:
     return wire
 
 
-def _from_wire(wire: Wire, spec: SignalSpec) -> Signal:
+def _from_wire(wire: Wire, spec: TeacherRequest) -> TeacherOutputs:
     columns = _columns(spec)
     values = dict(zip(columns, wire[0].split(list(columns.values()), dim=1), strict=True))
-    return Signal(
+    return TeacherOutputs(
         **{name: value if name.endswith(("K", "J")) else value[:, 0] for name, value in values.items()},
         topk_ids_NK=wire[1].long() if spec.top_k else None,
         hidden_NE=wire[-1] if spec.hidden_states else None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.parallel.groups import Groups, Layout
-from megatron_tropd.parallel.partition import Message, Post
+from megatron_tropd.parallel.partition import PointToPoint, Transfer
 from megatron_tropd.types import Int64Array, Pack
 
 Key = tuple[int, int]  # (student replica, number) of a pack
@@ -24,27 +24,33 @@ Wire = list[Tensor]  # tensors with one row per prediction, in the pack's order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
+class ReplicaMap:
     """The last-stage ranks of one layout, and which of its replicas works on which pack."""
 
     layout: Layout
     num_replicas: int
-    dealt: bool  # all packs are dealt to the replicas in turn; else replica r works on packs[r]
+    round_robin: bool  # all packs are dealt to the replicas in turn; else replica r works on packs[r]
     groups: Groups | None  # None where they are ranks of a launch that this one is not among
     first_rank: int = 0  # the number of their first rank, as senders give it
 
     @staticmethod
-    def here(groups: Groups, *, dealt: bool, first_rank: int = 0) -> Workers:
+    def local(groups: Groups, *, round_robin: bool, first_rank: int = 0) -> ReplicaMap:
         """This rank and the others of its world."""
-        return Workers(
-            layout=groups.layout, num_replicas=groups.num_replicas, dealt=dealt, groups=groups, first_rank=first_rank
+        return ReplicaMap(
+            layout=groups.layout,
+            num_replicas=groups.num_replicas,
+            round_robin=round_robin,
+            groups=groups,
+            first_rank=first_rank,
         )
 
     @staticmethod
-    def elsewhere(layout: Layout, *, ranks: int, dealt: bool, first_rank: int = 0) -> Workers:
+    def remote(layout: Layout, *, ranks: int, round_robin: bool, first_rank: int = 0) -> ReplicaMap:
         """The ``ranks`` of another part of the launch."""
         replicas = layout.replicas(ranks)
-        return Workers(layout=layout, num_replicas=replicas, dealt=dealt, groups=None, first_rank=first_rank)
+        return ReplicaMap(
+            layout=layout, num_replicas=replicas, round_robin=round_robin, groups=None, first_rank=first_rank
+        )
 
     @property
     def compute(self) -> bool:
@@ -54,7 +60,7 @@ class Workers:
     def replica(self, packs: Sequence[Sequence[Pack]], key: Key) -> int:
         """The replica that works on pack ``key``."""
         replica, number = key
-        return (number * len(packs) + replica) % self.num_replicas if self.dealt else replica
+        return (number * len(packs) + replica) % self.num_replicas if self.round_robin else replica
 
     def mine(self, packs: Sequence[Sequence[Pack]]) -> list[Key]:
         """The packs this rank's replica works on; none where it is not one of them."""
@@ -84,7 +90,7 @@ class _Parcel:
     wanted: Int64Array  # the same rows, among those the target computes
 
 
-def _parcels(packs: Sequence[Sequence[Pack]], source: Workers, target: Workers) -> Iterator[_Parcel]:
+def _parcels(packs: Sequence[Sequence[Pack]], source: ReplicaMap, target: ReplicaMap) -> Iterator[_Parcel]:
     """Everything that is to be carried, in one order on every rank.
 
     Tensor ranks have the same rows and get them from one each, themselves where they can; context ranks have different
@@ -116,10 +122,10 @@ def carry(
     packs: Sequence[Sequence[Pack]],
     held: Mapping[Key, Wire],
     *,
-    source: Workers,
-    target: Workers,
+    source: ReplicaMap,
+    target: ReplicaMap,
     blank: Callable[[int], Wire],
-    post: Post,
+    post: PointToPoint,
 ) -> Callable[[], dict[Key, Wire]]:
     """Starts on carrying what ``target`` needs. Collective over both.
 
@@ -133,7 +139,7 @@ def carry(
     """
     me = post.rank
     received: dict[Key, list[tuple[Int64Array, Wire]]] = {}
-    messages: list[Message] = []
+    messages: list[Transfer] = []
     for parcel in _parcels(packs, source, target):
         if me not in (parcel.source, parcel.target):
             continue
@@ -143,7 +149,7 @@ def carry(
             received.setdefault(parcel.key, []).append((parcel.wanted, wire))
         if len(parcel.held) and parcel.source != parcel.target:
             peer = parcel.target if sent else parcel.source
-            messages += [Message(part.contiguous(), peer, sent) for part in wire]
+            messages += [Transfer(part.contiguous(), peer, sent) for part in wire]
     wait = post.exchange(messages)
 
     def collect() -> dict[Key, Wire]:

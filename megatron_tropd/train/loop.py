@@ -18,11 +18,11 @@ from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.dispatch import versions_of
-from megatron_tropd.rollout.mismatch import GapWatch
-from megatron_tropd.weight_sync.interface import Probed
+from megatron_tropd.rollout.mismatch import MismatchMonitor
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.rollout_queue import Batch, Batches, ScoredRollouts
 from megatron_tropd.types import Prompt, Rollout
+from megatron_tropd.weight_sync.interface import ProbeableSampler
 from megatron_tropd.weight_sync.publishers import WeightStream
 from megatron_tropd.weight_sync.verify import probe_of, verify_publish
 
@@ -44,7 +44,7 @@ def train(
     ``pause`` is called after every step, and within a step after rollouts, which are the longest part of it.
     """
     config, watch = run.config, Stopwatch()
-    gaps = GapWatch(config.dtype, config.rollout.gap_warning)
+    gaps = MismatchMonitor(config.dtype, config.rollout.gap_warning)
     with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
         for step in range(first_step, config.train.steps):
             watch.reset()
@@ -52,7 +52,7 @@ def train(
             collected = _nothing if pause is None else partial(pause, step)
             batches.begin(step, watch=watch)
             batch = batches.take(step, watch=watch, collected=collected)
-            minibatches = grade_rollouts(run, batch.scored, step=step, watch=watch)
+            minibatches = score_and_pack(run, batch.scored, step=step, watch=watch)
             # what is sampled with these weights is waited for before they change
             settle = partial(batches.settle, watch=watch, collected=collected)
             with watch("train"):
@@ -91,13 +91,13 @@ def publish(run: Run, version: int) -> None:
     """Hands the student's weights to the sampler and makes sure that they have arrived. Collective."""
     rollout = run.config.rollout
     run.sampler.update_weights(WeightStream(run.student), version=version)
-    if isinstance(run.sampler, Probed) and rollout.verify:
+    if isinstance(run.sampler, ProbeableSampler) and rollout.verify:
         longest = run.config.data.max_prompt_tokens + rollout.max_new_tokens
         probe = probe_of(run.prompts.prompts[0], longest)
         verify_publish(run.student, run.sampler, probe, rollout.verify_tolerance)
 
 
-def grade_rollouts(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
+def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
     """This replica's packs of every minibatch, graded by the teacher.
 
     All scoring happens before the first update, so gates and old log-probs belong to the weights that sampled.

@@ -48,7 +48,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._receive_request) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -79,7 +79,7 @@ class StopRequest:
         if self._heard is not None:
             _leave_at_once(self._heard)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive_request(self, number: int, frame: FrameType | None) -> None:
         self._heard = self._heard or signal.Signals(number)
         if not self._deferring:
             _leave_at_once(self._heard)

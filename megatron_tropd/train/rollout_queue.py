@@ -19,14 +19,14 @@ import torch
 
 from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
-from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.rollout.protocol import Overlapping, Pending
+from megatron_tropd.rollout.protocol import AsyncSampler, GenerationHandle
 from megatron_tropd.setup.build import Run, pack_for
-from megatron_tropd.teacher.protocol import PendingSignals, begin_score
+from megatron_tropd.teacher.protocol import PendingScores, start_scoring
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 _FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learnt from
@@ -41,7 +41,7 @@ class ScoredRollouts:
     rollouts: Sequence[Rollout]
     packs: Sequence[Sequence[Sequence[Pack]]]  # by minibatch and replica
     scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not asked for
-    grades: Sequence[PendingSignals]  # by minibatch: the teacher's of this replica's packs
+    grades: Sequence[PendingScores]  # by minibatch: the teacher's of this replica's packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +174,13 @@ class _Open:
 
     prompts: Sequence[Prompt]
     fraction: float
-    pending: Pending
+    pending: GenerationHandle
     at: float  # time.perf_counter() when it was begun
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """Implements ``Pending`` where the sampler writes at once."""
+    """Implements ``GenerationHandle`` where the sampler writes at once."""
 
     rollouts: list[Rollout]
     ended_at: float | None = None
@@ -201,7 +201,7 @@ def _begin(run: Run, number: int) -> _Open:
         max_new_tokens=rollout.max_new_tokens,
     )
     params, seed, at = sampling_params(run), run.config.seed, time.perf_counter()
-    if isinstance(run.sampler, Overlapping):
+    if isinstance(run.sampler, AsyncSampler):
         return _Open(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
     return _Open(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
 
@@ -251,7 +251,8 @@ def scored_rollouts(
 ) -> ScoredRollouts:
     """Has the packs graded, too: a teacher with ranks of its own begins at once, another when it is waited for."""
     grades = [
-        begin_score(run.teacher, part, run.signal, asked_ids(own)) for part, own in zip(packs, scores, strict=True)
+        start_scoring(run.teacher, part, run.teacher_request, query_ids(own))
+        for part, own in zip(packs, scores, strict=True)
     ]
     return ScoredRollouts(rollouts, packs, scores, grades)
 
@@ -276,10 +277,14 @@ def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[Studen
     """Old log-probs, entropies, likeliest tokens: when the method needs them, or weights change before they learn."""
     mine, needs = packs[run.world.student.replica], run.method.needs
     changing = run.config.train.minibatches > 1 or run.config.rollout.ahead > 0
-    if not (needs.old_logprob or needs.entropy_top or run.signal.asked or changing):
+    if not (needs.old_logprob or needs.entropy_top or run.teacher_request.queries or changing):
         return [None] * len(mine)
     return score_packs(
-        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
+        run.student,
+        mine,
+        vocab_size=run.vocab_size,
+        temperature=run.method.temperature,
+        top_k=run.teacher_request.queries,
     )
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tropd.engine.batch import BatchFacts, support_of, token_view
 from megatron_tropd.engine.context import own_valid_positions
-from megatron_tropd.engine.score import asked_ids, score_packs
+from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.engine.step import complete_tokens
 from megatron_tropd.evaluate.suites import correctness, training_rule
 from megatron_tropd.parallel.groups import Groups
@@ -75,9 +75,13 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray
     packs = pack_rollouts(run, rollouts)
     mine = packs[run.world.student.replica]
     scores = score_packs(
-        run.student, mine, vocab_size=run.vocab_size, temperature=run.method.temperature, top_k=run.signal.asked
+        run.student,
+        mine,
+        vocab_size=run.vocab_size,
+        temperature=run.method.temperature,
+        top_k=run.teacher_request.queries,
     )
-    signals = run.teacher.score(packs, run.signal, asked_ids(scores))
+    signals = run.teacher.score(packs, run.teacher_request, query_ids(scores))
     by_id = {rollout.sequence_id: rollout for rollout in rollouts}
     facts = BatchFacts(seed=run.config.seed, step=run.config.train.steps, progress=1.0)
     found: dict[int, np.ndarray] = {}

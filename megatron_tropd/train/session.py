@@ -37,11 +37,11 @@ from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.recorded import RecordedSampler
 from megatron_tropd.rollout.protocol import Sampler
-from megatron_tropd.setup.build import Run, build_run, embedded_sampler, halves, load_model
+from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.datasets import suites_of
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, check_writable, identity, layout_of, read_inputs
-from megatron_tropd.teacher.engines.remote import answer_orders
+from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
 from megatron_tropd.train.resume import find_start, restore
@@ -80,7 +80,7 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
 
     with stop.deferred():  # a student that is asked to stop may still need grades
         try:
-            if answer_orders(model, halves(config, launch.student_ranks), bridge, at_order=pass_on):
+            if serve_score_requests(model, rank_split(config, launch.student_ranks), bridge, at_order=pass_on):
                 raise Preempted("stopped with the student")
         except EngineError:
             stop.leave_if_heard()  # as the student's ranks did

@@ -1,7 +1,7 @@
 """Inside vLLM's HTTP server: who may ask, and the trainer's own requests.
 
-``--middleware megatron_tropd.vllm_bridge.app.Tropd`` puts this in front of vLLM's routes. Everything but ``/health`` needs
-the key (vLLM's own ``--api-key`` leaves the routes that change weights open, so they are not switched on here).
+``--middleware megatron_tropd.vllm_bridge.app.Tropd`` puts this in front of vLLM's routes. Everything but ``/health``
+needs the key (vLLM's own ``--api-key`` leaves the routes that change weights open, so they are not switched on here).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-from megatron_tropd.vllm_bridge.requests import grading_options
-from megatron_tropd.vllm_bridge.score_requests import Question, answer_of
+from megatron_tropd.vllm_bridge.requests import scoring_options
+from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, answer_of
 from megatron_tropd.vllm_bridge.wire import DIGEST, PREFIX, digest_of, encoded
 
 KEY_VARIABLE = "TROPD_SERVER_KEY"
@@ -108,9 +108,9 @@ class Tropd:
         )
 
     async def _grade(self, engine: Any, asked: Mapping[str, Any]) -> bytes:
-        """Log-probs of the tokens of ``token_ids`` and of their alternatives: see ``questions.Question``."""
-        question = Question.of_json(asked)
-        options = SamplingParams(**grading_options(question.columns), flat_logprobs=True)
+        """Log-probs of the tokens of ``token_ids`` and of their alternatives: see ``questions.ScoreRequest``."""
+        question = ScoreRequest.of_json(asked)
+        options = SamplingParams(**scoring_options(question.columns), flat_logprobs=True)
         flat = (await self._final(engine, asked["token_ids"], options)).prompt_logprobs
         # all ids of a long sequence take a while, in which others should be answered too
         graded = await asyncio.to_thread(answer_of, question, flat.token_ids, flat.logprobs)

@@ -13,13 +13,13 @@ import numpy as np
 from megatron_tropd.errors import ServingError
 from megatron_tropd.types import Int64Array, SamplingParams
 from megatron_tropd.vllm_bridge.requests import (
-    Graded,
     Task,
+    TeacherScores,
     Written,
     checked_written,
     sampling_options,
 )
-from megatron_tropd.vllm_bridge.score_requests import Question, checked_answer
+from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, checked_answer
 from megatron_tropd.vllm_bridge.wire import DIGEST, PREFIX, decoded, digest_of
 
 _CONTROL_S = 60.0  # for requests that compute nothing
@@ -79,18 +79,18 @@ class Server:
         )
         return checked_written(written, task, params)
 
-    async def grade(self, token_ids: Int64Array, *, number: int = 0, top_k: int = 0, timeout_s: float) -> Graded:
+    async def grade(self, token_ids: Int64Array, *, number: int = 0, top_k: int = 0, timeout_s: float) -> TeacherScores:
         """Log-probs of the tokens after the first, and of their likeliest alternatives."""
-        return await self.answer(Question(number=number, token_ids=token_ids, top_k=top_k), timeout_s=timeout_s)
+        return await self.answer(ScoreRequest(number=number, token_ids=token_ids, top_k=top_k), timeout_s=timeout_s)
 
-    async def answer(self, question: Question, *, timeout_s: float) -> Graded:
+    async def answer(self, question: ScoreRequest, *, timeout_s: float) -> TeacherScores:
         """What the server's model says of a sequence."""
         response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s)
-        whole = ("asked_logprob", "entropy", "logtail") if question.whole is not None else ()
+        whole = ("query_logprob", "entropy", "logtail") if question.whole is not None else ()
         names = ("logprob", "topk_ids", "topk_logprob", *whole)
         arrays = decoded(response.content, response.headers.get(DIGEST), names)
         arrays["topk_ids"] = arrays["topk_ids"].astype(np.int64)
-        return checked_answer(Graded(**arrays), question)
+        return checked_answer(TeacherScores(**arrays), question)
 
     async def begin(self, mode: str) -> None:
         """Stops generation and gets ready for new weights."""

@@ -23,15 +23,15 @@ from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.types import Int64Array, SamplingParams
 from megatron_tropd.vllm_bridge.options import whole_prompts
 from megatron_tropd.vllm_bridge.requests import (
-    Graded,
     Task,
+    TeacherScores,
     Written,
     checked_written,
-    grading_options,
     sampling_options,
+    scoring_options,
     versions_of,
 )
-from megatron_tropd.vllm_bridge.score_requests import Question, answer_of, checked_answer, in_batches
+from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, answer_of, checked_answer, in_batches
 
 # read when vLLM is imported; what the user has set stays
 _ENVIRONMENT = {
@@ -68,7 +68,7 @@ _MOST_VALUES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Grading:
+class Scoring:
     """What an engine that grades is for."""
 
     top_k: int  # the most alternatives of a token that will be asked for
@@ -86,7 +86,7 @@ class LocalEngine:
         dtype: torch.dtype,
         device: torch.device,
         max_tokens: int,
-        grading: Grading | None = None,
+        grading: Scoring | None = None,
         options: Mapping[str, Any],
     ) -> None:
         """``max_tokens``: the longest sequence. ``options``: more arguments of ``vllm.LLM``. Collective.
@@ -131,17 +131,17 @@ class LocalEngine:
         outputs = self._ask([task.token_ids for task in tasks], options)
         return [checked_written(_written(o.outputs[0]), t, params) for o, t in zip(outputs, tasks, strict=True)]
 
-    def grade(self, sequences: Sequence[Int64Array], *, top_k: int = 0) -> list[Graded]:
+    def grade(self, sequences: Sequence[Int64Array], *, top_k: int = 0) -> list[TeacherScores]:
         """Log-prob of every token after the first of every sequence, and of its ``top_k`` likeliest alternatives.
 
         Raises:
             ServingError: an answer cannot be right.
         """
         return self.answer(
-            [Question(number=n, token_ids=sequence, top_k=top_k) for n, sequence in enumerate(sequences)]
+            [ScoreRequest(number=n, token_ids=sequence, top_k=top_k) for n, sequence in enumerate(sequences)]
         )
 
-    def answer(self, questions: Sequence[Question]) -> list[Graded]:
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
         """Answers every question, in their order.
 
         Raises:
@@ -152,7 +152,7 @@ class LocalEngine:
         answers = []
         # vLLM's answers are Python numbers: many at a time would fill the memory
         for batch in in_batches(questions, vocab_size=self._vocab_size, most_values=_MOST_VALUES):
-            options = [Sampling(**grading_options(question.columns), flat_logprobs=True) for question in batch]
+            options = [Sampling(**scoring_options(question.columns), flat_logprobs=True) for question in batch]
             for question, output in zip(
                 batch, self._ask([question.token_ids for question in batch], options), strict=True
             ):

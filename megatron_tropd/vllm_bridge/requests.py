@@ -41,7 +41,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Graded:
+class TeacherScores:
     """What an engine says of the tokens of one sequence of L, each given those before it, at temperature 1.
 
     The last three are there when the log-probs of all ids were looked at, at any temperature (``questions.Whole``).
@@ -50,7 +50,7 @@ class Graded:
     logprob: Float32Array  # [L - 1] of tokens 1.. of the sequence, nats
     topk_ids: Int64Array  # [L - 1, K] likeliest first
     topk_logprob: Float32Array  # [L - 1, K]
-    asked_logprob: Float32Array | None = None  # [L - 1, J]
+    query_logprob: Float32Array | None = None  # [L - 1, J]
     entropy: Float32Array | None = None  # [L - 1]
     logtail: Float32Array | None = None  # [L - 1] log mass on all ids but the token, the top k and those asked for
 
@@ -86,7 +86,7 @@ def sampling_options(params: SamplingParams, task: Task, *, forbidden: range) ->
     return options
 
 
-def grading_options(top_k: int) -> dict[str, Any]:
+def scoring_options(top_k: int) -> dict[str, Any]:
     """Asks for the log-prob of every token of the prompt, and of its ``top_k`` likeliest alternatives."""
     # the one token that is sampled is thrown away: vLLM cannot sample none
     return {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "prompt_logprobs": top_k, "detokenize": False}
@@ -113,7 +113,7 @@ def checked_written(written: Written, task: Task, params: SamplingParams) -> Wri
     return written
 
 
-def checked_graded(graded: Graded, number: int, token_ids: Int64Array, top_k: int) -> Graded:
+def checked_scores(graded: TeacherScores, number: int, token_ids: Int64Array, top_k: int) -> TeacherScores:
     """The same, when it can be what a working engine answers; ServingError otherwise."""
     rows = len(token_ids) - 1
     shapes = (graded.logprob.shape, graded.topk_ids.shape, graded.topk_logprob.shape)

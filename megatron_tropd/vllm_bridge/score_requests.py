@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_tropd.errors import ServingError
 from megatron_tropd.types import Int64Array
-from megatron_tropd.vllm_bridge.requests import Graded, checked_graded
+from megatron_tropd.vllm_bridge.requests import TeacherScores, checked_scores
 
 ALL = -1  # in place of a top k: every id
 
@@ -26,11 +26,11 @@ class Whole:
 
     temperature: float = 1.0
     vocab_size: int  # ids that the softmax runs over: the first so many
-    asked_ids: Int64Array  # [n, J] ids whose log-probs are wanted, per prediction
+    query_ids: Int64Array  # [n, J] ids whose log-probs are wanted, per prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class ScoreRequest:
     """About the tokens of one sequence of L, each given those before it."""
 
     number: int  # position in the batch, for messages
@@ -55,24 +55,24 @@ class Question:
         if self.whole is not None:
             whole = self.whole
             asked["whole"] = {"temperature": whole.temperature, "vocab_size": whole.vocab_size}
-            asked["whole"]["asked_ids"] = whole.asked_ids.tolist()
+            asked["whole"]["query_ids"] = whole.query_ids.tolist()
         return asked
 
     @staticmethod
-    def of_json(asked: Mapping[str, Any]) -> Question:
+    def of_json(asked: Mapping[str, Any]) -> ScoreRequest:
         """Raises KeyError, TypeError or ValueError for anything else than a question."""
         token_ids = np.asarray(asked["token_ids"], dtype=np.int64)
         first, whole = int(asked.get("first", 0)), asked.get("whole")
         if whole is not None:
             rows = max(len(token_ids) - 1 - first, 0)
-            ids_NJ = np.asarray(whole["asked_ids"], dtype=np.int64).reshape(rows, -1 if rows else 0)
+            ids_NJ = np.asarray(whole["query_ids"], dtype=np.int64).reshape(rows, -1 if rows else 0)
             whole = Whole(
-                temperature=float(whole["temperature"]), vocab_size=int(whole["vocab_size"]), asked_ids=ids_NJ
+                temperature=float(whole["temperature"]), vocab_size=int(whole["vocab_size"]), query_ids=ids_NJ
             )
-        return Question(number=0, token_ids=token_ids, first=first, top_k=int(asked["top_k"]), whole=whole)
+        return ScoreRequest(number=0, token_ids=token_ids, first=first, top_k=int(asked["top_k"]), whole=whole)
 
 
-def answer_of(question: Question, token_ids: Any, logprobs: Any) -> Graded:
+def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherScores:
     """The answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
 
     Raises:
@@ -88,10 +88,10 @@ def answer_of(question: Question, token_ids: Any, logprobs: Any) -> Graded:
     ids, logprob = ids.reshape(rows, -1)[question.first :], logprob.reshape(rows, -1)[question.first :]
     if question.whole is not None:
         return _from_all(question, question.whole, ids[:, 1:], logprob[:, 1:])
-    return Graded(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])
+    return TeacherScores(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])
 
 
-def _from_all(question: Question, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> Graded:
+def _from_all(question: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> TeacherScores:
     """Everything there is to ask about, from the log-probs of all ids."""
     vocab_size, k = whole.vocab_size, question.top_k
     if ids_NV.shape[1] < vocab_size:
@@ -107,12 +107,12 @@ def _from_all(question: Question, whole: Whole, ids_NV: np.ndarray, logprob_NV: 
     probability_NV = np.exp(logp_NV)
     entropy_N = -np.where(probability_NV > 0, probability_NV * logp_NV, 0.0).sum(1)
     rest_NV = logp_NV.copy()
-    np.put_along_axis(rest_NV, np.concatenate([target_N1, top_NK, whole.asked_ids], axis=1), -np.inf, axis=1)
-    return Graded(
+    np.put_along_axis(rest_NV, np.concatenate([target_N1, top_NK, whole.query_ids], axis=1), -np.inf, axis=1)
+    return TeacherScores(
         logprob=np.take_along_axis(logp_NV, target_N1, axis=1)[:, 0].astype(np.float32),
         topk_ids=top_NK.astype(np.int64),
         topk_logprob=np.take_along_axis(logp_NV, top_NK, axis=1).astype(np.float32),
-        asked_logprob=np.take_along_axis(logp_NV, whole.asked_ids, axis=1).astype(np.float32),
+        query_logprob=np.take_along_axis(logp_NV, whole.query_ids, axis=1).astype(np.float32),
         entropy=entropy_N.astype(np.float32),
         logtail=_logsumexp(rest_NV).astype(np.float32),
     )
@@ -126,22 +126,22 @@ def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
         return np.log(np.exp(values_NV - shift_N[:, None]).sum(1)) + shift_N
 
 
-def checked_answer(graded: Graded, question: Question) -> Graded:
+def checked_answer(graded: TeacherScores, question: ScoreRequest) -> TeacherScores:
     """The same, when it can be what a working engine answers; ServingError otherwise."""
-    checked_graded(graded, question.number, question.token_ids[question.first :], question.top_k)
+    checked_scores(graded, question.number, question.token_ids[question.first :], question.top_k)
     if question.whole is None:
         return graded
     rows = len(question.token_ids) - 1 - question.first
-    wanted = ((rows, question.whole.asked_ids.shape[1]), (rows,), (rows,))
-    others = (graded.asked_logprob, graded.entropy, graded.logtail)
+    wanted = ((rows, question.whole.query_ids.shape[1]), (rows,), (rows,))
+    others = (graded.query_logprob, graded.entropy, graded.logtail)
     if any(found is None or found.shape != shape for found, shape in zip(others, wanted, strict=True)):
         raise ServingError(f"vLLM answered sequence {question.number} without all that was asked.")
     return graded
 
 
-def in_batches(questions: Sequence[Question], *, vocab_size: int, most_values: int) -> list[list[Question]]:
+def in_batches(questions: Sequence[ScoreRequest], *, vocab_size: int, most_values: int) -> list[list[ScoreRequest]]:
     """Consecutive questions whose answers hold at most ``most_values`` log-probs, where no single one holds more."""
-    batches: list[list[Question]] = []
+    batches: list[list[ScoreRequest]] = []
     room = 0
     for question in questions:
         values = question.cost * (1 + (vocab_size if question.whole is not None else question.top_k))

@@ -9,7 +9,7 @@ from megatron_tropd.types import Float32Array, Int64Array
 
 
 @runtime_checkable
-class Probed(Protocol):
+class ProbeableSampler(Protocol):
     """A sampler whose engines can be asked whether new weights have arrived."""
 
     def probe(self, token_ids: Int64Array) -> Mapping[str, Float32Array]:

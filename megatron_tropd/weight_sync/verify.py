@@ -6,8 +6,8 @@ import numpy as np
 
 from megatron_tropd.engine.model import Model
 from megatron_tropd.errors import EngineError
-from megatron_tropd.weight_sync.interface import Probed
 from megatron_tropd.types import Int64Array, Prompt
+from megatron_tropd.weight_sync.interface import ProbeableSampler
 from megatron_tropd.weight_sync.publishers import probe_logprobs
 
 _PROBE_TOKENS = 128
@@ -20,7 +20,7 @@ def probe_of(prompt: Prompt, longest: int) -> Int64Array:
     return np.resize(whole, max(2, min(len(whole), _PROBE_TOKENS, longest)))
 
 
-def verify_publish(model: Model, sampler: Probed, probe: Int64Array, tolerance: float | None) -> None:
+def verify_publish(model: Model, sampler: ProbeableSampler, probe: Int64Array, tolerance: float | None) -> None:
     """Compares the log-probs of the probe's tokens, trainer against every engine. Collective.
 
     Raises:

@@ -12,7 +12,7 @@ from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.engine.checkpoint import load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model, build_model
 from megatron_tropd.engine.optimizer import Optimization, OptimizerSettings, optimize
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from tests.support.distributed import run_on_ranks
 from tests.support.tiny_families import save_family
@@ -40,7 +40,7 @@ def continued(root: str) -> dict[str, bool]:
         for parameter in model.chunks[0].parameters():
             parameter.main_grad.fill_(gradient)
         optimization.set_update(0)
-        with megatron_sees(groups):
+        with use_parallel_state(groups):
             optimization.optimizer.step()
 
     for kind in KINDS:

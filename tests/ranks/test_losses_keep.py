@@ -13,15 +13,15 @@ from megatron_tropd.losses.vocab_parallel.tiles import Projection
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def results(problem: Problem, loss: str, keep_bytes: int) -> list[Tensor]:
+def results(problem: Problem, loss: str, cache_bytes: int) -> list[Tensor]:
     mine, teacher = divergence_inputs(problem)
     if loss in ("logprobs", "tail"):
         ids_TK = ids_of(problem, "duplicates")
         tail = loss == "tail"
-        answer = linear_logprobs(*mine, ids_TK, **problem.options(), tail=tail, keep_bytes=keep_bytes)
+        answer = linear_logprobs(*mine, ids_TK, **problem.options(), tail=tail, cache_bytes=cache_bytes)
         outputs = [answer.logprob_TK, answer.entropy_T] + ([answer.logtail_T] if answer.logtail_T is not None else [])
     else:
-        outputs = [linear_divergence(*mine, *teacher, kind=loss, **problem.options(), keep_bytes=keep_bytes)]
+        outputs = [linear_divergence(*mine, *teacher, kind=loss, **problem.options(), cache_bytes=cache_bytes)]
     incoming = [problem.draw(*x.shape, stream=10 + i) for i, x in enumerate(outputs)]
     first = torch.autograd.grad(outputs, mine, [g.to(o.dtype) for g, o in zip(incoming, outputs, strict=True)],
                                 retain_graph=True)  # fmt: skip
@@ -36,9 +36,9 @@ def check_every_budget_gives_the_same_bits() -> None:
         whole = problem.tokens * problem.shard * dtype.itemsize
         for loss in ("logprobs", "tail", "forward_kl", "reverse_kl", "jsd"):
             without = results(problem, loss, 0)
-            for keep_bytes in (1, whole // 2, whole, 4 * whole):
-                kept = results(problem, loss, keep_bytes)
-                assert all(torch.equal(a, b) for a, b in zip(kept, without, strict=True)), (dtype, loss, keep_bytes)
+            for cache_bytes in (1, whole // 2, whole, 4 * whole):
+                kept = results(problem, loss, cache_bytes)
+                assert all(torch.equal(a, b) for a, b in zip(kept, without, strict=True)), (dtype, loss, cache_bytes)
 
 
 @pytest.mark.parametrize("world_size", [0, 2, 4], ids="tp{}".format)
@@ -61,7 +61,7 @@ def test_the_budget_bounds_what_is_saved_and_a_whole_budget_spares_the_products(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         ids_TK = ids_of(problem, "random")
-        answer = linear_logprobs(*mine, ids_TK, **problem.options(), keep_bytes=int(share * whole))
+        answer = linear_logprobs(*mine, ids_TK, **problem.options(), cache_bytes=int(share * whole))
     rest = {x.data_ptr() for x in (*mine, ids_TK)}
     tiles = [x for x in saved if x.dim() == 2 and x.data_ptr() not in rest]
     held = sum(x.numel() * x.element_size() for x in tiles)
@@ -90,5 +90,5 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         frozen = [x.detach() for x in mine]
-        linear_logprobs(*frozen, ids_of(problem, "random"), **problem.options(), keep_bytes=10**9)
+        linear_logprobs(*frozen, ids_of(problem, "random"), **problem.options(), cache_bytes=10**9)
     assert not sizes

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_tropd.losses.logprob_mismatch import BUCKETS, bucket_of
-from megatron_tropd.rollout.mismatch import WARN_EVERY, GapWatch
+from megatron_tropd.rollout.mismatch import WARN_EVERY, MismatchMonitor
 from tests.support.run_inputs import Outcome, Task, commands, make_task, steady_metrics
 
 OFF = (0.3, 1.2)  # nats, before and from position 64 on
@@ -30,7 +30,7 @@ def row(step: int, mean: float, largest: float = 0.5, **buckets: float) -> dict[
 
 def test_a_warning_past_the_threshold_once_in_so_many_steps(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
-    watch = GapWatch("fp32", None)
+    watch = MismatchMonitor("fp32", None)
     watch.look(row(1, 9e-4))
     watch.look({"step": 2})  # a step without tokens of its own
     assert not caplog.records
@@ -51,9 +51,9 @@ def test_a_warning_past_the_threshold_once_in_so_many_steps(caplog: pytest.LogCa
     ],
 )
 def test_the_warning_names_what_the_figures_point_to(caplog: pytest.LogCaptureFixture, dtype, found, said):
-    GapWatch("fp32", 0.01).look(row(1, 0.2, _0_63=0.2, _64_255=0.2))
+    MismatchMonitor("fp32", 0.01).look(row(1, 0.2, _0_63=0.2, _64_255=0.2))
     assert said not in caplog.text
-    GapWatch(dtype, 0.01).look(found)
+    MismatchMonitor(dtype, 0.01).look(found)
     assert said in caplog.text
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.engine import offload
-from megatron_tropd.engine.offload import Movable, Moves, device_bytes
+from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats, device_bytes
 from megatron_tropd.errors import ConfigError, EngineError
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import Case, save_models
@@ -25,14 +25,16 @@ from tests.support.tiny_models import STUDENT, Objective
 CPU = torch.device("cpu")
 
 
-def leaving(monkeypatch: pytest.MonkeyPatch, contents: Any) -> tuple[Movable, list[torch.Tensor], Moves]:
+def leaving(
+    monkeypatch: pytest.MonkeyPatch, contents: Any
+) -> tuple[OffloadedTensors, list[torch.Tensor], OffloadStats]:
     """Five tensors over three storages of odd sizes, in slabs that cut through them."""
     monkeypatch.setattr(offload, "_SLAB_BYTES", 1536)
     flat, half = torch.randn(1001), torch.nn.Parameter(torch.randn(33).bfloat16())
     scalar = torch.tensor(3.0)
     tensors = [flat, flat[10:500].view(7, 70), flat[500:], half, scalar]
-    moves = Moves()
-    return Movable("a thing", lambda: tensors, CPU, contents=contents, moves=moves), tensors, moves
+    moves = OffloadStats()
+    return OffloadedTensors("a thing", lambda: tensors, CPU, contents=contents, moves=moves), tensors, moves
 
 
 def test_storages_are_emptied_under_their_views_and_filled_again(monkeypatch):
@@ -45,7 +47,7 @@ def test_storages_are_emptied_under_their_views_and_filled_again(monkeypatch):
         movable.leave()
         assert movable.away and device_bytes(tensors) == 0
         movable.leave()  # twice is once
-        movable.come_back()
+        movable.onload()
         assert not movable.away and all(map(torch.equal, tensors, before))
         assert (moves.to_host, moves.to_device) == (turn * 4074, turn * 4074)
     assert tensors[1].data_ptr() == tensors[0].data_ptr() + 40
@@ -67,7 +69,7 @@ def test_what_never_changes_is_copied_once_and_scratch_never(monkeypatch):
 
 
 def test_what_is_away_is_refused_by_name():
-    movable = Movable("a thing", lambda: [torch.ones(3)], CPU)
+    movable = OffloadedTensors("a thing", lambda: [torch.ones(3)], CPU)
     movable.check()
     with movable.present():
         pass

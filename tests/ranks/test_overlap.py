@@ -18,7 +18,7 @@ from megatron_tropd.engine.score import pack_alone, score_packs
 from megatron_tropd.engine.weights import hf_tensors
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.report.stopwatch import Stopwatch
-from megatron_tropd.train.loop import grade_rollouts
+from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import (
@@ -76,7 +76,7 @@ def _train(one: Case, models: str, folder: Path, builder: GroupBuilder) -> dict[
     buckets = [len(module.bucket_groups) for module in run.trainer.optimization.wrapped]
     for step in range(STEPS):
         scored = score_rollouts(run, random_rollouts(step, vocab_size=VOCAB), watch=Stopwatch())
-        minibatches = grade_rollouts(run, scored, step=step, watch=Stopwatch())
+        minibatches = score_and_pack(run, scored, step=step, watch=Stopwatch())
         if step == 0:
             for _ in range(2):  # the second time buckets go as they fill
                 run.trainer.probe(minibatches[0])

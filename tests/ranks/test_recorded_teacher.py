@@ -357,7 +357,7 @@ def reread_under_context_parallelism(home: Path, mine: Any, expected: Any, live:
         for part, whole, pack in zip(found, expected, mine, strict=True):
             rows = np.isin(valid_positions(pack), valid_positions(pack, rank=rank, ranks=2))
             assert torch.equal(part.topk_ids_NK, whole.topk_ids_NK[rows])
-            assert torch.equal(part.asked_logprob_NJ, whole.asked_logprob_NJ[rows])
+            assert torch.equal(part.query_logprob_NJ, whole.query_logprob_NJ[rows])
             assert torch.equal(part.hidden_NE, whole.hidden_NE[rows])
 
 
@@ -378,10 +378,12 @@ class MadeUpTeacher:
     @staticmethod
     def spec(*, top_k: int, entropy: bool = True, hidden_states: bool = True, tail_mass: bool = True) -> Any:
         """As many ids are asked about as the top k has, and one more of a whole top k."""
-        from megatron_tropd.teacher.protocol import SignalSpec
+        from megatron_tropd.teacher.protocol import TeacherRequest
 
         asked = top_k + (top_k == 5)
-        return SignalSpec(top_k=top_k, asked=asked, entropy=entropy, hidden_states=hidden_states, tail_mass=tail_mass)
+        return TeacherRequest(
+            top_k=top_k, queries=asked, entropy=entropy, hidden_states=hidden_states, tail_mass=tail_mass
+        )
 
     def asks(self, packs: Any, spec: Any) -> Any:
         """Distinct ids for every prediction."""
@@ -389,9 +391,9 @@ class MadeUpTeacher:
 
         from megatron_tropd.engine.context import own_valid_positions
 
-        if not spec.asked or not self._student.is_last_stage:
+        if not spec.queries or not self._student.is_last_stage:
             return None
-        ids_J = 1000 - torch.arange(spec.asked)
+        ids_J = 1000 - torch.arange(spec.queries)
         mine = packs[self._student.replica]
         return [ids_J.repeat(len(own_valid_positions(pack, self._student)), 1) for pack in mine]
 
@@ -399,7 +401,7 @@ class MadeUpTeacher:
         import torch
 
         from megatron_tropd.engine.context import own_valid_positions, valid_positions
-        from megatron_tropd.types import Signal
+        from megatron_tropd.types import TeacherOutputs
 
         mine = packs[self._student.replica]
         if not self._student.is_last_stage:
@@ -410,12 +412,12 @@ class MadeUpTeacher:
             n = pack.num_valid
             own = np.isin(valid_positions(pack), own_valid_positions(pack, self._student))
             signals.append(
-                Signal(
+                TeacherOutputs(
                     logprob_N=-torch.rand(n, generator=generator)[own],
                     topk_ids_NK=torch.randint(0, 2**31 - 1, (n, spec.top_k), generator=generator)[own],
                     topk_logprob_NK=-torch.rand(n, spec.top_k, generator=generator)[own],
-                    asked_ids_NJ=ids,
-                    asked_logprob_NJ=-torch.rand(n, spec.asked, generator=generator)[own],
+                    query_ids_NJ=ids,
+                    query_logprob_NJ=-torch.rand(n, spec.queries, generator=generator)[own],
                     topk_logtail_N=-torch.rand(n, generator=generator)[own] if spec.tail_mass else None,
                     entropy_N=torch.rand(n, generator=generator)[own],
                     hidden_NE=torch.randn(n, 11, generator=generator).to(self._dtype)[own],
@@ -427,7 +429,7 @@ class MadeUpTeacher:
 def assert_same_signals(found: list[Any], expected: list[Any], *, top_k: int, entropy: bool, hidden: bool) -> None:
     import torch
 
-    from megatron_tropd.types import Signal
+    from megatron_tropd.types import TeacherOutputs
 
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
@@ -440,11 +442,11 @@ def assert_same_signals(found: list[Any], expected: list[Any], *, top_k: int, en
         )
         if top_k:
             asked = top_k + (top_k == 5)
-            wanted |= {name: getattr(b, name)[:, :asked] for name in ("asked_ids_NJ", "asked_logprob_NJ")}
+            wanted |= {name: getattr(b, name)[:, :asked] for name in ("query_ids_NJ", "query_logprob_NJ")}
         wanted |= {"topk_logtail_N": b.topk_logtail_N} if top_k == 5 else {}
         wanted |= {"entropy_N": b.entropy_N} if entropy else {}
         wanted |= {"hidden_NE": b.hidden_NE} if hidden else {}
-        for name in Signal.__dataclass_fields__:
+        for name in TeacherOutputs.__dataclass_fields__:
             value = getattr(a, name)
             assert (value is None) == (name not in wanted), name
             if value is not None:
@@ -481,7 +483,7 @@ def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: 
     import torch
 
     from megatron_tropd.teacher.engines.recorded import _fitted
-    from megatron_tropd.teacher.protocol import SignalSpec
+    from megatron_tropd.teacher.protocol import TeacherRequest
 
     torch.manual_seed(0)
     logp_NV = (2 * torch.randn(33, 41, dtype=torch.float64)).log_softmax(-1)
@@ -497,10 +499,10 @@ def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: 
         "logprob_N": logp_NV.gather(1, target_N[:, None])[:, 0],
         "topk_ids_NK": top.indices,
         "topk_logprob_NK": top.values,
-        "asked_ids_NJ": student_NJ,
-        "asked_logprob_NJ": logp_NV.gather(1, student_NJ),
+        "query_ids_NJ": student_NJ,
+        "query_logprob_NJ": logp_NV.gather(1, student_NJ),
         "topk_logtail_N": outside(top.indices, student_NJ),
     }
-    spec = SignalSpec(top_k=top_k, asked=asked, entropy=False, tail_mass=True)
+    spec = TeacherRequest(top_k=top_k, queries=asked, entropy=False, tail_mass=True)
     found = _fitted(recorded, target_N, spec, Path("grades"))
     torch.testing.assert_close(found.topk_logtail_N, outside(top.indices[:, :top_k], student_NJ[:, :asked]))

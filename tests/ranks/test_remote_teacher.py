@@ -21,12 +21,12 @@ from megatron_tropd.config.loading import load_config
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import ConfigError, EngineError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout
-from megatron_tropd.parallel.partition import Bridge, Launch, Message, join_launch
+from megatron_tropd.parallel.partition import CrossWorldLink, Launch, Transfer, join_launch
 from megatron_tropd.teacher.engines import remote as apart
-from megatron_tropd.teacher.engines.remote import Halves, TeacherApart, decode_order, encode_order
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher, decode_request, encode_request
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.teacher.sharded import HiddenKind
-from megatron_tropd.teacher.transfer import Workers, carry
+from megatron_tropd.teacher.transfer import ReplicaMap, carry
 from megatron_tropd.types import Pack, Region, Rollout
 from tests.support.distributed import run_on_ranks
 from tests.support.run_inputs import (
@@ -197,14 +197,14 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     assert time.monotonic() - started < 100
 
 
-HALVES = Halves(student=Layout(), student_ranks=1, teacher=Layout(), teacher_ranks=1)
+HALVES = RankSplit(student=Layout(), student_ranks=1, teacher=Layout(), teacher_ranks=1)
 
 
-def lone_teacher(launch: Launch) -> TeacherApart:
+def lone_teacher(launch: Launch) -> RemoteTeacher:
     """To a student of one rank, for whom one other grades."""
     assert launch.bridge is not None
     facts: dict[str, Any] = {"vocab_size": 5, "temperature": 1.0, "hidden": HiddenKind(3, torch.float32)}
-    return TeacherApart(HALVES, GroupBuilder().build(Layout()), launch.bridge, launch.device, **facts)
+    return RemoteTeacher(HALVES, GroupBuilder().build(Layout()), launch.bridge, launch.device, **facts)
 
 
 def _left_alone() -> None:
@@ -215,11 +215,11 @@ def _left_alone() -> None:
         launch.bridge.wait_for(torch.zeros(1), 0)
         os._exit(0)
     time.sleep(1.0)
-    launch.bridge.exchange([Message(torch.ones(1), 1, sent=True)])()
+    launch.bridge.exchange([Transfer(torch.ones(1), 1, sent=True)])()
     teacher = lone_teacher(launch)
     with pytest.raises(EngineError, match="rank 1 of the launch is gone"):
         for _ in range(100):  # the first ones may still be on their way to nobody
-            teacher.begin(random_packs(1), SignalSpec())
+            teacher.begin(random_packs(1), TeacherRequest())
             time.sleep(0.05)
     teacher.close()
 
@@ -234,11 +234,11 @@ class _Counting:
     graded = 0
 
     def __init__(self, model: Any, *_: Any, **__: Any) -> None:
-        self._tell = model
+        self._send_request = model
 
     def score(self, *_: Any) -> None:
         _Counting.graded += 1
-        self._tell()
+        self._send_request()
         time.sleep(0.5)
 
 
@@ -250,11 +250,11 @@ def _withdrawn() -> None:
     if launch.is_teachers:
         apart.MegatronTeacher = _Counting  # type: ignore[assignment,misc]
         model: Any = partial(bridge.ask_to_stop, 1)
-        assert apart.answer_orders(model, HALVES, bridge, at_order=lambda: None)
+        assert apart.serve_score_requests(model, HALVES, bridge, at_order=lambda: None)
         assert _Counting.graded == 1
         os._exit(0)
     teacher = lone_teacher(launch)
-    pending = [teacher.begin(random_packs(1), SignalSpec()) for _ in range(3)]
+    pending = [teacher.begin(random_packs(1), TeacherRequest()) for _ in range(3)]
     while not bridge.asked_to_stop():
         time.sleep(0.01)
     bridge.withdraw()
@@ -321,9 +321,9 @@ def random_packs(replicas: int) -> list[list[Pack]]:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_an_order_arrives_as_it_was_given(replicas: int):
     packs = random_packs(replicas)
-    spec = SignalSpec(top_k=5, asked=2, tail_mass=True)
+    spec = TeacherRequest(top_k=5, queries=2, tail_mass=True)
     facts = {"vocab_size": 49, "temperature": 0.7}
-    found, asked, told = decode_order(encode_order(packs, spec, facts))
+    found, asked, told = decode_request(encode_request(packs, spec, facts))
     assert asked == spec and told == facts
     assert [len(part) for part in found] == [len(part) for part in packs] and len(packs[0]) > 1
     for a, b in zip((p for part in found for p in part), (p for part in packs for p in part), strict=True):
@@ -339,10 +339,10 @@ def _answers_wait_for_nobody(size: int) -> dict[str, Any]:
     the first is waited for, and the teacher done with both by then."""
     rank = dist.get_rank()
     store = dist.PrefixStore("bridge", dist.distributed_c10d._get_default_store())
-    bridge = Bridge(store, rank=rank, size=size, timeout_s=30)
+    bridge = CrossWorldLink(store, rank=rank, size=size, timeout_s=30)
     packs = random_packs(1)
-    teacher = Workers(layout=Layout(), num_replicas=size - 1, dealt=True, groups=None, first_rank=1)
-    student = Workers(layout=Layout(), num_replicas=1, dealt=False, groups=None)
+    teacher = ReplicaMap(layout=Layout(), num_replicas=size - 1, round_robin=True, groups=None, first_rank=1)
+    student = ReplicaMap(layout=Layout(), num_replicas=1, round_robin=False, groups=None)
     held = {}
     for number, one in enumerate(packs[0]):
         if rank == 1 + number % (size - 1):
@@ -380,11 +380,11 @@ def test_signals_of_two_batches_are_sent_before_the_first_is_waited_for():
 def _too_late() -> str:
     rank = dist.get_rank()
     store = dist.PrefixStore("bridge", dist.distributed_c10d._get_default_store())
-    bridge = Bridge(store, rank=rank, size=2, timeout_s=0.5)
+    bridge = CrossWorldLink(store, rank=rank, size=2, timeout_s=0.5)
     if rank:
         store.wait(["told"])
         return ""
-    wait = bridge.exchange([Message(torch.zeros(3), 1, sent=False)])
+    wait = bridge.exchange([Transfer(torch.zeros(3), 1, sent=False)])
     with pytest.raises(EngineError, match="rank 1 of the launch is gone or too slow") as caught:
         wait()
     store.set("told", "yes")

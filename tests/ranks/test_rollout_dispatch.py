@@ -67,10 +67,10 @@ def test_a_sequence_may_fill_the_positions_of_the_model_and_no_more():
 def test_the_costliest_work_is_dealt_first_and_to_the_least_loaded():
     # by hand, for two: 5 to A, 4 to B, 3 to B (7), 2 to A (7), 1 to A
     costs = [3.0, 1.0, 2.0, 5.0, 4.0]
-    dealt = [spread.dealt_to(SimpleNamespace(num_replicas=2, replica=r), costs) for r in range(2)]
+    dealt = [spread.assigned_to(SimpleNamespace(num_replicas=2, replica=r), costs) for r in range(2)]
     assert dealt == [[3, 2, 1], [4, 0]]
-    assert spread.dealt_to(SimpleNamespace(num_replicas=1, replica=0), costs) == [3, 4, 0, 2, 1]
-    assert spread.dealt_to(SimpleNamespace(num_replicas=7, replica=6), costs) == []
+    assert spread.assigned_to(SimpleNamespace(num_replicas=1, replica=0), costs) == [3, 4, 0, 2, 1]
+    assert spread.assigned_to(SimpleNamespace(num_replicas=7, replica=6), costs) == []
 
 
 def test_continuations_of_all_ranks_come_back_as_they_were_written(monkeypatch):

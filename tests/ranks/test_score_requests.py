@@ -13,9 +13,9 @@ import torch
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.errors import ConfigError, ServingError
 from megatron_tropd.losses.support import entropy_at_most, log_tail
-from megatron_tropd.setup.validate import check_method, check_teacher, signal_spec
-from megatron_tropd.vllm_bridge.requests import Graded
-from megatron_tropd.vllm_bridge.score_requests import Question, Whole, answer_of, checked_answer, in_batches
+from megatron_tropd.setup.validate import check_method, check_teacher, teacher_request
+from megatron_tropd.vllm_bridge.requests import TeacherScores
+from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, Whole, answer_of, checked_answer, in_batches
 from tests.support.run_inputs import Task, commands, make_task
 
 VOCAB = 23
@@ -39,7 +39,7 @@ def sequence() -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_likeliest_ids_are_what_was_told_from_the_first_prediction_that_counts(sequence):
     logp, token_ids = sequence
-    question = Question(number=3, token_ids=token_ids, first=4, top_k=5)
+    question = ScoreRequest(number=3, token_ids=token_ids, first=4, top_k=5)
     graded = checked_answer(answer_of(question, *told(logp, token_ids, 5)), question)
     np.testing.assert_allclose(graded.logprob, logp[np.arange(4, 11), token_ids[5:]], rtol=1e-6)
     assert (graded.topk_ids == np.argsort(-logp[4:], axis=1)[:, :5]).all() and graded.entropy is None
@@ -49,15 +49,15 @@ def test_from_all_ids_follow_another_temperature_fewer_ids_entropy_and_the_mass_
     logp, token_ids = sequence
     token_ids %= VOCAB - 4
     asked = np.array([[1, 7, int(token_ids[5 + row])] for row in range(7)])
-    whole = Whole(temperature=0.6, vocab_size=VOCAB - 4, asked_ids=asked)
-    question = Question(number=0, token_ids=token_ids, first=4, top_k=3, whole=whole)
-    same = Question.of_json(question.as_json())
-    assert same.whole is not None and (same.whole.asked_ids == asked).all() and same.first == 4
+    whole = Whole(temperature=0.6, vocab_size=VOCAB - 4, query_ids=asked)
+    question = ScoreRequest(number=0, token_ids=token_ids, first=4, top_k=3, whole=whole)
+    same = ScoreRequest.of_json(question.as_json())
+    assert same.whole is not None and (same.whole.query_ids == asked).all() and same.first == 4
     graded = checked_answer(answer_of(same, *told(logp, token_ids, VOCAB)), question)
     expected = scipy.special.log_softmax(logp[4:, : VOCAB - 4] / 0.6, axis=1)
     np.testing.assert_allclose(graded.logprob, expected[np.arange(7), token_ids[5:]], rtol=1e-5)
     np.testing.assert_allclose(graded.topk_logprob, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5)
-    np.testing.assert_allclose(graded.asked_logprob, np.take_along_axis(expected, asked, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(graded.query_logprob, np.take_along_axis(expected, asked, axis=1), rtol=1e-5)
     np.testing.assert_allclose(graded.entropy, scipy.special.entr(np.exp(expected)).sum(1), rtol=1e-5)
     for row in range(7):
         listed = {*asked[row].tolist(), *graded.topk_ids[row].tolist(), int(token_ids[5 + row])}
@@ -68,22 +68,24 @@ def test_from_all_ids_follow_another_temperature_fewer_ids_entropy_and_the_mass_
 def test_an_answer_of_another_size_is_refused(sequence):
     logp, token_ids = sequence
     ids, logprobs = told(logp, token_ids, 5)
-    question = Question(number=3, token_ids=token_ids, top_k=5)
+    question = ScoreRequest(number=3, token_ids=token_ids, top_k=5)
     with pytest.raises(ServingError, match="sequence 3 with 65 ids and 66 log-probs for 11 tokens"):
         answer_of(question, ids[:-1], logprobs)
     with pytest.raises(ServingError, match="sequence 3 with arrays of shapes"):
         checked_answer(answer_of(question, *told(logp, token_ids, 4)), question)
-    whole = Whole(vocab_size=VOCAB, asked_ids=np.empty((11, 0), np.int64))
-    question = Question(number=3, token_ids=token_ids, top_k=5, whole=whole)
+    whole = Whole(vocab_size=VOCAB, query_ids=np.empty((11, 0), np.int64))
+    question = ScoreRequest(number=3, token_ids=token_ids, top_k=5, whole=whole)
     with pytest.raises(ServingError, match=f"sequence 3 with 5 ids, not with all {VOCAB}"):
         answer_of(question, ids, logprobs)
-    bare = Graded(logprob=np.zeros(11), topk_ids=np.zeros((11, 5), np.int64), topk_logprob=np.zeros((11, 5)))
+    bare = TeacherScores(logprob=np.zeros(11), topk_ids=np.zeros((11, 5), np.int64), topk_logprob=np.zeros((11, 5)))
     with pytest.raises(ServingError, match="without all that was asked"):
         checked_answer(bare, question)
 
 
 def test_questions_are_batched_by_the_size_of_their_answers():
-    questions = [Question(number=n, token_ids=np.zeros(length), top_k=9) for n, length in enumerate((3, 2, 1, 9, 1, 1))]
+    questions = [
+        ScoreRequest(number=n, token_ids=np.zeros(length), top_k=9) for n, length in enumerate((3, 2, 1, 9, 1, 1))
+    ]
     batches = in_batches(questions, vocab_size=VOCAB, most_values=50)
     assert [[q.number for q in batch] for batch in batches] == [[0, 1], [2], [3], [4, 5]]
     assert in_batches([], vocab_size=VOCAB, most_values=50) == []
@@ -119,14 +121,14 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
     from megatron_tropd.data.packing import pack
     from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
     from megatron_tropd.teacher.engines.vllm import VLLMTeacher
-    from megatron_tropd.teacher.protocol import SignalSpec
+    from megatron_tropd.teacher.protocol import TeacherRequest
     from megatron_tropd.types import Rollout
 
     device, rng = initialize_distributed(), np.random.default_rng(1)
     table_VV = scipy.special.log_softmax(2 * rng.normal(size=(VOCAB, VOCAB)), axis=1)
 
     class Table:
-        def answer(self, questions: Any) -> list[Graded]:
+        def answer(self, questions: Any) -> list[TeacherScores]:
             answers = []
             for question in questions:
                 logp = table_VV[question.token_ids[:-1]]
@@ -154,10 +156,10 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
     assert packs[0][-1].num_valid == 0 and len(full) > 1
     groups = GroupBuilder().build(Layout())
     options: Any = {"vocab_size": VOCAB}
-    spec = SignalSpec(top_k=4, entropy=False, entropy_bound=True, tail_mass=True)
+    spec = TeacherRequest(top_k=4, entropy=False, entropy_bound=True, tail_mass=True)
     told_signals = VLLMTeacher(Table(), groups, groups, device, **options).score(packs, spec)
     asked = [torch.from_numpy(rng.integers(0, VOCAB, (item.num_valid, 3))) for item in packs[0]]
-    spec = SignalSpec(top_k=4, asked=3, tail_mass=True)
+    spec = TeacherRequest(top_k=4, queries=3, tail_mass=True)
     whole = VLLMTeacher(Table(), groups, groups, device, temperature=0.5, whole=True, **options)
     all_signals = whole.score(packs, spec, asked)
     for item, ids_NJ, a, b in zip(packs[0], asked, told_signals, all_signals, strict=True):
@@ -176,7 +178,7 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
             listed_NX = np.concatenate([target[:, None], top_NK], axis=1)
             if signal is b:
                 np.testing.assert_allclose(
-                    b.asked_logprob_NJ, np.take_along_axis(logp_NV, ids_NJ.numpy(), 1), rtol=1e-5
+                    b.query_logprob_NJ, np.take_along_axis(logp_NV, ids_NJ.numpy(), 1), rtol=1e-5
                 )
                 np.testing.assert_allclose(b.entropy_N, scipy.special.entr(np.exp(logp_NV)).sum(1), rtol=1e-5)
                 listed_NX = np.concatenate([listed_NX, ids_NJ.numpy()], axis=1)
@@ -212,11 +214,11 @@ def test_what_vllm_cannot_tell_is_refused_unless_it_tells_all_ids(task: Task, ch
     inputs = inputs_of(config, 50, 60 if larger else 50)
     with pytest.raises(ConfigError, match=message):
         check_teacher(config, inputs)
-    assert signal_spec(config, inputs.method).entropy is False
+    assert teacher_request(config, inputs.method).entropy is False
     if "hidden" not in message:
         config = load_config(task.config, ["teacher.engine=vllm", "teacher.whole_vocabulary=true", *changes])
         check_teacher(config, inputs_of(config, 50, 60))
-        assert signal_spec(config, inputs.method).entropy
+        assert teacher_request(config, inputs.method).entropy
     # a recording says whatever it was recorded with
     check_teacher(
         load_config(task.config, ["teacher.engine=vllm", f"teacher.recorded_from={Path()}", *changes]), inputs

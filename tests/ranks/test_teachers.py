@@ -19,10 +19,10 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.setup.build import World, load_model
 from megatron_tropd.setup.validate import check_one_teacher
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.protocol import SignalSpec
+from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.teacher.routing import RoutedTeacher
 from megatron_tropd.train import rollout_queue as batches
-from megatron_tropd.types import Pack, Rollout, Signal
+from megatron_tropd.types import Pack, Rollout, TeacherOutputs
 from tests.support.distributed import run_on_ranks
 from tests.support.run_inputs import (
     Task,
@@ -66,7 +66,7 @@ def grade(root: str) -> dict[str, Any]:
     given: dict[str, set[int]] = {}
 
     class Watched(MegatronTeacher):
-        def score(self, packs: Any, spec: Any, asked: Any = None) -> list[Signal | None]:
+        def score(self, packs: Any, spec: Any, asked: Any = None) -> list[TeacherOutputs | None]:
             ids = {int(i) for replica in packs for pack in replica for i in pack.sequence_ids}
             given.setdefault(self._role, set()).update(ids)
             return super().score(packs, spec, asked)
@@ -76,7 +76,7 @@ def grade(root: str) -> dict[str, Any]:
         model = load_model(Path(root) / f"teacher-{name}", own, dtype=torch.float32, device=device).freeze()
         teachers[name] = Watched(model, student, vocab_size=VOCAB, role=name)
     packs = packed(ROLLOUTS, world)
-    signals = RoutedTeacher(teachers).score(packs, SignalSpec(top_k=2))
+    signals = RoutedTeacher(teachers).score(packs, TeacherRequest(top_k=2))
     found: dict[int, Any] = {}
     for pack, signal in zip(packs[student.replica], signals, strict=True):
         assert signal is not None
@@ -88,7 +88,7 @@ def grade(root: str) -> dict[str, Any]:
     only = [one for one in ROLLOUTS if one.teacher == "b"]
     before = dict(given)
     given.clear()
-    RoutedTeacher(teachers).score(packed(only, world), SignalSpec())
+    RoutedTeacher(teachers).score(packed(only, world), TeacherRequest())
     return {"found": found, "given": before, "given alone": given}
 
 

@@ -29,7 +29,7 @@ from megatron_tropd.engine.checkpoint import _sharded_state, load_checkpoint, lo
 from megatron_tropd.engine.metadata import _TableReader, check_metadata
 from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
@@ -132,7 +132,7 @@ def _harmful(folder: Path) -> dict[str, str]:
     architecture = read_architecture(folder / "llama3")
     model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
     optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
-    with megatron_sees(groups):
+    with use_parallel_state(groups):
         _sharded_state(model, optimization, loading=True)  # gives it the state of one that has taken a step
     training = save_checkpoint(folder / "training", model, optimization, step=1, state={})
     said = {}

@@ -22,7 +22,7 @@ from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollou
 from megatron_tropd.train.rollout_queue import score_rollouts
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.data.tokenizer import load_tokenizer
-from megatron_tropd.train.loop import grade_rollouts
+from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.guidance import make_requests
@@ -84,7 +84,7 @@ def test_one_process_of_the_package_has_the_loss_and_every_gradient_of_the_one_f
     rollouts = random_rollouts(STEP, vocab_size=VOCAB)
 
     run = assemble(config_of(case, models), builder)
-    (packs,) = grade_rollouts(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=STEP, watch=Stopwatch())
+    (packs,) = score_and_pack(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=STEP, watch=Stopwatch())
     assert (len(packs) > 1) == (pack_tokens < 4096)
     package = run.trainer.probe(packs)
     found = whole_gradients(run.student)

@@ -57,16 +57,16 @@ def test_a_mixture_trains_reports_each_source_and_goes_on_where_it_stopped(task:
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "The same by source" in page and "stories</li>" in page
 
-    halves = tmp_path / "halves"
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000004", halves / "checkpoints" / "step-00000004")
-    (halves / "checkpoints" / "latest").write_text("step-00000004")
-    shutil.copy(tmp_path / "whole" / "metrics.jsonl", halves / "metrics.jsonl")
-    output = train(task, halves, record.replace("rollouts", "again"), ranks=2)
+    rank_split = tmp_path / "rank_split"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000004", rank_split / "checkpoints" / "step-00000004")
+    (rank_split / "checkpoints" / "latest").write_text("step-00000004")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", rank_split / "metrics.jsonl")
+    output = train(task, rank_split, record.replace("rollouts", "again"), ranks=2)
     assert "(4 steps done)" in output and "other settings" not in output
-    assert steady_metrics(halves) == rows
+    assert steady_metrics(rank_split) == rows
     assert [prompts_of(tmp_path / "again", step) for step in (4, 5)] == seen[4:]
 
-    output = train(task, halves, "data.sources[1].weight=2", "train.steps=7")
+    output = train(task, rank_split, "data.sources[1].weight=2", "train.steps=7")
     assert (
         "data.sources was [['stories', 2.0, 7], ['rest', 1.0, 4]], is [['stories', 2.0, 7], ['rest', 2.0, 4]]" in output
     )

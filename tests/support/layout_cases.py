@@ -39,8 +39,8 @@ from megatron_tropd.setup.build import (
 )
 from megatron_tropd.setup.self_check import SelfCheck, check_self
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.protocol import SignalSpec
-from megatron_tropd.train.loop import grade_rollouts
+from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, save_qwen3
 
@@ -164,8 +164,8 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
         config.student.model, student_groups, dtype=dtype, device=device, recompute=config.student.recompute
     )
     teacher = load_frozen(config, config.teacher.model, teacher_groups, world)
-    signal = SignalSpec.of(method.needs)
-    weight = output_weight_for(config.teacher.model, teacher.architecture, student) if signal.hidden_states else None
+    request = TeacherRequest.of(method.needs)
+    weight = output_weight_for(config.teacher.model, teacher.architecture, student) if request.hidden_states else None
     optimization = optimize(student, replace(optimizer_settings(config), bucket_elements=_BUCKET), world.moves)
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
@@ -182,7 +182,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
         teacher_model=teacher,
         teacher=live_teacher(config, teacher, world, vocab_size=VOCAB, temperature=method.temperature),
         sampler=nothing,
-        signal=signal,
+        teacher_request=request,
     )
 
 
@@ -196,7 +196,7 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
     outcome: dict[str, Any] = {"loss": [], "grad_norm": [], "stats": [], "packs": []}
     for step in range(case.steps):
         rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
-        minibatches = grade_rollouts(
+        minibatches = score_and_pack(
             run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch()
         )
         if step == 0:
@@ -228,7 +228,7 @@ def run_chain(cases: Sequence[Case], models: str, checkpoints: str) -> list[dict
             assert path is not None
             assert load_checkpoint(path, run.student, run.trainer.optimization)["step"] == step
         rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
-        [packs] = grade_rollouts(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch())
+        [packs] = score_and_pack(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch())
         result = run.trainer.step(packs, update=step)
         outcome.append({"loss": result.loss, "grad_norm": result.grad_norm})
         save_checkpoint(Path(checkpoints), run.student, run.trainer.optimization, step=step + 1, state={})

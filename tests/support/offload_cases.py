@@ -20,7 +20,7 @@ from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.setup.build import Run
-from megatron_tropd.train.loop import grade_rollouts
+from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from tests.support.layout_cases import VOCAB, Case, assemble, config_of
 from tests.support.tiny_models import random_rollouts
@@ -61,7 +61,7 @@ def _train(run: Run, steps: range, *, resting: bool = False) -> dict[str, Any]:
     left: list[int] = []
     for step in steps:
         scored = score_rollouts(run, random_rollouts(step, vocab_size=VOCAB), watch=Stopwatch())
-        minibatches = grade_rollouts(run, scored, step=step, watch=Stopwatch())
+        minibatches = score_and_pack(run, scored, step=step, watch=Stopwatch())
         if resting:
             left.append(_bytes_while_resting(run))
         for number, packs in enumerate(minibatches):

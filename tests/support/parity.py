@@ -27,7 +27,7 @@ from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logpr
 from megatron_tropd.methods import build_method
 from megatron_tropd.methods.base import Method
 from megatron_tropd.parallel.collectives import copy_to_region
-from megatron_tropd.types import Region, Signal, StudentView, SupportKind, TeacherView, TokenView
+from megatron_tropd.types import Region, StudentView, SupportKind, TeacherOutputs, TeacherView, TokenView
 from tests.support import parity_truth as truth
 from tests.support.distributed import run_on_ranks
 from tests.support.parity_problems import LOW_PRECISION, PROBLEMS, REPLICATED, Problem, peaked
@@ -239,15 +239,15 @@ class Scores:
         return student, teacher
 
     @torch.no_grad()
-    def _signal(self, support: SupportKind, tail: bool) -> Signal:
+    def _signal(self, support: SupportKind, tail: bool) -> TeacherOutputs:
         """What the teacher answers: its own likeliest ids where they play a part, the student's where it asks."""
         problem, options, k = self._problem, self._options, self._problem.k
         own = support != "student"
-        asked_TJ = self._target_T1[:, :0]
+        query_TJ = self._target_T1[:, :0]
         if support in ("student", "union"):
             given = support_ids(problem, "student")[self._part] if problem.given_support else None
-            asked_TJ = linear_topk(*self._student, k, **options).ids_TK if given is None else given
-        listed_TJ = torch.cat([self._target_T1, asked_TJ], dim=1)
+            query_TJ = linear_topk(*self._student, k, **options).ids_TK if given is None else given
+        listed_TJ = torch.cat([self._target_T1, query_TJ], dim=1)
         if own and not problem.given_support:
             top = linear_topk(*self._teacher, k, ids_TJ=listed_TJ, **options, tail=tail)
             ids_TK, logprob_TK, logprob_TJ = top.ids_TK, top.logprob_TK, top.picked_logprob_TJ
@@ -258,12 +258,12 @@ class Scores:
             logprob_TJ, logprob_TK = out.logprob_TK.split([listed_TJ.shape[1], ids_TK.shape[1]], dim=1)
             entropy_T, logtail_T = out.entropy_T, out.logtail_T
         assert logprob_TJ is not None
-        return Signal(
+        return TeacherOutputs(
             logprob_N=logprob_TJ[:, 0],
             topk_ids_NK=ids_TK,
             topk_logprob_NK=logprob_TK,
-            asked_ids_NJ=asked_TJ,
-            asked_logprob_NJ=logprob_TJ[:, 1:],
+            query_ids_NJ=query_TJ,
+            query_logprob_NJ=logprob_TJ[:, 1:],
             topk_logtail_N=logtail_T,
             entropy_N=entropy_T,
         )

@@ -25,7 +25,7 @@ from megatron_tropd.planning.traffic import (
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.teacher import sharded as dealt
 from megatron_tropd.teacher.transfer import carry
-from megatron_tropd.train.loop import grade_rollouts
+from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from tests.support.counting import SMALL, Counting, Counts, as_on_gpus, ranks_of
 from tests.support.layout_cases import VOCAB, Case, assemble, config_of
@@ -54,7 +54,7 @@ def _step(case: Case, run: Any) -> dict[str, Any]:
     groups, student = run.student.groups, run.student
     rollouts = random_rollouts(0, vocab_size=VOCAB, count=case.sequences)
     scored = score_rollouts(run, rollouts, watch=Stopwatch())
-    [packs] = grade_rollouts(run, scored, step=0, watch=Stopwatch())
+    [packs] = score_and_pack(run, scored, step=0, watch=Stopwatch())
     with Counting() as counting:
         run.trainer.step(packs, update=0)
     loads = [
@@ -70,7 +70,7 @@ def _step(case: Case, run: Any) -> dict[str, Any]:
     ranks = dist.get_world_size(groups.pg.dp_cp)
     planned += gradient_transfers(a, layout, **sizes, data_ranks=ranks, distributed=case.distributed_optimizer)
     if groups.is_last_stage:
-        candidates, kind = 1 + run.method.needs.top_k, "kl" if run.signal.hidden_states else ""
+        candidates, kind = 1 + run.method.needs.top_k, "kl" if run.teacher_request.hidden_states else ""
         for load in loads:
             planned += loss_transfers(layout, valid=load.valid, candidates=candidates, divergence=kind)
     return {"counted": dict(counting.bytes), "planned": _by_ranks(planned, groups)}
@@ -117,9 +117,9 @@ def _signals(case: Case, run: Any) -> dict[str, Any]:
     rollouts = random_rollouts(0, vocab_size=VOCAB, count=case.sequences)
     packs = pack(rollouts, max_tokens=case.pack_tokens, multiple_of=8, num_replicas=groups.num_replicas)
     asked = None
-    if run.signal.asked and groups.is_last_stage:
+    if run.teacher_request.asked and groups.is_last_stage:
         asked = [
-            torch.zeros(len(own_valid_positions(p, groups)), run.signal.asked, dtype=torch.int64)
+            torch.zeros(len(own_valid_positions(p, groups)), run.teacher_request.asked, dtype=torch.int64)
             for p in packs[groups.replica]
         ]
     counting = Counting()
@@ -130,13 +130,13 @@ def _signals(case: Case, run: Any) -> dict[str, Any]:
 
     dealt.carry = carried  # type: ignore[assignment]
     try:
-        run.teacher.score(packs, run.signal, asked)
+        run.teacher.score(packs, run.teacher_request, asked)
     finally:
         dealt.carry = carry
     hidden = run.teacher_model.architecture.hidden_size * run.teacher_model.dtype.itemsize
     return {
         "sent": counting.bytes["send", ""],
         "valid": sum(p.num_valid for replica in packs for p in replica),
-        "told": run.signal.bytes_per_row(hidden_bytes=hidden),
-        "asked": run.signal.asked_bytes_per_row,
+        "told": run.teacher_request.bytes_per_row(hidden_bytes=hidden),
+        "asked": run.teacher_request.query_bytes_per_row,
     }

@@ -53,7 +53,7 @@ def through_faults(path: str, urls: list[str], key: str, kind: str, folder: str,
     for number in range(plan["steps"]):
         if pool is not None and plan.get("control"):
             _all_there(pool)
-            _tell(urls, number)
+            _send_request(urls, number)
         report.append(_step(model, path, sampler, pool, version=number + 1))
     if plan.get("back"):
         if pool is not None:
@@ -102,7 +102,7 @@ def _alike(rollouts: Sequence[Rollout]) -> int:
     return len(drawn) - len(set(drawn))
 
 
-def _tell(urls: Sequence[str], number: int) -> None:
+def _send_request(urls: Sequence[str], number: int) -> None:
     for url in urls:
         urllib.request.urlopen(f"{url}{CONTROL}{number}", timeout=10).close()
 

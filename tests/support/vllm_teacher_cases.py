@@ -16,11 +16,11 @@ from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.engines.vllm import Grader, LocalGrader, ServerGrader, VLLMTeacher
-from megatron_tropd.teacher.protocol import SignalSpec
-from megatron_tropd.types import Pack, Rollout, Signal
+from megatron_tropd.teacher.engines.vllm import Grader, LocalScorer, ServerScorer, VLLMTeacher
+from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.types import Pack, Rollout, TeacherOutputs
 from megatron_tropd.vllm_bridge.jobs import PoolSettings
-from megatron_tropd.vllm_bridge.local_engine import Grading, LocalEngine
+from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
 from megatron_tropd.vllm_bridge.pool import Pool
 from tests.support.vllm_cases import LONGEST, OPTIONS
 
@@ -66,10 +66,10 @@ def in_process(path: str) -> None:
         dtype=torch.float32,
         device=device,
         max_tokens=LONGEST,
-        grading=Grading(top_k=vocab_size, vocab_size=vocab_size),
+        grading=Scoring(top_k=vocab_size, vocab_size=vocab_size),
         options=OPTIONS,
     )
-    grader = LocalGrader(engine)
+    grader = LocalScorer(engine)
     layouts = [Layout(tensor=2), Layout(context=2), Layout()] if dist.get_world_size() > 1 else [Layout()]
     check_agreement(path, grader, own, [builder.build(layout) for layout in layouts])
     grader.close()
@@ -81,7 +81,7 @@ def over_http(path: str, urls: Sequence[str], key: str) -> None:
     initialize_distributed()
     builder = GroupBuilder()
     own = builder.build(Layout())
-    grader = ServerGrader(Pool(urls, key=key, settings=PoolSettings(patience_s=60)), timeout_s=60)
+    grader = ServerScorer(Pool(urls, key=key, settings=PoolSettings(patience_s=60)), timeout_s=60)
     check_agreement(path, grader, own, [builder.build(Layout(tensor=dist.get_world_size()))])
     assert not grader._pool.counts, grader._pool.counts
     grader.close()
@@ -97,11 +97,11 @@ def check_agreement(path: str, grader: Grader, own: Groups, students: Sequence[G
         packs = packs_for(student, size)
         expected = MegatronTeacher(model, student)
         told = VLLMTeacher(grader, own, student, device, vocab_size=size)
-        spec = SignalSpec(top_k=TOP_K, tail_mass=True)
+        spec = TeacherRequest(top_k=TOP_K, tail_mass=True)
         found = told.score(packs, replace(spec, entropy=False, entropy_bound=True))
         for a, b in zip(found, expected.score(packs, spec), strict=True):
             check_told(a, b)
-        bare = SignalSpec(entropy=False)
+        bare = TeacherRequest(entropy=False)
         for a, b in zip(told.score(packs, bare), expected.score(packs, bare), strict=True):
             assert a is not None and b is not None and a.topk_ids_NK is None and a.entropy_bound_N is None
             torch.testing.assert_close(a.logprob_N, b.logprob_N, atol=TOLERANCE, rtol=0)
@@ -110,14 +110,14 @@ def check_agreement(path: str, grader: Grader, own: Groups, students: Sequence[G
         smaller: dict[str, Any] = {"vocab_size": size - 9, "temperature": 0.7}
         kept = [[replace_ids(item, size - 9) for item in replica] for replica in packs]
         asked = [ids_of(item, student, size - 9) for item in kept[student.replica]]
-        spec = SignalSpec(top_k=TOP_K, asked=5, tail_mass=True)
+        spec = TeacherRequest(top_k=TOP_K, queries=5, tail_mass=True)
         found = VLLMTeacher(grader, own, student, device, whole=True, **smaller).score(kept, spec, asked)
         wanted = MegatronTeacher(model, student, **smaller).score(kept, spec, asked)
         for a, b in zip(found, wanted, strict=True):
             check_exact(a, b)
 
 
-def check_told(a: Signal | None, b: Signal | None) -> None:
+def check_told(a: TeacherOutputs | None, b: TeacherOutputs | None) -> None:
     assert a is not None and b is not None and b.entropy_N is not None
     assert a.topk_logprob_NK is not None and a.topk_logtail_N is not None and a.entropy_bound_N is not None
     same_candidates(a, b)
@@ -128,15 +128,15 @@ def check_told(a: Signal | None, b: Signal | None) -> None:
     assert bool((a.entropy_bound_N - b.entropy_N < 0.2).all())
 
 
-def check_exact(a: Signal | None, b: Signal | None) -> None:
+def check_exact(a: TeacherOutputs | None, b: TeacherOutputs | None) -> None:
     assert a is not None and b is not None and a.entropy_bound_N is None
     same_candidates(a, b)
-    for name in ("asked_logprob_NJ", "entropy_N", "topk_logtail_N"):
+    for name in ("query_logprob_NJ", "entropy_N", "topk_logtail_N"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
-    assert torch.equal(a.asked_ids_NJ, b.asked_ids_NJ)
+    assert torch.equal(a.query_ids_NJ, b.query_ids_NJ)
 
 
-def same_candidates(a: Signal, b: Signal) -> None:
+def same_candidates(a: TeacherOutputs, b: TeacherOutputs) -> None:
     torch.testing.assert_close(a.logprob_N, b.logprob_N, atol=TOLERANCE, rtol=0)
     assert a.logprob_N.dtype == b.logprob_N.dtype and a.topk_ids_NK.dtype == b.topk_ids_NK.dtype
     torch.testing.assert_close(a.topk_logprob_NK, b.topk_logprob_NK, atol=TOLERANCE, rtol=0)

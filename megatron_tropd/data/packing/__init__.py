@@ -1,4 +1,4 @@
-"""Packing of whole sequences into fixed-budget streams: ``pack``, its validation, and the plain twin of the C++ core."""
+"""Packing of whole sequences into fixed-budget streams: ``pack``, its validation, the plain twin of the C++ core."""
 
 from megatron_tropd.data.packing.api import LINEAR_WORK, FlatSequences, backend, pack, pack_flat, pack_work
 

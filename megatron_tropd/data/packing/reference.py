@@ -178,7 +178,7 @@ def _deal(plan: _Plan, num_replicas: int) -> tuple[Int64Array, Int64Array]:
     return replica_of, load
 
 
-# A transfer of work between two replicas: |2 * moved work - gap| (0 halves their gap, which is best), the rank of a
+# A transfer of work between two replicas: |2 * moved work - gap| (0 rank_split their gap, which is best), the rank of a
 # sequence or the pack that is given, and the pack that receives the sequence or is taken in exchange.
 _Transfer = tuple[int, int, int]
 

@@ -49,7 +49,7 @@ def _globals_of(groups: Groups) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def megatron_sees(groups: Groups) -> Iterator[None]:
+def use_parallel_state(groups: Groups) -> Iterator[None]:
     """Within the block, Megatron-Core's global state describes ``groups`` and CUDA literals mean the CPU if need be."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()

@@ -61,7 +61,7 @@ def linear_divergence(
     vocab_size: int,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    keep_bytes: int = 0,
+    cache_bytes: int = 0,
 ) -> Tensor:
     """Divergence of two softmaxes per token, ``loss_T``, nats, fp32; gradient to the student's two tensors only.
 
@@ -71,7 +71,7 @@ def linear_divergence(
         kind: ``forward_kl`` KL(teacher || student), ``reverse_kl`` KL(student || teacher), or ``jsd``.
         beta: weight of the teacher in the jsd's mixture, in [0, 1]; 0 is forward_kl and 1 is reverse_kl.
         vocab_size: true size that both share; each softmax runs over those ids only.
-        keep_bytes: half of it for either model's products.
+        cache_bytes: half of it for either model's products.
 
     Raises:
         ConfigError: an unknown kind, or sizes, dtypes or options that do not fit together.
@@ -98,7 +98,7 @@ def linear_divergence(
         temperature=temperature,
         group=group,
         by_kernels=by_kernels,
-        keep_bytes=keep_bytes,
+        cache_bytes=cache_bytes,
     )
     return _LinearDivergence.apply(
         student_hidden_TD, student_weight_vD, teacher_hidden_TE.detach(), teacher_weight_vE.detach(), plan
@@ -123,7 +123,7 @@ class _Plan:
     temperature: float
     group: Group
     by_kernels: bool
-    keep_bytes: int
+    cache_bytes: int
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -131,7 +131,7 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, plan = args
         value = _jsd_value if plan.kind == "jsd" else _kl_value
-        pair = _Pair(tensors, plan, keep_bytes=plan.keep_bytes if any(ctx.needs_input_grad) else 0)
+        pair = _Pair(tensors, plan, cache_bytes=plan.cache_bytes if any(ctx.needs_input_grad) else 0)
         student, teacher, loss_T, centre_T = value(pair, plan)
         numbers = (student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, centre_T)
         ctx.kept = [len(projection.kept) for projection in (pair.student, pair.teacher)]
@@ -186,7 +186,7 @@ class _Pair:
         tensors: Sequence[Tensor],
         plan: _Plan,
         *,
-        keep_bytes: int = 0,
+        cache_bytes: int = 0,
         kept: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     ) -> None:
         student_TD, weight_vD, teacher_TE, weight_vE = tensors
@@ -196,7 +196,7 @@ class _Pair:
                 *model,
                 tiles=plan.tiles,
                 temperature=plan.temperature,
-                keep_bytes=keep_bytes // 2,
+                cache_bytes=cache_bytes // 2,
                 kept=kept[number],
             )
             for number, model in enumerate([(student_TD, weight_vD), (teacher_TE, weight_vE)])

@@ -34,7 +34,7 @@ from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import (
     chunk_statistics,
     merge_ranks,
 )
-from megatron_tropd.losses.vocab_parallel.tail import HIDDEN, log_share, seen, split_gradient, with_listed
+from megatron_tropd.losses.vocab_parallel.tail import MASKED_LOGIT, log_share, seen, split_gradient, with_listed
 from megatron_tropd.losses.vocab_parallel.tiles import (
     Projection,
     ProjectionGradient,
@@ -69,7 +69,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     tail: bool = False,
-    keep_bytes: int = 0,
+    cache_bytes: int = 0,
 ) -> LogProbs:
     """Log-probabilities of given tokens, entropy and logsumexp over the whole vocabulary.
 
@@ -81,7 +81,7 @@ def linear_logprobs(
         vocab_size: true size; further columns are padding.
         temperature: divides the logits.
         chunk_tokens: at most ``chunk_tokens * v`` logits are held; None picks a size for the device.
-        keep_bytes: keep up to so many bytes of products until the backward, which else makes them all again.
+        cache_bytes: keep up to so many bytes of products until the backward, which else makes them all again.
         tail: also the log of the mass outside the given ids (each counts once), at full accuracy however small it is.
 
     Raises:
@@ -100,13 +100,13 @@ def linear_logprobs(
     by_kernels = kernels.serve(hidden_TD.device, hidden_TD.dtype, ids=ids_TK.shape[1])
     tiles = plan_tiles(hidden_TD, weight_vD, shard, chunk_tokens=chunk_tokens, by_kernels=by_kernels)
     plan = _Plan(
-        shard=shard, tiles=tiles, temperature=temperature, group=group, by_kernels=by_kernels, keep_bytes=keep_bytes
+        shard=shard, tiles=tiles, temperature=temperature, group=group, by_kernels=by_kernels, cache_bytes=cache_bytes
     )
-    ids_TK, counts_TK = ids_TK.long(), None
+    ids_TK, is_first_TK = ids_TK.long(), None
     if tail:
-        counts_TK = first_of_each(ids_TK)
-        counts_TK = counts_TK if valid_TK is None else counts_TK & valid_TK
-    answer = _LinearLogProbs.apply(hidden_TD, weight_vD, ids_TK, counts_TK, plan)
+        is_first_TK = first_of_each(ids_TK)
+        is_first_TK = is_first_TK if valid_TK is None else is_first_TK & valid_TK
+    answer = _LinearLogProbs.apply(hidden_TD, weight_vD, ids_TK, is_first_TK, plan)
     logprob_TK, entropy_T, logsumexp_T, logtail_T = answer
     if valid_TK is not None:
         logprob_TK = logprob_TK.masked_fill(~valid_TK, torch.nan)
@@ -120,13 +120,13 @@ class _Plan:
     temperature: float
     group: Group
     by_kernels: bool
-    keep_bytes: int
+    cache_bytes: int
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, ids_TK: Tensor, counts_TK: Tensor | None, plan: _Plan
+        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _Plan
     ) -> tuple[Tensor | None, ...]:
         picked_TK = torch.zeros(ids_TK.shape, dtype=statistics_dtype(hidden_TD), device=hidden_TD.device)
         projection = Projection(
@@ -134,15 +134,15 @@ class _LinearLogProbs(torch.autograd.Function):
             weight_vD,
             tiles=plan.tiles,
             temperature=plan.temperature,
-            keep_bytes=plan.keep_bytes if any(ctx.needs_input_grad) else 0,
+            cache_bytes=plan.cache_bytes if any(ctx.needs_input_grad) else 0,
         )
-        local = _local_statistics(projection, ids_TK, counts_TK, plan, picked_TK)
+        local = _local_statistics(projection, ids_TK, is_first_TK, plan, picked_TK)
 
         whole = outside = merge_ranks(all_gather_stack(local.stacked(), plan.group))
         picked_TK = all_reduce_sum(picked_TK, plan.group)  # every id lies on one rank, all others contribute 0
         logtail_T, empty_T = None, None
-        if counts_TK is not None:
-            whole = with_listed(outside, picked_TK, counts_TK)
+        if is_first_TK is not None:
+            whole = with_listed(outside, picked_TK, is_first_TK)
             logtail_T = log_share(outside, whole)
             empty_T = logtail_T.isneginf()
         entropy_T, logsumexp_T = whole.entropy_T, whole.logsumexp_T
@@ -151,7 +151,7 @@ class _LinearLogProbs(torch.autograd.Function):
         # of the columns that are not hidden; where there is none, numbers that can be divided by
         max_T = outside.max_T if empty_T is None else outside.max_T.masked_fill(empty_T, 0.0)
         sumexp_T = outside.sumexp_T if empty_T is None else outside.sumexp_T.masked_fill(empty_T, 1.0)
-        tail = (None, None, None) if counts_TK is None else (counts_TK, logprob_TK, logtail_T)
+        tail = (None, None, None) if is_first_TK is None else (is_first_TK, logprob_TK, logtail_T)
         ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, max_T, sumexp_T, entropy_T, *tail, *projection.kept)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -162,7 +162,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_TK, grad_entropy_T, grad_logsumexp_T, grad_logtail_T = grads
         hidden_TD, weight_vD, ids_TK, max_T, sumexp_T, entropy_T, *others = ctx.saved_tensors
-        counts_TK, logprob_TK, logtail_T, *kept = others
+        is_first_TK, logprob_TK, logtail_T, *kept = others
         plan: _Plan = ctx.plan
 
         # d loss / d logit = q (constant + slope log q) + what the picked ids add
@@ -175,14 +175,14 @@ class _LinearLogProbs(torch.autograd.Function):
         if grad_entropy_T is not None:
             constant_T -= grad_entropy_T * entropy_T
             slope_T = -grad_entropy_T
-        if counts_TK is not None:
+        if is_first_TK is not None:
             split = split_gradient(
                 constant_T=constant_T,
                 slope_T=slope_T,
                 grad_logtail_T=grad_logtail_T,
                 logtail_T=logtail_T,
                 logprob_TK=logprob_TK,
-                counts_TK=counts_TK,
+                is_first_TK=is_first_TK,
             )
             constant_T, slope_T = split.constant_T, split.slope_T
             grad_TK = split.listed_TK if grad_TK is None else grad_TK + split.listed_TK
@@ -202,7 +202,7 @@ class _LinearLogProbs(torch.autograd.Function):
             numbers=(max_T, sumexp_T, constant_T, slope_T),
             ids_TK=ids_TK,
             grad_TK=grad_TK,
-            counts_TK=counts_TK,
+            is_first_TK=is_first_TK,
             first_id=plan.shard.start,
         )
         for rows, columns in plan.tiles:
@@ -220,12 +220,12 @@ class _SoftmaxGradient:
         numbers: tuple[Tensor, Tensor, Tensor, Tensor | None],
         ids_TK: Tensor,
         grad_TK: Tensor | None,
-        counts_TK: Tensor | None,
+        is_first_TK: Tensor | None,
         first_id: int,
     ) -> None:
-        """``numbers``: max, sumexp, constant and slope per token. ``counts_TK``: these picked columns are hidden."""
+        """``numbers``: max, sumexp, constant and slope per token. ``is_first_TK``: these picked columns are hidden."""
         self._projection, self._numbers, self._first_id = projection, numbers, first_id
-        self._ids_TK, self._grad_TK, self._counts_TK = ids_TK, grad_TK, counts_TK
+        self._ids_TK, self._grad_TK, self._counts_TK = ids_TK, grad_TK, is_first_TK
         self._scratch = projection.buffer()
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
@@ -233,7 +233,7 @@ class _SoftmaxGradient:
         logits_Rw = self._projection.logits(rows, columns)
         picks = Picks.of(self._ids_TK[rows], first_id=self._first_id + columns.start, width=logits_Rw.shape[1])
         if self._counts_TK is not None:
-            picks.hide(logits_Rw, self._counts_TK[rows], hidden=HIDDEN)
+            picks.hide(logits_Rw, self._counts_TK[rows], hidden=MASKED_LOGIT)
         max_T, sumexp_T, constant_T, slope_T = self._numbers
         dlogits_Rw = chunk_gradient(
             logits_Rw,
@@ -249,7 +249,7 @@ class _SoftmaxGradient:
 
 
 def _local_statistics(
-    projection: Projection, ids_TK: Tensor, counts_TK: Tensor | None, plan: _Plan, picked_TK: Tensor
+    projection: Projection, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _Plan, picked_TK: Tensor
 ) -> Statistics:
     """Statistics over this rank's columns, without those of the ids that count when such are named.
 
@@ -264,7 +264,7 @@ def _local_statistics(
             picked_TK,
             ids_TK=ids_TK,
             first_id=plan.shard.start,
-            hide=counts_TK is not None,
+            hide=is_first_TK is not None,
         )
         return local
     scratch = projection.buffer()
@@ -272,8 +272,8 @@ def _local_statistics(
         logits_Rw = projection.logits(rows, columns)
         picks = Picks.of(ids_TK[rows], first_id=plan.shard.start + columns.start, width=logits_Rw.shape[1])
         picks.read_into(picked_TK[rows], logits_Rw)
-        if counts_TK is not None:
-            picks.hide(logits_Rw, counts_TK[rows], hidden=HIDDEN)
+        if is_first_TK is not None:
+            picks.hide(logits_Rw, is_first_TK[rows], hidden=MASKED_LOGIT)
         tile = chunk_statistics(logits_Rw, scratch.tile(rows, columns))
-        local.merge_(rows, tile if counts_TK is None else seen(tile))
+        local.merge_(rows, tile if is_first_TK is None else seen(tile))
     return local

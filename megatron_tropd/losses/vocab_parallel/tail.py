@@ -1,7 +1,7 @@
 """The mass outside a support of listed ids, summed over the columns that hold it: never ``1 - sum``, which keeps no
 digit of a tail that is small beside 1.
 
-Listed columns are hidden in a tile (their logit becomes HIDDEN, whose exponential is 0) before its statistics are
+Listed columns are hidden in a tile (their logit becomes MASKED_LOGIT, whose exponential is 0) before its statistics are
 taken, so these are of the columns *outside*. The statistics of the whole vocabulary are those and the few listed logits
 merged: both sets come from one pass, and nothing more than their own numbers travels between ranks. The gradient is
 split the same way, so the hot loops over a tile stay what they are without a tail.
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import Statistics, chunk_statistics
 
-HIDDEN = -1e30
+MASKED_LOGIT = -1e30
 """Logit of a column that is not to count: far below every real one, far enough from the lowest number to be scaled."""
 
 
 def seen(tile: Statistics) -> Statistics:
     """The tile's statistics, empty for tokens of which every column is hidden."""
-    nothing_R = tile.max_T <= 0.5 * HIDDEN
+    nothing_R = tile.max_T <= 0.5 * MASKED_LOGIT
     lowest = torch.finfo(tile.max_T.dtype).min
     return Statistics(
         max_T=tile.max_T.masked_fill(nothing_R, lowest),
@@ -31,11 +31,11 @@ def seen(tile: Statistics) -> Statistics:
     )
 
 
-def with_listed(outside: Statistics, logits_TK: Tensor, counts_TK: Tensor) -> Statistics:
+def with_listed(outside: Statistics, logits_TK: Tensor, is_first_TK: Tensor) -> Statistics:
     """Statistics of the columns outside and of the listed logits that count, together."""
     whole = Statistics(outside.max_T.clone(), outside.sumexp_T.clone(), outside.weighted_T.clone())
     if logits_TK.shape[1]:
-        few_TK = logits_TK.masked_fill(~counts_TK, HIDDEN)
+        few_TK = logits_TK.masked_fill(~is_first_TK, MASKED_LOGIT)
         whole.merge_(slice(None), seen(chunk_statistics(few_TK, torch.empty_like(few_TK))))
     return whole
 
@@ -62,7 +62,7 @@ def split_gradient(
     grad_logtail_T: Tensor | None,
     logtail_T: Tensor,
     logprob_TK: Tensor,
-    counts_TK: Tensor,
+    is_first_TK: Tensor,
 ) -> SplitGradient:
     """With t the tail's mass and m the support's, ``q_j = t u_j`` outside.
 
@@ -70,7 +70,7 @@ def split_gradient(
     """
     empty_T = logtail_T.isneginf()
     grad_T = torch.zeros_like(logtail_T) if grad_logtail_T is None else grad_logtail_T.masked_fill(empty_T, 0.0)
-    inside_TK = logprob_TK.exp().masked_fill(~counts_TK, 0.0)
+    inside_TK = logprob_TK.exp().masked_fill(~is_first_TK, 0.0)
     listed_TK, outside_T = (constant_T - grad_T).unsqueeze(-1), constant_T
     if slope_T is not None:
         listed_TK = listed_TK + slope_T.unsqueeze(-1) * logprob_TK

@@ -122,7 +122,7 @@ def statistics_dtype(hidden_TD: Tensor) -> torch.dtype:
 class Projection:
     """Makes tiles of ``hidden @ weight.T``, in one buffer that every tile overwrites; keeps some of them if it may.
 
-    Kept tiles are the first ones, as many as ``keep_bytes`` hold, in the dtype of the product: a later pass, the
+    Kept tiles are the first ones, as many as ``cache_bytes`` hold, in the dtype of the product: a later pass, the
     backward's too, then reads the very bits that it would compute.
     """
 
@@ -133,13 +133,13 @@ class Projection:
         *,
         tiles: Tiles,
         temperature: float,
-        keep_bytes: int = 0,
+        cache_bytes: int = 0,
         kept: Sequence[Tensor] = (),
     ) -> None:
         """``kept``: the tiles that another projection of the same tensors kept, in their order."""
         self._hidden_TD, self._weight_vD = hidden_TD, weight_vD
         self.scale = 1.0 / temperature  # of the logits, still to be applied to a product
-        self._left = keep_bytes
+        self._left = cache_bytes
         self._kept = dict(zip(((rows.start, columns.start) for rows, columns in tiles), kept, strict=False))
         self._tiles = tiles
         self._wide = Buffer(tiles, dtype=statistics_dtype(hidden_TD), device=hidden_TD.device)

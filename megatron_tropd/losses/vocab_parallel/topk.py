@@ -22,7 +22,7 @@ from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import (
     merge_ranks,
 )
 from megatron_tropd.losses.vocab_parallel.candidates import NO_CANDIDATE, decode, encode, entrants
-from megatron_tropd.losses.vocab_parallel.tail import HIDDEN, log_share, seen, with_listed
+from megatron_tropd.losses.vocab_parallel.tail import MASKED_LOGIT, log_share, seen, with_listed
 from megatron_tropd.losses.vocab_parallel.tiles import (
     Buffer,
     Projection,
@@ -131,7 +131,7 @@ def _local_candidates(
         picks = Picks.of(ids_TJ[rows], first_id=first_id, width=logits_Rw.shape[1])
         picks.read_into(picked_TJ[rows], logits_Rw)
         if counts_TJ is not None:
-            picks.hide(logits_Rw, counts_TJ[rows], hidden=HIDDEN)
+            picks.hide(logits_Rw, counts_TJ[rows], hidden=MASKED_LOGIT)
         best_RX = entrants(logits_Rw, keys_TK[rows], first_id=first_id)
         if counts_TJ is None:
             keys_TK[rows] = torch.cat([keys_TK[rows], best_RX], dim=-1).topk(k, sorted=False).values
@@ -174,12 +174,12 @@ def _taken_out_(logits_Rw: Tensor, keys_RX: Tensor, *, first_id: int) -> Tensor:
     real_RX = keys_RX != NO_CANDIDATE
     # added, since what fills a row up has to leave some column as it is
     column_RX = torch.where(real_RX, ids_RX - first_id, 0)
-    logits_Rw.scatter_add_(1, column_RX, torch.where(real_RX, HIDDEN, 0.0).to(logits_Rw.dtype))
-    return keys_RX.masked_fill(~real_RX | (value_RX <= 0.5 * HIDDEN), NO_CANDIDATE)
+    logits_Rw.scatter_add_(1, column_RX, torch.where(real_RX, MASKED_LOGIT, 0.0).to(logits_Rw.dtype))
+    return keys_RX.masked_fill(~real_RX | (value_RX <= 0.5 * MASKED_LOGIT), NO_CANDIDATE)
 
 
 def _statistics_of(keys_RX: Tensor) -> Statistics:
-    value_RX = decode(keys_RX)[0].masked_fill_(keys_RX == NO_CANDIDATE, HIDDEN)
+    value_RX = decode(keys_RX)[0].masked_fill_(keys_RX == NO_CANDIDATE, MASKED_LOGIT)
     return seen(chunk_statistics(value_RX, torch.empty_like(value_RX)))
 
 

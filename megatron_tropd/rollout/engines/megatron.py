@@ -18,7 +18,7 @@ from megatron_tropd.engine.decode import Continuation, decode_batch
 from megatron_tropd.engine.model import Model, build_model
 from megatron_tropd.engine.weights import load_stream
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.rollout.dispatch import contexts_of, dealt_to, exchange, to_rollout
+from megatron_tropd.rollout.dispatch import assigned_to, contexts_of, exchange, to_rollout
 from megatron_tropd.types import Architecture, Rollout, RolloutRequest, SamplingParams
 
 
@@ -55,7 +55,7 @@ class MegatronSampler:
         writable = [i for i, request in enumerate(requests) if request.max_new_tokens > 0]
         batches = _cut_batches(writable, [len(context) for context in contexts], self.batch_size)
         costs = [max(len(contexts[i]) / 8 + requests[i].max_new_tokens for i in batch) for batch in batches]
-        mine = [batches[number] for number in dealt_to(self.model.groups, costs)]
+        mine = [batches[number] for number in assigned_to(self.model.groups, costs)]
         done: dict[int, Continuation] = {}
         for batch in mine:
             budgets = [requests[i].max_new_tokens for i in batch]

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_tropd.engine.decode import Continuation
 from megatron_tropd.errors import ServingError
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.rollout.dispatch import contexts_of, dealt_to, exchange, to_rollout
+from megatron_tropd.rollout.dispatch import assigned_to, contexts_of, exchange, to_rollout
 from megatron_tropd.types import Architecture, Float32Array, Int64Array, Rollout, RolloutRequest, SamplingParams
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine
 from megatron_tropd.vllm_bridge.requests import Task, Written, derived_seed, is_plain
@@ -94,7 +94,8 @@ class VLLMSampler:
         pieces = list(together.values())
         costs = [sum(len(task.token_ids) / 8 + task.max_new_tokens for task in piece) for piece in pieces]
         return sorted(
-            (task for number in dealt_to(self._groups, costs) for task in pieces[number]), key=lambda task: task.number
+            (task for number in assigned_to(self._groups, costs) for task in pieces[number]),
+            key=lambda task: task.number,
         )
 
     def _continue(self, tasks: Sequence[Task], params: SamplingParams) -> list[Continuation]:

@@ -71,7 +71,7 @@ class ServerSampler:
         return self.begin(requests, params, seed=seed, step=step).collect()
 
     def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Pending:
-        """Sends the requests off; see ``rollout.sampler.Overlapping``."""
+        """Sends the requests off; see ``rollout.sampler.AsyncSampler``."""
         contexts = contexts_of(requests, self._max_tokens)
         tasks = [
             Task(

@@ -13,26 +13,26 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.parallel.partition import Post
-from megatron_tropd.teacher.protocol import SignalSpec
-from megatron_tropd.teacher.sharded import DealtTeacher, HiddenKind, check_finite, to_wire
-from megatron_tropd.teacher.transfer import Key, Wire, Workers
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.parallel.partition import PointToPoint
+from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.teacher.sharded import HiddenKind, ShardedTeacher, check_finite, to_wire
+from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
+from megatron_tropd.types import Pack, TeacherOutputs
 
 
-class MegatronTeacher(DealtTeacher):
+class MegatronTeacher(ShardedTeacher):
     """Implements ``teacher.protocol.Teacher``."""
 
     def __init__(
         self,
         model: Model,
-        student: Groups | Workers,
+        student: Groups | ReplicaMap,
         *,
         vocab_size: int | None = None,
         temperature: float = 1.0,
         role: str = "teacher",
         first_rank: int = 0,
-        post: Post | None = None,
+        post: PointToPoint | None = None,
     ) -> None:
         """``model`` is not changed, nor its gradients.
 
@@ -41,16 +41,16 @@ class MegatronTeacher(DealtTeacher):
         know (default: all of this one's). ``role``: what the model is called in messages.
         """
         hidden = HiddenKind(model.architecture.hidden_size, model.dtype)
-        own = Workers.here(model.groups, dealt=True, first_rank=first_rank)
-        receivers = student if isinstance(student, Workers) else Workers.here(student, dealt=False)
+        own = ReplicaMap.local(model.groups, round_robin=True, first_rank=first_rank)
+        receivers = student if isinstance(student, ReplicaMap) else ReplicaMap.local(student, round_robin=False)
         super().__init__(own, receivers, model.device, hidden, post=post)
         self.model = model
         self.temperature = temperature
         self._vocab_size = vocab_size or model.architecture.vocab_size
         self._role = role
 
-    def _score_dealt(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    def _score_assigned(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         groups, keys = self.model.groups, self._own.mine(packs)
         dealt = [packs[replica][number] for replica, number in keys]
@@ -72,8 +72,8 @@ class MegatronTeacher(DealtTeacher):
         return dict(zip(keys, collected, strict=False))
 
     def _grade(
-        self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, spec: SignalSpec, asked_NJ: Tensor | None
-    ) -> Signal:
+        self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, spec: TeacherRequest, asked_NJ: Tensor | None
+    ) -> TeacherOutputs:
         groups, device = self.model.groups, self.model.device
         ids = torch.from_numpy(pack.target_T[own_valid_positions(pack, groups)]).to(device)[:, None]
         if asked_NJ is not None:
@@ -105,12 +105,12 @@ class MegatronTeacher(DealtTeacher):
 
 
 def _signal(
-    spec: SignalSpec, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
-) -> Signal:
+    spec: TeacherRequest, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
+) -> TeacherOutputs:
     """``picked_NJ``: log-probs of the target and then of the ids asked for."""
-    return Signal(
+    return TeacherOutputs(
         logprob_N=picked_NJ[:, 0],
-        asked_logprob_NJ=picked_NJ[:, 1:] if spec.asked else None,
+        query_logprob_NJ=picked_NJ[:, 1:] if spec.queries else None,
         topk_logtail_N=logtail_N,
         entropy_N=entropy_N if spec.entropy else None,
         hidden_NE=hidden_NE if spec.hidden_states else None,

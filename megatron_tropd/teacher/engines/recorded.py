@@ -23,16 +23,16 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec, Teacher, begin_score
+from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
 from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
-from megatron_tropd.types import Int64Array, Pack, Signal
+from megatron_tropd.types import Int64Array, Pack, TeacherOutputs
 
 _FIELDS = (
     "logprob_N",
     "topk_ids_NK",
     "topk_logprob_NK",
-    "asked_ids_NJ",
-    "asked_logprob_NJ",
+    "query_ids_NJ",
+    "query_logprob_NJ",
     "topk_logtail_N",
     "entropy_N",
     "entropy_bound_N",
@@ -108,16 +108,20 @@ class RecordingTeacher:
             os.replace(partial, self._directory / _FACTS)
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         return self.begin(packs, spec, asked)()
 
-    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+    def begin(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> PendingScores:
         """As ``score``; they are written when they are there."""
-        pending = begin_score(self._teacher, packs, spec, asked)
+        pending = start_scoring(self._teacher, packs, spec, asked)
         return lambda: self._recorded(packs, pending())
 
-    def _recorded(self, packs: Sequence[Sequence[Pack]], signals: list[Signal | None]) -> list[Signal | None]:
+    def _recorded(
+        self, packs: Sequence[Sequence[Pack]], signals: list[TeacherOutputs | None]
+    ) -> list[TeacherOutputs | None]:
         found: list[Grades] = []
         for pack, signal in zip(packs[self._student.replica], signals, strict=True):
             if signal is not None and self._student.tensor_rank == 0:
@@ -131,7 +135,7 @@ class RecordingTeacher:
         self._teacher.close()
 
 
-def _grades(pack: Pack, signal: Signal) -> Iterator[Grades]:
+def _grades(pack: Pack, signal: TeacherOutputs) -> Iterator[Grades]:
     """What a signal says of each sequence of its pack."""
     arrays: dict[str, np.ndarray] = {}
     for name in _FIELDS:
@@ -143,12 +147,12 @@ def _grades(pack: Pack, signal: Signal) -> Iterator[Grades]:
     pack_hash = _hash_of(pack)
     for piece in _pieces(pack):
         fields = {name: array[piece.rows] for name, array in arrays.items()}
-        asked = hash64(fields["asked_ids_NJ"]) if "asked_ids_NJ" in fields else 0
+        asked = hash64(fields["query_ids_NJ"]) if "query_ids_NJ" in fields else 0
         key = sequence_key(piece.token_ids)
         yield Grades(key=key, first=piece.first, pack=pack_hash, asked=asked, fields=fields)
 
 
-def _whole(signal: Signal, pack: Pack, student: Groups) -> Signal:
+def _whole(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
     """The signal of all rows of a pack, of which each context-parallel rank has some. Collective over them."""
     ranks = student.layout.context
     if ranks == 1:
@@ -168,7 +172,7 @@ def _whole(signal: Signal, pack: Pack, student: Groups) -> Signal:
     return _mapped(signal, joined)
 
 
-def _own(signal: Signal, pack: Pack, student: Groups) -> Signal:
+def _own(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
     """The rows of a pack's signal that this context-parallel rank computes."""
     if student.layout.context == 1:
         return signal
@@ -176,7 +180,7 @@ def _own(signal: Signal, pack: Pack, student: Groups) -> Signal:
     return _mapped(signal, lambda value: value[rows.to(value.device)])
 
 
-def _mapped(signal: Signal, change: Callable[[torch.Tensor], torch.Tensor]) -> Signal:
+def _mapped(signal: TeacherOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> TeacherOutputs:
     fields = {name: getattr(signal, name) for name in _FIELDS}
     return replace(signal, **{name: change(value) for name, value in fields.items() if value is not None})
 
@@ -207,8 +211,8 @@ class RecordedTeacher:
         self._store = Store(self._directory)
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         """The recorded signals; the ids in them are those that were asked about then.
 
         Raises:
@@ -218,13 +222,13 @@ class RecordedTeacher:
         mine = packs[self._student.replica]
         if not self._student.is_last_stage:
             return [None] * len(mine)
-        signals: list[Signal | None] = []
+        signals: list[TeacherOutputs | None] = []
         for pack, ids_NJ in zip(mine, asked or [None] * len(mine), strict=True):
             target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(self._device)
             whole_NJ = None if ids_NJ is None or self._student.layout.context > 1 else ids_NJ
             found = _Found(self._store, _places(self._store, pack, whole_NJ), self._device)
             signal = _own(_fitted(found, target_N, spec, self._directory), pack, self._student)
-            _check_asked(signal.asked_ids_NJ, ids_NJ, self._directory)
+            _check_asked(signal.query_ids_NJ, ids_NJ, self._directory)
             signals.append(signal)
         return signals
 
@@ -251,7 +255,7 @@ def _places(store: Store, pack: Pack, asked_NJ: torch.Tensor | None) -> list[tup
         ids = None if asked_NJ is None else asked_NJ[piece.rows].cpu()
         place = max(places, key=lambda p: (p.asked == asked, p.pack == pack_hash))
         if ids is not None and len(places) > 1 and place.asked != asked:
-            place = min(places, key=lambda p: _strangers(_tensor(store, p, "asked_ids_NJ"), ids))
+            place = min(places, key=lambda p: _strangers(_tensor(store, p, "query_ids_NJ"), ids))
         found.append((place, slice(piece.first - place.first, piece.first - place.first + piece.count)))
     if not found and len(store):  # a pack that carries no loss: no rows of some place have the right widths and types
         found.append((store.first, slice(0, 0)))
@@ -329,14 +333,16 @@ def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None
         raise DataError(f"{directory.absolute()} was recorded {'; '.join(changed)}. {fix}.")
 
 
-def _fitted(found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: SignalSpec, path: Path) -> Signal:
+def _fitted(
+    found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: TeacherRequest, path: Path
+) -> TeacherOutputs:
     """The recorded signal cut to what is asked for."""
     # what is not asked for is not read
     recorded_k = found["topk_ids_NK"].shape[1] if spec.top_k and "topk_ids_NK" in found else 0
     lacking = [f"the {spec.top_k} likeliest tokens (it has {recorded_k})"] if recorded_k < spec.top_k else []
-    recorded_j = found["asked_ids_NJ"].shape[1] if spec.asked and "asked_ids_NJ" in found else 0
-    if recorded_j < spec.asked:
-        lacking.append(f"the teacher's answer for the student's {spec.asked} likeliest tokens (it has {recorded_j})")
+    recorded_j = found["query_ids_NJ"].shape[1] if spec.queries and "query_ids_NJ" in found else 0
+    if recorded_j < spec.queries:
+        lacking.append(f"the teacher's answer for the student's {spec.queries} likeliest tokens (it has {recorded_j})")
     lacking += ["tail masses"] if spec.has_tail and "topk_logtail_N" not in found else []
     bounded = "entropy_bound_N" in found and not spec.entropy_needed
     lacking += ["entropies"] if spec.entropy and "entropy_N" not in found and not bounded else []
@@ -347,13 +353,13 @@ def _fitted(found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: Sig
             f"{path.absolute()} lacks {' and '.join(lacking)}, which the method needs. "
             "Record the teacher again with this method."
         )
-    k, j = spec.top_k, spec.asked
-    return Signal(
+    k, j = spec.top_k, spec.queries
+    return TeacherOutputs(
         logprob_N=found["logprob_N"],
         topk_ids_NK=found["topk_ids_NK"][:, :k].long() if k else None,
         topk_logprob_NK=found["topk_logprob_NK"][:, :k] if k else None,
-        asked_ids_NJ=found["asked_ids_NJ"][:, :j].long() if j else None,
-        asked_logprob_NJ=found["asked_logprob_NJ"][:, :j] if j else None,
+        query_ids_NJ=found["query_ids_NJ"][:, :j].long() if j else None,
+        query_logprob_NJ=found["query_logprob_NJ"][:, :j] if j else None,
         topk_logtail_N=_tail_beyond(found, spec, target_N) if spec.has_tail else None,
         entropy_N=found["entropy_N"] if spec.entropy and "entropy_N" in found else None,
         entropy_bound_N=found["entropy_bound_N"] if spec.entropy and bounded and "entropy_N" not in found else None,
@@ -362,11 +368,11 @@ def _fitted(found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: Sig
     )
 
 
-def _tail_beyond(found: Mapping[str, torch.Tensor], spec: SignalSpec, target_N: torch.Tensor) -> torch.Tensor:
+def _tail_beyond(found: Mapping[str, torch.Tensor], spec: TeacherRequest, target_N: torch.Tensor) -> torch.Tensor:
     """The recorded log tail and, when more was recorded than is asked for, the mass of what is then outside as well."""
     none_N0 = target_N.new_empty(len(target_N), 0)
     wanted_ids, other_ids, other_logprobs = [target_N[:, None]], [], [found["topk_logtail_N"][:, None]]
-    for kind, count in (("topk_{}_NK", spec.top_k), ("asked_{}_NJ", spec.asked)):
+    for kind, count in (("topk_{}_NK", spec.top_k), ("asked_{}_NJ", spec.queries)):
         ids, logprob = found.get(kind.format("ids"), none_N0), found.get(kind.format("logprob"), none_N0)
         wanted_ids.append(ids[:, :count])
         other_ids.append(ids[:, count:])

@@ -22,12 +22,12 @@ from torch import Tensor
 from megatron_tropd.engine.model import Model
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import Groups, Layout
-from megatron_tropd.parallel.partition import Bridge, Message
+from megatron_tropd.parallel.partition import CrossWorldLink, Transfer
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.protocol import AskedIds, PendingSignals, SignalSpec
-from megatron_tropd.teacher.sharded import DealtTeacher, HiddenKind
-from megatron_tropd.teacher.transfer import Key, Wire, Workers
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.teacher.protocol import PendingScores, QueryIds, TeacherRequest
+from megatron_tropd.teacher.sharded import HiddenKind, ShardedTeacher
+from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
+from megatron_tropd.types import Pack, TeacherOutputs
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
 _OVER, _WITHDRAWN = 0, -1  # in place of an order's length: there will be no more
@@ -35,7 +35,7 @@ _FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "seque
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Halves:
+class RankSplit:
     """How a launch is divided between student and teacher."""
 
     student: Layout
@@ -44,14 +44,14 @@ class Halves:
     teacher_ranks: int
 
 
-class TeacherApart(DealtTeacher):
-    """Implements ``teacher.protocol.EarlyTeacher`` on the student's ranks."""
+class RemoteTeacher(ShardedTeacher):
+    """Implements ``teacher.protocol.AsyncTeacher`` on the student's ranks."""
 
     def __init__(
         self,
-        halves: Halves,
+        rank_split: RankSplit,
         student: Groups,
-        bridge: Bridge,
+        bridge: CrossWorldLink,
         device: torch.device,
         *,
         vocab_size: int,
@@ -59,20 +59,25 @@ class TeacherApart(DealtTeacher):
         hidden: HiddenKind,
     ) -> None:
         """``vocab_size``: ids all models know; ``hidden``: the teacher's hidden states."""
-        teacher = Workers.elsewhere(
-            halves.teacher, ranks=halves.teacher_ranks, dealt=True, first_rank=halves.student_ranks
+        teacher = ReplicaMap.remote(
+            rank_split.teacher, ranks=rank_split.teacher_ranks, round_robin=True, first_rank=rank_split.student_ranks
         )
-        super().__init__(teacher, Workers.here(student, dealt=False), device, hidden, post=bridge)
-        self._bridge, self._ranks = bridge, range(halves.student_ranks, halves.student_ranks + halves.teacher_ranks)
+        super().__init__(teacher, ReplicaMap.local(student, round_robin=False), device, hidden, post=bridge)
+        self._bridge, self._ranks = (
+            bridge,
+            range(rank_split.student_ranks, rank_split.student_ranks + rank_split.teacher_ranks),
+        )
         self._facts = {"vocab_size": vocab_size, "temperature": temperature}
 
-    def begin(self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None) -> PendingSignals:
+    def begin(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> PendingScores:
         """As ``score``; the teacher's ranks grade while the caller goes on."""
-        body = encode_order(packs, spec, self._facts)
-        sent = self._tell(len(body), body)
+        body = encode_request(packs, spec, self._facts)
+        sent = self._send_request(len(body), body)
         pending = self._begin(packs, spec, asked)
 
-        def signals() -> list[Signal | None]:
+        def signals() -> list[TeacherOutputs | None]:
             found = pending()
             sent()
             return found
@@ -80,28 +85,28 @@ class TeacherApart(DealtTeacher):
         return signals
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: AskedIds | None = None
-    ) -> list[Signal | None]:
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    ) -> list[TeacherOutputs | None]:
         return self.begin(packs, spec, asked)()
 
     def close(self) -> None:
         """Lets the teacher's ranks go, and waits until they know; those that are gone already know it."""
         with suppress(EngineError):
-            self._tell(_WITHDRAWN if self._bridge.is_withdrawn() else _OVER)()
+            self._send_request(_WITHDRAWN if self._bridge.is_withdrawn() else _OVER)()
 
-    def _score_dealt(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    def _score_assigned(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         raise AssertionError("nothing is dealt to the student's ranks")
 
-    def _tell(self, length: int, body: bytes = b"") -> Callable[[], None]:
+    def _send_request(self, length: int, body: bytes = b"") -> Callable[[], None]:
         """Starts on sending; everyone is told the length, and the first of them the rest."""
         if self._bridge.rank != 0:
             return _nothing
-        messages = [Message(torch.tensor([length]), rank, True) for rank in self._ranks]
+        messages = [Transfer(torch.tensor([length]), rank, True) for rank in self._ranks]
         if body:
             whole = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-            messages.insert(1, Message(whole, self._ranks[0], True))
+            messages.insert(1, Transfer(whole, self._ranks[0], True))
         return self._bridge.exchange(messages)
 
 
@@ -109,7 +114,9 @@ def _nothing() -> None:
     """What there is to wait for off the first rank."""
 
 
-def answer_orders(model: Model, halves: Halves, bridge: Bridge, *, at_order: Callable[[], None]) -> bool:
+def serve_score_requests(
+    model: Model, rank_split: RankSplit, bridge: CrossWorldLink, *, at_order: Callable[[], None]
+) -> bool:
     """On the teacher's ranks: grades what the student orders, until it orders no more. Collective over them.
 
     ``at_order`` is called when an order has come, before it is graded.
@@ -120,22 +127,22 @@ def answer_orders(model: Model, halves: Halves, bridge: Bridge, *, at_order: Cal
     Raises:
         EngineError: the student's ranks are gone.
     """
-    student = Workers.elsewhere(halves.student, ranks=halves.student_ranks, dealt=False)
+    student = ReplicaMap.remote(rank_split.student, ranks=rank_split.student_ranks, round_robin=False)
     length = torch.zeros(1, dtype=torch.int64)
     while True:
         bridge.wait_for(length, 0)
         if int(length) in (_OVER, _WITHDRAWN):
             return int(length) == _WITHDRAWN
-        body = _hear(bridge, int(length))
+        body = _receive_request(bridge, int(length))
         if body is None:
             return True
         at_order()
-        packs, spec, facts = decode_order(body)
-        teacher = MegatronTeacher(model, student, first_rank=halves.student_ranks, post=bridge, **facts)
+        packs, spec, facts = decode_request(body)
+        teacher = MegatronTeacher(model, student, first_rank=rank_split.student_ranks, post=bridge, **facts)
         teacher.score(packs, spec)
 
 
-def _hear(bridge: Bridge, length: int) -> bytes | None:
+def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
     """An order of so many bytes, on all of the teacher's ranks; None when the student wants no more grades."""
     body = torch.empty(length + 1, dtype=torch.uint8)
     if dist.get_rank() == 0:
@@ -148,7 +155,7 @@ def _hear(bridge: Bridge, length: int) -> bytes | None:
 # --------------------------------------------------------------------------- orders as bytes
 
 
-def encode_order(packs: Sequence[Sequence[Pack]], spec: SignalSpec, facts: Mapping[str, Any]) -> bytes:
+def encode_request(packs: Sequence[Sequence[Pack]], spec: TeacherRequest, facts: Mapping[str, Any]) -> bytes:
     """Packs of every replica, of which all have the same number, and what is asked of them, as safetensors."""
     flat = [pack for replica in packs for pack in replica]
     text = json.dumps({"replicas": len(packs), "spec": asdict(spec), "facts": dict(facts)})
@@ -162,8 +169,8 @@ def encode_order(packs: Sequence[Sequence[Pack]], spec: SignalSpec, facts: Mappi
     return save(arrays | {name: np.concatenate([getattr(pack, name) for pack in flat]) for name in _FIELDS})
 
 
-def decode_order(body: bytes) -> tuple[list[list[Pack]], SignalSpec, dict[str, Any]]:
-    """What ``encode_order`` was given."""
+def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[str, Any]]:
+    """What ``encode_request`` was given."""
     arrays = load(body)
     order = json.loads(arrays["order"].tobytes())
     columns = {name: np.split(arrays[name], np.cumsum(arrays[of])[:-1]) for name, of in _FIELDS.items()}
@@ -173,4 +180,4 @@ def decode_order(body: bytes) -> tuple[list[list[Pack]], SignalSpec, dict[str, A
         flat.append(Pack(num_valid=valid, **fields))
     each = len(flat) // order["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
-    return packs, SignalSpec(**order["spec"]), order["facts"]
+    return packs, TeacherRequest(**order["spec"]), order["facts"]

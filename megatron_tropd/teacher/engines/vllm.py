@@ -20,16 +20,16 @@ from torch import Tensor
 from megatron_tropd.engine.context import carries_loss
 from megatron_tropd.losses.support import entropy_at_most, first_of_each, log_tail
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.teacher.protocol import SignalSpec
-from megatron_tropd.teacher.sharded import DealtTeacher, check_finite, to_wire
-from megatron_tropd.teacher.transfer import Key, Wire, Workers
-from megatron_tropd.types import Pack, Signal
+from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.teacher.sharded import ShardedTeacher, check_finite, to_wire
+from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
+from megatron_tropd.types import Pack, TeacherOutputs
 from megatron_tropd.vllm_bridge.client import Server
 from megatron_tropd.vllm_bridge.jobs import Batch, Job
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine
 from megatron_tropd.vllm_bridge.pool import Pool
-from megatron_tropd.vllm_bridge.requests import Graded
-from megatron_tropd.vllm_bridge.score_requests import Question, Whole
+from megatron_tropd.vllm_bridge.requests import TeacherScores
+from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, Whole
 
 _WORD_S = 1.0
 
@@ -37,7 +37,7 @@ _WORD_S = 1.0
 class Grader(Protocol):
     """Whoever answers questions about sequences."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Graded]:
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
         """The answers, in the order of the questions. Collective over the ranks of one replica of the teacher."""
         ...
 
@@ -46,13 +46,13 @@ class Grader(Protocol):
         ...
 
 
-class LocalGrader:
+class LocalScorer:
     """An engine in this process, whose memory is the trainer's while nothing is graded."""
 
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
 
-    def answer(self, questions: Sequence[Question]) -> list[Graded]:
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
         answers = self._engine.answer(questions) if questions else []
         self._engine.sleep()
         return answers
@@ -61,7 +61,7 @@ class LocalGrader:
         self._engine.close()
 
 
-class ServerGrader:
+class ServerScorer:
     """Servers that this rank asks by itself."""
 
     def __init__(self, pool: Pool, *, timeout_s: float) -> None:
@@ -69,7 +69,7 @@ class ServerGrader:
         self._pool = pool
         self._timeout_s = timeout_s
 
-    def answer(self, questions: Sequence[Question]) -> list[Graded]:
+    def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
         # the longest first, so that none is left for the end
         order = sorted(range(len(questions)), key=lambda n: (-questions[n].cost, n))
         batch = self._pool.submit([self._job(questions[number]) for number in order])
@@ -80,7 +80,7 @@ class ServerGrader:
     def close(self) -> None:
         self._pool.close()
 
-    def _job(self, question: Question) -> Job:
+    def _job(self, question: ScoreRequest) -> Job:
         call = partial(Server.answer, question=question, timeout_s=self._timeout_s)
         return Job(call=call, cost=question.cost)
 
@@ -91,7 +91,7 @@ def _finish(batch: Batch) -> None:
         pass
 
 
-class VLLMTeacher(DealtTeacher):
+class VLLMTeacher(ShardedTeacher):
     """Implements ``teacher.protocol.Teacher``."""
 
     def __init__(
@@ -109,7 +109,7 @@ class VLLMTeacher(DealtTeacher):
 
         ``vocab_size``: ids that the softmax runs over; without ``whole`` all of the teacher's, at temperature 1.
         """
-        super().__init__(Workers.here(own, dealt=True), Workers.here(student, dealt=False), device)
+        super().__init__(ReplicaMap.local(own, round_robin=True), ReplicaMap.local(student, round_robin=False), device)
         self._grader = grader
         self._vocab_size = vocab_size
         self._temperature = temperature
@@ -118,8 +118,8 @@ class VLLMTeacher(DealtTeacher):
     def close(self) -> None:
         self._grader.close()
 
-    def _score_dealt(
-        self, packs: Sequence[Sequence[Pack]], spec: SignalSpec, asked: Mapping[Key, Tensor]
+    def _score_assigned(
+        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         keys = self._own.mine(packs)
         per_pack = [self._questions(packs[r][i], spec, asked.get((r, i))) for r, i in keys]
@@ -132,11 +132,11 @@ class VLLMTeacher(DealtTeacher):
             wires[key] = to_wire(signal, spec)
         return wires
 
-    def _questions(self, pack: Pack, spec: SignalSpec, asked_NJ: Tensor | None) -> list[Question]:
+    def _questions(self, pack: Pack, spec: TeacherRequest, asked_NJ: Tensor | None) -> list[ScoreRequest]:
         """One about every sequence that carries loss. Its predictions that do are its last ones."""
         valid_T = carries_loss(pack)
         asked = np.empty((pack.num_valid, 0), np.int64) if asked_NJ is None else asked_NJ.cpu().numpy()
-        questions: list[Question] = []
+        questions: list[ScoreRequest] = []
         row = 0
         for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
             count = int(valid_T[start:end].sum())
@@ -147,22 +147,22 @@ class VLLMTeacher(DealtTeacher):
             whole = None
             if self._whole:
                 ids_NJ = asked[row : row + count]
-                whole = Whole(temperature=self._temperature, vocab_size=self._vocab_size, asked_ids=ids_NJ)
+                whole = Whole(temperature=self._temperature, vocab_size=self._vocab_size, query_ids=ids_NJ)
             number = len(questions)
             tokens = pack.token_T[start:end]
-            questions.append(Question(number=number, token_ids=tokens, first=first, top_k=spec.top_k, whole=whole))
+            questions.append(ScoreRequest(number=number, token_ids=tokens, first=first, top_k=spec.top_k, whole=whole))
             row += count
         return questions
 
-    def _signal(self, answered: Sequence[tuple[Question, Graded]], spec: SignalSpec) -> Signal:
+    def _signal(self, answered: Sequence[tuple[ScoreRequest, TeacherScores]], spec: TeacherRequest) -> TeacherOutputs:
         def column(name: str) -> Tensor:
             parts = [getattr(graded, name) for _, graded in answered]
-            widths = {"topk_ids": spec.top_k, "topk_logprob": spec.top_k, "asked_logprob": spec.asked}
+            widths = {"topk_ids": spec.top_k, "topk_logprob": spec.top_k, "query_logprob": spec.queries}
             empty = np.empty((0, widths[name]) if name in widths else 0, np.float32)
             return torch.from_numpy(np.concatenate(parts) if parts else empty).to(self._device)
 
         logprob_N, ids_NK, topk_NK = column("logprob"), column("topk_ids").long(), column("topk_logprob")
-        told = Signal(
+        told = TeacherOutputs(
             logprob_N=logprob_N,
             topk_ids_NK=ids_NK if spec.top_k else None,
             topk_logprob_NK=topk_NK if spec.top_k else None,
@@ -170,7 +170,7 @@ class VLLMTeacher(DealtTeacher):
         if self._whole:
             return replace(
                 told,
-                asked_logprob_NJ=column("asked_logprob") if spec.asked else None,
+                query_logprob_NJ=column("query_logprob") if spec.queries else None,
                 entropy_N=column("entropy") if spec.entropy else None,
                 topk_logtail_N=column("logtail") if spec.has_tail else None,
             )

@@ -18,7 +18,7 @@ from megatron_tropd.convert.hf import HFWeights, check_weights, read_architectur
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.architectures import architecture_of
-from megatron_tropd.models.rules import RULES, Cut, Shape, fill, join, runs
+from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, join, runs
 from megatron_tropd.types import Architecture
 from tests.support.distributed import run_on_ranks
 from tests.support.tiny_models import STUDENT, save_qwen3
@@ -53,7 +53,7 @@ def cuts(rule: str, parts: list[Tensor], size: int, padded_vocab: int = 0) -> li
     """Every rank's parameter; the HF tensors arrive one at a time, the last first."""
     shards, shapes = [], shapes_of(parts)
     for rank in range(size):
-        cut = Cut(SMALL, rank, size, padded_vocab)
+        cut = TensorShard(SMALL, rank, size, padded_vocab)
         shards.append(torch.full(RULES[rule].shard_shape(shapes, cut), torch.nan))
         for part in reversed(range(len(parts))):
             fill(rule, shards[-1], {part: parts[part]}, shapes, cut)
@@ -95,7 +95,7 @@ def test_a_few_rows_of_all_ranks_at_a_time_are_the_whole(rule, size, step):
     whole = [torch.full(shape, torch.nan) for shape in shapes]
     for first in range(0, len(shards[0]), step):
         pieces = [shard[first : first + step] for shard in shards]
-        for part, row, rows in runs(rule, pieces, first, shapes, Cut(SMALL, 0, size, 9)):
+        for part, row, rows in runs(rule, pieces, first, shapes, TensorShard(SMALL, 0, size, 9)):
             assert bool(whole[part][row : row + len(rows)].isnan().all())  # every row comes once
             whole[part][row : row + len(rows)] = rows
     assert all(a.equal(b) for a, b in zip(whole, parts, strict=True))
@@ -106,7 +106,7 @@ def test_a_few_rows_of_all_ranks_at_a_time_are_the_whole(rule, size, step):
 def test_joining_is_the_inverse_of_cutting(rule, size):
     shapes, parts = parts_for(rule)
     shards = cuts(rule, parts, size, padded_vocab=9)
-    joined = join(rule, shards, shapes, Cut(SMALL, 0, size, 9))
+    joined = join(rule, shards, shapes, TensorShard(SMALL, 0, size, 9))
     assert all(a.equal(b) for a, b in zip(joined, parts, strict=True))
 
 
@@ -423,11 +423,11 @@ def split_in_two(directory: Path) -> dict[str, str]:
     """The weights as two shards and an index; returns the weight map."""
     tensors = load_file(directory / SINGLE)
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in halves.items():
+    rank_split = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in rank_split.items():
         save_file({name: tensors[name] for name in part}, directory / file)
     (directory / SINGLE).unlink()
-    weight_map = {name: file for file, part in halves.items() for name in part}
+    weight_map = {name: file for file, part in rank_split.items() for name in part}
     (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.evaluate.grader_pool import Item, Judge
+from megatron_tropd.evaluate.grader_pool import GraderPool, Item
 from megatron_tropd.evaluate.rules import Rule
 
 
@@ -21,7 +21,7 @@ def items(*rows: tuple[str, str, str], **options: object) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def judge():
-    judge = Judge(workers=2, allow_code=True)
+    judge = GraderPool(workers=2, allow_code=True)
     yield judge
     judge.close()
     assert not [p for p in psutil.Process().children() if "judge_worker" in " ".join(p.cmdline())]
@@ -38,7 +38,7 @@ def test_every_kind_is_graded_in_the_order_given(judge):
         ("code", "```python\ndef f(x):\n    return x + 1\n```", "assert f(1) == 2"),
         ("code", "def f(x): return x", "assert f(1) == 2"),
     ]
-    right = [verdict.right for verdict in judge.grade(items(*rows))]
+    right = [verdict.correct for verdict in judge.grade(items(*rows))]
     assert right == [True, False, True, False, True, True, True, False]
     assert judge.grade([]) == []
 
@@ -46,9 +46,9 @@ def test_every_kind_is_graded_in_the_order_given(judge):
 def test_extraction_takes_the_last_match_before_grading(judge):
     pattern = r"(?m)^Answer: (.+)$"
     rows = [("exact", "Answer: 3\nno,\nAnswer: 4", "4"), ("exact", "4", "4"), ("math", "Answer: $\\frac12$", "0.5")]
-    assert [verdict.right for verdict in judge.grade(items(*rows, extract=pattern))] == [True, False, True]
+    assert [verdict.correct for verdict in judge.grade(items(*rows, extract=pattern))] == [True, False, True]
     tagged = ("code", "<answer>x = 1</answer>\n```python\nx = 2\n```", "assert x == 1")
-    assert judge.grade(items(tagged, extract="(?s)<answer>(.*?)</answer>"))[0].right
+    assert judge.grade(items(tagged, extract="(?s)<answer>(.*?)</answer>"))[0].correct
     with pytest.raises(ConfigError, match="is not a regular expression"):
         judge.grade(items(*rows, extract="("))
 
@@ -60,17 +60,17 @@ def test_a_response_that_hangs_is_wrong_and_the_others_are_not(judge):
     started = time.monotonic()
     verdicts = judge.grade(items(right, hanging, right, right, seconds=1.0))
     assert time.monotonic() - started < 30
-    assert [(verdict.right, verdict.timed_out) for verdict in verdicts] == [
+    assert [(verdict.correct, verdict.timed_out) for verdict in verdicts] == [
         (True, False), (False, True), (True, False), (True, False),
     ]  # fmt: skip
     assert "took longer than 1 s" in verdicts[1].note
     (endless,) = judge.grade(items(("code", "while True: pass", "assert True"), seconds=1.0))
-    assert not endless.right and endless.timed_out
+    assert not endless.correct and endless.timed_out
 
 
 def test_a_number_too_large_to_write_down_does_not_stop_the_others(judge):
     verdicts = judge.grade(items(("math", r"\boxed{9^{9^{9^{9}}}}", "1"), ("math", r"\boxed{1}", "1"), seconds=2.0))
-    assert [verdict.right for verdict in verdicts] == [False, True]
+    assert [verdict.correct for verdict in verdicts] == [False, True]
 
 
 def test_a_worker_that_dies_is_replaced(judge):
@@ -78,19 +78,19 @@ def test_a_worker_that_dies_is_replaced(judge):
     for process in psutil.Process().children():
         if "judge_worker" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
-    assert [verdict.right for verdict in judge.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
+    assert [verdict.correct for verdict in judge.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
 
 
 def test_a_worker_that_no_longer_answers_is_ended_before_the_next_response():
-    judge, before = Judge(workers=1), psutil.Process().children()
+    judge, before = GraderPool(workers=1), psutil.Process().children()
     right, wrong = ("regex", "aaa", "a{3}"), ("regex", "aaa", "b")
     try:
-        assert [verdict.right for verdict in judge.grade(items(right, seconds=0.5))] == [True]
+        assert [verdict.correct for verdict in judge.grade(items(right, seconds=0.5))] == [True]
         (process,) = set(psutil.Process().children()) - set(before)
         process.suspend()
         first, second = judge.grade(items(wrong, right, seconds=0.5))
         # its late answer to the first would have been taken for one to the second
-        assert first.timed_out and second.right and not process.is_running()
+        assert first.timed_out and second.correct and not process.is_running()
     finally:
         judge.close()
 
@@ -99,19 +99,19 @@ def test_ranks_of_a_machine_share_its_cores_between_their_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
     for ranks, workers in ((1, 8), (3, 4), (64, 1)):  # 8 at most
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert Judge()._count == workers
+        assert GraderPool()._count == workers
 
 
 def test_references_that_cannot_be_used_are_said_not_raised(judge):
     verdicts = judge.grade(items(("final_number", "#### 7", "seven"), ("math", "7", ""), ("choice", "A", "K")))
-    assert not any(verdict.right for verdict in verdicts) and all(verdict.bad_reference for verdict in verdicts)
+    assert not any(verdict.correct for verdict in verdicts) and all(verdict.bad_reference for verdict in verdicts)
     assert "'seven' is not a number" in verdicts[0].note and "math-verify can read" in verdicts[1].note
 
 
 def test_grading_works_off_the_main_thread(judge):
     results: list[bool] = []
     rows = items(("math", r"\boxed{\frac{1}{2}}", "0.5"))
-    thread = threading.Thread(target=lambda: results.append(judge.grade(rows)[0].right))
+    thread = threading.Thread(target=lambda: results.append(judge.grade(rows)[0].correct))
     thread.start()
     thread.join()
     assert results == [True]
@@ -119,4 +119,4 @@ def test_grading_works_off_the_main_thread(judge):
 
 def test_programs_run_only_where_that_is_allowed():
     with pytest.raises(ConfigError, match=r"which is not allowed here. To allow it, set evaluate.allow_code_execution"):
-        Judge(workers=1).grade(items(("code", "pass", "pass")))
+        GraderPool(workers=1).grade(items(("code", "pass", "pass")))

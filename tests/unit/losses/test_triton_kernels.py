@@ -1,4 +1,4 @@
-"""Claims about ``megatron_tropd.losses.vocab_parallel.backends.kernels``: each kernel against fp64 and against its plain twin.
+"""Claims about the Triton kernels of ``losses.vocab_parallel``: each against fp64 and against its plain twin.
 
 On a machine with a GPU the same tests run the compiled kernels; elsewhere Triton's interpreter runs them.
 """

@@ -194,7 +194,7 @@ def test_planned_activations_are_what_autograd_keeps():
 def test_an_early_stage_holds_more_packs_than_a_late_one():
     four = Layout(pipeline=4)
     assert [packs_in_flight(four, stage) for stage in range(4)] == [4, 3, 2, 1]
-    # two chunks each of half of a stage's layers: the first stage has 2 * 3 + 4 + 1 halves under way
+    # two chunks each of half of a stage's layers: the first stage has 2 * 3 + 4 + 1 rank_split under way
     assert packs_in_flight(Layout(pipeline=4, virtual_pipeline=2), 0) == 5.5
 
 

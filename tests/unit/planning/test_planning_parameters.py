@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
-from megatron_tropd.engine.patches.parallel_state import megatron_sees
+from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.groups import GroupBuilder, Layout
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.types import Architecture
@@ -62,7 +62,7 @@ def held_by_megatron(cases: list[Any]) -> list[dict[str, int]]:
         frozen = sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
         settings = OptimizerSettings(lr=1e-3, total_updates=1, name=name, distributed=distributed)
         optimization = optimize(model, settings)
-        with megatron_sees(groups):
+        with use_parallel_state(groups):
             optimization.optimizer.step()
         storages = {p.untyped_storage().data_ptr(): p for chunk in model.chunks for p in chunk.parameters()}
         parts = getattr(optimization.optimizer, "chained_optimizers", [optimization.optimizer])

@@ -59,10 +59,10 @@ class SoftmaxGradient:
         numbers: tuple[Tensor, Tensor, Tensor, Tensor | None],
         ids_TK: Tensor,
         grad_TK: Tensor | None,
-        counts_TK: Tensor | None,
+        is_first_TK: Tensor | None,
         first_id: int,
     ) -> None:
-        """``numbers``: max, sumexp, constant and slope per token. ``counts_TK``: the picked columns are hidden."""
+        """``numbers``: max, sumexp, constant and slope per token. ``is_first_TK``: the picked columns are hidden."""
         from megatron_tropd.losses.vocab_parallel.backends.kernels.gradient import fold_duplicates, form_gradient
 
         self._projection, self._form = projection, form_gradient
@@ -70,7 +70,7 @@ class SoftmaxGradient:
         *always, slope_T = numbers
         self._numbers = [x_T.contiguous() for x_T in always]
         self._slope_T = None if slope_T is None else slope_T.contiguous()
-        self._ids_TK, self._first_id, self._hidden = ids_TK.contiguous(), first_id, counts_TK is not None
+        self._ids_TK, self._first_id, self._hidden = ids_TK.contiguous(), first_id, is_first_TK is not None
         self._folded_TK = None if grad_TK is None else fold_duplicates(self._ids_TK, grad_TK.contiguous())
 
     def tile(self, rows: slice, columns: slice) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 NOTHING = tl.constexpr(float("-inf"))  # past the end of a row
-HIDDEN = tl.constexpr(-1.0e30)  # ``losses._tail.HIDDEN``: a column that is not to count
+MASKED_LOGIT = tl.constexpr(-1.0e30)  # ``losses._tail.MASKED_LOGIT``: a column that is not to count
 LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_COLUMNS = 4096
 _MOST_IDS = 256
@@ -81,8 +81,8 @@ def block_statistics(raw, scale):
 
     Differences are taken before scaling, so that the maximum's own exponent is exactly 0.
     """
-    raw_max = tl.maximum(tl.max(raw, 0), HIDDEN)
-    gap = tl.where(raw > 0.5 * HIDDEN, raw - raw_max, HIDDEN)
+    raw_max = tl.maximum(tl.max(raw, 0), MASKED_LOGIT)
+    gap = tl.where(raw > 0.5 * MASKED_LOGIT, raw - raw_max, MASKED_LOGIT)
     exponential = tl.exp2(gap * (scale * LOG2_E))
     return raw_max * scale, tl.sum(exponential, 0), tl.sum(exponential * gap, 0) * scale
 
@@ -108,6 +108,6 @@ def read_picked(
         tl.debug_barrier()  # every mention of an id has been read before any of them hides its column
         for start in tl.range(0, num_ids, IDS):
             _, columns, here = picked_columns(ids_ptr, start, num_ids, first_id, width, IDS)
-            hidden = tl.full((IDS,), HIDDEN, tl.float32).to(logits_ptr.dtype.element_ty)
+            hidden = tl.full((IDS,), MASKED_LOGIT, tl.float32).to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + columns, hidden, mask=here)
         tl.debug_barrier()  # no column is read below by another thread before it is hidden

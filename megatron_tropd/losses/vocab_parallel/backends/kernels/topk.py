@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tropd.losses.vocab_parallel.backends.kernels._rows import (
-    HIDDEN,
+    MASKED_LOGIT,
     NOTHING,
     block_statistics,
     check_rows,
@@ -56,7 +56,7 @@ class Candidates:
             k=k,
             keys_TC=torch.empty((num_tokens, room), dtype=torch.int64, device=device),
             count_T=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-            bound_T=torch.full((num_tokens,), 0.5 * HIDDEN.value, device=device),
+            bound_T=torch.full((num_tokens,), 0.5 * MASKED_LOGIT.value, device=device),
         )
 
     def keys(self) -> Tensor:
@@ -153,7 +153,7 @@ def _topk_kernel(
         raw, _ = load_block(logits_ptr, start, width, NOTHING, BLOCK)
         highest = tl.max(raw, 0) * scale
         before = bound
-        outside = tl.where(raw * scale > before, HIDDEN, raw) if TAIL else raw
+        outside = tl.where(raw * scale > before, MASKED_LOGIT, raw) if TAIL else raw
         top, sumexp, weighted = _include(top, sumexp, weighted, outside, scale)
         if highest > bound:
             # looked through again in small parts, from the cache: whole blocks would fill the registers
@@ -162,7 +162,7 @@ def _topk_kernel(
                 value = raw_part * scale
                 enters = value > bound
                 if TAIL:
-                    missed = tl.where((value > before) & (value <= bound), value, HIDDEN)
+                    missed = tl.where((value > before) & (value <= bound), value, MASKED_LOGIT)
                     top, sumexp, weighted = _include(top, sumexp, weighted, missed, 1.0)
                 entering = tl.sum(enters.to(tl.int32), 0)
                 ids = first_id + part + tl.arange(0, PART)
@@ -213,7 +213,7 @@ def _key(value, ids):
 def _cut_down(keys_ptr, count, value, ids, enters, k, ROOM: tl.constexpr):
     """Keep the best k of the list's ``count`` and the block's entering elements.
 
-    Returns (the k-th value, the values that left the list, those that did not enter it); all others are HIDDEN there.
+    Returns (the k-th value, the values that left the list, those that did not enter it); others are MASKED_LOGIT there.
     """
     places = tl.arange(0, ROOM)
     listed = places < count
@@ -238,5 +238,5 @@ def _cut_down(keys_ptr, count, value, ids, enters, k, ROOM: tl.constexpr):
     tl.store(keys_ptr + tl.cumsum(list_stays.to(tl.int32), 0) - 1, keys, mask=list_stays)
     kept = tl.sum(list_stays.to(tl.int32), 0)
     tl.store(keys_ptr + kept + tl.cumsum(block_stays.to(tl.int32), 0) - 1, _key(value, ids), mask=block_stays)
-    list_out = tl.where(listed & (list_stays == 0), _value(list_order), HIDDEN)
-    return _value(kth), list_out, tl.where(enters & (block_stays == 0), value, HIDDEN)
+    list_out = tl.where(listed & (list_stays == 0), _value(list_order), MASKED_LOGIT)
+    return _value(kth), list_out, tl.where(enters & (block_stays == 0), value, MASKED_LOGIT)
