@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_losses_vocab_parallel import Problem, divergence_inputs, grads_of, ids_of, on_ranks
 from torch import Tensor
 
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.losses.vocab_parallel.tiles import Projection
+from tests.ranks.test_losses_vocab_parallel import Problem, divergence_inputs, grads_of, ids_of, on_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
 

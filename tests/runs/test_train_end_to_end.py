@@ -87,7 +87,7 @@ def test_a_run_leaves_its_report_evaluations_samples_and_tensorboard_events(trai
 
 def test_the_exported_student_answers_in_transformers_as_the_sampler_does(task: Task, trained: Path, tmp_path: Path):
     import torch
-    from test_commands import compare_with_transformers
+    from tests.runs.test_commands import compare_with_transformers
 
     before, after = weights_of(task.student), weights_of(trained / "export")
     assert before.keys() == after.keys()

@@ -117,9 +117,9 @@ def _signals(case: Case, run: Any) -> dict[str, Any]:
     rollouts = random_rollouts(0, vocab_size=VOCAB, count=case.sequences)
     packs = pack(rollouts, max_tokens=case.pack_tokens, multiple_of=8, num_replicas=groups.num_replicas)
     asked = None
-    if run.teacher_request.asked and groups.is_last_stage:
+    if run.teacher_request.queries and groups.is_last_stage:
         asked = [
-            torch.zeros(len(own_valid_positions(p, groups)), run.teacher_request.asked, dtype=torch.int64)
+            torch.zeros(len(own_valid_positions(p, groups)), run.teacher_request.queries, dtype=torch.int64)
             for p in packs[groups.replica]
         ]
     counting = Counting()

@@ -38,4 +38,4 @@ def small_model(directory: Path, *, tied: bool, seed: int = 3) -> Path:
 
 def vllm_commands() -> Commands:
     """Runs functions and commands in forks of a process that has imported vLLM."""
-    return commands("vllm_preload")
+    return commands("tests.support.vllm_preload")

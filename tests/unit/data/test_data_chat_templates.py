@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-from test_data_tokenizer import save_byte_bpe
 from tokenizers import decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import TokenizerError
+from tests.unit.data.test_data_tokenizer import save_byte_bpe
 
 # the constructions that published templates are made of: white-space control, bos inside the template, a default system
 # message, alternating roles, slices, namespaces, filters, loop controls, a generation block, a thinking switch

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data_chat_templates import TEMPLATES, save_with_bos
 
 from megatron_tropd.data.files import find_files, read_rows
 from megatron_tropd.data.prompts import Columns, Limits, Source, read_prompts, read_sources
@@ -20,6 +19,7 @@ from megatron_tropd.data.table import PromptTable, table_of
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.types import Prompt
+from tests.unit.data.test_data_chat_templates import TEMPLATES, save_with_bos
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Tom has 3 apples.", "answer": "3", "response": "He has 3.", "level": 1},

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_commands import read_rows
-from test_data_chat_templates import TEMPLATES, save_with_bos
 
 from megatron_tropd.config.loading import load_config, load_suite
 from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
@@ -20,7 +18,9 @@ from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.grader_pool import GraderPool, Item
 from megatron_tropd.evaluate.rules import Rule
 from megatron_tropd.setup.datasets import complete_suites, read_problems
+from tests.runs.test_commands import read_rows
 from tests.support.run_inputs import Task, commands, make_task
+from tests.unit.data.test_data_chat_templates import TEMPLATES, save_with_bos
 
 ROOT = Path(__file__).resolve().parents[3]
 SUITES = ROOT / "examples" / "suites"

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_losses_vocab_parallel import (
+from torch import Tensor
+
+from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
+from megatron_tropd.losses.vocab_parallel.backends import kernels
+from megatron_tropd.parallel.collectives import all_reduce_sum
+from tests.ranks.test_losses_vocab_parallel import (
     KINDS,
     Problem,
     check_tail,
@@ -25,13 +30,10 @@ from test_losses_vocab_parallel import (
     textbook_logtail,
     world,
 )
-from test_triton_kernels import kernels_on as kernels_on  # a fixture: the switch is on for every test here
-from test_triton_kernels import pytestmark as pytestmark
-from torch import Tensor
 
-from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
-from megatron_tropd.losses.vocab_parallel.backends import kernels
-from megatron_tropd.parallel.collectives import all_reduce_sum
+# a fixture: the switch is on for every test here
+from tests.unit.losses.test_triton_kernels import kernels_on as kernels_on
+from tests.unit.losses.test_triton_kernels import pytestmark as pytestmark
 
 SMALL = {"tokens": 3, "vocab": 27, "hidden": 7, "teacher_hidden": 5}
 ON_RANKS = pytest.mark.parametrize("world_size", [0, 2], ids="tp{}".format)

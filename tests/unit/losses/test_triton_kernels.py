@@ -478,9 +478,9 @@ def test_the_switch_decides_and_an_unknown_value_is_refused(monkeypatch: pytest.
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, whose Triton is a compiler."""
-    root = str(Path(kernels.__file__).parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", kernels.SWITCH)}
-    paths = os.pathsep.join([root, str(Path(__file__).parent), inherited.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([root, inherited.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -507,7 +507,7 @@ kernels.serve(torch.device("cpu"), torch.float32)
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_every_kernel_compiles_for_hopper_with_wide_loads_and_without_spilling(tmp_path: Path) -> None:
     done = run_python(
-        "import compile_kernels; compile_kernels.main()",
+        "from tests.support import compile_kernels; compile_kernels.main()",
         TRITON_CACHE_DIR=str(tmp_path),
         TRITON_HOME=str(tmp_path),
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_planning_parameters import DENSE, EXPERTS
 
 from megatron_tropd.benchmarks.loss import Shape, _peak_extra, fused, make_inputs
 from megatron_tropd.config.loading import load_config
@@ -19,6 +18,7 @@ from megatron_tropd.planning.cluster_report import chosen, job_of, print_cluster
 from megatron_tropd.setup.validate import check_layouts, read_architectures
 from tests.support.activation_cases import Case, kept
 from tests.support.distributed import run_on_ranks
+from tests.unit.planning.test_planning_parameters import DENSE, EXPERTS
 
 SCALE = Path(__file__).resolve().parents[3] / "examples" / "scale"
 CLUSTER = SCALE / "clusters" / "h100.yaml"
