@@ -23,7 +23,7 @@ VLLM_TESTS := tests/vllm
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo test test-vllm check format clean
+.PHONY: help install install-vllm demo test test-fast test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k unknown" runs a part
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(ARGS)
+
+test-fast: export OMP_NUM_THREADS := 1
+test-fast: $(STAMP) ## run the tests of single rooms alone, under two minutes
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m unit $(ARGS)
 
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export MEGATRON_TROPD_REQUIRE_VLLM := 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Group = Literal[
     "count", "loss", "divergence", "gate", "entropy", "optimizer", "length", "mismatch", "guidance", "time", "accuracy"
@@ -103,3 +103,10 @@ def of_source(name: str, source: str) -> str:
 def unknown_names(names: Iterable[str]) -> list[str]:
     """Names that are not in the table, sorted: a metric without a unit and a meaning is a mistake."""
     return sorted(name for name in set(names) if name.split("/")[0] not in METRICS)
+
+
+def metrics_reference() -> str:
+    """Return every metric with unit and meaning as a Markdown table, group by group."""
+    rows = ["| metric | unit | meaning |", "|---|---|---|"]
+    by_group = sorted(METRICS.items(), key=lambda item: get_args(Group).index(item[1].group))
+    return "\n".join([*rows, *(f"| `{name}` | {m.unit or '-'} | {m.meaning} |" for name, m in by_group)]) + "\n"

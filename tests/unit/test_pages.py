@@ -1,0 +1,44 @@
+"""The pages hold what they say: generated tables, links, the README's Python, and their lengths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.report.metrics import metrics_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_metrics_page_holds_the_table_of_metrics():
+    assert metrics_reference() in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code) == 1
+    names: dict[str, object] = {}
+    exec(code[0], names)
+    assert "top_k=64" in capsys.readouterr().out
+    # -sum log softmax(h W^T)[ids]: by hand, from whole rows
+    import torch
+
+    hidden_TD, weight_VD, ids_TK = (names[name] for name in ("hidden_TD", "weight_VD", "ids_TK"))
+    again = hidden_TD.detach().double().requires_grad_()
+    logq_TV = (again @ weight_VD.detach().double().T).log_softmax(-1)
+    (-logq_TV.gather(1, ids_TK[:, :1])).sum().backward()
+    torch.testing.assert_close(hidden_TD.grad.double(), again.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_readme_fits_on_a_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert missing == []
