@@ -89,7 +89,7 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
             done.known += len(rollouts) - len(fresh)
             if not fresh:
                 continue
-            packs = pack_for(config, world, inputs.student.hidden_size, fresh)
+            packs = pack_for(world, fresh, pack_tokens=config.train.pack_tokens, hidden_size=inputs.student.hidden_size)
             started = time.perf_counter()
             teacher.score(packs, spec)
             done.seconds += time.perf_counter() - started

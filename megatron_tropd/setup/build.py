@@ -14,6 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    Dtype,
+    EvaluateConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.stream import PromptStream
@@ -92,17 +100,34 @@ class World:
     base: Groups | None = None  # None without a base model
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
     moves: OffloadStats = field(default_factory=OffloadStats)  # between this process's device and host memory
+    remote: Layout | None = None  # of a teacher that has ranks of its own
 
     @property
     def is_first(self) -> bool:
         return dist.get_rank() == 0
+
+    @property
+    def pack_multiple(self) -> int:
+        """What the length of a pack must be a multiple of: all models run the same packs, each by its own layout."""
+        models = (self.student, self.teacher, self.base, *self.teachers.values())
+        layouts = [groups.layout for groups in models if groups is not None]
+        layouts += [] if self.remote is None else [self.remote]
+        return 2 * math.lcm(*(layout.tensor * layout.context for layout in layouts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Everything ``loop.train`` works with."""
 
-    config: RunConfig
+    run_dir: Path
+    seed: int
+    dtype: Dtype
+    data: DataConfig
+    rollout: RolloutConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    offloads: bool  # whether something is moved between the device and host memory
     world: World
     tokenizer: Tokenizer
     prompts: PromptStream
@@ -152,7 +177,7 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
     return Run(
-        config=config,
+        **sections_of(config),
         world=world,
         tokenizer=inputs.tokenizer,
         prompts=PromptStream(
@@ -169,6 +194,13 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
         teacher_request=request,
         identity=identity(config, inputs),
     )
+
+
+def sections_of(config: RunConfig) -> dict[str, Any]:
+    """Returns what a :class:`Run` has of the configuration itself."""
+    names = ("run_dir", "seed", "dtype", "data", "rollout", "train", "checkpoint", "evaluate")
+    offloads = config.teacher.offload or config.optimizer.offload
+    return {name: getattr(config, name) for name in names} | {"offloads": offloads}
 
 
 def build_teacher(
@@ -312,24 +344,21 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
         base=builder.build(layout_of(config.base_parallel)) if base else None,
         teachers={one.name: builder.build(layout_of(one.parallel)) for one in config.teachers},
+        remote=layout_of(config.teacher.parallel) if config.teacher.ranks else None,
     )
 
 
-def pack_for(config: RunConfig, world: World, hidden_size: int, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
+def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hidden_size: int) -> list[list[Pack]]:
     """Packs for every student replica; ``hidden_size``: the student's.
 
     No pack mixes teachers, and pack by pack all replicas have the same one.
     """
-    # teachers and base model run the same packs, so their length must suit all layouts
-    layouts = [layout_of(config.teacher.parallel)] if world.teacher is None else [world.teacher.layout]
-    layouts += [g.layout for g in (world.student, world.base, *world.teachers.values()) if g is not None]
-    cuts = [layout.tensor * layout.context for layout in layouts]
     replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
     for teacher in sorted({rollout.teacher for rollout in rollouts}):
         packs = pack(
             [rollout for rollout in rollouts if rollout.teacher == teacher],
-            max_tokens=config.train.pack_tokens,
-            multiple_of=math.lcm(*cuts) * 2,
+            max_tokens=pack_tokens,
+            multiple_of=world.pack_multiple,
             num_replicas=len(replicas),
             linear_work=12 * hidden_size,
         )

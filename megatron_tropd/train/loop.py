@@ -43,10 +43,10 @@ def train(
 
     ``pause`` is called after every step, and within a step after rollouts, which are the longest part of it.
     """
-    config, watch = run.config, Stopwatch()
-    gaps = MismatchMonitor(config.dtype, config.rollout.gap_warning)
-    with TrainingProgress(config.train.steps, done=first_step, enabled=run.world.is_first) as progress:
-        for step in range(first_step, config.train.steps):
+    watch = Stopwatch()
+    gaps = MismatchMonitor(run.dtype, run.rollout.gap_warning)
+    with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first) as progress:
+        for step in range(first_step, run.train.steps):
             watch.reset()
             run.world.moves.take_seconds()  # what checkpoints and evaluations have moved is not this step's
             collected = _nothing if pause is None else partial(pause, step)
@@ -57,7 +57,7 @@ def train(
             settle = partial(batches.settle, watch=watch, collected=collected)
             with watch("train"):
                 results = [
-                    run.trainer.step(packs, update=step * config.train.minibatches + number, before_update=settle)
+                    run.trainer.step(packs, update=step * run.train.minibatches + number, before_update=settle)
                     for number, packs in enumerate(minibatches)
                 ]
                 run.trainer.rest()
@@ -65,10 +65,10 @@ def train(
                 publish(run, step + 1)
             metrics = describe(run, step, batch, results) | watch.metrics()
             metrics["time_optimizer"] = sum(result.optimizer_seconds for result in results)
-            if config.teacher.offload or config.optimizer.offload:
+            if run.offloads:
                 metrics["time_offload"] = run.world.moves.take_seconds()
             metrics["tokens_per_second"] = metrics["tokens"] / metrics["time_step"]
-            if config.rollout.ahead:
+            if run.rollout.ahead:
                 metrics["time_rollout_hidden"] = batches.hidden_seconds()
             if writer is not None:
                 writer.write(metrics)
@@ -77,7 +77,7 @@ def train(
             # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
             if after_step is not None:
                 after_step(step + 1)
-            if is_due(step + 1, every=config.checkpoint.every, last=config.train.steps):
+            if is_due(step + 1, every=run.checkpoint.every, last=run.train.steps):
                 save(run, batches, step + 1)
             if pause is not None:
                 pause(step + 1)
@@ -89,10 +89,10 @@ def _nothing() -> None:
 
 def publish(run: Run, version: int) -> None:
     """Hands the student's weights to the sampler and makes sure that they have arrived. Collective."""
-    rollout = run.config.rollout
+    rollout = run.rollout
     run.sampler.update_weights(WeightStream(run.student), version=version)
     if isinstance(run.sampler, ProbeableSampler) and rollout.verify:
-        longest = run.config.data.max_prompt_tokens + rollout.max_new_tokens
+        longest = run.data.max_prompt_tokens + rollout.max_new_tokens
         probe = probe_of(run.prompts.prompts[0], longest)
         verify_publish(run.student, run.sampler, probe, rollout.verify_tolerance)
 
@@ -102,13 +102,12 @@ def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwa
 
     All scoring happens before the first update, so gates and old log-probs belong to the weights that sampled.
     """
-    config = run.config
     with watch("teacher"):
         signals = [graded() for graded in scored.grades]
     facts = BatchFacts(
-        seed=config.seed,
+        seed=run.seed,
         step=step,
-        progress=step / config.train.steps,
+        progress=step / run.train.steps,
         special_token_ids=tuple(run.tokenizer.eos_ids),
         entropy_threshold=batch_entropy_threshold(run, scored.scores),
     )
@@ -161,11 +160,11 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
     }
     names = set().union(*(result.stats for result in results))
     metrics |= {n: float(np.mean([r.stats[n] for r in results if n in r.stats])) for n in sorted(names)}
-    if run.method.guided and run.config.rollout.guided_per_prompt:
-        guided = run.config.rollout.guided_per_prompt
+    if run.method.guided and run.rollout.guided_per_prompt:
+        guided = run.rollout.guided_per_prompt
         metrics["prefix_fraction"] = batch.fraction
         metrics["prefix_length"] = sum(prefixes) / (len(prompts) * guided)
-    if run.config.rollout.ahead:
+    if run.rollout.ahead:
         metrics |= _staleness(rollouts, step)
     metrics |= _training_accuracy(run, prompts, rollouts)
     return metrics | _length_by_source(prompts, rollouts)
@@ -196,15 +195,15 @@ def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) ->
 
 def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Share of correct fully on-policy responses: of all prompts, and of every source, where each has an answer."""
-    samples = run.config.rollout.samples_per_prompt
+    samples = run.rollout.samples_per_prompt
     per_prompt = len(rollouts) // len(prompts)
     answered = [number for number, prompt in enumerate(prompts) if prompt.answer is not None]
     if not samples or not answered:
         return {}
     alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
     graded = [prompts[number] for number in answered]
-    allowed = run.config.evaluate.allow_code_execution
-    right = correctness(alone, graded, run.tokenizer, partial(training_rule, run.config.data), allow_code=allowed)
+    allowed = run.evaluate.allow_code_execution
+    right = correctness(alone, graded, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
     metrics = {"accuracy_train": float(right.mean())} if len(graded) == len(prompts) else {}
     for source in sorted({prompt.source for prompt in graded} - {""}):
         rows = [row for row, prompt in enumerate(graded) if prompt.source == source]
@@ -221,11 +220,11 @@ def is_due(step: int, *, every: int, last: int) -> bool:
 def save(run: Run, batches: Batches, step: int) -> None:
     """A checkpoint after ``step`` finished steps."""
     save_checkpoint(
-        run.config.run_dir / "checkpoints",
+        run.run_dir / "checkpoints",
         run.student,
         run.trainer.optimization,
         step=step,
         state={"run": run.identity},
-        keep=run.config.checkpoint.keep,
+        keep=run.checkpoint.keep,
         beside=partial(batches.save, step=step),
     )

@@ -112,10 +112,10 @@ def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *,
         return
     if steps > first_step and not _is_saved(run, steps):
         save(run, batches, steps)
-    newest = f"the checkpoint is in {run.config.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
-    again = "" if run.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
+    newest = f"the checkpoint is in {run.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
+    again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(
-        f"stopped by {heard.name} after {steps} of {run.config.train.steps} steps; {newest}. "
+        f"stopped by {heard.name} after {steps} of {run.train.steps} steps; {newest}. "
         f"Start the same command again{again} to go on."
     )
 
@@ -124,7 +124,7 @@ def _is_saved(run: Run, steps: int) -> bool:
     """Whether the newest checkpoint is of ``steps`` steps. One rank looks for all."""
     newest: Path | None = None
     if run.world.is_first:
-        newest = find_checkpoint(run.config.run_dir / "checkpoints")
+        newest = find_checkpoint(run.run_dir / "checkpoints")
     saved = torch.tensor(int(newest is not None and read_state(newest)["step"] == steps))
     dist.broadcast(saved, src=0)
     return bool(saved)

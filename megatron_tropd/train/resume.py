@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.engine.checkpoint import discard_checkpoints, find_checkpoint, load_checkpoint, read_state
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
@@ -23,22 +23,22 @@ _MAY_CHANGE = ("train.", "rollout.", "data.", "optimizer.")
 _MUST_AGREE = ("optimizer.name", "optimizer.distributed")
 
 
-def find_start(config: RunConfig, identity: Mapping[str, Any]) -> Path | None:
+def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_dir: Path, steps: int) -> Path | None:
     """The checkpoint that a run of this identity (``inputs.identity``) goes on from; None to start afresh. Collective.
 
-    With ``checkpoint.resume=never`` what an earlier run left in ``run_dir`` is removed.
+    With ``checkpoint.resume=never`` what an earlier run left in ``run_dir`` is removed. ``steps``: of the whole run.
 
     Raises:
         CheckpointError: the checkpoint asked for is torn, or the one found is of another run.
     """
-    first, asked = dist.get_rank() == 0, config.checkpoint.resume
+    first, asked = dist.get_rank() == 0, section.resume
     if asked == "never":
         if first:
-            _forget(config.run_dir)
+            _forget(run_dir)
         return None
-    checkpoint = _agreed_checkpoint(config)
+    checkpoint = _agreed_checkpoint(asked, run_dir / "checkpoints")
     if checkpoint is not None:
-        _check_same_run(checkpoint, read_state(checkpoint), config, identity)
+        _check_same_run(checkpoint, read_state(checkpoint), identity, steps=steps)
     elif asked != "auto":
         raise CheckpointError(
             f"{Path(asked).absolute()} holds no whole checkpoint. Name another, or use auto or never."
@@ -64,12 +64,11 @@ def _forget(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _agreed_checkpoint(config: RunConfig) -> Path | None:
+def _agreed_checkpoint(asked: str, directory: Path) -> Path | None:
     """The newest whole checkpoint of the run, or the one asked for by path. One rank looks for all."""
-    asked = config.checkpoint.resume
     chosen: list[str | None] = [None]
     if dist.get_rank() == 0:
-        path = config.run_dir / "checkpoints" if asked == "auto" else Path(asked).expanduser()
+        path = directory if asked == "auto" else Path(asked).expanduser()
         # a directory of checkpoints will do where one checkpoint is asked for
         found = find_checkpoint(path) if asked == "auto" or any(path.glob("step-*")) else path
         chosen = [None if found is None else str(found)]
@@ -77,9 +76,8 @@ def _agreed_checkpoint(config: RunConfig) -> Path | None:
     return None if chosen[0] is None else Path(chosen[0])
 
 
-def _check_same_run(checkpoint: Path, state: dict[str, Any], config: RunConfig, identity: Mapping[str, Any]) -> None:
+def _check_same_run(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any], *, steps: int) -> None:
     """CheckpointError when the checkpoint is of another run; a warning when this one goes on with other settings."""
-    steps = config.train.steps
     if state["step"] > steps:
         raise CheckpointError(
             f"{checkpoint.absolute()} has {state['step']} steps behind it, train.steps={steps} asks for fewer. "

@@ -58,7 +58,7 @@ class Batches:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._ahead = run.config.rollout.ahead
+        self._ahead = run.rollout.ahead
         self._open: dict[int, _Open] = {}
         self._ready: dict[int, Batch] = {}
         self._accounted = 0.0  # time.perf_counter() up to which overlap has been counted
@@ -68,7 +68,7 @@ class Batches:
         """Starts on all that the present weights, of ``step`` finished steps, are to sample."""
         self._ready = {number: batch for number, batch in self._ready.items() if number >= step}
         with watch("rollout"):
-            for number in range(step, min(step + self._ahead + 1, self._run.config.train.steps)):
+            for number in range(step, min(step + self._ahead + 1, self._run.train.steps)):
                 if number not in self._ready and number not in self._open:
                     self._open[number] = _begin(self._run, number)
 
@@ -100,7 +100,7 @@ class Batches:
         with watch("rollout"):
             rollouts = with_teachers(begun.pending.collect(), begun.prompts)
         self._account(begun, asked)
-        rollout = self._run.config.rollout
+        rollout = self._run.rollout
         if rollout.record is not None and self._run.world.is_first:
             write_rollouts(rollout.record, number, rollouts)
         collected()
@@ -133,7 +133,7 @@ class Batches:
             CheckpointError: scores are missing.
         """
         folder = checkpoint / _FOLDER
-        for number in range(step, min(step + self._ahead, self._run.config.train.steps)):
+        for number in range(step, min(step + self._ahead, self._run.train.steps)):
             if any(folder.glob(_scores_files(number))):
                 prompts, fraction = _prompts_of(self._run, number)
                 rollouts = with_teachers(read_rollouts(folder, number), prompts)
@@ -191,7 +191,7 @@ class _Written:
 
 def _begin(run: Run, number: int) -> _Open:
     prompts, fraction = _prompts_of(run, number)
-    rollout = run.config.rollout
+    rollout = run.rollout
     guided = rollout.guided_per_prompt if run.method.guided else 0
     requests = make_requests(
         prompts,
@@ -200,15 +200,15 @@ def _begin(run: Run, number: int) -> _Open:
         fraction=fraction,
         max_new_tokens=rollout.max_new_tokens,
     )
-    params, seed, at = sampling_params(run), run.config.seed, time.perf_counter()
+    params, seed, at = sampling_params(run), run.seed, time.perf_counter()
     if isinstance(run.sampler, AsyncSampler):
         return _Open(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
     return _Open(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
 
 
 def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
-    prompts = list(run.prompts.batch(number, run.config.train.prompts_per_step))
-    return prompts, run.method.schedule.fraction(number, run.config.train.steps) if run.method.guided else 0.0
+    prompts = list(run.prompts.batch(number, run.train.prompts_per_step))
+    return prompts, run.method.schedule.fraction(number, run.train.steps) if run.method.guided else 0.0
 
 
 def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -220,7 +220,7 @@ def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> lis
 
 def sampling_params(run: Run) -> SamplingParams:
     """How training rollouts are drawn."""
-    rollout = run.config.rollout
+    rollout = run.rollout
     return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -259,7 +259,7 @@ def scored_rollouts(
 
 def packs_of(run: Run, rollouts: Sequence[Rollout]) -> list[list[list[Pack]]]:
     """By minibatch and replica."""
-    return [pack_rollouts(run, part) for part in split_evenly(rollouts, run.config.train.minibatches)]
+    return [pack_rollouts(run, part) for part in split_evenly(rollouts, run.train.minibatches)]
 
 
 def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
@@ -270,13 +270,15 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
 
 def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
     """Packs for every student replica."""
-    return pack_for(run.config, run.world, run.student.architecture.hidden_size, rollouts)
+    return pack_for(
+        run.world, rollouts, pack_tokens=run.train.pack_tokens, hidden_size=run.student.architecture.hidden_size
+    )
 
 
 def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:
     """Old log-probs, entropies, likeliest tokens: when the method needs them, or weights change before they learn."""
     mine, needs = packs[run.world.student.replica], run.method.needs
-    changing = run.config.train.minibatches > 1 or run.config.rollout.ahead > 0
+    changing = run.train.minibatches > 1 or run.rollout.ahead > 0
     if not (needs.old_logprob or needs.entropy_top or run.teacher_request.queries or changing):
         return [None] * len(mine)
     return score_packs(

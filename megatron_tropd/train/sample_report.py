@@ -34,11 +34,11 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     of the teacher's.
     """
     prompts = run.prompts.first(count)
-    guided = 1 if run.method.guided and run.config.rollout.guided_per_prompt else 0
-    budget = run.config.rollout.max_new_tokens
+    guided = 1 if run.method.guided and run.rollout.guided_per_prompt else 0
+    budget = run.rollout.max_new_tokens
     requests = make_requests(prompts, samples=1, guided=guided, fraction=_SHOWN_PREFIX, max_new_tokens=budget)
     params = sampling_params(run)
-    rollouts = sampler.generate(requests, params, seed=run.config.seed, step=run.config.train.steps)
+    rollouts = sampler.generate(requests, params, seed=run.seed, step=run.train.steps)
     rollouts = with_teachers(rollouts, prompts)
     # a recording has no grades for new answers
     gates = {} if isinstance(run.teacher, RecordedTeacher) else _gate_by_sequence(run, rollouts)
@@ -47,7 +47,7 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
         prompt = prompts[number // (1 + guided)]
         right = None
         if prompt.answer is not None:
-            rule, allowed = partial(training_rule, run.config.data), run.config.evaluate.allow_code_execution
+            rule, allowed = partial(training_rule, run.data), run.evaluate.allow_code_execution
             right = bool(correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0])
         tokens = _sample_tokens(run, rollout, gates.get(rollout.sequence_id))
         samples.append(Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens))
@@ -83,7 +83,7 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray
     )
     signals = run.teacher.score(packs, run.teacher_request, query_ids(scores))
     by_id = {rollout.sequence_id: rollout for rollout in rollouts}
-    facts = BatchFacts(seed=run.config.seed, step=run.config.train.steps, progress=1.0)
+    facts = BatchFacts(seed=run.seed, step=run.train.steps, progress=1.0)
     found: dict[int, np.ndarray] = {}
     for item, signal, score in zip(mine, signals, scores, strict=True):
         if signal is None or score is None or run.world.student.tensor_rank:

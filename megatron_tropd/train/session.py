@@ -90,7 +90,9 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
 def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     inputs = read_inputs(config)
     check_writable(config)
-    checkpoint = find_start(config, identity(config, inputs))
+    checkpoint = find_start(
+        config.checkpoint, identity(config, inputs), run_dir=config.run_dir, steps=config.train.steps
+    )
     run = build_run(config, inputs, launch.bridge)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
@@ -102,10 +104,10 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
         dump_config(config, config.run_dir / "config.yaml")
     run.trainer.rest()
     loop.publish(run, first_step)
-    evaluator = Evaluator(run)
+    evaluator = Evaluator(run, config)
     if first_step == 0:
         evaluator.before()
-    with stop.deferred(), _metrics_writer(run, first_step) as writer:
+    with stop.deferred(), _metrics_writer(config, first_step, enabled=run.world.is_first) as writer:
         pause = partial(leave_if_asked, run, batches, stop, first_step=first_step)
         try:
             loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
@@ -116,9 +118,9 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
             raise
     evaluator.after()
     if config.export.hf is not None:
-        export_student(run, config.export.hf)
+        export_student(run, config.export.hf, companions_from=config.student.model)
     if run.world.is_first:
-        _conclude(run)
+        _conclude(config)
     dist.barrier()
     run.sampler.close()
     run.teacher.close()
@@ -126,12 +128,11 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
 
 
 @contextmanager
-def _metrics_writer(run: Run, first_step: int) -> Iterator[MetricsWriter | None]:
+def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Iterator[MetricsWriter | None]:
     """The metrics file, cut back to what the checkpoint knows; None off the first rank."""
-    if not run.world.is_first:
+    if not enabled:
         yield None
         return
-    config = run.config
     sinks = open_sinks(
         config.run_dir,
         tensorboard=config.report.tensorboard,
@@ -146,15 +147,15 @@ def _metrics_writer(run: Run, first_step: int) -> Iterator[MetricsWriter | None]
 class Evaluator:
     """Accuracy and sample answers before, during and after training: ``evaluation.json``, ``samples.jsonl``."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, config: RunConfig) -> None:
+        self._run, self._config = run, config
         # a recording cannot answer new questions, so evaluation then has a sampler of its own
         self._own = not isinstance(run.sampler, RecordedSampler)
         self._sampler: Sampler | None = run.sampler if self._own else None
 
     def before(self) -> None:
         """The student as it came, and the teacher."""
-        config = self._run.config.evaluate
+        config = self._config.evaluate
         if config.before:
             self._evaluate_student(BEFORE, 0)
         if config.teacher and self._run.problems:
@@ -163,28 +164,28 @@ class Evaluator:
 
     def during(self, step: int) -> None:
         """Called after every step; evaluates when one is due."""
-        every = self._run.config.evaluate.every
-        if every and step % every == 0 and step < self._run.config.train.steps:
+        every = self._config.evaluate.every
+        if every and step % every == 0 and step < self._config.train.steps:
             self._evaluate_student(DURING, step)
 
     def after(self) -> None:
         """The trained student."""
-        if self._run.config.evaluate.after:
-            self._evaluate_student(AFTER, self._run.config.train.steps)
+        if self._config.evaluate.after:
+            self._evaluate_student(AFTER, self._config.train.steps)
         self._show("after")
 
     def _student_sampler(self, step: int) -> Sampler:
         run = self._run
         if self._sampler is None:
-            self._sampler = embedded_sampler(run.config, run.student.architecture, run.world, run.vocab_size)
+            self._sampler = embedded_sampler(self._config, run.student.architecture, run.world, run.vocab_size)
         if not self._own:
             self._sampler.update_weights(hf_tensors(run.student), version=step)
         return self._sampler
 
     def _teacher_sampler(self) -> MegatronSampler:
         run = self._run
-        path = run.config.teacher.model
-        sampler = embedded_sampler(run.config, read_architecture(path), run.world, run.vocab_size)
+        path = self._config.teacher.model
+        sampler = embedded_sampler(self._config, read_architecture(path), run.world, run.vocab_size)
         if run.teacher_model is None:  # vLLM or a recording stands in for it
             load_weights(sampler.model, HFWeights(path))
         else:
@@ -200,32 +201,32 @@ class Evaluator:
         run = self._run
         results = answer_suites(
             sampler,
-            suites_of(run.config),
+            suites_of(self._config),
             run.problems,
             run.tokenizer,
             model=model,
             step=step,
-            seed=run.config.seed,
-            allow_code=run.config.evaluate.allow_code_execution,
+            seed=run.seed,
+            allow_code=run.evaluate.allow_code_execution,
         )
         if run.world.is_first:
-            record_evaluations(run.config.run_dir, results)
+            record_evaluations(run.run_dir, results)
 
     def _show(self, when: Literal["before", "after"]) -> None:
-        count = self._run.config.report.samples
+        count = self._config.report.samples
         if count:
             samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
             if self._run.world.is_first:
-                record_samples(self._run.config.run_dir, samples)
+                record_samples(self._config.run_dir, samples)
 
 
-def export_student(run: Run, target: Path) -> None:
+def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
     """Writes the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
     writer = None
     if run.world.is_first:
         writer = HFWriter(
             target,
-            companions_from=run.config.student.model,
+            companions_from=companions_from,
             tensors=hf_shapes(run.student.architecture),
             dtype=run.student.dtype,
         )
@@ -236,9 +237,9 @@ def export_student(run: Run, target: Path) -> None:
         writer.finish()
 
 
-def _conclude(run: Run) -> None:
+def _conclude(config: RunConfig) -> None:
     """The table and where to look, for whoever started the run."""
-    console, config = Console(), run.config
+    console = Console()
     evaluations: list[Evaluation] = read_evaluations(config.run_dir)
     if evaluations:
         console.print(accuracy_table(evaluations))

@@ -44,7 +44,7 @@ ROLLOUTS = [replace(one, teacher=name) for one, name in zip(random_rollouts(0, v
 def packed(rollouts: list[Rollout], world: World) -> list[list[Pack]]:
     run: Any = SimpleNamespace(
         world=world,
-        config=SimpleNamespace(train=SimpleNamespace(pack_tokens=48)),
+        train=SimpleNamespace(pack_tokens=48),
         student=SimpleNamespace(architecture=SimpleNamespace(hidden_size=STUDENT["hidden_size"])),
     )
     return batches.pack_rollouts(run, rollouts)

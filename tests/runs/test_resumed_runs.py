@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.train import preemption
 from megatron_tropd.train import resume
 from megatron_tropd.errors import CheckpointError
@@ -44,12 +45,6 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def config(run_dir: Path, *, steps: int = 9, asked: str = "auto") -> Any:
-    return SimpleNamespace(
-        run_dir=run_dir, checkpoint=SimpleNamespace(resume=asked), train=SimpleNamespace(steps=steps)
-    )
-
-
 def left(run_dir: Path, step: int, identity: dict[str, Any] | None = None) -> Path:
     """A checkpoint as far as its state goes."""
     directory = run_dir / "checkpoints" / f"step-{step:08d}"
@@ -59,8 +54,10 @@ def left(run_dir: Path, step: int, identity: dict[str, Any] | None = None) -> Pa
     return directory
 
 
-def start(run_dir: Path, identity: dict[str, Any] = IDENTITY, **options: Any) -> Path | None:
-    return resume.find_start(config(run_dir, **options), identity)
+def start(
+    run_dir: Path, identity: dict[str, Any] = IDENTITY, *, steps: int = 9, asked: str = "auto"
+) -> Path | None:
+    return resume.find_start(CheckpointConfig(resume=asked), identity, run_dir=run_dir, steps=steps)
 
 
 # --------------------------------------------------------------------------- which checkpoint
@@ -162,7 +159,12 @@ def test_a_run_asked_to_stop_saves_unless_these_steps_are_saved(
         left(tmp_path, step)
     saved: list[int] = []
     monkeypatch.setattr(preemption, "save", lambda run, batches, step: saved.append(step))
-    run: Any = SimpleNamespace(config=config(tmp_path, asked="never"), world=SimpleNamespace(is_first=True))
+    run: Any = SimpleNamespace(
+        run_dir=tmp_path,
+        checkpoint=CheckpointConfig(resume="never"),
+        train=SimpleNamespace(steps=9),
+        world=SimpleNamespace(is_first=True),
+    )
     asked: Any = SimpleNamespace(agreed=lambda: signal.SIGTERM)
     with pytest.raises(preemption.Preempted, match=rf"stopped by SIGTERM after {steps} of 9 .*checkpoint.resume=auto"):
         preemption.leave_if_asked(run, SimpleNamespace(), asked, steps, first_step=first_step)

@@ -226,7 +226,9 @@ def test_what_is_written_is_handed_to_the_teacher_before_it_is_learnt_from_and_n
     rollout = SimpleNamespace(ahead=2, record=None, guided_per_prompt=0, samples_per_prompt=1, max_new_tokens=1)
     train = SimpleNamespace(steps=9, prompts_per_step=1)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(rollout=rollout, train=train, seed=0),
+        rollout=rollout,
+        train=train,
+        seed=0,
         prompts=SimpleNamespace(batch=lambda number, count: [number]),
         method=SimpleNamespace(guided=False),
         sampler=sampler(collected),

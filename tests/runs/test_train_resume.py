@@ -325,7 +325,8 @@ def start_over(config: str, overrides: list[str]) -> None:
 
     initialize_distributed()
     settings = load_config(config, [*overrides, "checkpoint.resume=never"])
-    assert find_start(settings, {}) is None
+    found = find_start(settings.checkpoint, {}, run_dir=settings.run_dir, steps=settings.train.steps)
+    assert found is None
     assert list((settings.run_dir / "checkpoints").iterdir()) == []
     assert not (settings.run_dir / "evaluation.json").exists()
 

@@ -36,6 +36,7 @@ from megatron_tropd.setup.build import (
     load_model,
     optimizer_settings,
     output_weight_for,
+    sections_of,
 )
 from megatron_tropd.setup.self_check import SelfCheck, check_self
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
@@ -170,7 +171,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
     return Run(
-        config=config,
+        **sections_of(config),
         world=world,
         tokenizer=tokenizer,
         prompts=nothing,

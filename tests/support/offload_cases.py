@@ -57,7 +57,7 @@ def compare(cases: Sequence[Case], models: str, folder: str) -> dict[str, dict[s
 
 
 def _train(run: Run, steps: range, *, resting: bool = False) -> dict[str, Any]:
-    per_step, found = run.config.train.minibatches, []
+    per_step, found = run.train.minibatches, []
     left: list[int] = []
     for step in steps:
         scored = score_rollouts(run, random_rollouts(step, vocab_size=VOCAB), watch=Stopwatch())

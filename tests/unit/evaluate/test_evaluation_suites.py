@@ -194,13 +194,11 @@ def test_sampled_answers_stand_with_their_own_prompt_and_say_what_the_teacher_wr
     run = SimpleNamespace(
         prompts=SimpleNamespace(first=lambda count: prompts[:count]),
         method=SimpleNamespace(guided=True),
-        config=SimpleNamespace(
-            rollout=SimpleNamespace(guided_per_prompt=1, max_new_tokens=9, temperature=1.0, top_p=1.0, top_k=0),
-            train=SimpleNamespace(steps=6),
-            data=DataConfig(prompts=(Path("p"),), grader="exact"),
-            evaluate=SimpleNamespace(allow_code_execution=False),
-            seed=5,
-        ),
+        rollout=SimpleNamespace(guided_per_prompt=1, max_new_tokens=9, temperature=1.0, top_p=1.0, top_k=0),
+        train=SimpleNamespace(steps=6),
+        data=DataConfig(prompts=(Path("p"),), grader="exact"),
+        evaluate=SimpleNamespace(allow_code_execution=False),
+        seed=5,
         tokenizer=Letters(),
         teacher=object.__new__(RecordedTeacher),  # has no grades for new answers
     )
