@@ -229,4 +229,4 @@ class Architecture:
     sliding_window: int | None = None  # tokens a layer looks back, where that is fewer than all positions
     num_experts: int = 0  # per layer; 0 is a dense model
     experts_per_token: int = 0
-    normalise_experts: bool = True  # the chosen experts' weights add up to 1
+    normalize_experts: bool = True  # the chosen experts' weights add up to 1

@@ -12,8 +12,8 @@ import torch
 
 from megatron_tropd.convert.lazy import LazyTensor, SafetensorsFile
 from megatron_tropd.errors import CheckpointError
-from megatron_tropd.models.architectures import architecture_of
 from megatron_tropd.models.name_table import EMBEDDING, OUTPUT, hf_shapes
+from megatron_tropd.models.registry import architecture_of
 from megatron_tropd.models.rules import strips
 from megatron_tropd.types import Architecture
 

@@ -56,7 +56,7 @@ def expert_options(architecture: Architecture, *, balance: float) -> dict[str, A
         "moe_ffn_hidden_size": architecture.ffn_size,
         "moe_router_topk": architecture.experts_per_token,
         # softmax over the chosen experts is softmax over all, divided by what the chosen ones have of it
-        "moe_router_pre_softmax": not architecture.normalise_experts,
+        "moe_router_pre_softmax": not architecture.normalize_experts,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": balance,
     }

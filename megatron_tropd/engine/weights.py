@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_tropd.convert.hf import HFWeights, check_weights
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
-from megatron_tropd.models.name_table import Entry, entries, hf_shapes
+from megatron_tropd.models.family import Entry
+from megatron_tropd.models.name_table import entries, hf_shapes
 from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, runs
 
 Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]

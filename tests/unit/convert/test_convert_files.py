@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.errors import CheckpointError
-from megatron_tropd.models.architectures import architecture_of
+from megatron_tropd.models.registry import architecture_of
 from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, join, runs
 from megatron_tropd.types import Architecture
 from tests.support.distributed import run_on_ranks
@@ -346,7 +346,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "use_sliding_window": False,
             "vocab_size": 151936,
         },
-        {"num_experts": 128, "experts_per_token": 8, "ffn_size": 768, "normalise_experts": True, "head_dim": 128},
+        {"num_experts": 128, "experts_per_token": 8, "ffn_size": 768, "normalize_experts": True, "head_dim": 128},
     ),
     "Mixtral-8x7B-v0.1": (
         {
@@ -371,7 +371,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "experts_per_token": 2,
             "ffn_size": 14336,
             "sliding_window": None,
-            "normalise_experts": True,
+            "normalize_experts": True,
         },
     ),
 }
