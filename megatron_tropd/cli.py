@@ -221,7 +221,7 @@ def evaluate(
         if not suite:
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
         suites = [load_suite(file, overrides or []) for file in suite]
-        from megatron_tropd.commands.generate import evaluate_model
+        from megatron_tropd.commands.evaluate import evaluate_model
 
         evaluate_model(
             target,
@@ -243,7 +243,7 @@ def evaluate(
     settings = load_config(target, changes, world_size=_world_size())
     if not settings.evaluate.prompts and not any(suite.prompts for suite in settings.evaluate.suites):
         raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")
-    from megatron_tropd.commands.generate import evaluate_models
+    from megatron_tropd.commands.evaluate import evaluate_models
 
     evaluate_models(settings)
     _leave()

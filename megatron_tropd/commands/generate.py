@@ -1,4 +1,4 @@
-"""A model's own answers: written to a file, or graded. What ``tropd generate`` and ``tropd evaluate`` do."""
+"""Write a model's own answers to a file: ``tropd generate``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.files import find_files, read_rows
 from megatron_tropd.data.prompts import Columns, read_prompts
@@ -21,21 +19,12 @@ from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.evaluate.suites import answer_suites, answer_text
+from megatron_tropd.evaluate.suites import answer_text
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
-from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
-from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.setup.datasets import (
-    check_ids,
-    check_problem_lengths,
-    complete_suites,
-    read_problems,
-    read_tokenizer,
-    suites_of,
-)
-from megatron_tropd.setup.validate import DTYPES, check_layouts, read_architectures, why_not_written
+from megatron_tropd.setup.datasets import check_ids
+from megatron_tropd.setup.validate import DTYPES, why_not_written
 from megatron_tropd.types import Rollout, SamplingParams
 
 _BATCH = 64
@@ -66,7 +55,7 @@ def generate_responses(
     found = _read_prompts(prompts, tokenizer, columns[0])
     check_ids({"prompt": [found]}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
     _check_room(found, params.max_new_tokens, architecture.max_positions)
-    sampler = _sampler(model, GroupBuilder().build(Layout()), dtype=DTYPES[dtype], device=device)
+    sampler = sampler_of(model, GroupBuilder().build(Layout()), dtype=DTYPES[dtype], device=device)
     requests = make_requests(found, samples=samples, guided=0, fraction=0.0, max_new_tokens=params.max_new_tokens)
     params = SamplingParams(
         max_new_tokens=params.max_new_tokens,
@@ -148,106 +137,7 @@ def _numbered_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         before += number
 
 
-def evaluate_models(config: RunConfig) -> None:
-    """Grades the student and, with ``evaluate.teacher``, the teacher; prints tables, records accuracies. Collective.
-
-    In the directory of a training run nothing is recorded: its own results stay as they were measured.
-    """
-    device = initialize_distributed()
-    student, teacher = read_architectures(config)
-    check_layouts(config, student, teacher)
-    tokenizer, vocab_size = read_tokenizer(config), min(student.vocab_size, teacher.vocab_size)
-    suites, allowed = suites_of(config), config.evaluate.allow_code_execution
-    problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
-    sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
-    check_ids({"problem": problems.values()}, tokenizer, vocab_sizes=sizes)
-    models, answering = {BEFORE: config.student.model}, {"student": student}
-    if config.evaluate.teacher:
-        models[TEACHER], answering["teacher"] = config.teacher.model, teacher
-    check_problem_lengths(suites, problems, answering)
-    groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
-    results: list[Evaluation] = []
-    for name, path in models.items():
-        sampler = _sampler(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
-        step = 0 if name == BEFORE else None
-        results += answer_suites(
-            sampler, suites, problems, tokenizer, model=name, step=step, seed=config.seed, allow_code=allowed
-        )
-    if dist.get_rank() == 0:
-        show_results(results)
-        if (config.run_dir / "metrics.jsonl").exists():
-            kept = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
-            Console().print(kept, highlight=False, soft_wrap=True)
-        else:
-            record_evaluations(config.run_dir, results)
-
-
-def evaluate_model(
-    model: Path,
-    suites: Sequence[SuiteConfig],
-    *,
-    seed: int,
-    dtype: str,
-    tensor: int,
-    max_new_tokens: int,
-    out: Path | None,
-    allow_code: bool,
-) -> None:
-    """Grades one Hugging Face directory on suites that name their problems; prints a table. Collective.
-
-    Args:
-        max_new_tokens: for suites that do not say.
-        out: directory for ``evaluation.json``.
-
-    Raises:
-        TropdError: what is wrong with the arguments, the model, or the data.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype}: use one of {', '.join(DTYPES)}.")
-    device = initialize_distributed()
-    architecture, tokenizer = read_architecture(model), load_tokenizer(model)
-    # of a training configuration only the defaults of ``data`` count here
-    data = DataConfig(prompts=(Path("none"),), max_prompt_tokens=architecture.max_positions)
-    whole = complete_suites(EvaluateConfig(suites=tuple(suites)), data, budget=max_new_tokens)
-    without = [suite.name for suite in suites if not suite.prompts]
-    if without:
-        raise ConfigError(
-            f"the suite {without[0]!r} names no problems. Give it prompts=FILE, in its file or after MODEL."
-        )
-    problems = read_problems(whole, data, tokenizer, allow_code=allow_code)
-    check_ids({"problem": problems.values()}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
-    check_problem_lengths(whole, problems, {"model": architecture})
-    groups = GroupBuilder().build(Layout(tensor=tensor))
-    sampler = _sampler(model, groups, dtype=DTYPES[dtype], device=device)
-    results = answer_suites(
-        sampler, whole, problems, tokenizer, model=model.absolute().name, step=None, seed=seed, allow_code=allow_code
-    )
-    if dist.get_rank() == 0:
-        show_results(results)
-        if out is not None:
-            record_evaluations(out, results)
-
-
-def show_results(results: Sequence[Evaluation]) -> None:
-    """The table of accuracies, and a line for every suite with more to say."""
-    console = Console()
-    console.print(accuracy_table(results))
-    for result in results:
-        facts = [f"mean length {result.mean_length:.0f} tokens"]
-        if result.finished is not None:
-            facts.append(f"{result.finished:.1%} ended by themselves")
-        facts += [
-            f"pass@{k} {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-            for k, (mean, low, high) in result.pass_at.items()
-        ]
-        if result.timed_out:
-            facts.append(f"{result.timed_out} answers took too long to grade and count as wrong")
-        console.print(
-            f"{result.model}, {result.suite}: {', '.join(facts)}", highlight=False, soft_wrap=True, markup=False
-        )
-
-
-def _sampler(
+def sampler_of(
     path: Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
 ) -> MegatronSampler:
     """A sampler with the weights of a Hugging Face directory."""

@@ -1,7 +1,7 @@
 """Grades many responses, several at a time, each within its time: one response that hangs costs its own point only.
 
 What takes a bounded time is graded in place. Mathematics and regular expressions go to worker processes, which are
-ended and replaced when they exceed their time; programs go to ``data.sandbox``.
+ended and replaced when they exceed their time; programs go to ``evaluate.sandbox``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.evaluate.rules import CODE, Rule, extracted, grade, program_of
-from megatron_tropd.evaluate.sandbox import Limits, detect_isolation, run_program
+from megatron_tropd.evaluate.rules import CODE, GradingRule, extracted, grade, program_of
+from megatron_tropd.evaluate.sandbox import SandboxLimits, detect_isolation, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 class Item:
     """One response and what it is graded by."""
 
-    rule: Rule
+    rule: GradingRule
     response: str
     answer: str  # reference
 
@@ -68,7 +68,7 @@ class GraderPool:
             self._idle.put(_Worker())
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """One verdict per item, in their order.
+        """One grade per item, in their order.
 
         Raises:
             ConfigError: a program is to be run and that is not allowed, or not possible here; or a rule is unknown.
@@ -78,10 +78,10 @@ class GraderPool:
         for pattern in {item.rule.extract for item in items}:
             extracted("", pattern)  # refuses what is no regular expression
         slow = [number for number, item in enumerate(items) if _is_slow(item.rule)]
-        verdicts = {number: _grade_in_place(items[number]) for number in set(range(len(items))) - set(slow)}
+        grades = {number: _grade_in_place(items[number]) for number in set(range(len(items))) - set(slow)}
         with ThreadPoolExecutor(max_workers=self._count) as threads:
-            verdicts.update(zip(slow, threads.map(self._grade_slowly, [items[i] for i in slow]), strict=True))
-        return [verdicts[number] for number in range(len(items))]
+            grades.update(zip(slow, threads.map(self._grade_slowly, [items[i] for i in slow]), strict=True))
+        return [grades[number] for number in range(len(items))]
 
     def close(self) -> None:
         """Ends the workers."""
@@ -111,11 +111,11 @@ def check_code_allowed(allowed: bool) -> None:
 
 
 @lru_cache(maxsize=2)
-def shared_judge(allow_code: bool = False) -> GraderPool:
-    """The judge of this process; its workers end with it."""
-    judge = GraderPool(allow_code=allow_code)
-    atexit.register(judge.close)
-    return judge
+def shared_pool(allow_code: bool = False) -> GraderPool:
+    """The pool of this process; its workers end with it."""
+    pool = GraderPool(allow_code=allow_code)
+    atexit.register(pool.close)
+    return pool
 
 
 def _workers() -> int:
@@ -124,7 +124,7 @@ def _workers() -> int:
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
 
-def _is_slow(rule: Rule) -> bool:
+def _is_slow(rule: GradingRule) -> bool:
     return rule.kind not in _BOUNDED or rule.extract is not None
 
 
@@ -149,7 +149,7 @@ def _warn_of_missing_isolation() -> None:
 def _run_tests(item: Item) -> Grade:
     code = program_of(extracted(item.response, item.rule.extract))
     seconds = item.rule.seconds
-    limits = replace(Limits(), seconds=seconds, cpu_seconds=max(1, int(seconds)))
+    limits = replace(SandboxLimits(), seconds=seconds, cpu_seconds=max(1, int(seconds)))
     outcome = run_program(f"{code}\n{item.answer}\n", limits=limits)
     return Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
 
@@ -158,7 +158,7 @@ def _run_tests(item: Item) -> Grade:
 
 
 class _Worker:
-    """A process that runs ``judge_worker``, replaced after it had to be ended."""
+    """A process that runs ``grader_worker``, replaced after it had to be ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

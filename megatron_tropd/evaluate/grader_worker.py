@@ -1,4 +1,4 @@
-"""A process that grades for ``data.judge``: one JSON object per line in, one per line out, until its input ends.
+"""Grade for ``evaluate.grader_pool``: one JSON object per line in, one per line out, until the input ends.
 
 It exists to be killed: symbolic mathematics and regular expressions may take for ever on a text that asks for it, some
 of it in C code that no signal interrupts. A watchdog ends the process by itself when its parent cannot.

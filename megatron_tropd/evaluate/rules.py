@@ -1,4 +1,4 @@
-"""Is a response right? The rules, one response at a time. ``data.judge`` applies them to many, with time limits."""
+"""Decide whether a response is right, one at a time; ``grader_pool`` applies the rules to many, within time limits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_tropd.errors import ConfigError, DataError
 _NUMBER = r"\$?[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
 _FINAL = re.compile(rf"####\s*({_NUMBER})(?![\w/^*]|[.,:]\d)")  # "#### 1/2" and "#### 1,23" are not plain numbers
 _ONLY_NUMBER = re.compile(_NUMBER)
-CODE = "code"  # graded by running it, which only ``data.judge`` does
+CODE = "code"  # graded by running it, which only ``evaluate.grader_pool`` does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class GradingRule:
     """How the responses of one data set are graded."""
 
     kind: str = "final_number"
@@ -47,7 +47,7 @@ def grade(kind: str, response: str, answer: str) -> bool:
         regex: ``answer`` is a regular expression that must be found in ``response``.
 
     Raises:
-        ConfigError: unknown kind, or one that needs ``data.judge``.
+        ConfigError: unknown kind, or one that needs ``evaluate.grader_pool``.
         DataError: the reference cannot be used with this kind.
     """
     if kind not in _GRADERS:

@@ -57,7 +57,7 @@ os._exit(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class SandboxLimits:
     """What one program may use. Memory counts all its processes together, and each of them alone."""
 
     seconds: float = 10.0  # wall time
@@ -95,7 +95,9 @@ class Outcome:
     timed_out: bool = False
 
 
-def run_program(program: str, *, limits: Limits = Limits(), isolation: Isolation | None = None) -> Outcome:
+def run_program(
+    program: str, *, limits: SandboxLimits = SandboxLimits(), isolation: Isolation | None = None
+) -> Outcome:
     """Runs a Python program to its end, or to its limits. Nothing of it is left when this returns.
 
     ``__name__`` is not ``"__main__"`` in the program, and there is nothing on its standard input.
@@ -125,7 +127,7 @@ def detect_isolation() -> Isolation:
         for user in users:
             choice = Isolation(namespaces=namespaces, user=user)
             # nothing is at stake in a program that does nothing, so the machine may take its time
-            tried = run_program("pass", limits=replace(Limits(), seconds=60.0), isolation=choice)
+            tried = run_program("pass", limits=replace(SandboxLimits(), seconds=60.0), isolation=choice)
             if tried.ok:
                 return choice
             first = first or tried.reason
@@ -138,7 +140,7 @@ def detect_isolation() -> Isolation:
 class _Run:
     """One program, from its start to the end of its last process."""
 
-    def __init__(self, limits: Limits, isolation: Isolation, directory: str) -> None:
+    def __init__(self, limits: SandboxLimits, isolation: Isolation, directory: str) -> None:
         self._limits, self._isolation, self._directory = limits, isolation, directory
         self._word = secrets.token_hex(16).encode()
         self._output = bytearray()

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron_tropd.config.sections import DataConfig, SuiteConfig
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import DataError
-from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_judge
+from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
-from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.report.records import Evaluation
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
@@ -31,21 +31,21 @@ def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(rollout.token_ids[rollout.prompt_length :].tolist())
 
 
-def training_rule(data: DataConfig, prompt: Prompt) -> Rule:
+def training_rule(data: DataConfig, prompt: Prompt) -> GradingRule:
     """The rule that grades responses to a training prompt: its source's own, or that of all."""
     own = {source.name: source.grader for source in data.sources}
-    return Rule(kind=own.get(prompt.source) or data.grader)
+    return GradingRule(kind=own.get(prompt.source) or data.grader)
 
 
-def verdicts(
+def grades(
     rollouts: Sequence[Rollout],
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    rule: Callable[[Prompt], Rule],
+    rule: Callable[[Prompt], GradingRule],
     *,
     allow_code: bool,
 ) -> list[Grade]:
-    """One verdict per rollout, of which every prompt has as many as the others, in order. Collective.
+    """One grade per rollout, of which every prompt has as many as the others, in order. Collective.
 
     An answer cut off by the budget is graded as it stands.
 
@@ -67,12 +67,12 @@ def verdicts(
 
 def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
     """Every rank grades its part of what takes long, so that all know the same and none does the work of others."""
-    judge = shared_judge(allow_code)
+    pool = shared_pool(allow_code)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return judge.grade(items)
+        return pool.grade(items)
     rank, world = dist.get_rank(), dist.get_world_size()
     parts: list[list[Grade] | None] = [None] * world
-    dist.all_gather_object(parts, judge.grade(items[rank::world]))
+    dist.all_gather_object(parts, pool.grade(items[rank::world]))
     found = [iter(part or ()) for part in parts]
     return [next(found[number % world]) for number in range(len(items))]
 
@@ -81,13 +81,13 @@ def correctness(
     rollouts: Sequence[Rollout],
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    rule: Callable[[Prompt], Rule],
+    rule: Callable[[Prompt], GradingRule],
     *,
     allow_code: bool,
 ) -> np.ndarray:
-    """``[prompts, samples]`` of 0 and 1, by ``verdicts``."""
-    found = verdicts(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
-    return np.array([verdict.correct for verdict in found], dtype=np.float64).reshape(len(prompts), -1)
+    """``[prompts, samples]`` of 0 and 1, by ``grades``."""
+    found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
+    return np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(prompts), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,19 +126,19 @@ def answer_suite(
         stop_token_ids=tuple(tokenizer.eos_ids),
     )
     rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
-    rule = Rule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s)
-    found = verdicts(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
+    rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s)
+    found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)
     return Answered(
-        right=np.array([verdict.correct for verdict in found], dtype=np.float64).reshape(len(problems), -1),
+        right=np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(problems), -1),
         mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
         finished=float(np.mean([rollout.finished for rollout in rollouts])),
-        timed_out=sum(verdict.timed_out for verdict in found),
+        timed_out=sum(grade.timed_out for grade in found),
     )
 
 
 def _warn_of_ungraded(suite: str, found: Sequence[Grade]) -> None:
-    bad = [verdict.note for verdict in found if verdict.bad_reference]
+    bad = [grade.note for grade in found if grade.bad_reference]
     if bad:
         logger.warning("%s: %d answers count as wrong for want of a reference: %s", suite, len(bad), bad[0])
 

@@ -424,7 +424,7 @@ def _serve() -> None:
 
     import megatron_tropd.cli
     import megatron_tropd.commands.check
-    import megatron_tropd.commands.generate
+    import megatron_tropd.commands.evaluate
     import megatron_tropd.train.session  # noqa: F401
 
     for module in sys.argv[1:]:

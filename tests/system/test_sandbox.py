@@ -21,17 +21,17 @@ import psutil
 import pytest
 
 from megatron_tropd.evaluate import sandbox
-from megatron_tropd.evaluate.sandbox import Isolation, Limits, Outcome, run_program
+from megatron_tropd.evaluate.sandbox import Isolation, Outcome, SandboxLimits, run_program
 from tests.support.two_nodes import NAMESPACES_REQUIRED
 
 # of time there is enough for a machine that does much else: wherever another limit is meant, that one strikes first
-ROOMY = Limits(seconds=120.0, cpu_seconds=60)
+ROOMY = SandboxLimits(seconds=120.0, cpu_seconds=60)
 TIGHT = replace(ROOMY, memory_bytes=256 << 20, processes=8, file_bytes=1 << 20, output_bytes=1 << 16)
 ONE_CPU_SECOND = replace(ROOMY, cpu_seconds=1)
 TWO_SECONDS = replace(ROOMY, seconds=2.0)
 
 
-def run(program: str, limits: Limits = ROOMY) -> Outcome:
+def run(program: str, limits: SandboxLimits = ROOMY) -> Outcome:
     return run_program(textwrap.dedent(program), limits=limits)
 
 
@@ -349,7 +349,7 @@ def test_of_many_daemons_none_is_left_when_their_program_was_ended(isolation, ru
 
 
 def test_a_program_ends_with_whoever_runs_it(tmp_path):
-    call = f"run_program({DAEMON + 'time.sleep(1000)'!r}, limits=Limits(seconds=900.0))"
+    call = f"run_program({DAEMON + 'time.sleep(1000)'!r}, limits=SandboxLimits(seconds=900.0))"
     code = f"from megatron_tropd.evaluate.sandbox import *\n{call}"
     environment = {**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[2]), "TMPDIR": str(tmp_path)}
     runner = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
@@ -397,7 +397,7 @@ def test_without_namespaces_limits_hold_and_what_is_missing_is_said():
 def test_a_machine_that_can_confine_nothing_runs_nothing(monkeypatch):
     tried: list[Isolation] = []
 
-    def fail(program: str, *, limits: Limits, isolation: Isolation) -> Outcome:
+    def fail(program: str, *, limits: SandboxLimits, isolation: Isolation) -> Outcome:
         tried.append(isolation)
         return Outcome(ok=False, reason="sandbox: unshare: Operation not permitted")
 

@@ -15,13 +15,13 @@ import pytest
 from megatron_tropd.config.sections import DataConfig, SourceConfig, SuiteConfig
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate import suites as evaluation
-from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.teacher.engines.recorded import RecordedTeacher
 from megatron_tropd.train import sample_report as samples
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams
 
 END = 0
-EXACT = Rule(kind="exact")
+EXACT = GradingRule(kind="exact")
 
 
 class Letters:

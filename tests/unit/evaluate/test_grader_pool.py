@@ -12,22 +12,25 @@ import pytest
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate.grader_pool import GraderPool, Item
-from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.evaluate.rules import GradingRule
 
 
 def items(*rows: tuple[str, str, str], **options: object) -> list[Item]:
-    return [Item(rule=Rule(kind=kind, **options), response=response, answer=answer) for kind, response, answer in rows]
+    return [
+        Item(rule=GradingRule(kind=kind, **options), response=response, answer=answer)
+        for kind, response, answer in rows
+    ]
 
 
 @pytest.fixture(scope="module")
-def judge():
-    judge = GraderPool(workers=2, allow_code=True)
-    yield judge
-    judge.close()
-    assert not [p for p in psutil.Process().children() if "judge_worker" in " ".join(p.cmdline())]
+def pool():
+    pool = GraderPool(workers=2, allow_code=True)
+    yield pool
+    pool.close()
+    assert not [p for p in psutil.Process().children() if "grader_worker" in " ".join(p.cmdline())]
 
 
-def test_every_kind_is_graded_in_the_order_given(judge):
+def test_every_kind_is_graded_in_the_order_given(pool):
     rows = [
         ("math", r"so \boxed{\frac{1}{2}}", "0.5"),
         ("exact", "no", "yes"),
@@ -38,61 +41,61 @@ def test_every_kind_is_graded_in_the_order_given(judge):
         ("code", "```python\ndef f(x):\n    return x + 1\n```", "assert f(1) == 2"),
         ("code", "def f(x): return x", "assert f(1) == 2"),
     ]
-    right = [verdict.correct for verdict in judge.grade(items(*rows))]
+    right = [grade.correct for grade in pool.grade(items(*rows))]
     assert right == [True, False, True, False, True, True, True, False]
-    assert judge.grade([]) == []
+    assert pool.grade([]) == []
 
 
-def test_extraction_takes_the_last_match_before_grading(judge):
+def test_extraction_takes_the_last_match_before_grading(pool):
     pattern = r"(?m)^Answer: (.+)$"
     rows = [("exact", "Answer: 3\nno,\nAnswer: 4", "4"), ("exact", "4", "4"), ("math", "Answer: $\\frac12$", "0.5")]
-    assert [verdict.correct for verdict in judge.grade(items(*rows, extract=pattern))] == [True, False, True]
+    assert [grade.correct for grade in pool.grade(items(*rows, extract=pattern))] == [True, False, True]
     tagged = ("code", "<answer>x = 1</answer>\n```python\nx = 2\n```", "assert x == 1")
-    assert judge.grade(items(tagged, extract="(?s)<answer>(.*?)</answer>"))[0].correct
+    assert pool.grade(items(tagged, extract="(?s)<answer>(.*?)</answer>"))[0].correct
     with pytest.raises(ConfigError, match="is not a regular expression"):
-        judge.grade(items(*rows, extract="("))
+        pool.grade(items(*rows, extract="("))
 
 
-def test_a_response_that_hangs_is_wrong_and_the_others_are_not(judge):
-    judge.grade(items(("math", "1", "1"), ("math", "1", "1")))  # both workers are there
+def test_a_response_that_hangs_is_wrong_and_the_others_are_not(pool):
+    pool.grade(items(("math", "1", "1"), ("math", "1", "1")))  # both workers are there
     hanging = ("regex", "a" * 60 + "b", "(a+)+c|(a|a)+$")  # exponential, in C code that no signal interrupts
     right = ("regex", "aaa", "a{3}")
     started = time.monotonic()
-    verdicts = judge.grade(items(right, hanging, right, right, seconds=1.0))
+    grades = pool.grade(items(right, hanging, right, right, seconds=1.0))
     assert time.monotonic() - started < 30
-    assert [(verdict.correct, verdict.timed_out) for verdict in verdicts] == [
+    assert [(grade.correct, grade.timed_out) for grade in grades] == [
         (True, False), (False, True), (True, False), (True, False),
     ]  # fmt: skip
-    assert "took longer than 1 s" in verdicts[1].note
-    (endless,) = judge.grade(items(("code", "while True: pass", "assert True"), seconds=1.0))
+    assert "took longer than 1 s" in grades[1].note
+    (endless,) = pool.grade(items(("code", "while True: pass", "assert True"), seconds=1.0))
     assert not endless.correct and endless.timed_out
 
 
-def test_a_number_too_large_to_write_down_does_not_stop_the_others(judge):
-    verdicts = judge.grade(items(("math", r"\boxed{9^{9^{9^{9}}}}", "1"), ("math", r"\boxed{1}", "1"), seconds=2.0))
-    assert [verdict.correct for verdict in verdicts] == [False, True]
+def test_a_number_too_large_to_write_down_does_not_stop_the_others(pool):
+    grades = pool.grade(items(("math", r"\boxed{9^{9^{9^{9}}}}", "1"), ("math", r"\boxed{1}", "1"), seconds=2.0))
+    assert [grade.correct for grade in grades] == [False, True]
 
 
-def test_a_worker_that_dies_is_replaced(judge):
-    judge.grade(items(("math", "1", "1"), ("math", "1", "1")))
+def test_a_worker_that_dies_is_replaced(pool):
+    pool.grade(items(("math", "1", "1"), ("math", "1", "1")))
     for process in psutil.Process().children():
-        if "judge_worker" in " ".join(process.cmdline()):
+        if "grader_worker" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
-    assert [verdict.correct for verdict in judge.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
+    assert [grade.correct for grade in pool.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
 
 
 def test_a_worker_that_no_longer_answers_is_ended_before_the_next_response():
-    judge, before = GraderPool(workers=1), psutil.Process().children()
+    pool, before = GraderPool(workers=1), psutil.Process().children()
     right, wrong = ("regex", "aaa", "a{3}"), ("regex", "aaa", "b")
     try:
-        assert [verdict.correct for verdict in judge.grade(items(right, seconds=0.5))] == [True]
+        assert [grade.correct for grade in pool.grade(items(right, seconds=0.5))] == [True]
         (process,) = set(psutil.Process().children()) - set(before)
         process.suspend()
-        first, second = judge.grade(items(wrong, right, seconds=0.5))
+        first, second = pool.grade(items(wrong, right, seconds=0.5))
         # its late answer to the first would have been taken for one to the second
         assert first.timed_out and second.correct and not process.is_running()
     finally:
-        judge.close()
+        pool.close()
 
 
 def test_ranks_of_a_machine_share_its_cores_between_their_workers(monkeypatch):
@@ -102,16 +105,16 @@ def test_ranks_of_a_machine_share_its_cores_between_their_workers(monkeypatch):
         assert GraderPool()._count == workers
 
 
-def test_references_that_cannot_be_used_are_said_not_raised(judge):
-    verdicts = judge.grade(items(("final_number", "#### 7", "seven"), ("math", "7", ""), ("choice", "A", "K")))
-    assert not any(verdict.correct for verdict in verdicts) and all(verdict.bad_reference for verdict in verdicts)
-    assert "'seven' is not a number" in verdicts[0].note and "math-verify can read" in verdicts[1].note
+def test_references_that_cannot_be_used_are_said_not_raised(pool):
+    grades = pool.grade(items(("final_number", "#### 7", "seven"), ("math", "7", ""), ("choice", "A", "K")))
+    assert not any(grade.correct for grade in grades) and all(grade.bad_reference for grade in grades)
+    assert "'seven' is not a number" in grades[0].note and "math-verify can read" in grades[1].note
 
 
-def test_grading_works_off_the_main_thread(judge):
+def test_grading_works_off_the_main_thread(pool):
     results: list[bool] = []
     rows = items(("math", r"\boxed{\frac{1}{2}}", "0.5"))
-    thread = threading.Thread(target=lambda: results.append(judge.grade(rows)[0].correct))
+    thread = threading.Thread(target=lambda: results.append(pool.grade(rows)[0].correct))
     thread.start()
     thread.join()
     assert results == [True]

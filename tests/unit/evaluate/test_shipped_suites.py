@@ -16,7 +16,7 @@ from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConf
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.grader_pool import GraderPool, Item
-from megatron_tropd.evaluate.rules import Rule
+from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.setup.datasets import complete_suites, read_problems
 from tests.runs.test_commands import read_rows
 from tests.support.run_inputs import Task, commands, make_task
@@ -66,15 +66,15 @@ def test_gsm8k_grades_its_own_solutions_right_and_corrupted_ones_wrong(tmp_path,
     rows = [json.loads(line) for line in (directory / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(problems) == len(rows) == 1319
     assert problems[0].text.startswith(rows[0]["question"]) and "#### " in problems[0].text
-    rule, judge = Rule(kind="final_number"), GraderPool()
+    rule, pool = GradingRule(kind="final_number"), GraderPool()
     for change, share in ((str, 1.0), (corrupted, 0.0)):
         items = [Item(rule=rule, response=change(p.answer), answer=p.answer) for p in problems]
-        assert np.mean([verdict.correct for verdict in judge.grade(items)]) == share
+        assert np.mean([grade.correct for grade in pool.grade(items)]) == share
     # an independent grader agrees, on some of them
     some = [problems[row] for row in range(0, 1319, 41)]
-    items = [Item(rule=Rule(kind="math"), response=f"${p.answer.split()[-1]}$", answer=p.answer) for p in some]
-    assert all(verdict.correct for verdict in judge.grade(items))
-    judge.close()
+    items = [Item(rule=GradingRule(kind="math"), response=f"${p.answer.split()[-1]}$", answer=p.answer) for p in some]
+    assert all(grade.correct for grade in pool.grade(items))
+    pool.close()
 
 
 def test_the_other_examples_read_the_columns_they_name(tmp_path, monkeypatch):
@@ -91,10 +91,10 @@ def test_the_other_examples_read_the_columns_they_name(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="which is not allowed here"):
         problems_of(code, tokenizer)
     (function,) = problems_of(code, tokenizer, allow_code=True)["code"]
-    judge, rule = GraderPool(workers=1, allow_code=True), Rule(kind="code")
+    pool, rule = GraderPool(workers=1, allow_code=True), GradingRule(kind="code")
     answers = ("```python\ndef inc(x):\n    return x + 1\n```", "```python\ndef inc(x):\n    return x\n```")
-    found = judge.grade([Item(rule=rule, response=answer, answer=function.answer) for answer in answers])
-    assert [verdict.correct for verdict in found] == [True, False] and found[1].note == "AssertionError"
+    found = pool.grade([Item(rule=rule, response=answer, answer=function.answer) for answer in answers])
+    assert [grade.correct for grade in found] == [True, False] and found[1].note == "AssertionError"
 
 
 # --------------------------------------------------------------------------- files and keys
