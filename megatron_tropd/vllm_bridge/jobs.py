@@ -32,6 +32,7 @@ class Job:
     cost: float  # tokens, about
     batch: Batch | None = None
     attempts: int = 0  # that were answered wrongly
+    moves: int = 0  # servers that were lost while it was under way there
     wrong: set[Peer] = field(default_factory=set)  # who answered wrongly: others are asked first
     result: Any = None
 

@@ -30,7 +30,8 @@ from megatron_tropd.models.name_table import EMBEDDING, OUTPUT
 from megatron_tropd.types import Float32Array, Int64Array
 from megatron_tropd.vllm_bridge.client import Server
 from megatron_tropd.vllm_bridge.jobs import PoolSettings
-from megatron_tropd.vllm_bridge.pool import Pool, Update
+from megatron_tropd.vllm_bridge.pool import Pool
+from megatron_tropd.vllm_bridge.weight_updates import Update
 from megatron_tropd.weight_sync.buckets import in_buckets, packed
 from megatron_tropd.weight_sync.side_group import SideGroup, first_member, listen
 

@@ -49,8 +49,8 @@ class Bucket(WeightTransferUpdateInfo):  # type: ignore[misc]
     nbytes: int = 0
 
 
-class Transfer(WeightTransferEngine):  # type: ignore[misc]
-    """The receiving end of ``engine.publish``."""
+class WeightReceiver(WeightTransferEngine):  # type: ignore[misc]
+    """Take weights from the publishers of ``weight_sync.publishers``."""
 
     init_info_cls = Meeting
     update_info_cls = Bucket

@@ -223,3 +223,36 @@ def test_without_any_server_waiting_ends_with_one_error_that_says_what_to_do(wor
     batch = pool.submit([Job(call=call, cost=1.0) for _ in range(9)])
     with pytest.raises(ServingError, match=r"no server has been of use for 0.5 s. .*Start one \(`tropd serve`\)"):
         assert batch.wait(10)
+
+
+def test_servers_that_take_work_and_never_answer_end_the_run_within_its_patience(world: World):
+    """They say that they are well whenever they are asked: each time they are back they get the work again."""
+
+    async def call(server: Server) -> None:
+        await asyncio.sleep(0.05)
+        raise Unreachable(f"{server.url} has not answered.")
+
+    started = time.monotonic()
+    with pytest.raises(ServingError, match=r"no server has been of use for 0\.5 s\. http://"):
+        # more jobs than can be handed on too often within that time
+        world.pool().submit([Job(call=call, cost=1.0) for _ in range(100)]).wait(60)
+    assert time.monotonic() - started < 60
+
+
+def test_a_request_that_ends_servers_is_not_handed_on_without_limit(world: World, monkeypatch: pytest.MonkeyPatch):
+    tries: list[str] = []
+
+    async def deadly(server: Server) -> None:
+        tries.append(server.url)
+        raise Unreachable(f"{server.url} has ended.")
+
+    async def answered(server: Server) -> str:
+        return "well"
+
+    monkeypatch.setattr("megatron_tropd.vllm_bridge.health._USELESS_LOSSES", 1000)
+    monkeypatch.setattr("megatron_tropd.vllm_bridge.health._LONGEST_PAUSE_S", 0.01)
+    pool = world.pool()
+    with pytest.raises(ServingError, match="was under way at 6 servers that were lost meanwhile"):
+        pool.submit([Job(call=deadly, cost=1.0)]).wait(60)
+    assert len(tries) == 6
+    assert finished(pool.submit([Job(call=answered, cost=1.0)]), 60) == ["well"]
