@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError
+from megatron_tropd.parallel.leaving import leave
 
 if TYPE_CHECKING:
     from megatron_tropd.config.run import RunConfig
@@ -60,7 +61,7 @@ def main() -> None:
     except TropdError as error:
         _report(error, first)
         # other ranks may wait in a collective for this one: leave without joining them
-        os._exit(2)
+        leave(2)
 
 
 def _report(error: TropdError, first: bool) -> None:
@@ -115,7 +116,7 @@ def _leave_preempted(stop: Exception) -> NoReturn:
     if _is_first():
         print(stop, flush=True)
     _leave()
-    os._exit(EXIT_PREEMPTED)
+    leave(EXIT_PREEMPTED)
 
 
 @app.command()

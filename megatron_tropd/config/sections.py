@@ -410,7 +410,9 @@ class StudentServersConfig(ServersConfig):
         "files", "`files` that servers on this host read, or `broadcast` by NCCL or gloo to servers anywhere."
     )
     publish_dir: UserPath | None = key(
-        None, "Directory for those files; null: /dev/shm where there is one, RUN/publish elsewhere."
+        None,
+        "Directory in which a run makes one of its own for those files; null: /dev/shm where there is one, RUN/publish "
+        "elsewhere.",
     )
     publish_address: str = key(
         "127.0.0.1", "Address of the first rank's host, as servers reach it, for `broadcast`.", min_length=1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -437,9 +436,9 @@ def server_sampler(config: RunConfig, architecture: Architecture, world: World, 
 
 
 def publish_directory(config: RunConfig) -> Path:
-    """Where weights are left for servers on this host: memory where there is a file system of it."""
+    """Return where weights lie for servers on this host: memory where there is a file system of it."""
     memory = Path("/dev/shm")
-    return memory / f"tropd-{os.getuid()}-{os.getpid()}" if memory.is_dir() else config.run_dir.absolute() / "publish"
+    return memory if memory.is_dir() else config.run_dir.absolute() / "publish"
 
 
 def embedded_sampler(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.engine.checkpoint import find_checkpoint, read_state
+from megatron_tropd.parallel.leaving import leave
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.loop import save
 from megatron_tropd.train.rollout_queue import Batches
@@ -96,7 +97,7 @@ class StopRequest:
 def _leave_at_once(heard: signal.Signals) -> None:
     # no cleaning up: that could wait for ranks that have left already
     os.write(2, f"stopped by {heard.name} outside of training\n".encode())
-    os._exit(EXIT_PREEMPTED)
+    leave(EXIT_PREEMPTED)
 
 
 def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *, first_step: int) -> None:

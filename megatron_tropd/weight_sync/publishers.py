@@ -1,14 +1,13 @@
 """From the trainer to the engines that sample: which weights, in which order, and what they should compute.
 
-Three ways: an engine in the process iterates over the stream itself (``bridge.inprocess``); servers on this host read
-files, best on a memory file system; servers anywhere join a group to which the first rank broadcasts. In the latter two
-weights travel in buckets, gathered while the one before is under way.
+Three ways: an engine in the process iterates over the stream itself (``vllm_bridge.local_engine``); servers on this
+host read files, best on a memory file system; servers anywhere join a group to which the first rank broadcasts. In the
+latter two weights travel in buckets, gathered while the one before is under way.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.weight_updates import Update
 from megatron_tropd.weight_sync.buckets import in_buckets, packed
+from megatron_tropd.weight_sync.publish_directory import PublishDirectory
 from megatron_tropd.weight_sync.side_group import SideGroup, first_member, listen
 
 _log = logging.getLogger(__name__)
@@ -89,35 +89,32 @@ class FilePublisher:
     """Weights as files that the servers' workers read; a server that comes back reads them again by itself."""
 
     def __init__(self, pool: Pool | None, directory: Path, *, bucket_bytes: int) -> None:
-        """``pool``: on the first rank, None elsewhere. ``directory``: this publisher's own; emptied."""
+        """``pool``: on the first rank, None elsewhere. ``directory``: weights go to a new directory in it."""
         self._pool = pool
-        self._directory = directory
+        self._place = None if pool is None else PublishDirectory(directory)
         self._bucket_bytes = bucket_bytes
-        if pool is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True, mode=0o700)
 
     def publish(self, tensors: Stream, *, version: int, keep: bool) -> None:
-        pool = self._pool
-        update = None if pool is None else pool.begin_update(version, keep=keep)
-        folder = self._directory / f"version-{version}-{time.monotonic_ns()}"
+        if self._pool is None or self._place is None:
+            for _ in tensors:  # iterating is collective
+                pass
+            return
+        update = self._pool.begin_update(version, keep=keep)
+        folder = self._place.path / f"version-{version}-{time.monotonic_ns()}"
         paths: list[str] = []
         for number, bucket in enumerate(in_buckets(tensors, self._bucket_bytes)):
-            if update is not None:
-                path = folder / f"{number:05d}.safetensors"
-                _write_bucket(path, bucket)
-                update.bucket({"path": str(path)})
-                paths.append(str(path))
-        if update is not None and pool is not None:
-            update.end()
-            pool.set_refresh(version, partial(_read_again, paths=paths, version=version, settings=pool.settings))
-            for older in self._directory.iterdir():
-                if older != folder:
-                    shutil.rmtree(older)
+            path = folder / f"{number:05d}.safetensors"
+            _write_bucket(path, bucket)
+            update.bucket({"path": str(path)})
+            paths.append(str(path))
+        update.end()
+        again = partial(_read_again, paths=paths, version=version, settings=self._pool.settings)
+        self._pool.set_refresh(version, again)
+        self._place.drop_all_but(folder)
 
     def close(self) -> None:
-        if self._pool is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._place is not None:
+            self._place.close()
 
 
 def _write_bucket(path: Path, bucket: Sequence[tuple[str, Tensor]]) -> None:

@@ -111,4 +111,4 @@ class Extension:
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, Transfer)
+    WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)
