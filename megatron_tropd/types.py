@@ -116,14 +116,17 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherOutputs:
-    """What the teacher says about the valid predictions of one pack (N = ``pack.num_valid`` rows, stream order)."""
+    """Hold what the teacher says of a pack's valid predictions (N = ``pack.num_valid`` rows, stream order).
+
+    ``teacher/schema.py`` has a row for every attribute: which request it answers, how it travels and is recorded.
+    """
 
     logprob_N: Tensor  # log p(target), nats, fp32
     topk_ids_NK: Tensor | None = None  # int64, most likely first
     topk_logprob_NK: Tensor | None = None  # fp32, nats
-    query_ids_NJ: Tensor | None = None  # int64, ids the student asked about (its own most likely ones)
+    query_ids_NJ: Tensor | None = None  # int64, ids the student named (its own most likely ones)
     query_logprob_NJ: Tensor | None = None  # fp32, nats
-    topk_logtail_N: Tensor | None = None  # log mass on all but top k, asked ids and target, nats; -inf: none
+    logtail_N: Tensor | None = None  # log mass on all but top k, query ids and target, nats; -inf: none
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
     entropy_bound_N: Tensor | None = None  # the entropy is at most that, nats: of teachers that tell their top k alone
     base_logprob_N: Tensor | None = None  # log-prob of the target under a base model, nats

@@ -142,7 +142,7 @@ def support_of(signal: TeacherOutputs | None, target_N: torch.Tensor, method: Me
     logtail_N = None
     if needs.tail_mass:
         inside_N = (ids_NK == target_N[:, None]).any(-1)
-        logtail_N = tail_beside(_given(signal.topk_logtail_N), signal.logprob_N, inside_N)
+        logtail_N = tail_beside(_given(signal.logtail_N), signal.logprob_N, inside_N)
     return Support(
         ids_NK=ids_NK,
         logprob_NK=torch.cat([_given(logprob) for _, logprob in parts], dim=1),

@@ -54,14 +54,13 @@ from megatron_tropd.setup.validate import (
     most_alternatives,
     teacher_request,
 )
-from megatron_tropd.teacher.base_model import TeacherWithBase
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
 from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher
-from megatron_tropd.teacher.engines.vllm import Grader, LocalScorer, ServerScorer, VLLMTeacher
+from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher
 from megatron_tropd.teacher.protocol import Teacher, TeacherRequest
-from megatron_tropd.teacher.routing import RoutedTeacher
-from megatron_tropd.teacher.sharded import HiddenKind
+from megatron_tropd.teacher.routing import RoutedTeacher, TeacherWithBase
+from megatron_tropd.teacher.wire import HiddenKind
 from megatron_tropd.types import Architecture, Pack, Rollout
 from megatron_tropd.vllm_bridge.connect import open_pool
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
@@ -266,12 +265,12 @@ def live_teacher(
 
 
 def vllm_teacher(
-    config: RunConfig, grader: Grader, world: World, *, vocab_size: int, temperature: float
+    config: RunConfig, scorer: Scorer, world: World, *, vocab_size: int, temperature: float
 ) -> VLLMTeacher:
     """A teacher that vLLM runs."""
     assert world.teacher is not None  # config/loading.py sees to it
     return VLLMTeacher(
-        grader,
+        scorer,
         world.teacher,
         world.student,
         world.device,
@@ -291,7 +290,7 @@ def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
     )
 
 
-def open_scorer(config: RunConfig, inputs: Inputs, world: World) -> Grader:
+def open_scorer(config: RunConfig, inputs: Inputs, world: World) -> Scorer:
     """Who runs a vLLM teacher: an engine here, or servers that every rank asks for the packs dealt to it."""
     section, longest = config.teacher, longest_training_sequence(config)
     top_k = most_alternatives(config, inputs.method, inputs.teacher)

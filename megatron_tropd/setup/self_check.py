@@ -24,9 +24,9 @@ from megatron_tropd.engine.step import Trainer, TrainPack
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import Method
-from megatron_tropd.teacher.base_model import TeacherWithBase
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.teacher.routing import TeacherWithBase
 from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
 
 # share of the gradient of plain likelihood on the same tokens that rounding may leave

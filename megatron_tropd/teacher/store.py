@@ -129,7 +129,7 @@ def write_part(directory: Path, grades: Sequence[Grades], *, vocab_size: int, va
 
 
 def _stored(name: str, array: np.ndarray, vocab_size: int, values: Values) -> np.ndarray:
-    if "_ids_" in name:
+    if name.removesuffix(".bf16").endswith("_ids"):
         return array.astype(id_type(vocab_size))
     if array.dtype == np.float32 and values == "fp16" and "hidden" not in name:
         finite = np.maximum(array, np.float32(_LOWEST), where=~np.isneginf(array), out=array.copy())

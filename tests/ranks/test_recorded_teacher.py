@@ -418,7 +418,7 @@ class MadeUpTeacher:
                     topk_logprob_NK=-torch.rand(n, spec.top_k, generator=generator)[own],
                     query_ids_NJ=ids,
                     query_logprob_NJ=-torch.rand(n, spec.queries, generator=generator)[own],
-                    topk_logtail_N=-torch.rand(n, generator=generator)[own] if spec.tail_mass else None,
+                    logtail_N=-torch.rand(n, generator=generator)[own] if spec.tail_mass else None,
                     entropy_N=torch.rand(n, generator=generator)[own],
                     hidden_NE=torch.randn(n, 11, generator=generator).to(self._dtype)[own],
                 )
@@ -443,7 +443,7 @@ def assert_same_signals(found: list[Any], expected: list[Any], *, top_k: int, en
         if top_k:
             asked = top_k + (top_k == 5)
             wanted |= {name: getattr(b, name)[:, :asked] for name in ("query_ids_NJ", "query_logprob_NJ")}
-        wanted |= {"topk_logtail_N": b.topk_logtail_N} if top_k == 5 else {}
+        wanted |= {"logtail_N": b.logtail_N} if top_k == 5 else {}
         wanted |= {"entropy_N": b.entropy_N} if entropy else {}
         wanted |= {"hidden_NE": b.hidden_NE} if hidden else {}
         for name in TeacherOutputs.__dataclass_fields__:
@@ -496,13 +496,13 @@ def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: 
         return logp_NV.scatter(1, torch.cat([target_N[:, None], *listed], dim=1), -torch.inf).logsumexp(-1)
 
     recorded = {
-        "logprob_N": logp_NV.gather(1, target_N[:, None])[:, 0],
-        "topk_ids_NK": top.indices,
-        "topk_logprob_NK": top.values,
-        "query_ids_NJ": student_NJ,
-        "query_logprob_NJ": logp_NV.gather(1, student_NJ),
-        "topk_logtail_N": outside(top.indices, student_NJ),
+        "logprob": logp_NV.gather(1, target_N[:, None])[:, 0],
+        "topk_ids": top.indices,
+        "topk_logprob": top.values,
+        "query_ids": student_NJ,
+        "query_logprob": logp_NV.gather(1, student_NJ),
+        "logtail": outside(top.indices, student_NJ),
     }
     spec = TeacherRequest(top_k=top_k, queries=asked, entropy=False, tail_mass=True)
     found = _fitted(recorded, target_N, spec, Path("grades"))
-    torch.testing.assert_close(found.topk_logtail_N, outside(top.indices[:, :top_k], student_NJ[:, :asked]))
+    torch.testing.assert_close(found.logtail_N, outside(top.indices[:, :top_k], student_NJ[:, :asked]))

@@ -219,7 +219,7 @@ def _left_alone() -> None:
     teacher = lone_teacher(launch)
     with pytest.raises(EngineError, match="rank 1 of the launch is gone"):
         for _ in range(100):  # the first ones may still be on their way to nobody
-            teacher.begin(random_packs(1), TeacherRequest())
+            teacher.start(random_packs(1), TeacherRequest())
             time.sleep(0.05)
     teacher.close()
 
@@ -254,7 +254,7 @@ def _withdrawn() -> None:
         assert _Counting.graded == 1
         os._exit(0)
     teacher = lone_teacher(launch)
-    pending = [teacher.begin(random_packs(1), TeacherRequest()) for _ in range(3)]
+    pending = [teacher.start(random_packs(1), TeacherRequest()) for _ in range(3)]
     while not bridge.asked_to_stop():
         time.sleep(0.01)
     bridge.withdraw()

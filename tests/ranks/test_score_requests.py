@@ -184,7 +184,7 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
                 listed_NX = np.concatenate([listed_NX, ids_NJ.numpy()], axis=1)
             outside = np.exp(logp_NV)
             np.put_along_axis(outside, listed_NX, 0.0, axis=1)
-            np.testing.assert_allclose(np.exp(signal.topk_logtail_N), outside.sum(1), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(np.exp(signal.logtail_N), outside.sum(1), rtol=1e-4, atol=1e-6)
         entropy = scipy.special.entr(np.exp(table_VV[seen])).sum(1)
         assert a.entropy_bound_N is not None and (a.entropy_bound_N.numpy() >= entropy - 1e-5).all()
 

@@ -264,7 +264,7 @@ class Scores:
             topk_logprob_NK=logprob_TK,
             query_ids_NJ=query_TJ,
             query_logprob_NJ=logprob_TJ[:, 1:],
-            topk_logtail_N=logtail_T,
+            logtail_N=logtail_T,
             entropy_N=entropy_T,
         )
 

@@ -16,7 +16,7 @@ from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.engines.vllm import Grader, LocalScorer, ServerScorer, VLLMTeacher
+from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Pack, Rollout, TeacherOutputs
 from megatron_tropd.vllm_bridge.jobs import PoolSettings
@@ -88,7 +88,7 @@ def over_http(path: str, urls: Sequence[str], key: str) -> None:
     dist.barrier()
 
 
-def check_agreement(path: str, grader: Grader, own: Groups, students: Sequence[Groups]) -> None:
+def check_agreement(path: str, grader: Scorer, own: Groups, students: Sequence[Groups]) -> None:
     """vLLM's signals against Megatron's, for every student layout: what vLLM tells, and what follows from all ids."""
     device = torch.device("cpu")
     model = load_model(path, own, dtype=torch.float32, device=device).freeze()
@@ -119,10 +119,10 @@ def check_agreement(path: str, grader: Grader, own: Groups, students: Sequence[G
 
 def check_told(a: TeacherOutputs | None, b: TeacherOutputs | None) -> None:
     assert a is not None and b is not None and b.entropy_N is not None
-    assert a.topk_logprob_NK is not None and a.topk_logtail_N is not None and a.entropy_bound_N is not None
+    assert a.topk_logprob_NK is not None and a.logtail_N is not None and a.entropy_bound_N is not None
     same_candidates(a, b)
     # the mass outside, to the rounding of the log-probs it is made from
-    torch.testing.assert_close(a.topk_logtail_N.exp(), b.topk_logtail_N.exp(), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(a.logtail_N.exp(), b.logtail_N.exp(), atol=TOLERANCE, rtol=0)
     assert a.entropy_N is None
     assert bool((a.entropy_bound_N > b.entropy_N - TOLERANCE).all())
     assert bool((a.entropy_bound_N - b.entropy_N < 0.2).all())
@@ -131,7 +131,7 @@ def check_told(a: TeacherOutputs | None, b: TeacherOutputs | None) -> None:
 def check_exact(a: TeacherOutputs | None, b: TeacherOutputs | None) -> None:
     assert a is not None and b is not None and a.entropy_bound_N is None
     same_candidates(a, b)
-    for name in ("query_logprob_NJ", "entropy_N", "topk_logtail_N"):
+    for name in ("query_logprob_NJ", "entropy_N", "logtail_N"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
     assert torch.equal(a.query_ids_NJ, b.query_ids_NJ)
 

@@ -15,13 +15,15 @@ from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.parallel.partition import PointToPoint
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.teacher.sharded import HiddenKind, ShardedTeacher, check_finite, to_wire
+from megatron_tropd.teacher.schema import check_finite
+from megatron_tropd.teacher.sharded import ShardedTeacher
 from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
+from megatron_tropd.teacher.wire import HiddenKind, to_wire
 from megatron_tropd.types import Pack, TeacherOutputs
 
 
 class MegatronTeacher(ShardedTeacher):
-    """Implements ``teacher.protocol.Teacher``."""
+    """Implement ``teacher.protocol.Teacher``."""
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class MegatronTeacher(ShardedTeacher):
     ) -> None:
         """``model`` is not changed, nor its gradients.
 
-        ``student``: the layout signals are delivered to; where that is of another part of the launch, ``post`` carries
+        ``student``: the layout outputs are delivered to; where that is of another part of the launch, ``post`` carries
         them, and ``first_rank`` is the launch's number for the first rank of the model. ``vocab_size``: ids all models
         know (default: all of this one's). ``role``: what the model is called in messages.
         """
@@ -50,35 +52,35 @@ class MegatronTeacher(ShardedTeacher):
         self._role = role
 
     def _score_assigned(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         groups, keys = self.model.groups, self._own.mine(packs)
-        dealt = [packs[replica][number] for replica, number in keys]
+        assigned = [packs[replica][number] for replica, number in keys]
         # replicas that share experts run the same number of passes: one without a pack repeats another's, for nothing
-        missing = -(-sum(map(len, packs)) // groups.num_replicas) - len(dealt)
-        dealt += [packs[0][0]] * missing if groups.layout.expert > 1 else []
-        if not dealt:
+        missing = -(-sum(map(len, packs)) // groups.num_replicas) - len(assigned)
+        assigned += [packs[0][0]] * missing if groups.layout.expert > 1 else []
+        if not assigned:
             return {}
 
         def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> Wire:
             if number >= len(keys):
                 return []
-            signal = self._grade(dealt[number], hidden_ND, weight_vD, spec, asked.get(keys[number]))
-            check_finite(signal, role=self._role)
-            return to_wire(signal, spec)
+            outputs = self._score(assigned[number], hidden_ND, weight_vD, request, query_ids.get(keys[number]))
+            check_finite(outputs, role=self._role)
+            return to_wire(outputs, request)
 
         with self.model.present():
-            collected = run_packs(self.model, dealt, last_stage)
+            collected = run_packs(self.model, assigned, last_stage)
         return dict(zip(keys, collected, strict=False))
 
-    def _grade(
-        self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, spec: TeacherRequest, asked_NJ: Tensor | None
+    def _score(
+        self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, request: TeacherRequest, query_NJ: Tensor | None
     ) -> TeacherOutputs:
         groups, device = self.model.groups, self.model.device
         ids = torch.from_numpy(pack.target_T[own_valid_positions(pack, groups)]).to(device)[:, None]
-        if asked_NJ is not None:
-            ids = torch.cat([ids, asked_NJ], dim=1)
-        if not spec.top_k:
+        if query_NJ is not None:
+            ids = torch.cat([ids, query_NJ], dim=1)
+        if not request.top_k:
             out = linear_logprobs(
                 hidden_ND,
                 weight_vD,
@@ -86,32 +88,32 @@ class MegatronTeacher(ShardedTeacher):
                 group=groups.tp,
                 vocab_size=self._vocab_size,
                 temperature=self.temperature,
-                tail=spec.has_tail,
+                tail=request.has_tail,
             )
-            return _signal(spec, out.logprob_TK, out.entropy_T, out.logtail_T, hidden_ND)
+            return _outputs(request, out.logprob_TK, out.entropy_T, out.logtail_T, hidden_ND)
         top = linear_topk(
             hidden_ND,
             weight_vD,
-            spec.top_k,
+            request.top_k,
             group=groups.tp,
             vocab_size=self._vocab_size,
             temperature=self.temperature,
             ids_TJ=ids,
-            tail=spec.has_tail,
+            tail=request.has_tail,
         )
         assert top.picked_logprob_TJ is not None
-        signal = _signal(spec, top.picked_logprob_TJ, top.entropy_T, top.logtail_T, hidden_ND)
-        return replace(signal, topk_ids_NK=top.ids_TK, topk_logprob_NK=top.logprob_TK)
+        outputs = _outputs(request, top.picked_logprob_TJ, top.entropy_T, top.logtail_T, hidden_ND)
+        return replace(outputs, topk_ids_NK=top.ids_TK, topk_logprob_NK=top.logprob_TK)
 
 
-def _signal(
-    spec: TeacherRequest, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
+def _outputs(
+    request: TeacherRequest, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
 ) -> TeacherOutputs:
-    """``picked_NJ``: log-probs of the target and then of the ids asked for."""
+    """``picked_NJ``: log-probs of the target and then of the query ids."""
     return TeacherOutputs(
         logprob_N=picked_NJ[:, 0],
-        query_logprob_NJ=picked_NJ[:, 1:] if spec.queries else None,
-        topk_logtail_N=logtail_N,
-        entropy_N=entropy_N if spec.entropy else None,
-        hidden_NE=hidden_NE if spec.hidden_states else None,
+        query_logprob_NJ=picked_NJ[:, 1:] if request.queries else None,
+        logtail_N=logtail_N,
+        entropy_N=entropy_N if request.entropy else None,
+        hidden_NE=hidden_NE if request.hidden_states else None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,10 @@ from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
+from megatron_tropd.teacher.schema import SCORE_FIELDS, lacking, mapped, outputs_of, present, requested
 from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
 from megatron_tropd.types import Int64Array, Pack, TeacherOutputs
 
-_FIELDS = (
-    "logprob_N",
-    "topk_ids_NK",
-    "topk_logprob_NK",
-    "query_ids_NJ",
-    "query_logprob_NJ",
-    "topk_logtail_N",
-    "entropy_N",
-    "entropy_bound_N",
-    "base_logprob_N",
-    "hidden_NE",
-)
 _FACTS = "recording.json"
 # Another layout may order two candidates of nearly equal probability the other way; another student has others.
 _STRANGERS = 0.1
@@ -108,15 +97,15 @@ class RecordingTeacher:
             os.replace(partial, self._directory / _FACTS)
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> list[TeacherOutputs | None]:
-        return self.begin(packs, spec, asked)()
+        return self.start(packs, request, query_ids)()
 
-    def begin(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    def start(
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> PendingScores:
         """As ``score``; they are written when they are there."""
-        pending = start_scoring(self._teacher, packs, spec, asked)
+        pending = start_scoring(self._teacher, packs, request, query_ids)
         return lambda: self._recorded(packs, pending())
 
     def _recorded(
@@ -138,16 +127,14 @@ class RecordingTeacher:
 def _grades(pack: Pack, signal: TeacherOutputs) -> Iterator[Grades]:
     """What a signal says of each sequence of its pack."""
     arrays: dict[str, np.ndarray] = {}
-    for name in _FIELDS:
-        value = getattr(signal, name)
-        if value is not None:
-            bits = value.dtype == torch.bfloat16
-            array = value.cpu().contiguous()
-            arrays[f"{name}.bf16" if bits else name] = (array.view(torch.int16) if bits else array).numpy()
+    for field, value in present(signal):
+        bits = value.dtype == torch.bfloat16
+        array = value.cpu().contiguous()
+        arrays[f"{field.name}.bf16" if bits else field.name] = (array.view(torch.int16) if bits else array).numpy()
     pack_hash = _hash_of(pack)
     for piece in _pieces(pack):
         fields = {name: array[piece.rows] for name, array in arrays.items()}
-        asked = hash64(fields["query_ids_NJ"]) if "query_ids_NJ" in fields else 0
+        asked = hash64(fields["query_ids"]) if "query_ids" in fields else 0
         key = sequence_key(piece.token_ids)
         yield Grades(key=key, first=piece.first, pack=pack_hash, asked=asked, fields=fields)
 
@@ -169,7 +156,7 @@ def _whole(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutput
         parts = [part[: len(own)] for part, own in zip(every, rows, strict=True)]
         return torch.cat(parts)[order.to(value.device)]
 
-    return _mapped(signal, joined)
+    return mapped(signal, joined)
 
 
 def _own(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
@@ -177,12 +164,7 @@ def _own(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
     if student.layout.context == 1:
         return signal
     rows = torch.from_numpy(np.searchsorted(valid_positions(pack), own_valid_positions(pack, student)))
-    return _mapped(signal, lambda value: value[rows.to(value.device)])
-
-
-def _mapped(signal: TeacherOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> TeacherOutputs:
-    fields = {name: getattr(signal, name) for name in _FIELDS}
-    return replace(signal, **{name: change(value) for name, value in fields.items() if value is not None})
+    return mapped(signal, lambda value: value[rows.to(value.device)])
 
 
 def recorded_facts(directory: str | Path) -> dict[str, Any]:
@@ -211,23 +193,23 @@ class RecordedTeacher:
         self._store = Store(self._directory)
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> list[TeacherOutputs | None]:
         """The recorded signals; the ids in them are those that were asked about then.
 
         Raises:
-            DataError: a sequence was never graded, or was graded with less than ``spec`` asks for, or for a student
-                whose own likeliest tokens were others than ``asked``.
+            DataError: a sequence was never graded, or was scored with less than ``request`` asks for, or for a student
+                whose own likeliest tokens were others than ``query_ids``.
         """
         mine = packs[self._student.replica]
         if not self._student.is_last_stage:
             return [None] * len(mine)
         signals: list[TeacherOutputs | None] = []
-        for pack, ids_NJ in zip(mine, asked or [None] * len(mine), strict=True):
+        for pack, ids_NJ in zip(mine, query_ids or [None] * len(mine), strict=True):
             target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(self._device)
             whole_NJ = None if ids_NJ is None or self._student.layout.context > 1 else ids_NJ
             found = _Found(self._store, _places(self._store, pack, whole_NJ), self._device)
-            signal = _own(_fitted(found, target_N, spec, self._directory), pack, self._student)
+            signal = _own(_fitted(found, target_N, request, self._directory), pack, self._student)
             _check_asked(signal.query_ids_NJ, ids_NJ, self._directory)
             signals.append(signal)
         return signals
@@ -255,7 +237,7 @@ def _places(store: Store, pack: Pack, asked_NJ: torch.Tensor | None) -> list[tup
         ids = None if asked_NJ is None else asked_NJ[piece.rows].cpu()
         place = max(places, key=lambda p: (p.asked == asked, p.pack == pack_hash))
         if ids is not None and len(places) > 1 and place.asked != asked:
-            place = min(places, key=lambda p: _strangers(_tensor(store, p, "query_ids_NJ"), ids))
+            place = min(places, key=lambda p: _strangers(_tensor(store, p, "query_ids"), ids))
         found.append((place, slice(piece.first - place.first, piece.first - place.first + piece.count)))
     if not found and len(store):  # a pack that carries no loss: no rows of some place have the right widths and types
         found.append((store.first, slice(0, 0)))
@@ -276,7 +258,7 @@ def _tensor(store: Store, place: Place, name: str) -> torch.Tensor | None:
     array, bits = store.read(place, name)
     if bits:
         return torch.from_numpy(array).view(torch.bfloat16)
-    if "_ids_" in name:
+    if name.endswith("_ids"):
         return torch.from_numpy(array.astype(np.int64))
     return torch.from_numpy(array if "hidden" in name else array.astype(np.float32))
 
@@ -286,7 +268,7 @@ class _Found(Mapping[str, torch.Tensor]):
 
     def __init__(self, store: Store, places: Sequence[tuple[Place, slice]], device: torch.device) -> None:
         self._store, self._places, self._device = store, places, device
-        self._names = [name for name in _FIELDS if all(store.width(p, name) is not None for p, _ in places)]
+        self._names = [f.name for f in SCORE_FIELDS if all(store.width(p, f.name) is not None for p, _ in places)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
@@ -334,46 +316,40 @@ def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None
 
 
 def _fitted(
-    found: Mapping[str, torch.Tensor], target_N: torch.Tensor, spec: TeacherRequest, path: Path
+    found: Mapping[str, torch.Tensor], target_N: torch.Tensor, request: TeacherRequest, path: Path
 ) -> TeacherOutputs:
-    """The recorded signal cut to what is asked for."""
-    # what is not asked for is not read
-    recorded_k = found["topk_ids_NK"].shape[1] if spec.top_k and "topk_ids_NK" in found else 0
-    lacking = [f"the {spec.top_k} likeliest tokens (it has {recorded_k})"] if recorded_k < spec.top_k else []
-    recorded_j = found["query_ids_NJ"].shape[1] if spec.queries and "query_ids_NJ" in found else 0
-    if recorded_j < spec.queries:
-        lacking.append(f"the teacher's answer for the student's {spec.queries} likeliest tokens (it has {recorded_j})")
-    lacking += ["tail masses"] if spec.has_tail and "topk_logtail_N" not in found else []
-    bounded = "entropy_bound_N" in found and not spec.entropy_needed
-    lacking += ["entropies"] if spec.entropy and "entropy_N" not in found and not bounded else []
-    lacking += ["log-probs of a base model"] if spec.base and "base_logprob_N" not in found else []
-    lacking += ["hidden states"] if spec.hidden_states and "hidden_NE" not in found else []
-    if lacking:
+    """Cut what is recorded, by the fields' names, to what is requested."""
+    # what is not requested is not read
+    columns = {f.name: _columns(found[f.name]) for f in requested(request) if f.name in found}
+    if request.entropy and not columns.get("entropy") and "entropy_bound" in found:
+        request = replace(request, entropy=request.entropy_needed, entropy_bound=True)
+    missing = lacking(columns, request)
+    if request.entropy and not request.entropy_needed and not columns.get("entropy"):
+        missing += ["entropies"]
+    if missing:
         raise DataError(
-            f"{path.absolute()} lacks {' and '.join(lacking)}, which the method needs. "
+            f"{path.absolute()} lacks {' and '.join(missing)}, which the method needs. "
             "Record the teacher again with this method."
         )
-    k, j = spec.top_k, spec.queries
-    return TeacherOutputs(
-        logprob_N=found["logprob_N"],
-        topk_ids_NK=found["topk_ids_NK"][:, :k].long() if k else None,
-        topk_logprob_NK=found["topk_logprob_NK"][:, :k] if k else None,
-        query_ids_NJ=found["query_ids_NJ"][:, :j].long() if j else None,
-        query_logprob_NJ=found["query_logprob_NJ"][:, :j] if j else None,
-        topk_logtail_N=_tail_beyond(found, spec, target_N) if spec.has_tail else None,
-        entropy_N=found["entropy_N"] if spec.entropy and "entropy_N" in found else None,
-        entropy_bound_N=found["entropy_bound_N"] if spec.entropy and bounded and "entropy_N" not in found else None,
-        base_logprob_N=found["base_logprob_N"] if spec.base else None,
-        hidden_NE=found["hidden_NE"] if spec.hidden_states else None,
-    )
+    values = {field.name: found[field.name] for field in requested(request) if field.name in found}
+    for field in requested(request):
+        if field.width in ("top_k", "queries"):
+            values[field.name] = values[field.name][:, : field.columns(request)]
+    if request.has_tail:
+        values["logtail"] = _tail_beyond(found, request, target_N)
+    return outputs_of({name: value.long() if name.endswith("_ids") else value for name, value in values.items()})
 
 
-def _tail_beyond(found: Mapping[str, torch.Tensor], spec: TeacherRequest, target_N: torch.Tensor) -> torch.Tensor:
-    """The recorded log tail and, when more was recorded than is asked for, the mass of what is then outside as well."""
+def _columns(value: torch.Tensor) -> int:
+    return value.shape[1] if value.dim() == 2 else 1
+
+
+def _tail_beyond(found: Mapping[str, torch.Tensor], request: TeacherRequest, target_N: torch.Tensor) -> torch.Tensor:
+    """Add to the recorded log tail the mass of what was recorded and is not requested."""
     none_N0 = target_N.new_empty(len(target_N), 0)
-    wanted_ids, other_ids, other_logprobs = [target_N[:, None]], [], [found["topk_logtail_N"][:, None]]
-    for kind, count in (("topk_{}_NK", spec.top_k), ("asked_{}_NJ", spec.queries)):
-        ids, logprob = found.get(kind.format("ids"), none_N0), found.get(kind.format("logprob"), none_N0)
+    wanted_ids, other_ids, other_logprobs = [target_N[:, None]], [], [found["logtail"][:, None]]
+    for kind, count in (("topk", request.top_k), ("query", request.queries)):
+        ids, logprob = found.get(f"{kind}_ids", none_N0), found.get(f"{kind}_logprob", none_N0)
         wanted_ids.append(ids[:, :count])
         other_ids.append(ids[:, count:])
         other_logprobs.append(logprob[:, count:])

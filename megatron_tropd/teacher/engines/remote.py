@@ -1,8 +1,8 @@
-"""A Megatron teacher on ranks of its own, which grades one batch while the student learns from another.
+"""A Megatron teacher on ranks of its own, which scores one batch while the student learns from another.
 
-The student's first rank tells the teacher's what to grade: packs and questions go out as one order, and signals come
-back from rank to rank (``delivery``). Orders are answered one after another; all of them have been asked for before
-the first signals of a later one are waited for, so nobody waits for somebody who waits for them.
+The student's first rank sends the teacher's what to score: packs and what is requested of them, as one order; outputs
+come back from rank to rank (``teacher.transfer``). Orders are answered one after another; all of them have been sent
+before the first outputs of a later one are waited for, so nobody waits for somebody who waits for them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from megatron_tropd.parallel.groups import Groups, Layout
 from megatron_tropd.parallel.partition import CrossWorldLink, Transfer
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, TeacherRequest
-from megatron_tropd.teacher.sharded import HiddenKind, ShardedTeacher
+from megatron_tropd.teacher.sharded import ShardedTeacher
 from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
+from megatron_tropd.teacher.wire import HiddenKind
 from megatron_tropd.types import Pack, TeacherOutputs
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
@@ -45,7 +46,7 @@ class RankSplit:
 
 
 class RemoteTeacher(ShardedTeacher):
-    """Implements ``teacher.protocol.AsyncTeacher`` on the student's ranks."""
+    """Implement ``teacher.protocol.AsyncTeacher`` on the student's ranks."""
 
     def __init__(
         self,
@@ -69,38 +70,38 @@ class RemoteTeacher(ShardedTeacher):
         )
         self._facts = {"vocab_size": vocab_size, "temperature": temperature}
 
-    def begin(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+    def start(
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> PendingScores:
-        """As ``score``; the teacher's ranks grade while the caller goes on."""
-        body = encode_request(packs, spec, self._facts)
+        """Start as ``score``; the teacher's ranks score while the caller continues."""
+        body = encode_request(packs, request, self._facts)
         sent = self._send_request(len(body), body)
-        pending = self._begin(packs, spec, asked)
+        pending = self._start(packs, request, query_ids)
 
-        def signals() -> list[TeacherOutputs | None]:
+        def outputs() -> list[TeacherOutputs | None]:
             found = pending()
             sent()
             return found
 
-        return signals
+        return outputs
 
     def score(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: QueryIds | None = None
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> list[TeacherOutputs | None]:
-        return self.begin(packs, spec, asked)()
+        return self.start(packs, request, query_ids)()
 
     def close(self) -> None:
-        """Lets the teacher's ranks go, and waits until they know; those that are gone already know it."""
+        """Release the teacher's ranks and wait until they know; those that are lost need not."""
         with suppress(EngineError):
             self._send_request(_WITHDRAWN if self._bridge.is_withdrawn() else _OVER)()
 
     def _score_assigned(
-        self, packs: Sequence[Sequence[Pack]], spec: TeacherRequest, asked: Mapping[Key, Tensor]
+        self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
-        raise AssertionError("nothing is dealt to the student's ranks")
+        raise AssertionError("nothing is assigned to the student's ranks")
 
     def _send_request(self, length: int, body: bytes = b"") -> Callable[[], None]:
-        """Starts on sending; everyone is told the length, and the first of them the rest."""
+        """Start to send: the length to everyone, and the rest to the first of them."""
         if self._bridge.rank != 0:
             return _nothing
         messages = [Transfer(torch.tensor([length]), rank, True) for rank in self._ranks]
@@ -111,21 +112,21 @@ class RemoteTeacher(ShardedTeacher):
 
 
 def _nothing() -> None:
-    """What there is to wait for off the first rank."""
+    """Wait for nothing, off the first rank."""
 
 
 def serve_score_requests(
     model: Model, rank_split: RankSplit, bridge: CrossWorldLink, *, at_order: Callable[[], None]
 ) -> bool:
-    """On the teacher's ranks: grades what the student orders, until it orders no more. Collective over them.
+    """Score what the student orders until it orders no more, on the teacher's ranks. Collective over them.
 
-    ``at_order`` is called when an order has come, before it is graded.
+    ``at_order`` is called when an order has come, before it is scored.
 
     Returns:
         Whether the student was asked to stop before it was done.
 
     Raises:
-        EngineError: the student's ranks are gone.
+        EngineError: the student's ranks are lost.
     """
     student = ReplicaMap.remote(rank_split.student, ranks=rank_split.student_ranks, round_robin=False)
     length = torch.zeros(1, dtype=torch.int64)
@@ -137,13 +138,13 @@ def serve_score_requests(
         if body is None:
             return True
         at_order()
-        packs, spec, facts = decode_request(body)
+        packs, request, facts = decode_request(body)
         teacher = MegatronTeacher(model, student, first_rank=rank_split.student_ranks, post=bridge, **facts)
-        teacher.score(packs, spec)
+        teacher.score(packs, request)
 
 
 def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
-    """An order of so many bytes, on all of the teacher's ranks; None when the student wants no more grades."""
+    """Receive an order of so many bytes on all of the teacher's ranks; None when the student wants no more scores."""
     body = torch.empty(length + 1, dtype=torch.uint8)
     if dist.get_rank() == 0:
         bridge.wait_for(body[:length], 0)
@@ -155,10 +156,10 @@ def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
 # --------------------------------------------------------------------------- orders as bytes
 
 
-def encode_request(packs: Sequence[Sequence[Pack]], spec: TeacherRequest, facts: Mapping[str, Any]) -> bytes:
-    """Packs of every replica, of which all have the same number, and what is asked of them, as safetensors."""
+def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, facts: Mapping[str, Any]) -> bytes:
+    """Encode packs of every replica, of which all have the same number, and what is requested, as safetensors."""
     flat = [pack for replica in packs for pack in replica]
-    text = json.dumps({"replicas": len(packs), "spec": asdict(spec), "facts": dict(facts)})
+    text = json.dumps({"replicas": len(packs), "request": asdict(request), "facts": dict(facts)})
     arrays: dict[str, np.ndarray] = {
         "order": np.frombuffer(text.encode(), np.uint8),
         "tokens": np.array([len(pack.token_T) for pack in flat], np.int64),
@@ -170,7 +171,7 @@ def encode_request(packs: Sequence[Sequence[Pack]], spec: TeacherRequest, facts:
 
 
 def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[str, Any]]:
-    """What ``encode_request`` was given."""
+    """Decode what ``encode_request`` was given."""
     arrays = load(body)
     order = json.loads(arrays["order"].tobytes())
     columns = {name: np.split(arrays[name], np.cumsum(arrays[of])[:-1]) for name, of in _FIELDS.items()}
@@ -180,4 +181,4 @@ def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[
         flat.append(Pack(num_valid=valid, **fields))
     each = len(flat) // order["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
-    return packs, TeacherRequest(**order["spec"]), order["facts"]
+    return packs, TeacherRequest(**order["request"]), order["facts"]

@@ -35,11 +35,11 @@ def grades(number: int, *, rows: int = 7, k: int = 5, vocab_size: int = 300, ask
         pack=17,
         asked=asked,
         fields={
-            "logprob_N": logprob[:, 0].copy(),
-            "topk_ids_NK": rng.integers(0, vocab_size, (rows, k)),
-            "topk_logprob_NK": logprob,
-            "topk_logtail_N": np.where(np.arange(rows) == 2, -np.inf, -9.0).astype(np.float32),
-            "hidden_NE.bf16": rng.integers(-(2**15), 2**15, (rows, 3)).astype(np.int16),
+            "logprob": logprob[:, 0].copy(),
+            "topk_ids": rng.integers(0, vocab_size, (rows, k)),
+            "topk_logprob": logprob,
+            "logtail": np.where(np.arange(rows) == 2, -np.inf, -9.0).astype(np.float32),
+            "hidden.bf16": rng.integers(-(2**15), 2**15, (rows, 3)).astype(np.int16),
         },
     )
 
@@ -59,29 +59,29 @@ def test_grades_come_back_as_they_were_written_with_ids_no_larger_than_they_need
                 array.shape[1] if array.ndim == 2 else 1
             )
             np.testing.assert_array_equal(found, array)
-            assert found.dtype == (id_type(vocab_size) if "_ids_" in name else array.dtype)
+            assert found.dtype == (id_type(vocab_size) if name.endswith("_ids") else array.dtype)
     expected = {200: 1, 256: 1, 257: 2, 65_536: 2, 65_537: 4, 2**32: 4, 2**40: 8}[vocab_size]
     assert id_type(vocab_size).itemsize == expected
     assert store.find(sequence_key(np.arange(99))) == [] and sequence_key(np.arange(99)) not in store
-    assert store.width(place, "entropy_N") is None
+    assert store.width(place, "entropy") is None
     assert write_part(tmp_path, [], vocab_size=vocab_size, values="fp32") is None
 
 
 def test_half_precision_costs_half_a_unit_in_the_eleventh_digit(tmp_path: Path):
     item = grades(1, rows=400, k=64)
-    item.fields["logprob_N"][:2] = (-70_000.0, -1e-6)  # type: ignore[index]
+    item.fields["logprob"][:2] = (-70_000.0, -1e-6)  # type: ignore[index]
     write_part(tmp_path, [item], vocab_size=300, values="fp16")
     store = Store(tmp_path)
     (place,) = store.find(item.key)
-    for name in ("logprob_N", "topk_logprob_NK"):
+    for name in ("logprob", "topk_logprob"):
         found, exact = store.read(place, name)[0].astype(np.float32), item.fields[name]
         assert np.isfinite(found).all()
         usual = exact > -60_000
         # 11 significant binary digits; below 2^-14 steps of 2^-24
         np.testing.assert_allclose(found[usual], exact[usual], rtol=2**-11, atol=2**-25)
-    tail = store.read(place, "topk_logtail_N")[0]
+    tail = store.read(place, "logtail")[0]
     assert np.isneginf(tail[2]) and (np.delete(tail, 2) == -9.0).all()
-    assert store.read(place, "hidden_NE")[0].dtype == np.int16, "hidden states are left as they are"
+    assert store.read(place, "hidden")[0].dtype == np.int16, "hidden states are left as they are"
 
 
 def test_one_field_of_one_sequence_is_read_without_the_others(tmp_path: Path):
@@ -90,18 +90,18 @@ def test_one_field_of_one_sequence_is_read_without_the_others(tmp_path: Path):
     assert path is not None
     store = Store(tmp_path)
     (place,) = store.find(items[7].key)
-    before = store.read(place, "logprob_N")[0]
+    before = store.read(place, "logprob")[0]
     # every blob but this one's is destroyed
     entry = store._parts[0].index[place.row]
-    begin = store._parts[0].start + int(entry["logprob_N:at"])
-    kept = path.read_bytes()[begin : begin + int(entry["logprob_N:size"])]
+    begin = store._parts[0].start + int(entry["logprob:at"])
+    kept = path.read_bytes()[begin : begin + int(entry["logprob:size"])]
     with path.open("r+b") as file:
         file.seek(store._parts[0].start)
         file.write(os.urandom(path.stat().st_size - store._parts[0].start))
         file.seek(begin)
         file.write(kept)
-    np.testing.assert_array_equal(store.read(place, "logprob_N")[0], before)
-    for name, row in (("topk_logprob_NK", 7), ("logprob_N", 8)):
+    np.testing.assert_array_equal(store.read(place, "logprob")[0], before)
+    for name, row in (("topk_logprob", 7), ("logprob", 8)):
         with pytest.raises(DataError, match="is torn or not a recording: a checksum does not match"):
             store.read(store.find(items[row].key)[0], name)
 
@@ -117,7 +117,7 @@ def test_a_part_torn_anywhere_is_one_error(tmp_path: Path):
         with pytest.raises(DataError, match="is torn or not a recording: "):
             store = Store(tmp_path)
             for number in range(3):
-                store.read(store.find(grades(number).key)[0], "topk_ids_NK")
+                store.read(store.find(grades(number).key)[0], "topk_ids")
 
 
 def test_what_is_written_twice_is_there_once_and_a_sequence_keeps_every_occasion(tmp_path: Path):
