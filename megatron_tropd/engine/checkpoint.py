@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
+from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
 
@@ -96,7 +95,7 @@ def _write_whole(
         aside.mkdir(parents=True)
     dist.barrier()
     with use_parallel_state(model.groups):
-        _collect_writes_in_process()
+        collect_writes_in_process()
         dist_checkpointing.save(sharded, str(aside))
     if beside is not None:
         beside(aside)
@@ -110,16 +109,6 @@ def _write_whole(
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     dist.barrier()
-
-
-def _collect_writes_in_process() -> None:
-    """Spares Megatron the manager process it starts to collect what was written.
-
-    Saving is synchronous here, so writer and collector are one process. The manager takes seconds to start on every
-    rank, imports ``__main__`` again, and outlives a rank that is killed: each kill and restart would leave some behind.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def find_checkpoint(root: str | Path) -> Path | None:

@@ -7,17 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from megatron_tropd.engine.patches.router_gemm import define_te_general_gemm
 from megatron_tropd.types import Architecture
 
-if not hasattr(moe_utils, "te_general_gemm"):
-    # megatron-core 0.16 asks whether this is None, but defines it only where Transformer Engine is installed
-    moe_utils.te_general_gemm = None
+define_te_general_gemm()
 
 
 class BalancingRouter(TopKRouter):

@@ -31,7 +31,7 @@ from torch import Tensor
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
-from megatron_tropd.engine.patches import cuda_calls as shim
+from megatron_tropd.engine.patches import cuda_calls
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.models.rotary import rotary_frequencies
@@ -176,7 +176,7 @@ def build_model(
         initialise: False leaves the weights as memory happens to be, for a model that is about to be loaded: Megatron
             would make every tensor-parallel matrix whole before it cuts it.
     """
-    shim.install()
+    cuda_calls.install()
     model_parallel_cuda_manual_seed(
         seed + 1, inference_rng_tracker=True, force_reset_rng=True, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=0
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.overlap import Overlap
+from megatron_tropd.engine.patches.optimizer_states import load_without_steps
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 
 # a norm this large is never reached: clipping off, gradient norm still measured
@@ -131,16 +132,6 @@ def _is_distributed_torch(part: Any) -> bool:
     return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
 
 
-def _load_without_steps(part: Any) -> None:
-    """Megatron leaves torch's ``step`` out of what it loads for a parameter, and then asks for it."""
-    fill = part._set_main_param_and_optimizer_states
-
-    def fill_but_step(parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-        fill(parameter, {**part._get_main_param_and_optimizer_states(parameter), **tensors})
-
-    part._set_main_param_and_optimizer_states = fill_but_step
-
-
 def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | None = None) -> Optimization:
     """Wraps the model's chunks for training. Collective over the world.
 
@@ -193,7 +184,7 @@ def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | No
     for part in _parts(optimizer):
         part.optimizer.register_step_pre_hook(lambda *_: states.check())
         if _is_distributed_torch(part):
-            _load_without_steps(part)
+            load_without_steps(part)
         if part.init_state_fn is None:  # Megatron gives SGD none, and cannot load its state without
             part.init_state_fn = _give_momentum
     scheduler = OptimizerParamScheduler(

@@ -47,3 +47,11 @@ def test_a_run_with_engines_in_its_processes_trains_and_evaluates_as_with_the_em
     # greedy answers of the same weights need no random numbers: they are the same answers
     assert ours["student before", "greedy"] == theirs["student before", "greedy"]
     assert ours.keys() == theirs.keys()
+
+
+def test_what_is_patched_of_vllm_is_there_to_be_patched():
+    from megatron_tropd.engine.patches.table import PATCHES
+    from tests.unit.engine.test_patches import resolved
+
+    targets = [patch.target for patch in PATCHES if patch.target.startswith("vllm.")]
+    assert targets and all(callable(resolved(target)) for target in targets)

@@ -1,4 +1,4 @@
-"""Lets Megatron-Core run where there is no CUDA; inert where there is.
+"""Let Megatron-Core run where there is no CUDA; inert where there is.
 
 Megatron-Core names CUDA in a handful of places (``device="cuda"`` literals, ``torch.cuda.current_device()``,
 ``tensor.type()`` strings). On a machine without CUDA these contexts answer for it with the CPU, through
@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Process-wide part of the shim: two ``torch.cuda`` functions, CUDA RNG of recompute, dispatch to experts.
+    """Patch, process-wide: two ``torch.cuda`` functions, CUDA RNG of recompute, dispatch to experts.
 
     Recompute saves and restores the CUDA RNG state; this package trains without dropout, so there is nothing to save.
     """

@@ -1,4 +1,4 @@
-"""Points Megatron-Core's remaining global reads at one layout, for the duration of a block.
+"""Point Megatron-Core's remaining global reads at one layout, for the duration of a block.
 
 The model, DDP, optimizer and schedules take explicit groups, but a few places in megatron-core 0.16 still read
 ``parallel_state`` (cross_entropy, attention, layers under sequence parallel, layer layout): with another layout's
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_tropd.engine.patches import cuda_calls as shim
+from megatron_tropd.engine.patches import cuda_calls
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import Groups
 
@@ -50,7 +50,7 @@ def _globals_of(groups: Groups) -> dict[str, object]:
 
 @contextlib.contextmanager
 def use_parallel_state(groups: Groups) -> Iterator[None]:
-    """Within the block, Megatron-Core's global state describes ``groups`` and CUDA literals mean the CPU if need be."""
+    """Let Megatron-Core's globals describe ``groups`` within the block; CUDA literals mean the CPU if need be."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     wanted = _globals_of(groups)
@@ -63,7 +63,7 @@ def use_parallel_state(groups: Groups) -> Iterator[None]:
     before = {name: getattr(parallel_state, name) for name in wanted}
     vars(parallel_state).update(wanted)
     try:
-        with shim.cuda_names_mean_cpu():
+        with cuda_calls.cuda_names_mean_cpu():
             yield
     finally:
         vars(parallel_state).update(before)
