@@ -47,6 +47,7 @@ class Prompt:
     text: str
     answer: str | None = None  # reference answer, for grading
     response_ids: Int64Array | None = None  # [L] one teacher response, for guidance
+    response_finished: bool = True  # False: it was cut off, has no end token and may be continued
     source: str = ""  # name of the data source, empty where there is only one
     teacher: str = ""  # name of the teacher that grades it, empty where there is only one
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.files import find_files, read_rows
-from megatron_tropd.data.prompts import Columns, read_prompts
+from megatron_tropd.data.prompts import read_prompts
+from megatron_tropd.data.rows import Columns
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights

@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from megatron_tropd.data.files import BadRow, RawRow, column_of, find_files, read_rows
+from megatron_tropd.data.files import BadRow, RawRow, find_files, read_rows
+from megatron_tropd.data.notes import Notes
+from megatron_tropd.data.rows import Columns, RowParser, Source
 from megatron_tropd.data.table import PromptTable
-from megatron_tropd.data.templates import RowTemplate, row_template
-from megatron_tropd.data.tokenizer import Message, Tokenizer
-from megatron_tropd.errors import ConfigError, DataError, TokenizerError
-from megatron_tropd.types import Int64Array, Prompt
+from megatron_tropd.data.tokenizer import Tokenizer
+from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
-    """Names of the columns, ``a.b`` for a field. GSM8K: ``Columns(prompt="question", response="answer")``."""
-
-    prompt: str = "prompt"  # text, or chat messages
-    messages: str = "messages"  # chat messages; read where a row has no prompt column
-    response: str = "response"  # optional: one response of the teacher, used for guidance
-    answer: str = "answer"  # optional: reference for grading, text or number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where prompts come from and how a row becomes one."""
-
-    paths: tuple[Path, ...]  # files, globs and directories
-    name: str = ""
-    teacher: str = ""  # who grades it; empty where there is only one teacher
-    columns: Columns = Columns()
-    template: str | None = (
-        None  # Jinja over the row's columns, ``{{ prompt }}`` the prompt column; None: the prompt alone
-    )
-    answer_template: str | None = None  # the same for the reference answer
-    system: str | None = None  # system message of every conversation that has none
+_COLUMNS = Columns()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +46,7 @@ def read_prompts(
     paths: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
-    columns: Columns = Columns(),
+    columns: Columns = _COLUMNS,
     max_prompt_tokens: int | None = None,
     require_response: bool = False,
     on_bad_row: OnBadRow = "error",
@@ -89,9 +64,10 @@ def read_sources(
     """Reads, checks and tokenizes every row of every source.
 
     ``Prompt.index`` is the row's number from 0 (the line of a text file, blank ones included), counted through all
-    files of all sources, so it does not change when rows are filtered. ``Prompt.response_ids`` ends in
-    ``tokenizer.eos_ids[0]``. A conversation that ends in an assistant message is a prompt with that response, unless
-    the row has a response column.
+    files of all sources, so it does not change when rows are filtered. ``Prompt.response_ids`` are what the chat
+    template writes behind the prompt, up to the token that ends the turn (without one where the response was cut off).
+    A conversation that ends in an assistant message is a prompt with that response, unless the row has a response
+    column. What was changed or left unread is said once per source, with counts.
 
     Args:
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and logs how many.
@@ -121,23 +97,29 @@ class _Reading:
     rows_before: int = 0  # of the files already read
 
     def read(self, source: Source, tokenizer: Tokenizer) -> None:
-        files, parser = find_files(source.paths), _RowParser(source, tokenizer, self.limits.require_response)
+        files, notes = find_files(source.paths), Notes()
+        parser = RowParser(source, tokenizer, require_response=self.limits.require_response, notes=notes)
         kept, too_long, bad = len(self.table), len(self.too_long), len(self.bad)
         most = self.limits.max_rows
         with closing(self._rows(files, parser)) as rows:
             for file, row in rows:
+                notes.place = f"{file}:{row.number}"
                 self._take(file, row, parser)
                 if most is not None and len(self.table) - kept == most:
                     break
+        what = source.name or ", ".join(map(str, files))
+        notes.tell(what)
+        if unseen := parser.unseen_columns():
+            logger.warning("%s: the template reads %s, which no row has", what, ", ".join(map(repr, unseen)))
         _report_left_out(
-            source.name or ", ".join(map(str, files)),
+            what,
             kept=len(self.table) - kept,
             too_long=len(self.too_long) - too_long,
             bad=self.bad[bad:],
             limits=self.limits,
         )
 
-    def _rows(self, files: Sequence[Path], parser: _RowParser) -> Generator[tuple[Path, RawRow], None, None]:
+    def _rows(self, files: Sequence[Path], parser: RowParser) -> Generator[tuple[Path, RawRow], None, None]:
         for file in files:
             number = 0
             try:
@@ -147,7 +129,7 @@ class _Reading:
             finally:  # also when a source has enough rows: those of the next one have numbers of their own
                 self.rows_before += number
 
-    def _take(self, file: Path, row: RawRow, parser: _RowParser) -> None:
+    def _take(self, file: Path, row: RawRow, parser: RowParser) -> None:
         index = self.rows_before + row.number - 1
         try:
             if isinstance(row.content, BadRow):
@@ -183,113 +165,3 @@ def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str],
         raise DataError(f"no usable prompt in {what}: {summary}. Check the column names and length limits.")
     if too_long or bad:
         logger.warning("%s: kept %d prompts, left out %s", what, kept, summary)
-
-
-# --------------------------------------------------------------------------- one row
-
-
-class _RowParser:
-    """Turns rows of one source into prompts. Its methods raise BadRow."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, require_response: bool) -> None:
-        self._source, self._tokenizer, self._required = source, tokenizer, require_response
-        self._template, self._answer_template = _compiled(source.template), _compiled(source.answer_template)
-        names, used = source.columns, [t.columns for t in (self._template, self._answer_template) if t]
-        self.columns = frozenset({names.prompt, names.messages, names.response, names.answer}.union(*used))
-        # with a template of its own a source may have neither
-        self.one_of = () if self._template else (names.prompt, names.messages)
-
-    def prompt(self, index: int, row: dict[str, Any]) -> Prompt:
-        conversation, response = self._conversation(row)
-        shown = conversation if isinstance(conversation, str) else "\n".join(m["content"] for m in conversation)
-        return Prompt(
-            index=index,
-            token_ids=_encoded(self._tokenizer.render_prompt, conversation),
-            text=shown,
-            answer=self._answer(row),
-            response_ids=self._response(row, response),
-            source=self._source.name,
-            teacher=self._source.teacher,
-        )
-
-    def _conversation(self, row: dict[str, Any]) -> tuple[str | list[Message], str | None]:
-        """What the model is to continue, and how the row itself continues it."""
-        given, response = self._given(row), None
-        if isinstance(given, list) and given[-1]["role"] == "assistant":
-            response = given.pop()["content"]
-            if not given:
-                raise BadRow("the conversation has only an assistant message: there is nothing to answer.")
-        if self._template is not None:
-            given = self._filled(self._template, given, row)
-        if isinstance(given, str):
-            if not given.strip():
-                raise BadRow(f"column {self._source.columns.prompt!r} is empty.")
-            given = given if self._source.system is None else [{"role": "user", "content": given}]
-        if isinstance(given, list) and self._source.system is not None and given[0]["role"] != "system":
-            given = [{"role": "system", "content": self._source.system}, *given]
-        assert given is not None  # without a template a row has a prompt
-        return given, response
-
-    def _given(self, row: dict[str, Any]) -> str | list[Message] | None:
-        """The prompt column as it stands; None where a template does without."""
-        names = self._source.columns
-        prompt = column_of(row, names.prompt)
-        if prompt is None:
-            prompt = column_of(row, names.messages)
-        if prompt is None and self._template is None:
-            raise BadRow(f"has neither {names.prompt!r} nor {names.messages!r}, only {sorted(row)}.")
-        if prompt is None or isinstance(prompt, str):
-            return prompt
-        if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-            return list(prompt)
-        if self._template is not None:
-            return str(prompt)
-        raise BadRow(
-            f"prompt holds {str(prompt)[:80]!r}, expected text or a list of messages with text 'role' and 'content'."
-        )
-
-    def _filled(
-        self, template: RowTemplate, given: str | list[Message] | None, row: dict[str, Any]
-    ) -> str | list[Message]:
-        """The template around a text, or around the last message of a conversation."""
-        if not isinstance(given, list):
-            return template.render(row if given is None else row | {"prompt": given})
-        *before, last = given
-        return [*before, {**last, "content": template.render(row | {"prompt": last["content"]})}]
-
-    def _answer(self, row: dict[str, Any]) -> str | None:
-        column = self._source.columns.answer
-        answer = column_of(row, column)
-        if self._answer_template is not None:
-            return self._answer_template.render(row if answer is None else row | {"answer": answer})
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-            raise BadRow(f"column {column!r} holds {type(answer).__name__}, expected text or a number.")
-        return None if answer is None else str(answer)
-
-    def _response(self, row: dict[str, Any], spoken: str | None) -> Int64Array | None:
-        column = self._source.columns.response
-        response = column_of(row, column)
-        response = spoken if response is None else response
-        if response is None and not self._required:
-            return None
-        if not isinstance(response, str) or not response:
-            raise BadRow(f"column {column!r} holds {str(response)[:80]!r}, expected text that is not empty.")
-        ids = _encoded(self._tokenizer.encode, response)
-        if ids.size and ids[-1] in self._tokenizer.eos_ids:  # some files keep the end token in the text
-            return ids
-        return np.append(ids, np.int64(self._tokenizer.eos_ids[0]))
-
-
-def _compiled(template: str | None) -> RowTemplate | None:
-    return None if template is None else row_template(template)
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def _encoded(encode: Callable[[Any], list[int]], prompt: str | list[Message]) -> Int64Array:
-    try:
-        return np.asarray(encode(prompt), dtype=np.int64)
-    except TokenizerError as error:
-        raise BadRow(f"{error}") from error

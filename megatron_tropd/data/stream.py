@@ -37,6 +37,7 @@ class PromptStream:
     shuffle: bool = True
     shares: tuple[Share, ...] = ()  # none: all prompts are one source
     _turns: Turns = field(init=False, repr=False, compare=False)
+    _orders: dict[int, tuple[int, Int64Array]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -47,6 +48,7 @@ class PromptStream:
             object.__setattr__(self, "shares", (Share(np.arange(len(self.prompts))),))
         if any(len(share.rows_N) == 0 for share in self.shares):
             raise DataError("a source of the mixture has no prompt.")
+        object.__setattr__(self, "_orders", {})
         object.__setattr__(self, "_turns", Turns([share.weight for share in self.shares]))
 
     def batch(self, step: int, size: int) -> list[Prompt]:
@@ -78,7 +80,14 @@ class PromptStream:
         source, turn = self._turns.at(place)
         rows_N = self.shares[source].rows_N
         epoch, offset = divmod(turn, len(rows_N))
-        return int(rows_N[_order(self.seed, epoch, source, len(rows_N))[offset] if self.shuffle else offset])
+        return int(rows_N[self._order(epoch, source, len(rows_N))[offset] if self.shuffle else offset])
+
+    def _order(self, epoch: int, source: int, count: int) -> Int64Array:
+        """The order of a source's epoch; the last one of every source is kept, so each is drawn once."""
+        kept = self._orders.get(source)
+        if kept is None or kept[0] != epoch:
+            kept = self._orders[source] = (epoch, _order(self.seed, epoch, source, count))
+        return kept[1]
 
 
 class Turns:

@@ -76,7 +76,7 @@ class PromptTable(Sequence[Prompt]):
     def __init__(self) -> None:
         self._token_ids, self._response_ids = Ragged("i"), Ragged("i")
         self._text, self._answer = Ragged("B"), Ragged("B")
-        self._has_answer = bytearray()
+        self._has_answer, self._finished = bytearray(), bytearray()
         self._index, self._line = array("q"), array("q")
         self._file, self._origin = array("i"), array("i")
         self._files: list[str] = []
@@ -89,6 +89,7 @@ class PromptTable(Sequence[Prompt]):
         self._text.append_bytes(_encode(prompt.text))
         self._answer.append_bytes(_encode(prompt.answer or ""))
         self._has_answer.append(prompt.answer is not None)
+        self._finished.append(prompt.response_finished)
         self._index.append(prompt.index)
         self._line.append(line)
         self._file.append(_number_of(self._files, str(file)))
@@ -112,6 +113,7 @@ class PromptTable(Sequence[Prompt]):
             text=_decode(self._text[row]),
             answer=_decode(self._answer[row]) if self._has_answer[row] else None,
             response_ids=np.array(response, dtype=np.int64) if response else None,
+            response_finished=bool(self._finished[row]),
             source=origin.source,
             teacher=origin.teacher,
         )
@@ -153,7 +155,7 @@ class PromptTable(Sequence[Prompt]):
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         ragged = (self._token_ids, self._response_ids, self._text, self._answer)
-        return sum(part.nbytes for part in ragged) + len(self) * (1 + 8 + 8 + 4 + 4)
+        return sum(part.nbytes for part in ragged) + len(self) * (1 + 1 + 8 + 8 + 4 + 4)
 
 
 def table_of(prompts: Iterable[Prompt]) -> PromptTable:

@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_tropd.data.chat import ChatTemplate, Message, Tools
 from megatron_tropd.errors import TokenizerError
 
-Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 character decodes to
 
 
@@ -24,7 +25,20 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response; the first one is appended to responses that we write."""
+        """Tokens that end a response: the tokenizer's own, those of ``generation_config.json``, and what the chat
+        template ends a turn with."""
+
+    @property
+    def turn_end(self) -> int:
+        """The one of ``eos_ids`` that the chat template ends a turn with; the first of them where there is none."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Token that begins a text, where the tokenizer has one."""
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template that prompts are rendered with; None: they are plain text."""
 
     @property
     def pad_id(self) -> int:
@@ -44,13 +58,19 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids`` without special tokens."""
 
+    def response_text(self, ids: Iterable[int]) -> str:
+        """Text of a sampled response up to its end, special tokens (``<think>``, ``[TOOL_CALLS]``) included."""
+
+    def token_text(self, i: int) -> str:
+        """How a token is written in a text."""
+
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """One readable piece per id, special tokens included; joined, the pieces are the decoded text.
 
         A character spread over several tokens shows at the last of them.
         """
 
-    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+    def render_prompt(self, prompt: str | Sequence[Message], *, tools: Tools | None = None) -> list[int]:
         """Ids a model should continue: the chat template around ``prompt`` where there is one, else its plain text."""
 
     def fingerprint(self) -> str:
@@ -131,10 +151,11 @@ class HuggingFaceTokenizer:
 
     path: Path
     eos_ids: tuple[int, ...]
+    turn_end: int
+    bos_id: int | None
     pad_id: int
     vocab: Mapping[str, int] = field(repr=False)
-    use_chat_template: bool
-    template_options: Mapping[str, Any]
+    chat: ChatTemplate | None
     _tokenizer: Any = field(repr=False)
 
     @property
@@ -147,15 +168,23 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def response_text(self, ids: Iterable[int]) -> str:
+        kept = _before_end(ids, self.eos_ids)
+        return str(self._tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False))
+
+    def token_text(self, i: int) -> str:
+        added = self._tokenizer.added_tokens_decoder.get(i)
+        return str(added.content) if added is not None else self.tokens([i])[0]
+
     def tokens(self, ids: Iterable[int]) -> list[str]:
         # The Rust decoder itself: a report decodes every token twice, and the wrapper is four times slower.
         decode = self._tokenizer.backend_tokenizer.decode
         return list(_readable_pieces(list(ids), lambda part: decode(part, skip_special_tokens=False)))
 
-    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        if self.use_chat_template:
+    def render_prompt(self, prompt: str | Sequence[Message], *, tools: Tools | None = None) -> list[int]:
+        if self.chat is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            return self.encode(self._render(messages))
+            return self.encode(self.chat.render(messages, tools=tools))
         if not isinstance(prompt, str):
             raise TokenizerError(
                 f"tokenizer {self.path} has no chat template (or it is switched off), so it cannot render a list of "
@@ -177,16 +206,6 @@ class HuggingFaceTokenizer:
                 "Its vocabulary may be closed (words it does not know have no token)."
             ) from error
 
-    def _render(self, messages: list[Any]) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, **self.template_options
-                )
-            )
-        except Exception as error:  # templates are programs: they raise whatever their author chose
-            raise TokenizerError(f"the chat template of {self.path} refuses {str(messages)[:300]}: {error}") from error
-
 
 def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Mapping[str, Any]) -> HuggingFaceTokenizer:
     tokenizer = _open_fast_tokenizer(path)
@@ -195,16 +214,31 @@ def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Map
         raise TokenizerError(f"tokenizer {path} has an empty vocabulary: its files are damaged, fetch them again.")
     generation = _read_generation_config(path)
     eos_ids = _eos_ids(path, tokenizer.eos_token_id, generation.get("eos_token_id"), set(vocab.values()))
-    pad_id = tokenizer.pad_token_id
+    pad_id, bos_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    chat, turn_end = None, None
+    if chat_template and tokenizer.chat_template:
+        chat = ChatTemplate(path, dict(template_options), tokenizer)
+        turn_end = _turn_end(tokenizer, chat.turn_tail, eos_ids)
     return HuggingFaceTokenizer(
         path=path,
-        eos_ids=eos_ids,
+        eos_ids=eos_ids if turn_end is None else tuple(dict.fromkeys((*eos_ids, turn_end))),
+        turn_end=eos_ids[0] if turn_end is None else turn_end,
+        bos_id=None if bos_id is None else int(bos_id),
         pad_id=eos_ids[0] if pad_id is None else int(pad_id),
         vocab=vocab,
-        use_chat_template=chat_template and bool(tokenizer.chat_template),
-        template_options=dict(template_options),
+        chat=chat,
         _tokenizer=tokenizer,
     )
+
+
+def _turn_end(tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None:
+    """The first end token, or else mark, of what a template writes behind an answer; None where it writes neither."""
+    added = tokenizer.added_tokens_decoder
+    ids = [i for i in tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids if i in added]
+    if tokenizer.bos_token_id not in eos_ids:
+        ids = [i for i in ids if i != tokenizer.bos_token_id]
+    special = [i for i in ids if added[i].special or i in eos_ids]
+    return next(iter(special or ids), None)
 
 
 def _open_fast_tokenizer(path: Path) -> Any:
@@ -261,6 +295,10 @@ def _eos_ids(path: Path, own: int | None, listed: Any, known: set[int]) -> tuple
     return tuple(dict.fromkeys(ids))
 
 
+def _before_end(ids: Iterable[int], ends: Collection[int]) -> list[int]:
+    return list(takewhile(lambda i: i not in ends, ids))
+
+
 def _readable_pieces(ids: list[int], decode: Any) -> Iterator[str]:
     """Splits ``decode(ids)`` into one piece per id.
 
@@ -289,6 +327,16 @@ class SentencePieceTokenizer:
     pad_id: int
     vocab: Mapping[str, int] = field(repr=False)
     _processor: Any = field(repr=False)
+    chat: None = None
+
+    @property
+    def turn_end(self) -> int:
+        return self.eos_ids[0]
+
+    @property
+    def bos_id(self) -> int | None:
+        bos = int(self._processor.bos_id())
+        return bos if bos >= 0 else None
 
     @property
     def vocab_size(self) -> int:
@@ -300,6 +348,12 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._processor.decode(list(ids)))
 
+    def response_text(self, ids: Iterable[int]) -> str:
+        return self.decode(_before_end(ids, self.eos_ids))
+
+    def token_text(self, i: int) -> str:
+        return self.tokens([i])[0]
+
     def tokens(self, ids: Iterable[int]) -> list[str]:
         ids = list(ids)
         pieces = _readable_pieces(ids, self._processor.decode)
@@ -309,14 +363,13 @@ class SentencePieceTokenizer:
             for i, piece in zip(ids, pieces, strict=True)
         ]
 
-    def render_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+    def render_prompt(self, prompt: str | Sequence[Message], *, tools: Tools | None = None) -> list[int]:
         if not isinstance(prompt, str):
             raise TokenizerError(
                 f"tokenizer {self.path} is a raw sentencepiece model without a chat template, so it cannot render a "
                 f"list of {len(prompt)} messages: give prompts as plain text."
             )
-        bos = self._processor.bos_id()
-        return ([bos] if bos >= 0 else []) + self.encode(prompt)
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(prompt)
 
     def fingerprint(self) -> str:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]  # they decide what is merged

@@ -27,8 +27,8 @@ _SEED_OFFSET = 1 << 40
 
 
 def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
-    """The response as text, without special tokens."""
-    return tokenizer.decode(rollout.token_ids[rollout.prompt_length :].tolist())
+    """The response as text up to its end. Special tokens (``<think>``, ``[TOOL_CALLS]``) are part of it."""
+    return tokenizer.response_text(rollout.token_ids[rollout.prompt_length :].tolist())
 
 
 def training_rule(data: DataConfig, prompt: Prompt) -> GradingRule:

@@ -19,7 +19,7 @@ def make_requests(
 
     A guided request starts with the first ``floor(fraction * L)`` tokens of the prompt's teacher response of length L
     (methods.md, "Off-policy guidance"), capped by the response budget; the student continues within what is left of
-    the budget. When the whole response is taken there is nothing to continue.
+    the budget. When the whole response is taken there is nothing to continue, unless it was cut off.
 
     Raises:
         DataError: guidance is asked for and a prompt has no teacher response.
@@ -51,5 +51,5 @@ def _prefix(prompt: Prompt, fraction: float, budget: int) -> tuple[np.ndarray, i
             "`tropd generate`, or set rollout.guided_per_prompt=0."
         )
     length = min(int(np.floor(fraction * len(response))), budget)
-    whole = length == len(response)
-    return response[:length], 0 if whole else budget - length
+    ended = length == len(response) and prompt.response_finished
+    return response[:length], 0 if ended else budget - length

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
-from megatron_tropd.data.prompts import Columns, Limits, Source, read_sources
+from megatron_tropd.data.prompts import Limits, read_sources
+from megatron_tropd.data.rows import Columns, Source
 from megatron_tropd.data.stream import Share
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer

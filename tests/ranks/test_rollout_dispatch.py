@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,13 @@ def test_requests_are_numbered_prompt_by_prompt_and_only_guided_ones_have_a_pref
 def test_a_prefix_is_the_start_of_the_response_and_counts_against_the_budget(fraction, budget, prefix, left):
     (request,) = make_requests([prompt(0)], samples=0, guided=1, fraction=fraction, max_new_tokens=budget)
     assert (request.prefix_ids.tolist(), request.max_new_tokens) == (prefix, left)
+
+
+@pytest.mark.parametrize(("fraction", "left"), [(1.0, 14), (0.99, 15)])
+def test_what_was_cut_off_may_be_continued_when_all_of_it_is_taken(fraction, left):
+    cut = replace(prompt(0, RESPONSE[:-1]), response_finished=False)
+    (request,) = make_requests([cut], samples=0, guided=1, fraction=fraction, max_new_tokens=20)
+    assert request.max_new_tokens == left and len(request.prefix_ids) == 20 - left
 
 
 def test_guidance_needs_a_response():

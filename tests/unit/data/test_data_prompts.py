@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from megatron_tropd.data.prompts import Columns, Limits, Source, read_prompts, read_sources
+from megatron_tropd.data.prompts import Limits, read_prompts, read_sources
+from megatron_tropd.data.rows import Columns, Source
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 

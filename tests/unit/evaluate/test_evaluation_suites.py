@@ -32,6 +32,8 @@ class Letters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(96 + i) for i in ids if i not in self.eos_ids)
 
+    response_text = decode
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i]) for i in ids]
 

@@ -22,7 +22,10 @@ from megatron_tropd.types import Architecture, Prompt
 class Letters:
     """Token i is the i-th letter, 0 the end token; a conversation is rendered as ``role:content`` lines."""
 
-    eos_ids = (0,)
+    eos_ids, turn_end, pad_id, bos_id, chat, vocab = (0,), 0, 0, None, None, {}
+
+    def token_text(self, i: int) -> str:
+        return "" if i == 0 else chr(i)
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
