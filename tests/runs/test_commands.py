@@ -110,7 +110,9 @@ def compare_with_transformers(model: str, out: str, budget: int) -> None:
             pad_token_id=0,
             eos_token_id=tokenizer.eos_token_id,
         )
-        assert tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True) == row["response"]
+        said = answer[0, ids.shape[1] :].tolist()
+        end = said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
+        assert tokenizer.decode(said[:end], skip_special_tokens=False) == row["response"]  # marks are part of it
 
 
 # --------------------------------------------------------------------------- evaluate

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from megatron_tropd.data.files import find_files, read_rows
-from megatron_tropd.data.prompts import Columns, Limits, Source, read_prompts, read_sources
+from megatron_tropd.data.prompts import Limits, read_prompts, read_sources
+from megatron_tropd.data.rows import Columns, Source
 from megatron_tropd.data.table import PromptTable, table_of
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_tropd.data import stream as streaming
 from megatron_tropd.data.stream import PromptStream, Share, Turns
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.types import Prompt
@@ -148,3 +149,19 @@ def test_mixtures_that_cannot_be_are_refused():
     for weight in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="one number above 0 for each"):
             Turns([1.0, weight])
+
+
+@pytest.mark.parametrize("count", [16, 17, 40])
+def test_an_epoch_s_order_is_drawn_once_however_many_sources_there_are(count, monkeypatch):
+    drawn: list[tuple[int, int]] = []
+    real = streaming._order
+
+    def draw(seed: int, epoch: int, source: int, size: int) -> Any:
+        drawn.append((source, epoch))
+        return real(seed, epoch, source, size)
+
+    monkeypatch.setattr(streaming, "_order", draw)
+    shares = tuple(Share(np.arange(7 * i, 7 * i + 7)) for i in range(count))
+    seen = walk(stream(7 * count, shares=shares), range(14), count)  # two epochs of every source
+    assert sorted(drawn) == [(source, epoch) for source in range(count) for epoch in range(2)]
+    assert sorted(seen) == sorted([*range(7 * count)] * 2)
