@@ -12,16 +12,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError
 from megatron_tropd.parallel.leaving import leave
-
-if TYPE_CHECKING:
-    from megatron_tropd.config.run import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -154,7 +151,7 @@ def check(
     from megatron_tropd.config.loading import load_config
 
     if cluster is not None:
-        from megatron_tropd.planning.cluster_report import print_cluster_plan
+        from megatron_tropd.commands.cluster_plan import print_cluster_plan
 
         print_cluster_plan(load_config(config, overrides or [], check_paths=False), cluster)
         return
@@ -371,9 +368,9 @@ def demo(
     method: Annotated[str, typer.Option(help="Preset to distil with.")] = "tropd",
     processes: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 2,
     engine: Annotated[
-        Literal["megatron", "vllm", "vllm_server"],
-        typer.Option(help="Who samples: the trainer's own model, vLLM in its processes, or a vLLM server."),
-    ] = "megatron",
+        str | None,
+        typer.Option(help="rollout.engine, who samples: the trainer's own model (default), vllm, or vllm_server."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train the demo's student: a few minutes on two CPU cores."""
@@ -381,20 +378,20 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    from megatron_tropd.commands.demo import SMALL_CACHE, student_server
+    from megatron_tropd.commands.demo import of_engine, student_server
 
     changes = [*_of_preset(root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
-    changes += [] if engine == "megatron" else [SMALL_CACHE]
-    changes += overrides or []
+    added, needs_servers = of_engine(engine)
+    changes += [*added, *(overrides or [])]
     with contextlib.ExitStack() as beside:
-        if engine == "vllm_server":
-            settings = _check_early(config, changes, processes)
-            url, key = beside.enter_context(student_server(config, changes, settings, root=root))
+        if needs_servers:
+            _check_early(config, changes, processes)
+            url, key = beside.enter_context(student_server(config, changes, root=root))
             changes.append(f"rollout.vllm_server.urls=[{url}]")
         else:
             key = {}
-        if engine != "megatron":
+        if engine is not None:
             changes.append(f"rollout.engine={engine}")
         _check_early(config, changes, processes)
         command = [
@@ -415,7 +412,7 @@ def _of_preset(root: Path, method: str) -> list[str]:
     return read_overrides(file) if file.exists() else [f"method.name={method}"]
 
 
-def _check_early(config: Path, changes: list[str], processes: int) -> RunConfig:
+def _check_early(config: Path, changes: list[str], processes: int) -> None:
     """Finds a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
     from megatron_tropd.config.loading import load_config
     from megatron_tropd.methods import build_method
@@ -423,4 +420,3 @@ def _check_early(config: Path, changes: list[str], processes: int) -> RunConfig:
     # paths are relative to the root of the repository, where the ranks will be
     settings = load_config(config, changes, world_size=processes, check_paths=False)
     build_method(settings.method.name, **settings.method.options)
-    return settings

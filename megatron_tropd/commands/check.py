@@ -21,7 +21,7 @@ from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
-from megatron_tropd.planning.phases import by_phase
+from megatron_tropd.planning.phases import by_phase, leaving
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -256,7 +256,8 @@ def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> 
 
 def _memory_table(memory: Memory, config: RunConfig) -> Table:
     table = Table(title="Estimated memory of the fullest rank, MiB", title_justify="left", box=None, show_header=False)
-    phases = {f"in all while {phase}": size for phase, size in by_phase(memory.parts, config).items()}
+    leaves = leaving(rollout=config.rollout, teacher=config.teacher, optimizer=config.optimizer)
+    phases = {f"in all while {phase}": size for phase, size in by_phase(memory.parts, leaves).items()}
     for name, size in (memory.parts | phases).items():
         table.add_row(name, f"{size / _MIB:,.1f}")
     return table

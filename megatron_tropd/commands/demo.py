@@ -16,26 +16,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_tropd.config.run import RunConfig
-from megatron_tropd.errors import ServingError
+from megatron_tropd.config.loading import load_config
+from megatron_tropd.errors import ConfigError, ServingError
 
 # so many MiB hold all sequences of a step; vLLM would take a GiB
-SMALL_CACHE = "rollout.vllm.cache_mib=64"
+_SMALL_CACHE = "rollout.vllm.cache_mib=64"
 _START_S = 300.0
 _END_S = 15.0
 
 
+def of_engine(name: str | None) -> tuple[list[str], bool]:
+    """Return the overrides that the demo adds for a rollout engine, and whether it needs a server.
+
+    ``name``: None is the configuration's own engine.
+
+    Raises:
+        ConfigError: no such engine, or one that cannot write.
+    """
+    from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
+
+    if name is None:
+        return [], False
+    able = [other for other, row in ROLLOUT_ENGINES.items() if row.generates]
+    if name not in able:
+        raise ConfigError(f"--engine is {name}: use one of {', '.join(able)}.")
+    row = ROLLOUT_ENGINES[name]
+    return [_SMALL_CACHE] if row.needs_vllm or row.needs_servers else [], row.needs_servers
+
+
 @contextmanager
-def student_server(
-    config: Path, overrides: Sequence[str], settings: RunConfig, *, root: Path
-) -> Iterator[tuple[str, Mapping[str, str]]]:
+def student_server(config: Path, overrides: Sequence[str], *, root: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
     """A server on a free port of loopback, ended with the block: its address, and the variable that holds its key.
 
-    ``settings``: those of ``config`` with ``overrides``. What the server says goes to ``server.log`` in ``run_dir``.
+    What the server says goes to ``server.log`` in ``run_dir``.
 
     Raises:
         ServingError: it ended, or was not ready in five minutes.
     """
+    settings = load_config(config, overrides, check_paths=False)
     port, variable = _free_port(), settings.rollout.vllm_server.key_variable
     key = {variable: os.environ.get(variable) or secrets.token_urlsafe(24)}
     command = [sys.executable, "-m", "megatron_tropd", "serve", "student", str(config), *overrides, f"--port={port}"]

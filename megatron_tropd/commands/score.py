@@ -16,8 +16,8 @@ from megatron_tropd.parallel.groups import initialize_distributed
 from megatron_tropd.rollout.dispatch import contexts_of, to_rollout
 from megatron_tropd.rollout.engines.recorded import read_rollouts
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.setup.build import build_teacher, build_world, load_frozen, pack_for
-from megatron_tropd.setup.validate import Inputs, check_writable, live_teacher_engine, read_inputs, teacher_request
+from megatron_tropd.setup.build import build_teacher, build_world, load_teacher, pack_for
+from megatron_tropd.setup.validate import Inputs, check_writable, read_inputs, teacher_request
 from megatron_tropd.teacher.store import Store, sequence_key
 from megatron_tropd.types import Rollout, SamplingParams
 
@@ -71,10 +71,7 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     device = initialize_distributed()
     world = build_world(config, device, base=inputs.base is not None)
     spec = teacher_request(config, inputs.method)
-    model = None
-    if world.teacher is not None and live_teacher_engine(config) == "megatron":
-        model = load_frozen(config, config.teacher.model, world.teacher, world)
-    teacher = build_teacher(config, inputs, model, world)
+    teacher = build_teacher(config, inputs, load_teacher(config, world), world)
     store, done = Store(directory), Scored()
     dist.barrier()  # everyone has seen the same grades
     seen: set[bytes] = set()

@@ -117,18 +117,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _several_teachers_are_megatrons_own_and_live(self) -> Self:
+    def _several_teachers_share_the_ranks_and_are_live(self) -> Self:
         if not self.teachers:
             return self
         if all(source.teacher is not None for source in self.data.sources):
             raise ValueError(
                 "every source names one of teachers, so that teacher.model would grade nothing. "
                 "Move one of them there, and leave out the name in its sources."
-            )
-        if self.teacher.engine != "megatron":
-            raise ValueError(
-                f"teacher.engine = {self.teacher.engine} is for runs with one teacher, and teachers holds "
-                f"{len(self.teachers)} more. Set it to megatron."
             )
         if self.teacher.ranks:
             raise ValueError(

@@ -16,15 +16,26 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError
 
-from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import Real, Section, Whole, key
+from megatron_tropd.config.sections import (
+    DataConfig,
+    Dtype,
+    OptimizerConfig,
+    Real,
+    RolloutConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    Whole,
+    key,
+)
 from megatron_tropd.engine.model import check_divisible, check_trainable, padded_vocab_size
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.activations import activation_bytes
 from megatron_tropd.planning.parameters import States, frozen_states, layers_of_stages, total_parameters, trained_states
-from megatron_tropd.planning.phases import by_phase, moved_bytes
+from megatron_tropd.planning.phases import by_phase, leaving, moved_bytes
 from megatron_tropd.planning.traffic import (
     Load,
     Transfer,
@@ -34,6 +45,7 @@ from megatron_tropd.planning.traffic import (
     grading_transfers,
     loss_transfers,
 )
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
 
@@ -71,34 +83,40 @@ def read_cluster(path: Path) -> Cluster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What does not depend on the layouts."""
+class ClusterJob:
+    """Everything about a run on a cluster that does not depend on the layouts."""
 
-    config: RunConfig
+    dtype: Dtype
+    student_section: StudentConfig
+    teacher_section: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
     cluster: Cluster
     method: Method
     student: Architecture
     teacher: Architecture
-    sequences: int
+    sequences: int  # of a step
 
     def part(self, role: str) -> Cluster:
         """The GPUs of student or teacher: all of them, unless the teacher has ranks of its own."""
-        own = self.config.teacher.ranks
+        own = self.teacher_section.ranks
         gpus = {"student": self.cluster.gpus - own, "teacher": own or self.cluster.gpus}[role]
         return self.cluster.model_copy(update={"gpus": gpus})
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.config.dtype == "bf16" else 4
+        return 2 if self.dtype == "bf16" else 4
 
     @property
     def response(self) -> int:
-        return self.config.rollout.max_new_tokens
+        return self.rollout.max_new_tokens
 
     @property
     def length(self) -> int:
         """Tokens of a sequence at most."""
-        return self.config.data.max_prompt_tokens + self.response
+        return self.data.max_prompt_tokens + self.response
 
     @property
     def spec(self) -> TeacherRequest:
@@ -129,13 +147,15 @@ class Estimate:
         return sum(self.seconds.values()) - self.hidden
 
 
-def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, states: States | None = None) -> Estimate:
+def estimate(
+    job: ClusterJob, student: Layout, teacher: Layout, recompute: str, *, states: States | None = None
+) -> Estimate:
     """Memory, bytes and times of a step under these layouts. ``states``: the student's, where they are known.
 
     Raises:
         ConfigError: the cluster's GPUs are not a whole number of replicas.
     """
-    packs = -(-job.sequences * job.length // job.config.train.pack_tokens)
+    packs = -(-job.sequences * job.length // job.train.pack_tokens)
     layouts = {"teacher": teacher, "student": student}
     shares = {role: -(-packs // layout.replicas(job.part(role).gpus)) for role, layout in layouts.items()}
     transfers = {
@@ -154,13 +174,14 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
         seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, shares[role], recompute)
         seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
     told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.query_bytes_per_row
-    signals = shares["student"] * job.config.train.pack_tokens * (job.response / job.length) * told
+    signals = shares["student"] * job.train.pack_tokens * (job.response / job.length) * told
     sent[f"signals, {_farthest(job.cluster)}"] = signals
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
     states = states or states_of(job, student)
     seconds["optimizer"] = 2 * states.total / (job.cluster.memory_gb_s * 1e9 * job.cluster.efficiency)
     memory = _memory(job, student, teacher, recompute, states)
-    moved = moved_bytes(job.config, frozen=memory["teacher"], states=memory["optimizer"])
+    leaves = leaving(rollout=job.rollout, teacher=job.teacher_section, optimizer=job.optimizer)
+    moved = moved_bytes(leaves, frozen=memory["teacher"], states=memory["optimizer"]) * job.train.minibatches
     sent["to and from host memory"] = moved
     seconds["host memory"] = moved / (job.cluster.host_gb_s * 1e9 * job.cluster.efficiency)
     return Estimate(
@@ -168,17 +189,17 @@ def estimate(job: Job, student: Layout, teacher: Layout, recompute: str, *, stat
         teacher=teacher,
         recompute=recompute,
         memory=memory,
-        phases=by_phase(memory, job.config),
+        phases=by_phase(memory, leaves),
         sent=dict(sent),
         seconds=seconds,
-        teacher_memory={"weights": _teacher_weights(job, teacher)} if job.config.teacher.ranks else {},
+        teacher_memory={"weights": _teacher_weights(job, teacher)} if job.teacher_section.ranks else {},
         hidden=_hidden_seconds(job, seconds),
     )
 
 
-def _hidden_seconds(job: Job, seconds: Mapping[str, float]) -> float:
+def _hidden_seconds(job: ClusterJob, seconds: Mapping[str, float]) -> float:
     """With ranks of its own and a batch ahead the teacher works while everything else goes on, and the other way."""
-    if not (job.config.teacher.ranks and job.config.rollout.ahead):
+    if not (job.teacher_section.ranks and job.rollout.ahead):
         return 0.0
     own = sum(value for name, value in seconds.items() if name.startswith("teacher: "))
     return min(own, sum(seconds.values()) - own)
@@ -187,10 +208,10 @@ def _hidden_seconds(job: Job, seconds: Mapping[str, float]) -> float:
 # --------------------------------------------------------------------------- memory
 
 
-def states_of(job: Job, layout: Layout) -> States:
+def states_of(job: ClusterJob, layout: Layout) -> States:
     """Of the student on the stage that holds most."""
     data_ranks = job.part("student").gpus // (layout.tensor * layout.pipeline)
-    optimizer = job.config.optimizer
+    optimizer = job.optimizer
     return trained_states(
         job.student,
         layout,
@@ -201,13 +222,13 @@ def states_of(job: Job, layout: Layout) -> States:
     )
 
 
-def _memory(job: Job, student: Layout, teacher: Layout, recompute: str, states: States) -> dict[str, float]:
-    rollout, tokens = job.config.rollout, job.config.train.pack_tokens
+def _memory(job: ClusterJob, student: Layout, teacher: Layout, recompute: str, states: States) -> dict[str, float]:
+    rollout, tokens = job.rollout, job.train.pack_tokens
     a, itemsize = job.student, job.itemsize
     held = tokens / student.context
     hidden = held * a.hidden_size
     sampler = Layout(tensor=rollout.parallel.tensor)
-    embedded = rollout.engine in ("megatron", "vllm")
+    embedded = ROLLOUT_ENGINES[rollout.engine].colocated
     batch = min(rollout.batch_size, -(-job.sequences * sampler.tensor // job.part("student").gpus))
     shard = padded_vocab_size(a.vocab_size, student.tensor) // student.tensor
     cache = batch * job.length * 2 * a.num_kv_heads // sampler.tensor * a.head_dim * a.num_layers * itemsize
@@ -217,13 +238,13 @@ def _memory(job: Job, student: Layout, teacher: Layout, recompute: str, states: 
         "optimizer": states.optimizer,
         "activations": activation_bytes(a, student, tokens, itemsize=itemsize, recompute=recompute),
         "loss": min(_TILE_BYTES, 2 * 4 * held * shard) + hidden * (4 + 2 * itemsize),
-        "teacher": 0 if job.config.teacher.ranks else _teacher_weights(job, teacher),
+        "teacher": 0 if job.teacher_section.ranks else _teacher_weights(job, teacher),
         "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
         "key-value cache": cache * embedded,
     }
 
 
-def _teacher_weights(job: Job, layout: Layout) -> int:
+def _teacher_weights(job: ClusterJob, layout: Layout) -> int:
     return frozen_states(job.teacher, layout, itemsize=job.itemsize).weights
 
 
@@ -261,12 +282,12 @@ def _rate(cluster: Cluster, link: str) -> float:
     return (cluster.network_gb_s if link.endswith("network") else cluster.node_gb_s) * 1e9 * cluster.efficiency
 
 
-def _loads(job: Job, layout: Layout, packs: int) -> list[Load]:
-    tokens = job.config.train.pack_tokens // layout.context
+def _loads(job: ClusterJob, layout: Layout, packs: int) -> list[Load]:
+    tokens = job.train.pack_tokens // layout.context
     return [Load(tokens=tokens, valid=int(tokens * job.response / job.length))] * packs
 
 
-def _student_transfers(job: Job, layout: Layout, packs: int, recompute: str) -> list[Transfer]:
+def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: str) -> list[Transfer]:
     """Of a rank of the last stage, which also has the loss."""
     loads, stage = _loads(job, layout, 1), layout.pipeline - 1
     found = forward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize)
@@ -282,12 +303,12 @@ def _student_transfers(job: Job, layout: Layout, packs: int, recompute: str) -> 
         stage=stage,
         data_ranks=data_ranks,
         itemsize=job.itemsize,
-        distributed=job.config.optimizer.distributed,
+        distributed=job.optimizer.distributed,
     )
-    return every + update * job.config.train.minibatches
+    return every + update * job.train.minibatches
 
 
-def _teacher_transfers(job: Job, layout: Layout, packs: int) -> list[Transfer]:
+def _teacher_transfers(job: ClusterJob, layout: Layout, packs: int) -> list[Transfer]:
     loads, stage, spec = _loads(job, layout, 1), layout.pipeline - 1, job.spec
     found = forward_transfers(job.teacher, layout, loads, stage=stage, itemsize=job.itemsize)
     found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.queries)
@@ -309,20 +330,20 @@ def _forward_flops(a: Architecture, length: int) -> float:
     return 2.0 * active_parameters(a) + 2.0 * length * a.num_heads * a.head_dim * a.num_layers
 
 
-def _compute_seconds(job: Job, role: str, layout: Layout, packs: int, recompute: str) -> float:
+def _compute_seconds(job: ClusterJob, role: str, layout: Layout, packs: int, recompute: str) -> float:
     cluster, a = job.part(role), job.student if role == "student" else job.teacher
     passes = 1 if role == "teacher" else 4 if recompute == "full" else 3
     tokens = job.sequences * job.length
     flops = passes * tokens * _forward_flops(a, job.length) / cluster.gpus
     # while a pipeline fills and drains, stages wait
-    idle = (layout.pipeline - 1) / (layout.virtual_pipeline * max(packs // max(job.config.train.minibatches, 1), 1))
+    idle = (layout.pipeline - 1) / (layout.virtual_pipeline * max(packs // max(job.train.minibatches, 1), 1))
     return flops / (cluster.peak_tflops * 1e12 * cluster.efficiency) * (1 + idle)
 
 
-def _rollout_seconds(job: Job) -> float:
+def _rollout_seconds(job: ClusterJob) -> float:
     """Token by token: all weights are read for each, and every sequence's own past."""
-    a, cluster, rollout = job.student, job.part("student"), job.config.rollout
-    if rollout.engine == "recorded":
+    a, cluster, rollout = job.student, job.part("student"), job.rollout
+    if not ROLLOUT_ENGINES[rollout.engine].generates:
         return 0.0
     tensor = rollout.parallel.tensor
     at_once = max(1, min(rollout.batch_size, -(-job.sequences * tensor // cluster.gpus)))
@@ -335,16 +356,24 @@ def _rollout_seconds(job: Job) -> float:
 # --------------------------------------------------------------------------- ranking
 
 
-def candidates(job: Job) -> Iterator[Layout]:
+def chosen(job: ClusterJob) -> Estimate:
+    """The layouts that the configuration asks for."""
+    student, teacher = (
+        Layout(**section.parallel.model_dump()) for section in (job.student_section, job.teacher_section)
+    )
+    return estimate(job, student, teacher, job.student_section.recompute)
+
+
+def candidates(job: ClusterJob) -> Iterator[Layout]:
     """Layouts of the student that its sizes and the cluster allow."""
     powers = [2**i for i in range(12)]
     for tensor, pipeline, context, expert in product(powers[:4], powers[:6], powers[:5], powers[:8]):
         layout = Layout(tensor=tensor, pipeline=pipeline, context=context, expert=expert, sequence=tensor > 1)
-        if _fits(job, layout, "student") and job.config.train.pack_tokens % (2 * context * tensor) == 0:
+        if _fits(job, layout, "student") and job.train.pack_tokens % (2 * context * tensor) == 0:
             yield layout
 
 
-def _fits(job: Job, layout: Layout, role: str) -> bool:
+def _fits(job: ClusterJob, layout: Layout, role: str) -> bool:
     a = job.student if role == "student" else job.teacher
     gpus, model = job.part(role).gpus, layout.tensor * layout.pipeline * layout.context
     if gpus % model or (gpus // (layout.tensor * layout.pipeline)) % layout.expert:
@@ -359,7 +388,7 @@ def _fits(job: Job, layout: Layout, role: str) -> bool:
     return True
 
 
-def smallest_teacher(job: Job, share: float) -> Layout:
+def smallest_teacher(job: ClusterJob, share: float) -> Layout:
     """The teacher's layout of fewest ranks whose weights take no more than ``share`` of a GPU."""
     limit = share * job.cluster.memory_gib * _GIB
     layouts = [
@@ -375,14 +404,14 @@ def smallest_teacher(job: Job, share: float) -> Layout:
     return min(fitting, key=lambda x: (x.tensor * x.pipeline * x.expert, x.pipeline, x.tensor))
 
 
-def best(job: Job, count: int = 5) -> list[Estimate]:
+def best(job: ClusterJob, count: int = 5) -> list[Estimate]:
     """The layouts that fit the memory and take least time, each teacher beside them as small as a quarter of it allows,
     or three quarters of it where that is the teacher's alone.
 
     Raises:
         ConfigError: none fits.
     """
-    teacher = smallest_teacher(job, 0.75 if job.config.teacher.ranks else 0.25)
+    teacher = smallest_teacher(job, 0.75 if job.teacher_section.ranks else 0.25)
     found, limit = [], room(job.cluster)
     for layout in candidates(job):
         states = states_of(job, layout)

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.config.run import RunConfig
 from megatron_tropd.parallel.groups import Layout
-from megatron_tropd.planning.cluster import Estimate, Job, best, estimate, read_cluster, room
-from megatron_tropd.setup.validate import check_layouts, check_method, layout_of, read_architectures, sequences_per_step
+from megatron_tropd.planning.cluster import ClusterJob, Estimate, room
 
 _GIB = 2**30
 
 
-def job_of(config: RunConfig, cluster: Path) -> Job:
-    """Reads what the plan needs: the cluster, and of the models ``config.json`` alone.
-
-    Raises:
-        TropdError: one of them is wrong, or the configuration's layouts fit neither the models nor the cluster.
-    """
-    method, described = check_method(config), read_cluster(cluster)
-    student, teacher = read_architectures(config)
-    check_layouts(config, student, teacher)
-    config.check_world(described.gpus)
-    return Job(
-        config=config,
-        cluster=described,
-        method=method,
-        student=student,
-        teacher=teacher,
-        sequences=sequences_per_step(config, method),
-    )
-
-
-def chosen(job: Job) -> Estimate:
-    """The layouts that the configuration asks for."""
-    config = job.config
-    layouts = layout_of(config.student.parallel), layout_of(config.teacher.parallel)
-    return estimate(job, *layouts, config.student.recompute)
-
-
-def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
-    """To standard output."""
-    job = job_of(config, cluster)
-    console, asked = Console(), chosen(job)
+def print_asked(console: Console, job: ClusterJob, asked: Estimate) -> None:
+    """Prints what the layouts of the configuration take."""
     console.print(
         f"{job.sequences} sequences of at most {job.length:,} tokens per step on {job.cluster.gpus} GPUs. "
         f"Student {said(asked.student)}, recompute {asked.recompute}; teacher {said(asked.teacher)}"
-        f"{f', on {config.teacher.ranks} GPUs of its own' if config.teacher.ranks else ''}.",
+        f"{f', on {job.teacher_section.ranks} GPUs of its own' if job.teacher_section.ranks else ''}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -69,7 +36,6 @@ def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
         _print_columns(console, "Seconds of a step, the teacher a batch ahead, nothing else overlapped", hidden, 1.0)
     else:
         _print_columns(console, "Seconds of a step, nothing overlapped", asked.seconds, 1.0)
-    console.print(_ranking(best(job)))
 
 
 def said(layout: Layout) -> str:
@@ -98,7 +64,8 @@ def _print_columns(console: Console, title: str, values: dict[str, float], unit:
     console.print(table)
 
 
-def _ranking(found: list[Estimate]) -> Table:
+def ranking(found: list[Estimate]) -> Table:
+    """A row for every layout, in their order."""
     table = Table(title="Layouts that fit, fastest first", title_justify="left", box=None)
     for column in ("student", "recompute", "teacher", "GiB", "seconds", "of which rollout"):
         table.add_column(column, justify="left" if column in ("student", "recompute", "teacher") else "right")

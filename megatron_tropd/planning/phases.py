@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import OptimizerConfig, RolloutConfig, TeacherConfig
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 
 # what only some phases of a step use; everything else is there in all of them
 _USED: Mapping[str, frozenset[str]] = {
@@ -16,21 +17,20 @@ _USED: Mapping[str, frozenset[str]] = {
 }
 
 
-def leaving(config: RunConfig) -> frozenset[str]:
+def leaving(*, rollout: RolloutConfig, teacher: TeacherConfig, optimizer: OptimizerConfig) -> frozenset[str]:
     """Names of the parts that are on the device only in the phases that use them."""
     parts = {"activations", "loss"}
-    if config.rollout.engine != "vllm" or config.rollout.vllm.sleep:
+    if rollout.vllm.sleep or not ROLLOUT_ENGINES[rollout.engine].sleeps:
         parts.add("key-value cache")
-    if config.teacher.offload:
+    if teacher.offload:
         parts |= {"teacher", "base"}
-    if config.optimizer.offload:
+    if optimizer.offload:
         parts |= {"optimizer", "gradients"}
     return frozenset(parts)
 
 
-def by_phase(parts: Mapping[str, float], config: RunConfig) -> dict[str, float]:
-    """Bytes of every phase that uses one of the rank's ``parts``."""
-    leave = leaving(config)
+def by_phase(parts: Mapping[str, float], leave: Collection[str]) -> dict[str, float]:
+    """Bytes of every phase that uses one of the rank's ``parts``. ``leave``: those of :func:`leaving`."""
     return {
         phase: sum(size for name, size in parts.items() if name in used or name not in leave)
         for phase, used in _USED.items()
@@ -38,12 +38,11 @@ def by_phase(parts: Mapping[str, float], config: RunConfig) -> dict[str, float]:
     }
 
 
-def moved_bytes(config: RunConfig, *, frozen: float, states: float) -> float:
-    """Bytes that a step moves between a rank's device and host memory.
+def moved_bytes(leave: Collection[str], *, frozen: float, states: float) -> float:
+    """Bytes that a minibatch moves between a rank's device and host memory.
 
     Args:
-        frozen: weights of the models that only grade, which are copied to the device for every minibatch.
-        states: of the optimizer, which go there and back for every update.
+        frozen: weights of the models that only grade, which are copied to the device.
+        states: of the optimizer, which go there and back.
     """
-    once = frozen * config.teacher.offload + 2 * states * config.optimizer.offload
-    return config.train.minibatches * once
+    return frozen * ("teacher" in leave) + 2 * states * ("optimizer" in leave)

@@ -37,9 +37,7 @@ from megatron_tropd.models.rules import RULES, TensorShard, fill
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.parallel.partition import CrossWorldLink
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
-from megatron_tropd.rollout.engines.recorded import RecordedSampler
-from megatron_tropd.rollout.engines.vllm import VLLMSampler
-from megatron_tropd.rollout.engines.vllm_server import ServerSampler
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext, build_embedded
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.datasets import shares_of
 from megatron_tropd.setup.validate import (
@@ -48,24 +46,18 @@ from megatron_tropd.setup.validate import (
     check_method,
     identity,
     layout_of,
-    live_teacher_engine,
     longest_sequence,
     longest_training_sequence,
     most_alternatives,
     teacher_request,
 )
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
-from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
-from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher
-from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher
+from megatron_tropd.teacher.engines.recorded import RecordingTeacher
+from megatron_tropd.teacher.engines.registry import TeacherContext, scoring_engine
+from megatron_tropd.teacher.engines.remote import RankSplit
 from megatron_tropd.teacher.protocol import Teacher, TeacherRequest
 from megatron_tropd.teacher.routing import RoutedTeacher, TeacherWithBase
-from megatron_tropd.teacher.wire import HiddenKind
 from megatron_tropd.types import Architecture, Pack, Rollout
-from megatron_tropd.vllm_bridge.connect import open_pool
-from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
-from megatron_tropd.vllm_bridge.options import engine_options
-from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher
 
 __all__ = [
     "DTYPES",
@@ -78,12 +70,14 @@ __all__ = [
     "check_method",
     "embedded_sampler",
     "layout_of",
-    "live_teacher",
     "load_model",
+    "load_teacher",
     "optimizer_settings",
     "output_weight_for",
     "pack_for",
     "rank_split",
+    "sections_of",
+    "with_others",
 ]
 
 
@@ -126,6 +120,7 @@ class Run:
     checkpoint: CheckpointConfig
     evaluate: EvaluateConfig
     offloads: bool  # whether something is moved between the device and host memory
+    scores_new: bool  # whether the teacher scores what it has not seen, which a recording does not
     world: World
     tokenizer: Tokenizer
     prompts: PromptStream
@@ -161,9 +156,7 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
         balance=config.student.router_aux_loss,
     )
     request = teacher_request(config, method)
-    teacher = None
-    if world.teacher is not None and live_teacher_engine(config) == "megatron":
-        teacher = load_frozen(config, config.teacher.model, world.teacher, world)
+    teacher = load_teacher(config, world)
     trainer = Trainer(
         student,
         optimize(student, optimizer_settings(config), world.moves),
@@ -197,8 +190,11 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
 def sections_of(config: RunConfig) -> dict[str, Any]:
     """Returns what a :class:`Run` has of the configuration itself."""
     names = ("run_dir", "seed", "dtype", "data", "rollout", "train", "checkpoint", "evaluate")
-    offloads = config.teacher.offload or config.optimizer.offload
-    return {name: getattr(config, name) for name in names} | {"offloads": offloads}
+    facts = {
+        "offloads": config.teacher.offload or config.optimizer.offload,
+        "scores_new": scoring_engine(config.teacher).scores_new,
+    }
+    return {name: getattr(config, name) for name in names} | facts
 
 
 def build_teacher(
@@ -206,8 +202,38 @@ def build_teacher(
 ) -> Teacher:
     """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one.
 
-    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+    ``model``: what :func:`load_teacher` has loaded. ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
     """
+    engine = scoring_engine(config.teacher)
+    context = TeacherContext(
+        section=config.teacher,
+        architecture=inputs.teacher,
+        student=world.student,
+        dtype=DTYPES[config.dtype],
+        device=world.device,
+        vocab_size=inputs.vocab_size,
+        temperature=inputs.method.temperature,
+        max_tokens=longest_training_sequence(config),
+        top_k=most_alternatives(config, inputs.method, inputs.teacher),
+        groups=world.teacher,
+        model=model,
+        link=bridge,
+        split=None if bridge is None else rank_split(config, dist.get_world_size()),
+        facts=recorded_facts(config, inputs),
+    )
+    own = engine.build(context)
+    if not engine.scores_new:
+        return own
+    live = with_others(config, own, world, vocab_size=context.vocab_size, temperature=context.temperature)
+    if config.teacher.record is None:
+        return live
+    return RecordingTeacher(
+        live, config.teacher.record, world.student, facts=context.facts, values=config.teacher.record_values
+    )
+
+
+def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """Returns what a recording of the teacher's scores must share with the run that replays it."""
     facts: dict[str, Any] = {
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
@@ -215,46 +241,17 @@ def build_teacher(
         "tokenizer": inputs.tokenizer.fingerprint(),
         **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
     }
-    if config.teacher.record is not None or config.teacher.recorded_from is not None:
-        models = {"teacher weights": config.teacher.model}
-        models |= {} if inputs.base is None else {"base model weights": config.base_model}
-        prints = {name: weights_fingerprint(path) for name, path in models.items()}
-        # a model that is not there any more cannot be compared
-        facts |= {name: found for name, found in prints.items() if found is not None}
-    if config.teacher.recorded_from is not None:
-        return RecordedTeacher(config.teacher.recorded_from, world.student, world.device, facts=facts)
-    shared: dict[str, Any] = {"vocab_size": inputs.vocab_size, "temperature": inputs.method.temperature}
-    own: Teacher | None = None
-    if bridge is not None:
-        hidden = HiddenKind(inputs.teacher.hidden_size, DTYPES[config.dtype])
-        own = RemoteTeacher(
-            rank_split(config, dist.get_world_size()), world.student, bridge, world.device, hidden=hidden, **shared
-        )
-    elif config.teacher.engine != "megatron":
-        own = vllm_teacher(config, open_scorer(config, inputs, world), world, **shared)
-    live = live_teacher(config, model, world, own=own, **shared)
-    if config.teacher.record is None:
-        return live
-    return RecordingTeacher(
-        live, config.teacher.record, world.student, facts=facts, values=config.teacher.record_values
-    )
+    if config.teacher.record is None and config.teacher.recorded_from is None:
+        return facts
+    models = {"teacher weights": config.teacher.model}
+    models |= {} if inputs.base is None else {"base model weights": config.base_model}
+    prints = {name: weights_fingerprint(path) for name, path in models.items()}
+    # a model that is not there any more cannot be compared
+    return facts | {name: found for name, found in prints.items() if found is not None}
 
 
-def live_teacher(
-    config: RunConfig,
-    model: Model | None,
-    world: World,
-    *,
-    vocab_size: int,
-    temperature: float,
-    own: Teacher | None = None,
-) -> Teacher:
-    """The teacher, which is ``model`` over the student's ranks unless it is somebody's ``own``; the other teachers; and
-    the base model where the world has a place for one."""
-    teacher = own
-    if teacher is None:
-        assert model is not None  # nobody else's, so it was loaded here
-        teacher = MegatronTeacher(model, world.student, vocab_size=vocab_size, temperature=temperature)
+def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size: int, temperature: float) -> Teacher:
+    """``teacher`` with the other teachers, and with the base model where the world has a place for one."""
     if config.teachers:
         teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
@@ -262,22 +259,6 @@ def live_teacher(
     base = load_frozen(config, config.base_model, world.base, world)
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherWithBase(teacher, beside)
-
-
-def vllm_teacher(
-    config: RunConfig, scorer: Scorer, world: World, *, vocab_size: int, temperature: float
-) -> VLLMTeacher:
-    """A teacher that vLLM runs."""
-    assert world.teacher is not None  # config/loading.py sees to it
-    return VLLMTeacher(
-        scorer,
-        world.teacher,
-        world.student,
-        world.device,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        whole=config.teacher.whole_vocabulary,
-    )
 
 
 def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
@@ -288,37 +269,6 @@ def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
         teacher=layout_of(config.teacher.parallel),
         teacher_ranks=config.teacher.ranks,
     )
-
-
-def open_scorer(config: RunConfig, inputs: Inputs, world: World) -> Scorer:
-    """Who runs a vLLM teacher: an engine here, or servers that every rank asks for the packs dealt to it."""
-    section, longest = config.teacher, longest_training_sequence(config)
-    top_k = most_alternatives(config, inputs.method, inputs.teacher)
-    if section.engine == "vllm_server":
-        needs: dict[str, Any] = {
-            "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
-            "vocab_size": inputs.teacher.vocab_size,
-            "max_model_len": longest + 1,
-            "max_logprobs": top_k,
-        }
-        weights = weights_fingerprint(section.model)
-        if weights is not None:  # weights that are not on this machine cannot be compared
-            needs["weights"] = weights
-        pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)
-        return ServerScorer(pool, timeout_s=section.vllm_server.timeout_s)
-    gpu = world.device.type == "cuda"
-    assert world.teacher is not None  # config/loading.py sees to it
-    engine = LocalEngine(
-        section.model,
-        world.teacher,
-        dtype=DTYPES[config.dtype],
-        device=world.device,
-        max_tokens=longest,
-        grading=Scoring(top_k=top_k, vocab_size=inputs.teacher.vocab_size),
-        options=engine_options(section.vllm, gpu=gpu)
-        | ({"enable_sleep_mode": True} if gpu and section.vllm.sleep else {}),
-    )
-    return LocalScorer(engine)
 
 
 def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
@@ -372,6 +322,13 @@ def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: 
     return model
 
 
+def load_teacher(config: RunConfig, world: World) -> Model | None:
+    """The teacher's model; None where vLLM, a recording or other ranks stand in for it."""
+    if world.teacher is None or not scoring_engine(config.teacher).loads_model:
+        return None
+    return load_frozen(config, config.teacher.model, world.teacher, world)
+
+
 def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
     """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
     model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
@@ -389,68 +346,30 @@ def optimizer_settings(config: RunConfig) -> OptimizerSettings:
 
 def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:
     """The sampler ``rollout.engine`` names."""
-    if config.rollout.engine == "recorded":
-        assert config.rollout.recorded_from is not None  # config/loading.py sees to it
-        return RecordedSampler(config.rollout.recorded_from)
-    if config.rollout.engine == "vllm":
-        gpu = world.device.type == "cuda"
-        sleep = {"enable_sleep_mode": True} if gpu and config.rollout.vllm.sleep else {}
-        return VLLMSampler(
-            config.student.model,
-            architecture,
-            world.sampler,
-            dtype=DTYPES[config.dtype],
-            device=world.device,
-            max_tokens=longest_sequence(config),
-            vocab_size=vocab_size,
-            options=engine_options(config.rollout.vllm, gpu=gpu) | sleep,
-        )
-    if config.rollout.engine == "vllm_server":
-        return server_sampler(config, architecture, world, vocab_size)
-    return embedded_sampler(config, architecture, world, vocab_size)
-
-
-def server_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> ServerSampler:
-    """A sampler that asks servers, which the first rank talks to."""
-    servers, longest = config.rollout.vllm_server, longest_sequence(config)
-    needs = {
-        "dtype": str(DTYPES[config.dtype]).removeprefix("torch."),
-        "vocab_size": architecture.vocab_size,
-        "max_model_len": longest + 1,
-        "logprobs_mode": "processed_logprobs",
-        "takes_weights": True,
-    }
-    pool = open_pool(servers, section="rollout.vllm_server", needs=needs) if world.is_first else None
-    publisher: Publisher
-    if servers.publish == "files":
-        directory = servers.publish_dir or publish_directory(config)
-        publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20)
-    else:
-        publisher = BroadcastPublisher(
-            pool, address=servers.publish_address, bucket_bytes=servers.bucket_mib << 20, device=world.device
-        )
-    return ServerSampler(
-        pool, publisher, architecture, max_tokens=longest, timeout_s=servers.timeout_s, vocab_size=vocab_size
-    )
-
-
-def publish_directory(config: RunConfig) -> Path:
-    """Return where weights lie for servers on this host: memory where there is a file system of it."""
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else config.run_dir.absolute() / "publish"
+    context = _sampler_context(config, architecture, world, vocab_size)
+    return ROLLOUT_ENGINES[config.rollout.engine].build(context)
 
 
 def embedded_sampler(
     config: RunConfig, architecture: Architecture, world: World, vocab_size: int | None = None
 ) -> MegatronSampler:
     """A sampler over its own copy of the weights."""
-    return MegatronSampler(
-        architecture,
-        world.sampler,
+    return build_embedded(_sampler_context(config, architecture, world, vocab_size))
+
+
+def _sampler_context(
+    config: RunConfig, architecture: Architecture, world: World, vocab_size: int | None
+) -> SamplerContext:
+    return SamplerContext(
+        section=config.rollout,
+        model=config.student.model,
+        architecture=architecture,
+        groups=world.sampler,
         dtype=DTYPES[config.dtype],
         device=world.device,
-        batch_size=config.rollout.batch_size,
+        max_tokens=longest_sequence(config),
         vocab_size=vocab_size,
+        run_dir=config.run_dir,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import ParallelConfig, TeacherEngine
+from megatron_tropd.config.sections import ParallelConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, build_method
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.rollout.engines.recorded import check_recorded
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -34,9 +35,9 @@ from megatron_tropd.setup.datasets import (
     read_training_prompts,
     suites_of,
 )
+from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
-from megatron_tropd.vllm_bridge.local_engine import check_installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -131,7 +132,7 @@ def check_ahead(config: RunConfig, method: Method) -> None:
             f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. Set "
             "method.ppo_clip=0.2 where the method has it, take another term, or set rollout.ahead=0."
         )
-    if engine in ("megatron", "vllm") and not config.teacher.ranks:
+    if ROLLOUT_ENGINES[engine].colocated and not config.teacher.ranks:
         warnings.warn(
             f"rollout.ahead={ahead} with rollout.engine={engine}: the trainer's own processes sample, so nothing "
             "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), give the teacher ranks of "
@@ -142,14 +143,15 @@ def check_ahead(config: RunConfig, method: Method) -> None:
 
 def check_packages(config: RunConfig) -> None:
     """ConfigError when something that the configuration asks for is not installed."""
-    engines = (config.rollout.engine, live_teacher_engine(config))
-    if "vllm" in engines:
-        check_installed()
+    samples, scores = ROLLOUT_ENGINES[config.rollout.engine], scoring_engine(config.teacher)
+    samples.check()
+    scores.check()
     sleeping = config.rollout.vllm.sleep and config.teacher.vllm.sleep and torch.cuda.is_available()
-    if engines == ("vllm", "vllm") and sleeping:
+    if samples.sleeps and scores.sleeps and sleeping:
         raise ConfigError(
-            "rollout.engine=vllm and teacher.engine=vllm: of the engines in one process only one can leave the GPU "
-            "while it has nothing to do. Set teacher.vllm.sleep=false, or have servers for one of them."
+            f"rollout.engine={config.rollout.engine} and teacher.engine={config.teacher.engine}: of the engines in one "
+            "process only one can leave the GPU while it has nothing to do. Set teacher.vllm.sleep=false, or have "
+            "servers for one of them."
         )
     for name, wanted in (("tensorboard", config.report.tensorboard), ("wandb", config.report.wandb is not None)):
         if wanted and importlib.util.find_spec(name) is None:
@@ -191,7 +193,14 @@ def check_sequences(config: RunConfig, method: Method) -> None:
 
 
 def check_one_teacher(config: RunConfig, method: Method) -> None:
-    """ConfigError for several teachers where the loss multiplies by the output weight of one."""
+    """ConfigError for several teachers of an engine that can only be alone, or where the loss multiplies by the output
+    weight of one."""
+    if config.teachers and not scoring_engine(config.teacher).among_several:
+        able = ", ".join(name for name, engine in TEACHER_ENGINES.items() if engine.among_several)
+        raise ConfigError(
+            f"teacher.engine={config.teacher.engine} is for runs with one teacher, and teachers holds "
+            f"{len(config.teachers)} more. Set it to {able}."
+        )
     if config.teachers and method.needs.hidden_states:
         raise ConfigError(
             f"method.name={config.method.name} compares whole vocabularies with the hidden states of one teacher, but "
@@ -313,9 +322,9 @@ def check_support(method: Method, vocab_size: int) -> None:
 
 def check_sampling(config: RunConfig, inputs: Inputs) -> None:
     """ConfigError when vLLM could not say what the model itself thinks of what it drew."""
-    rollout, vllm = config.rollout, config.rollout.engine in ("vllm", "vllm_server")
+    rollout, exact = config.rollout, ROLLOUT_ENGINES[config.rollout.engine].exact_vocabulary
     plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
-    if vllm and not plain and inputs.vocab_size < inputs.student.vocab_size:
+    if not exact and not plain and inputs.vocab_size < inputs.student.vocab_size:
         raise ConfigError(
             f"the student has {inputs.student.vocab_size} ids, the teacher {inputs.teacher.vocab_size}: with "
             f"rollout.engine={rollout.engine} training then needs rollout.temperature=1, top_p=1 and top_k=0. "
@@ -323,31 +332,24 @@ def check_sampling(config: RunConfig, inputs: Inputs) -> None:
         )
 
 
-def live_teacher_engine(config: RunConfig) -> TeacherEngine | None:
-    """Who runs the teacher that grades; None where a recording does."""
-    return config.teacher.engine if config.teacher.recorded_from is None else None
-
-
 def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
     """What the teacher is asked, which is what its engine can tell."""
     spec = TeacherRequest.of(method.needs)
-    if live_teacher_engine(config) in (None, "megatron") or config.teacher.whole_vocabulary:
+    if scoring_engine(config.teacher).exact_distribution or config.teacher.whole_vocabulary:
         return spec
     return replace(spec, entropy=False, entropy_bound=spec.top_k > 0)
 
 
 def check_teacher(config: RunConfig, inputs: Inputs) -> None:
     """ConfigError when vLLM cannot tell of the teacher what the method needs."""
-    engine, needs = live_teacher_engine(config), inputs.method.needs
-    if engine in (None, "megatron"):
-        return
-    name, where = config.method.name, f"teacher.engine={engine}"
-    if needs.hidden_states:
+    engine, needs = scoring_engine(config.teacher), inputs.method.needs
+    name, where = config.method.name, f"teacher.engine={config.teacher.engine}"
+    if needs.hidden_states and not engine.hidden_states:
         raise ConfigError(
             f"method.name={name} with these options compares whole distributions, for which it needs the teacher's "
             f"hidden states; {where} tells log-probs only. Use teacher.engine=megatron, or a divergence over the top k."
         )
-    if config.teacher.whole_vocabulary:
+    if engine.exact_distribution or config.teacher.whole_vocabulary:
         return
     shared, teacher = inputs.vocab_size, inputs.teacher.vocab_size
     lacking = {

@@ -19,7 +19,6 @@ from megatron_tropd.report.records import Sample, SampleToken
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run
-from megatron_tropd.teacher.engines.recorded import RecordedTeacher
 from megatron_tropd.train.rollout_queue import pack_rollouts, sampling_params, with_teachers
 from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
 
@@ -41,7 +40,7 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     rollouts = sampler.generate(requests, params, seed=run.seed, step=run.train.steps)
     rollouts = with_teachers(rollouts, prompts)
     # a recording has no grades for new answers
-    gates = {} if isinstance(run.teacher, RecordedTeacher) else _gate_by_sequence(run, rollouts)
+    gates = _gate_by_sequence(run, rollouts) if run.scores_new else {}
     samples = []
     for number, rollout in enumerate(rollouts):
         prompt = prompts[number // (1 + guided)]

@@ -35,7 +35,7 @@ from megatron_tropd.report.records import (
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
-from megatron_tropd.rollout.engines.recorded import RecordedSampler
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.datasets import suites_of
@@ -150,7 +150,7 @@ class Evaluator:
     def __init__(self, run: Run, config: RunConfig) -> None:
         self._run, self._config = run, config
         # a recording cannot answer new questions, so evaluation then has a sampler of its own
-        self._own = not isinstance(run.sampler, RecordedSampler)
+        self._own = ROLLOUT_ENGINES[config.rollout.engine].generates
         self._sampler: Sampler | None = run.sampler if self._own else None
 
     def before(self) -> None:

@@ -221,7 +221,19 @@ def test_a_teacher_with_another_vocabulary_is_refused_by_its_name(task, tmp_path
 
 
 def test_methods_that_compare_hidden_states_take_one_teacher():
-    config: Any = SimpleNamespace(method=SimpleNamespace(name="gkd"), teachers=[1])
+    teacher = SimpleNamespace(engine="megatron", recorded_from=None)
+    config: Any = SimpleNamespace(method=SimpleNamespace(name="gkd"), teachers=[1], teacher=teacher)
     with pytest.raises(ConfigError, match="gkd compares whole vocabularies"):
         check_one_teacher(config, build_method("gkd"))
     check_one_teacher(config, build_method("tropd"))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_an_engine_that_can_only_be_alone_is_refused_beside_other_teachers(engine: str):
+    teacher = SimpleNamespace(engine=engine, recorded_from=None)
+    config: Any = SimpleNamespace(method=SimpleNamespace(name="opd"), teachers=[1, 2], teacher=teacher)
+    said = f"teacher.engine={engine} is for runs with one teacher, and teachers holds 2 more. Set it to megatron."
+    with pytest.raises(ConfigError, match=said):
+        check_one_teacher(config, build_method("opd"))
+    config.teachers = []
+    check_one_teacher(config, build_method("opd"))

@@ -31,12 +31,12 @@ from megatron_tropd.setup.build import (
     World,
     check_method,
     layout_of,
-    live_teacher,
     load_frozen,
     load_model,
     optimizer_settings,
     output_weight_for,
     sections_of,
+    with_others,
 )
 from megatron_tropd.setup.self_check import SelfCheck, check_self
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
@@ -168,6 +168,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     request = TeacherRequest.of(method.needs)
     weight = output_weight_for(config.teacher.model, teacher.architecture, student) if request.hidden_states else None
     optimization = optimize(student, replace(optimizer_settings(config), bucket_elements=_BUCKET), world.moves)
+    own = MegatronTeacher(teacher, student_groups, vocab_size=VOCAB, temperature=method.temperature)
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))
     return Run(
@@ -181,7 +182,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
         student=student,
         trainer=Trainer(student, optimization, method, vocab_size=VOCAB, teacher_weight_vE=weight),
         teacher_model=teacher,
-        teacher=live_teacher(config, teacher, world, vocab_size=VOCAB, temperature=method.temperature),
+        teacher=with_others(config, own, world, vocab_size=VOCAB, temperature=method.temperature),
         sampler=nothing,
         teacher_request=request,
     )

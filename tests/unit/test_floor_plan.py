@@ -5,9 +5,13 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import megatron_tropd
+from megatron_tropd.config.sections import RolloutEngine, TeacherEngine
 from megatron_tropd.methods import PRESETS
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
+from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES
 
 PACKAGE = Path(megatron_tropd.__file__).parent
 
@@ -68,6 +72,13 @@ def imports_of(module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def strings_of(module: str) -> Iterator[tuple[int, str]]:
+    """Line and value of every text constant of a module."""
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
 def rooms_imported_by(module: str) -> set[str]:
     names = (name.split(".") for name in imports_of(module))
     return {room_of(parts[1]) for parts in names if parts[0] == "megatron_tropd" and parts[1] != "__version__"}
@@ -121,6 +132,33 @@ def test_the_trainer_never_names_a_method():
         if room_of(module) in {"engine", "teacher", "rollout", "setup", "train"}:
             nodes = ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
             yield from {node.value for node in nodes if isinstance(node, ast.Constant)} & set(PRESETS)
+
+    assert violations(complaints) == []
+
+
+def test_only_its_own_files_and_its_row_know_an_engine_by_name():
+    """Everybody else reads a capability off the row."""
+    names = {*get_args(RolloutEngine), *get_args(TeacherEngine)}
+    own = ("rollout/engines/", "teacher/engines/", "vllm_bridge/", "config/sections.py")
+
+    def complaints(module: str) -> Iterator[str]:
+        if not module.startswith(own):
+            yield from (f"line {line} names {text!r}" for line, text in strings_of(module) if text in names)
+
+    assert violations(complaints) == []
+
+
+def test_every_engine_has_a_row():
+    assert set(ROLLOUT_ENGINES) == set(get_args(RolloutEngine))
+    assert set(TEACHER_ENGINES) == set(get_args(TeacherEngine))
+
+
+def test_only_setup_the_session_and_the_commands_see_the_whole_configuration():
+    """Other rooms take the sections, or the values, that they need."""
+
+    def complaints(module: str) -> Iterator[str]:
+        if room_of(module) not in {"config", "setup", "commands"} and module != "train/session.py":
+            yield from (name for name in imports_of(module) if name.startswith("megatron_tropd.config.run"))
 
     assert violations(complaints) == []
 

@@ -226,7 +226,6 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         ),
         ([*TWO_TEACHERS, "teachers[0].model=gone"], "teachers[0].model = 'gone': there is nothing at "),
         ([*TWO_TEACHERS, "teachers[0].parallel.tensor=0"], "teachers[0].parallel.tensor"),
-        ([*TWO_TEACHERS, "teacher.engine=vllm"], "teacher.engine = vllm is for runs with one teacher"),
         ([*TWO_TEACHERS, "teacher.record=there"], "teacher.record = 'there' is for runs with one teacher"),
         ([*TWO_TEACHERS, "teacher.recorded_from=student"], "teacher.recorded_from = 'student' is for runs with one"),
         (

@@ -16,7 +16,6 @@ from megatron_tropd.config.sections import DataConfig, SourceConfig, SuiteConfig
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate import suites as evaluation
 from megatron_tropd.evaluate.rules import GradingRule
-from megatron_tropd.teacher.engines.recorded import RecordedTeacher
 from megatron_tropd.train import sample_report as samples
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams
 
@@ -202,7 +201,7 @@ def test_sampled_answers_stand_with_their_own_prompt_and_say_what_the_teacher_wr
         evaluate=SimpleNamespace(allow_code_execution=False),
         seed=5,
         tokenizer=Letters(),
-        teacher=object.__new__(RecordedTeacher),  # has no grades for new answers
+        scores_new=False,  # a recording has no grades for new answers
     )
     sampler = Says(["ab.", "c.", "ab.", "", "cd.", "x"])
     shown = samples.sample_answers(run, sampler, when="after", count=3)
