@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 METHOD ?=
+THREADS ?= 1
 ENGINE ?=
 ARGS ?=
 
@@ -23,7 +24,7 @@ VLLM_TESTS := tests/vllm
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo test test-fast test-vllm check format clean
+.PHONY: help install install-vllm demo test test-fast test-portable test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,13 +39,25 @@ DEMO_STAMP := $(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP))
 demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20" overrides
 	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: export OMP_NUM_THREADS := 1
-test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k unknown" runs a part
+test: export OMP_NUM_THREADS := $(THREADS)
+test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k unknown" runs a part, THREADS=2 gives each rank two
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(ARGS)
 
-test-fast: export OMP_NUM_THREADS := 1
+test-fast: export OMP_NUM_THREADS := $(THREADS)
 test-fast: $(STAMP) ## run the tests of single rooms alone, under two minutes
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m unit $(ARGS)
+
+# other instructions add up in another order: what is rounding differs, and what a limit must allow with it
+PORTABLE_TESTS := tests/unit/engine/test_engine_attention.py tests/ranks/test_losses_parity.py tests/ranks/test_layout_invariance.py \
+  tests/runs/test_train_presets.py::test_every_preset_trains \
+  "tests/runs/test_train_presets.py::test_twenty_steps_of_every_preset_have_the_metrics_of_one_rank[pp2]"
+
+test-portable: export OMP_NUM_THREADS := $(THREADS)
+test-portable: export ATEN_CPU_CAPABILITY := default
+test-portable: export MKL_CBWR := COMPATIBLE
+test-portable: export ONEDNN_MAX_CPU_ISA := SSE41
+test-portable: $(STAMP) ## run the numeric tests with the plainest instructions, as another processor might
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(or $(ARGS),$(PORTABLE_TESTS))
 
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export MEGATRON_TROPD_REQUIRE_VLLM := 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.models.name_table import entries, hf_shapes
 from tests.support.distributed import run_on_ranks
 from tests.support.family_cases import NEW_TOKENS, ROLLOUTS, Case, run_cases, whole_logits
-from tests.support.tiny_families import FAMILIES, MOE, config_of, load_transformers, save_family
+from tests.support.tiny_families import FAMILIES, MOE, SIZES, config_of, load_transformers, save_family
 from tests.support.tiny_models import relative_error
 
 TP2, TP2_SP, PP2, EP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"expert": 2}
@@ -83,6 +84,7 @@ class Truth:
     logits: dict[str, Tensor]
     loss: float
     gradients: dict[str, Tensor]
+    moved: dict[str, Tensor]  # the gradients where every weight is one step of fp32 away, up or down
 
 
 def logits_of(directory: Path) -> dict[str, Tensor]:
@@ -104,20 +106,38 @@ def truth(root: Path) -> Callable[[Case], Truth]:
     @cache
     def of(family: str, balance: float, replicas: int) -> Truth:
         model = load_transformers(root / family)
-        logits, losses, routers = {}, [], {}
-        for rollout in ROLLOUTS:
-            tokens = torch.from_numpy(rollout.token_ids)
-            out = model(tokens[None], **({"output_router_logits": True} if balance else {}))
-            logits[str(rollout.sequence_id)] = out.logits[0, :-1].detach()
-            losses.append(F.cross_entropy(out.logits[0, :-1], tokens[1:], reduction="none"))
-            # one [predictions, E] per layer
-            routers[rollout.sequence_id] = [layer[: len(tokens) - 1] for layer in out.router_logits] if balance else []
-        loss = torch.cat(losses).mean()
-        total = loss + balance * balancing_loss(routers, model.config, replicas) if balance else loss
-        total.backward()
-        return Truth(logits, float(loss.detach()), on_disk_names(root / family, model))
+        logits, loss = differentiated(model, balance, replicas)
+        gradients = {name: gradient.clone() for name, gradient in on_disk_names(root / family, model).items()}
+        model.zero_grad()
+        nudge(model)
+        differentiated(model, balance, replicas)
+        return Truth(logits, loss, gradients, on_disk_names(root / family, model))
 
     return lambda case: of(case.family, case.balance, case.replicas if case.balance else 1)
+
+
+def differentiated(model: Any, balance: float, replicas: int) -> tuple[dict[str, Tensor], float]:
+    """Logits and loss of the rollouts; gradients are left in the model."""
+    logits, losses, routers = {}, [], {}
+    for rollout in ROLLOUTS:
+        tokens = torch.from_numpy(rollout.token_ids)
+        out = model(tokens[None], **({"output_router_logits": True} if balance else {}))
+        logits[str(rollout.sequence_id)] = out.logits[0, :-1].detach()
+        losses.append(F.cross_entropy(out.logits[0, :-1], tokens[1:], reduction="none"))
+        # one [predictions, E] per layer
+        routers[rollout.sequence_id] = [layer[: len(tokens) - 1] for layer in out.router_logits] if balance else []
+    loss = torch.cat(losses).mean()
+    total = loss + balance * balancing_loss(routers, model.config, replicas) if balance else loss
+    total.backward()
+    return logits, float(loss.detach())
+
+
+def nudge(model: Any) -> None:
+    """Move every weight by one step of fp32, up or down; whole-number draws are the same on every machine."""
+    generator = torch.Generator().manual_seed(7)
+    for weight in model.parameters():
+        signs = 2 * torch.randint(2, weight.shape, generator=generator) - 1
+        weight.data.mul_(1 + torch.finfo(torch.float32).eps * signs)
 
 
 def balancing_loss(routers: dict[int, list[Tensor]], config: Any, replicas: int) -> Tensor:
@@ -187,7 +207,12 @@ def test_every_gradient_is_that_of_plain_autograd(case, found, truth):
     assert rank["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert rank["gradients"].keys() == expected.gradients.keys()
     errors = {name: relative_error(rank["gradients"][name], g) for name, g in expected.gradients.items()}
-    assert max(errors.values()) < 3e-5, max(errors, key=errors.__getitem__)
+    # families differ in how far rounding goes (attention without norms of queries and keys amplifies it): as far as
+    # that of every weight, for the sqrt(n)/2 steps that sums of n terms, here the ids, are rounded by
+    moved = [relative_error(expected.moved[name], g) for name, g in expected.gradients.items()]
+    limit = math.sqrt(SIZES["vocab_size"]) / 2 * max(moved)
+    assert limit < 1e-4  # a defect of a part in ten thousand is always seen
+    assert max(errors.values()) < limit, max(errors, key=errors.__getitem__)
 
 
 @BY_NAME

@@ -155,7 +155,9 @@ def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_five_steps_are_those_of_one_rank(one, outcome):
     ranks, [truth] = outcome(one), outcome(alone(one))
     assert ranks[0]["buckets"] > 1
-    assert ranks[0]["loss"] == pytest.approx(truth["loss"], rel=1e-5, abs=5e-6)
+    # means of terms of either sign: as large as the largest of the steps, however little a step leaves of them
+    largest = max(abs(loss) for loss in truth["loss"])
+    assert ranks[0]["loss"] == pytest.approx(truth["loss"], rel=0, abs=1e-5 * largest)
     assert ranks[0]["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
     _assert_close(ranks[0]["gradients"], truth["gradients"])
     for rank in ranks:

@@ -96,10 +96,10 @@ def _rank_main(
 ) -> None:
     os.environ.clear()  # the server's environment is as old as the first call; a test may have changed it since
     os.environ.update(environment)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    threads = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))  # more ranks than cores is the rule here
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves the host name, which may not exist
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # the server has read its own environment already
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     limit = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)

@@ -6,8 +6,9 @@ optimizer is distributed, which Megatron-Core has for Adam alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import Case, run_cases
+from tests.support.parity_page import Line, Rows, bound_of, roundings
+from tests.support.run_inputs import save_nudged
 from tests.support.tiny_families import save_family
 from tests.support.tiny_models import STUDENT, TEACHER, Objective, relative_error, save_qwen3
 
@@ -122,7 +125,9 @@ ROWS = (
 )
 # what the test suite repeats; the others run when the table is written
 QUICK = tuple(ROWS[number] for number in (2, 14, 25))
-HEADER = ("student", "teacher", *METHODS)
+HEADER = ("student", "teacher", *METHODS, "checked")
+NUDGES = 2
+ROUNDED = math.ceil(roundings(131))  # the longest sums: over the teacher's ids
 
 
 def save_models(directory: Path) -> None:
@@ -132,6 +137,9 @@ def save_models(directory: Path) -> None:
     sizes = {"num_hidden_layers": 4, "max_position_embeddings": 96}
     for name, own, seed in (("experts", STUDENT, 13), ("experts-teacher", TEACHER, 14)):
         save_family(directory / name, "qwen3-moe", seed=seed, sizes=sizes | {"vocab_size": own["vocab_size"]})
+    for name in ("dense", "experts"):
+        for seed in range(NUDGES):
+            save_nudged(directory / f"{name}-{seed}", directory / name, seed=seed)
 
 
 def alone(row: Row) -> Row:
@@ -153,23 +161,60 @@ def trained(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def nudged(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Of each row's training on one rank: the same from weights a step of fp32 away, by case name and draw."""
+    cases = {}
+    for case in (alone(row).case(method) for row in rows for method in METHODS):
+        for draw in range(NUDGES):
+            student, teacher = case.models or DENSE
+            name = moved_name(case.name, draw)
+            cases[name] = replace(case, name=name, models=(f"{student}-{draw}", teacher))
+    with TemporaryDirectory() as folder:
+        save_models(Path(folder))
+        return run_on_ranks(run_cases, list(cases.values()), folder, world_size=1, timeout_s=60 + 5 * len(cases))[0]
+
+
+def moved_name(name: str, draw: int) -> str:
+    return f"{name}, draw {draw}"
+
+
+def bound(row: Row, found: dict[str, dict[str, Any]], moved: dict[str, dict[str, Any]]) -> list[float]:
+    """What each of a row's errors may be, whatever the method."""
+    every = []
+    for method in METHODS:
+        name = alone(row).case(method).name
+        every += [
+            between(found[name], moved[moved_name(name, draw)], weights=not row.distributed_optimizer)
+            for draw in range(NUDGES)
+        ]
+    return [bound_of(max(column), ROUNDED) for column in zip(*every, strict=True)]
+
+
 def errors(row: Row, method: str, found: dict[str, dict[str, Any]]) -> list[float]:
-    """Against one rank: worst gradient, loss, gradient norm and, under SGD, the weights after the last step."""
+    """Of a layout against one rank."""
     one, many = found[alone(row).case(method).name], found[row.case(method).name]
+    return between(one, many, weights=not row.distributed_optimizer)
+
+
+def between(one: dict[str, Any], many: dict[str, Any], *, weights: bool) -> list[float]:
+    """Of one training against another: worst gradient, loss, gradient norm and the weights after the last step."""
     assert one["gradients"].keys() == many["gradients"].keys()
     gradients = [relative_error(many["gradients"][name], gradient) for name, gradient in one["gradients"].items()]
     # a loss is a mean of terms of either sign: where they cancel, so do the digits
     largest = max(abs(loss) for loss in one["loss"])
     losses = [abs(a - b) / largest for a, b in zip(many["loss"], one["loss"], strict=True)]
     norms = [abs(a / b - 1) for a, b in zip(many["grad_norm"], one["grad_norm"], strict=True)]
-    found_errors = [max(gradients), max(losses), max(norms)]
-    if row.distributed_optimizer:
-        return found_errors
-    weights = [torch.cat([run["weights"][name].flatten() for name in one["weights"]]) for run in (many, one)]
-    return [*found_errors, relative_error(*weights)]
+    answer = [max(gradients), max(losses), max(norms)]
+    if not weights:
+        return answer
+    last = [torch.cat([run["weights"][name].flatten() for name in one["weights"]]) for run in (many, one)]
+    return [*answer, relative_error(*last)]
 
 
-def layouts(rows: Sequence[Row] = ROWS) -> dict[tuple[str, ...], list[list[float]]]:
-    """By layout: the four errors under each method."""
-    found = trained(rows)
-    return {row.words: [errors(row, method, found) for method in METHODS] for row in rows}
+def layouts(rows: Sequence[Row] = ROWS) -> Rows:
+    """By layout: the errors under each method, and their bound."""
+    found, moved = trained(rows), nudged(rows)
+    return {
+        row.words: Line(found=[errors(row, method, found) for method in METHODS], bound=bound(row, found, moved))
+        for row in rows
+    }

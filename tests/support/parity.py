@@ -415,8 +415,20 @@ def plain_gradients(problem: Problem, dtype: torch.dtype, shards: int = 1) -> li
     In a lower precision: logits in ``dtype``, softmax and formula in at least fp32, gradients in ``dtype``; with
     ``shards`` the hidden states' gradient is the sum, in ``dtype``, of one for each shard of the vocabulary.
     """
-    hidden_TD, weight_VD = (x.to(dtype).requires_grad_() for x in problem.student)
-    known = {name: logprobs(problem, getattr(problem, name), dtype) for name in ("teacher", "old", "base")}
+    return gradients_of(problem, models_of(problem), dtype, shards)
+
+
+Models = dict[str, tuple[Tensor, Tensor]]  # hidden states and output weights by name
+
+
+def models_of(problem: Problem) -> Models:
+    return {name: getattr(problem, name) for name in ("student", "teacher", "old", "base")}
+
+
+def gradients_of(problem: Problem, models: Models, dtype: torch.dtype, shards: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """The same of other models; the supports are those of the problem's own."""
+    hidden_TD, weight_VD = (x.to(dtype).requires_grad_() for x in models["student"])
+    known = {name: logprobs(problem, models[name], dtype) for name in ("teacher", "old", "base")}
     rows = truth.Rows(
         logq_TV=logprobs(problem, (hidden_TD, weight_VD), dtype, shards),
         logp_TV=known["teacher"],
@@ -432,6 +444,42 @@ def plain_gradients(problem: Problem, dtype: torch.dtype, shards: int = 1) -> li
         loss = (loss_T * weight_T).sum() / weight_T.sum()
         answer.append(torch.autograd.grad(loss, [hidden_TD, weight_VD], retain_graph=True))
     return answer
+
+
+# --------------------------------------------------------------------------- what rounding may do to it
+
+NUDGES = 4
+
+
+class Nudge:
+    """Every number a step of fp32 away, up or down; whole-number draws are the same on every machine."""
+
+    def __init__(self, seed: int = 90) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        signs = 2 * torch.randint(2, x.shape, generator=self._generator) - 1
+        return x * (1 + torch.finfo(torch.float32).eps * signs)
+
+
+@cache
+def sensitivities(problem: Problem) -> dict[str, tuple[float, float]]:
+    """By row: the largest relative change of the true gradients in NUDGES draws of numbers a step of fp32 away.
+
+    In fp64 from the textbook formula, so it is a property of the objective and of the inputs, not of a machine.
+    """
+    nudge, exact = Nudge(), plain_gradients(problem, torch.float64)
+    found = {cell.row: (0.0, 0.0) for cell in CELLS}
+    for _ in range(NUDGES):
+        models = {name: (nudge(hidden), nudge(weight)) for name, (hidden, weight) in models_of(problem).items()}
+        moved = gradients_of(problem, models, torch.float64)
+        for cell, (hidden, weight), true in zip(CELLS, moved, exact, strict=True):
+            before = found[cell.row]
+            found[cell.row] = (
+                max(before[0], relative_error(hidden, true[0])),
+                max(before[1], relative_error(weight, true[1])),
+            )
+    return found
 
 
 # --------------------------------------------------------------------------- the comparison
@@ -497,21 +545,41 @@ def gradient_errors(problem: Problem, ranks: Sequence[Gradients]) -> Errors:
     return found
 
 
-def tail_errors(mass: float, ranks: Sequence[Gradients]) -> tuple[float, float, float, float]:
+TailTruth = tuple[Tensor, Tensor, Tensor]  # log mass, its gradients for hidden states and weight
+
+
+def true_tail(mass: float, change: Callable[[Tensor], Tensor] = lambda x: x) -> TailTruth:
+    """In fp64, after that change of the inputs."""
     hidden_TD, weight_VD, ids_TK = peaked(mass)
-    inputs = [hidden_TD.requires_grad_(), weight_VD.requires_grad_()]
-    logq_TV = (hidden_TD @ weight_VD.t()).log_softmax(-1)
+    inputs = [change(hidden_TD).requires_grad_(), change(weight_VD).requires_grad_()]
+    logq_TV = (inputs[0] @ inputs[1].t()).log_softmax(-1)
     listed_TV = torch.zeros_like(logq_TV, dtype=torch.bool).scatter_(1, ids_TK, True)
     logtail_T = truth.log_sum(logq_TV, ~listed_TV)
     hidden, weight = torch.autograd.grad(logtail_T.sum(), inputs)
-    assert abs(float(logtail_T.detach().exp().log10().mean()) - np.log10(mass)) < 1.0
-    shards_VD, logtail_T = torch.cat([rank["weight"] for rank in ranks])[: len(weight)], logtail_T.detach()
+    return logtail_T.detach(), hidden, weight
 
-    def of_mass(name: str) -> float:
-        return max(float((rank[name].double() - logtail_T).expm1().abs().max()) for rank in ranks)
 
+def mass_error(logtail_T: Tensor, exact_T: Tensor) -> float:
+    """Largest relative error of a token's mass."""
+    return float((logtail_T.double() - exact_T).expm1().abs().max())
+
+
+def tail_sensitivities(mass: float) -> list[float]:
+    """Of the hidden and the weight gradient of the log mass: as ``sensitivities``."""
+    nudge, (_, *exact) = Nudge(), true_tail(mass)
+    moved = [true_tail(mass, nudge)[1:] for _ in range(NUDGES)]
+    return [max(relative_error(pair[i], exact[i]) for pair in moved) for i in (0, 1)]
+
+
+def tail_errors(mass: float, ranks: Sequence[Gradients]) -> tuple[float, float, float, float]:
+    logtail_T, hidden, weight = true_tail(mass)
+    assert abs(float(logtail_T.exp().log10().mean()) - np.log10(mass)) < 1.0
+    of_mass, one_minus_sum = (
+        max(mass_error(rank[name], logtail_T) for rank in ranks) for name in ("logtail", "one_minus_sum")
+    )
+    shards_VD = torch.cat([rank["weight"] for rank in ranks])[: len(weight)]
     gradient = max(relative_error(rank["hidden"], hidden) for rank in ranks)
-    return of_mass("logtail"), gradient, relative_error(shards_VD, weight), of_mass("one_minus_sum")
+    return of_mass, gradient, relative_error(shards_VD, weight), one_minus_sum
 
 
 def plain_errors(problem: Problem, shards: int = 1) -> dict[str, tuple[float, float]]:

@@ -20,7 +20,7 @@ LAUNCH = ROOT / "examples" / "launch"
 def shell(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*map(str, argv)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

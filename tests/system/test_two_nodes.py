@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def launch(node: Node, head: Node, output: Path, logs: Path, command: tuple[str,
             "HEALTH": "no",
             "PATIENCE": "120",
         },
-        **{"LOGS": str(logs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        **{"LOGS": str(logs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
     }
     return psutil.Process(node.start("bash", SCRIPT, *command, output=output, **environment).pid)
 
