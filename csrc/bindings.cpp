@@ -1,5 +1,5 @@
 // The only file that includes pybind11. Checks nothing but dtype and contiguity: validation lives in
-// megatron_tropd/data/packing.py.
+// megatron_tropd/data/packing/validate.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -12,6 +12,7 @@ namespace {
 
 // Without a cast flag and with noconvert: another dtype is a TypeError, never a silent copy.
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
+using UInt8Array = py::array_t<uint8_t, py::array::c_style>;
 
 // Hands a vector over to numpy without copying it.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
@@ -32,9 +33,9 @@ py::tuple assign_packs(const Int64Array& lengths, const Int64Array& sequence_ids
   return py::make_tuple(to_numpy(std::move(result.order)), to_numpy(std::move(result.pack_offsets)));
 }
 
-py::tuple build_stream(const Int64Array& tokens, const Int64Array& rows, const Int64Array& pack_offsets,
-                       int64_t multiple_of) {
-  static_assert(sizeof(tropd::SequenceRow) == 5 * sizeof(int64_t), "a row of the [S, 5] table is a SequenceRow");
+py::tuple build_stream(const Int64Array& tokens, const UInt8Array& regions, const Int64Array& rows,
+                       const Int64Array& pack_offsets, int64_t multiple_of) {
+  static_assert(sizeof(tropd::SequenceRow) == 3 * sizeof(int64_t), "a row of the [S, 3] table is a SequenceRow");
   const auto* row = reinterpret_cast<const tropd::SequenceRow*>(rows.data());
   const auto num_packs = static_cast<std::size_t>(pack_offsets.size()) - 1;
   tropd::Layout layout = tropd::plan_stream(row, pack_offsets.data(), num_packs, multiple_of);
@@ -47,9 +48,10 @@ py::tuple build_stream(const Int64Array& tokens, const Int64Array& rows, const I
                           region.mutable_data(),   sequence.mutable_data(),   cu_seqlens.mutable_data(),
                           num_valid.mutable_data()};
   const int64_t *token_in = tokens.data(), *offset = pack_offsets.data();
+  const uint8_t* region_in = regions.data();
   {
     py::gil_scoped_release release;
-    tropd::build_stream(token_in, row, offset, layout, out);
+    tropd::build_stream(token_in, region_in, row, offset, layout, out);
   }
   return py::make_tuple(token, target, position, region, sequence, cu_seqlens, num_valid,
                         to_numpy(std::move(layout.token_offsets)), to_numpy(std::move(layout.cu_offsets)));
@@ -59,8 +61,9 @@ py::tuple build_stream(const Int64Array& tokens, const Int64Array& rows, const I
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled twins of megatron_tropd reference functions.";
+  m.attr("INTERFACE") = 2;  // raised whenever a signature changes: data/packing/api.py knows an older build by it
   m.def("assign_packs", &assign_packs, py::arg("lengths").noconvert(), py::arg("sequence_ids").noconvert(),
         py::kw_only(), py::arg("capacity"), py::arg("num_replicas"), py::arg("linear_work"));
-  m.def("build_stream", &build_stream, py::arg("tokens").noconvert(), py::arg("rows").noconvert(),
-        py::arg("pack_offsets").noconvert(), py::kw_only(), py::arg("multiple_of"));
+  m.def("build_stream", &build_stream, py::arg("tokens").noconvert(), py::arg("regions").noconvert(),
+        py::arg("rows").noconvert(), py::arg("pack_offsets").noconvert(), py::kw_only(), py::arg("multiple_of"));
 }

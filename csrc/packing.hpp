@@ -1,9 +1,9 @@
 // Stage one of packing: who goes where, sequences -> packs -> replicas. Plain C++: knows nothing of Python or numpy.
 //
-// The twin in megatron_tropd/data/packing_reference.py returns exactly the same numbers: all arithmetic is on integers
+// The twin in megatron_tropd/data/packing/reference.py returns exactly the same numbers: all arithmetic is on integers
 // and every tie is broken by a stated rule.
 //
-// The caller validates (megatron_tropd/data/packing.py); what is called a precondition here is not checked again.
+// The caller validates (megatron_tropd/data/packing/validate.py); what is called a precondition here is not checked again.
 #pragma once
 
 #include <cstddef>

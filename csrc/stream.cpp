@@ -7,9 +7,13 @@
 namespace tropd {
 namespace {
 
-constexpr uint8_t kPrompt = 0, kPrefix = 1, kContinuation = 2, kPad = 3;  // megatron_tropd.types.Region
+constexpr uint8_t kPrefix = 1, kContinuation = 2, kPad = 3;  // megatron_tropd.types.Region
 
-void write_sequence(const int64_t* tokens, const SequenceRow& row, int64_t at, const Stream& out) {
+bool carries_loss(uint8_t region) { return region == kPrefix || region == kContinuation; }
+
+// Returns how many of its predictions carry loss.
+int64_t write_sequence(const int64_t* tokens, const uint8_t* regions, const SequenceRow& row, int64_t at,
+                       const Stream& out) {
   const int64_t* source = tokens + row.start;
   const int64_t last = row.length - 1;
   std::memcpy(out.token + at, source, row.length * sizeof(int64_t));
@@ -17,13 +21,11 @@ void write_sequence(const int64_t* tokens, const SequenceRow& row, int64_t at, c
   out.target[at + last] = 0;
   std::iota(out.position + at, out.position + at + row.length, int64_t{0});
   std::fill_n(out.sequence + at, row.length, row.sequence_id);
-  // Position t predicts token t + 1, so every region begins one position before its first token.
+  // Position t predicts token t + 1 and has the region of that.
   uint8_t* region = out.region + at;
-  const int64_t prompt_end = row.prompt_length - 1;
-  std::fill_n(region, prompt_end, kPrompt);
-  std::fill_n(region + prompt_end, row.prefix_length, kPrefix);
-  std::fill(region + prompt_end + row.prefix_length, region + last, kContinuation);
+  std::memcpy(region, regions + row.start + 1, last);
   region[last] = kPad;
+  return std::count_if(region, region + last, carries_loss);
 }
 
 void write_padding(int64_t at, int64_t count, const Stream& out) {
@@ -52,17 +54,16 @@ Layout plan_stream(const SequenceRow* rows, const int64_t* pack_offsets, std::si
   return layout;
 }
 
-void build_stream(const int64_t* tokens, const SequenceRow* rows, const int64_t* pack_offsets, const Layout& layout,
-                  const Stream& out) {
+void build_stream(const int64_t* tokens, const uint8_t* regions, const SequenceRow* rows, const int64_t* pack_offsets,
+                  const Layout& layout, const Stream& out) {
   for (std::size_t pack = 0; pack + 1 < layout.token_offsets.size(); ++pack) {
     const int64_t begin = layout.token_offsets[pack], end = layout.token_offsets[pack + 1];
     int32_t* boundary = out.cu_seqlens + layout.cu_offsets[pack];
     int64_t at = begin, valid = 0;
     *boundary++ = 0;
     for (int64_t i = pack_offsets[pack]; i < pack_offsets[pack + 1]; ++i) {
-      write_sequence(tokens, rows[i], at, out);
+      valid += write_sequence(tokens, regions, rows[i], at, out);
       at += rows[i].length;
-      valid += rows[i].length - rows[i].prompt_length;
       *boundary++ = static_cast<int32_t>(at - begin);
     }
     if (at < end) {

@@ -1,7 +1,7 @@
 // Stage two of packing: writes every per-token array of all packs in one pass. Plain C++: knows nothing of Python.
 //
 // The conventions (what a position holds, the region of a target, the block of padding) are those of
-// megatron_tropd/types.py; the twin is in megatron_tropd/data/packing_reference.py.
+// megatron_tropd/types.py; the twin is in megatron_tropd/data/packing/reference.py.
 #pragma once
 
 #include <cstddef>
@@ -10,12 +10,11 @@
 
 namespace tropd {
 
-// One sequence, in the order of the stream. Its tokens are tokens[start] .. tokens[start + length - 1].
+// One sequence, in the order of the stream. Its tokens are tokens[start] .. tokens[start + length - 1], and its regions
+// lie likewise.
 struct SequenceRow {
   int64_t start;
   int64_t length;
-  int64_t prompt_length;
-  int64_t prefix_length;
   int64_t sequence_id;
 };
 
@@ -40,8 +39,8 @@ struct Stream {
 };
 
 // Fills every output. `layout` comes from plan_stream with the same rows and pack_offsets.
-// Preconditions: prompt_length >= 1, prompt_length + prefix_length <= length, a pack has fewer than 2^31 tokens.
-void build_stream(const int64_t* tokens, const SequenceRow* rows, const int64_t* pack_offsets, const Layout& layout,
-                  const Stream& out);
+// Preconditions: a sequence has at least one token, and its first one carries no loss; a pack has fewer than 2^31 tokens.
+void build_stream(const int64_t* tokens, const uint8_t* regions, const SequenceRow* rows, const int64_t* pack_offsets,
+                  const Layout& layout, const Stream& out);
 
 }  // namespace tropd

@@ -5,11 +5,18 @@ import numpy.typing as npt
 
 _Int64Array = npt.NDArray[np.int64]
 
+INTERFACE: int
+
 def assign_packs(
     lengths: _Int64Array, sequence_ids: _Int64Array, *, capacity: int, num_replicas: int, linear_work: int
 ) -> tuple[_Int64Array, _Int64Array]: ...
 def build_stream(
-    tokens: _Int64Array, rows: _Int64Array, pack_offsets: _Int64Array, *, multiple_of: int
+    tokens: _Int64Array,
+    regions: npt.NDArray[np.uint8],
+    rows: _Int64Array,
+    pack_offsets: _Int64Array,
+    *,
+    multiple_of: int,
 ) -> tuple[
     _Int64Array,
     _Int64Array,

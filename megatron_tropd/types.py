@@ -24,15 +24,34 @@ from torch import Tensor
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
 
 
 class Region(IntEnum):
-    """Which part of a sequence a predicted token belongs to. Only PREFIX and CONTINUATION carry loss."""
+    """Who wrote a token of a sequence. Only the predictions of PREFIX and CONTINUATION tokens carry loss.
 
-    PROMPT = 0
-    PREFIX = 1
-    CONTINUATION = 2
-    PAD = 3
+    A sequence begins with PROMPT and has no PROMPT later on. After it PREFIX, CONTINUATION and OBSERVATION may follow
+    one another in any order and any number of times: a teacher may write on after the student, a tool after either.
+    """
+
+    PROMPT = 0  # what the answer answers
+    PREFIX = 1  # written by the teacher
+    CONTINUATION = 2  # written by the student
+    PAD = 3  # no token: padding of a pack, and what a last token would predict
+    OBSERVATION = 4  # context written by neither model: tool output, user turns
+
+
+LOSS_REGIONS = (Region.PREFIX, Region.CONTINUATION)
+
+
+def regions_of(*stretches: tuple[Region, int]) -> UInt8Array:
+    """``[L]`` regions of a sequence from its stretches, in order, each ``(region, tokens)``."""
+    return np.repeat(*np.array(stretches, dtype=np.int64).reshape(-1, 2).T).astype(np.uint8)
+
+
+def single_turn(*, prompt: int, prefix: int = 0, continuation: int = 0) -> UInt8Array:
+    """``[L]`` regions of a sequence of so many tokens of each kind, in that order."""
+    return regions_of((Region.PROMPT, prompt), (Region.PREFIX, prefix), (Region.CONTINUATION, continuation))
 
 
 # --------------------------------------------------------------------------- prompts and rollouts
@@ -78,19 +97,35 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One finished sequence: prompt, teacher prefix and student continuation, with the sampler's log-probs."""
+    """One finished sequence: every token with its region, and the sampler's log-probs of those the student wrote.
+
+    C counts CONTINUATION tokens, in their order, wherever they stand.
+    """
 
     sequence_id: int
     prompt_index: int
-    token_ids: Int64Array  # [L] prompt + prefix + continuation
-    prompt_length: int
-    prefix_length: int
-    sampling_logprob: Float32Array  # [continuation] log-prob under the distribution sampled from (T, top-p, top-k)
-    model_logprob: Float32Array  # [continuation] log-prob under the model itself (temperature 1), nats; nan: not asked
+    token_ids: Int64Array  # [L]
+    region_L: UInt8Array  # Region of every token; which orders are legal: Region
+    sampling_logprob: Float32Array  # [C] log-prob under the distribution sampled from (T, top-p, top-k)
+    model_logprob: Float32Array  # [C] log-prob under the model itself (temperature 1), nats; nan: not asked
     finished: bool  # True when a stop token ended it, False when the budget did
     weight_version: int = 0  # training step whose weights wrote the continuation
-    token_versions: Int64Array | None = None  # [continuation] the same token by token; None: weight_version for all
+    token_versions: Int64Array | None = None  # [C] the same token by token; None: weight_version for all
     teacher: str = ""  # name of the teacher that grades it, as of its prompt
+
+    def count(self, *regions: Region) -> int:
+        """Number of tokens in any of ``regions``."""
+        return sum(int(np.count_nonzero(self.region_L == region)) for region in regions)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt: the response begins there."""
+        return self.count(Region.PROMPT)
+
+    @property
+    def response_length(self) -> int:
+        """Tokens that a model wrote and that carry loss, PREFIX and CONTINUATION."""
+        return self.count(*LOSS_REGIONS)
 
 
 # --------------------------------------------------------------------------- packs and signals
@@ -107,7 +142,7 @@ class Pack:
     token_T: Int64Array
     target_T: Int64Array  # next token of the same sequence; 0 where there is none
     position_T: Int64Array  # 0.. within each sequence
-    region_T: npt.NDArray[np.uint8]  # Region of the target
+    region_T: UInt8Array  # Region of the target
     sequence_T: Int64Array  # sequence_id, -1 for padding
     cu_seqlens: npt.NDArray[np.int32]  # [S+1] (+1 more when padded), starts at 0, ends at T
     sequence_ids: Int64Array  # [S] in stream order

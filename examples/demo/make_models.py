@@ -36,7 +36,7 @@ from megatron_tropd.methods import build_method
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
-from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams, single_turn
 
 TEACHER, STUDENT, DATA = HERE / "teacher", HERE / "student", HERE / "data"
 BATCH, PACK_TOKENS = 64, 8192
@@ -117,8 +117,7 @@ def _as_rollout(number: int, prompt: list[int], response: list[int]) -> Rollout:
         sequence_id=number,
         prompt_index=number,
         token_ids=np.array(prompt + response, dtype=np.int64),
-        prompt_length=len(prompt),
-        prefix_length=len(response),
+        region_L=single_turn(prompt=len(prompt), prefix=len(response)),
         sampling_logprob=empty,
         model_logprob=empty,
         finished=True,

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megatron_tropd.data.packing import LINEAR_WORK, backend
 from megatron_tropd.data.packing import reference as packing_reference
-from megatron_tropd.types import Int64Array
+from megatron_tropd.types import Int64Array, Region
 
 try:
     from megatron_tropd import _C
@@ -175,13 +175,15 @@ def measure_build(lengths: Int64Array, *, max_tokens: int) -> dict[str, float]:
     )
     starts = np.cumsum(lengths) - lengths
     prompt = np.maximum(lengths // 4, 1)
-    rows = np.stack([column[order] for column in (starts, lengths, prompt, np.zeros_like(prompt), ids)], axis=1)
+    regions = np.full(int(lengths.sum()), Region.CONTINUATION, np.uint8)
+    regions[np.arange(len(regions)) - np.repeat(starts, lengths) < np.repeat(prompt, lengths)] = Region.PROMPT
+    rows = np.stack([column[order] for column in (starts, lengths, ids)], axis=1)
     tokens = np.random.default_rng(0).integers(0, 150_000, int(lengths.sum()))
     twins: dict[str, Callable[..., Any]] = {"plain twin": packing_reference.build_stream}
     if _C is not None:
         twins = {"compiled": _C.build_stream, **twins}
     return {
-        name: _timed(lambda build=build: build(tokens, rows, pack_offsets, multiple_of=64), 5)[0]  # type: ignore[misc]
+        name: _timed(lambda build=build: build(tokens, regions, rows, pack_offsets, multiple_of=64), 5)[0]  # type: ignore[misc]
         for name, build in twins.items()
     }
 

@@ -25,7 +25,7 @@ from megatron_tropd.planning.phases import by_phase, leaving
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.types import Architecture, Rollout
+from megatron_tropd.types import Architecture, Rollout, single_turn
 
 _MIB = 2**20
 
@@ -242,8 +242,7 @@ def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> 
             sequence_id=i,
             prompt_index=i,
             token_ids=np.zeros(length, np.int64),
-            prompt_length=1,
-            prefix_length=0,
+            region_L=single_turn(prompt=1, continuation=length - 1),
             sampling_logprob=empty,
             model_logprob=empty,
             finished=True,

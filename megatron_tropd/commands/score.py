@@ -80,7 +80,7 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
             fresh = []
             for rollout in rollouts:
                 key = sequence_key(rollout.token_ids)
-                if len(rollout.token_ids) > rollout.prompt_length and key not in seen and key not in store:
+                if rollout.response_length and key not in seen and key not in store:
                     fresh.append(rollout)
                 seen.add(key)
             done.known += len(rollouts) - len(fresh)

@@ -12,11 +12,12 @@ from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import TrainPack
+from megatron_tropd.errors import DataError
 from megatron_tropd.losses.reduce import special_token_keep, token_weights
 from megatron_tropd.losses.support import first_of_each, tail_beside
 from megatron_tropd.methods import Method
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.types import Pack, Rollout, TeacherOutputs, TokenView
+from megatron_tropd.types import Pack, Region, Rollout, TeacherOutputs, TokenView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +91,14 @@ def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -
         length = len(rollout.token_ids)
         drawn = uniforms(seed=facts.seed, step=facts.step, sequence_id=sequence_id, stream=Stream.GATE, count=length)
         uniform[start : start + length] = drawn
-        # the prediction of continuation token i stands one position before it
-        first = start + rollout.prompt_length + rollout.prefix_length - 1
-        sampled[first : first + len(rollout.model_logprob)] = rollout.model_logprob
+        # the prediction of a continuation token stands one position before it
+        written = start - 1 + np.flatnonzero(rollout.region_L == Region.CONTINUATION)
+        if len(written) != len(rollout.model_logprob):
+            raise DataError(
+                f"sequence {sequence_id} has {len(written)} CONTINUATION tokens and {len(rollout.model_logprob)} "
+                "log-probs of the sampler. Give one for each, nan where it is not known."
+            )
+        sampled[written] = rollout.model_logprob
     return uniform, sampled
 
 

@@ -16,7 +16,7 @@ from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import model_logprob
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Layout
-from megatron_tropd.types import Int64Array, Pack, Rollout
+from megatron_tropd.types import Int64Array, Pack, Rollout, single_turn
 
 
 def score_packs(
@@ -60,8 +60,7 @@ def pack_alone(token_ids: Int64Array, layout: Layout) -> list[list[Pack]]:
         sequence_id=0,
         prompt_index=0,
         token_ids=token_ids,
-        prompt_length=1,
-        prefix_length=len(token_ids) - 1,
+        region_L=single_turn(prompt=1, prefix=len(token_ids) - 1),
         sampling_logprob=empty,
         model_logprob=empty,
         finished=True,

@@ -18,7 +18,7 @@ from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.report.records import Evaluation
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
-from megatron_tropd.types import Prompt, Rollout, SamplingParams
+from megatron_tropd.types import LOSS_REGIONS, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,13 @@ _SEED_OFFSET = 1 << 40
 
 
 def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
-    """The response as text up to its end. Special tokens (``<think>``, ``[TOOL_CALLS]``) are part of it."""
-    return tokenizer.response_text(rollout.token_ids[rollout.prompt_length :].tolist())
+    """What the models wrote as text, turn by turn up to its end: an answer that a tool gave is not one of theirs.
+
+    Special tokens (``<think>``, ``[TOOL_CALLS]``) are part of it.
+    """
+    written = np.flatnonzero(np.isin(rollout.region_L, LOSS_REGIONS))
+    turns = np.split(written, np.flatnonzero(np.diff(written) > 1) + 1)
+    return "".join(tokenizer.response_text(rollout.token_ids[turn].tolist()) for turn in turns)
 
 
 def training_rule(data: DataConfig, prompt: Prompt) -> GradingRule:
@@ -131,7 +136,7 @@ def answer_suite(
     _warn_of_ungraded(suite.name, found)
     return Answered(
         right=np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(problems), -1),
-        mean_length=float(np.mean([len(r.token_ids) - r.prompt_length for r in rollouts])),
+        mean_length=float(np.mean([r.response_length for r in rollouts])),
         finished=float(np.mean([rollout.finished for rollout in rollouts])),
         timed_out=sum(grade.timed_out for grade in found),
     )

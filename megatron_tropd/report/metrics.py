@@ -52,8 +52,13 @@ METRICS: Mapping[str, Metric] = {
     ),
     "grad_norm": Metric("", "Global norm of the gradient before clipping.", "optimizer"),
     "lr": Metric("", "Learning rate of the step's last update.", "optimizer"),
-    "response_length": Metric("tokens", "Mean length of a response, prefix included.", "length"),
+    "response_length": Metric(
+        "tokens", "Mean length of a response, prefix included, and without observations.", "length"
+    ),
     "continuation_length": Metric("tokens", "Mean number of tokens the student wrote per sequence.", "length"),
+    "observation_length": Metric(
+        "tokens", "Mean number of tokens per sequence that neither model wrote after the prompt; if any.", "length"
+    ),
     "finished_fraction": Metric("fraction", "Share of sequences ended by a stop token, not by the budget.", "length"),
     "logprob_gap_mean": Metric(
         "nats/token", "Mean absolute difference between the sampler's and the trainer's log-probs.", "mismatch"

@@ -40,7 +40,7 @@ class SampleToken:
     """One token of an answer. ``trusted`` and ``log_ratio`` are None where no teacher looked or no gate was drawn."""
 
     text: str
-    region: Literal["prefix", "continuation"] = "continuation"
+    region: Literal["prefix", "continuation", "observation"] = "continuation"
     trusted: bool | None = None
     log_ratio: float | None = None  # log p_teacher - log p_student, nats
 

@@ -11,7 +11,7 @@ from megatron_tropd.engine.decode import Continuation
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.arrays import all_gather_arrays
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.types import Int64Array, Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Int64Array, Rollout, RolloutRequest, SamplingParams, single_turn
 
 
 def contexts_of(requests: Sequence[RolloutRequest], max_positions: int) -> list[Int64Array]:
@@ -89,8 +89,11 @@ def to_rollout(
         sequence_id=request.sequence_id,
         prompt_index=request.prompt_index,
         token_ids=np.concatenate([context, continuation.token_ids]),
-        prompt_length=len(request.prompt_ids),
-        prefix_length=len(request.prefix_ids),
+        region_L=single_turn(
+            prompt=len(request.prompt_ids),
+            prefix=len(request.prefix_ids),
+            continuation=len(continuation.token_ids),
+        ),
         sampling_logprob=continuation.sampling_logprob,
         model_logprob=continuation.model_logprob,
         finished=continuation.finished,

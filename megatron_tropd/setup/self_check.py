@@ -27,7 +27,7 @@ from megatron_tropd.methods import Method
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.teacher.routing import TeacherWithBase
-from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
+from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView, single_turn
 
 # share of the gradient of plain likelihood on the same tokens that rounding may leave
 _TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
@@ -104,8 +104,7 @@ def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rol
                 sequence_id=number,
                 prompt_index=number,
                 token_ids=rng.integers(0, vocab_size, length),
-                prompt_length=4,
-                prefix_length=0,
+                region_L=single_turn(prompt=4, continuation=written),
                 sampling_logprob=np.full(written, np.nan, np.float32),
                 model_logprob=np.full(written, np.nan, np.float32),
                 finished=True,

@@ -21,7 +21,7 @@ from megatron_tropd.rollout.dispatch import versions_of
 from megatron_tropd.rollout.mismatch import MismatchMonitor
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.rollout_queue import Batch, Batches, ScoredRollouts
-from megatron_tropd.types import Prompt, Rollout
+from megatron_tropd.types import Prompt, Region, Rollout
 from megatron_tropd.weight_sync.interface import ProbeableSampler
 from megatron_tropd.weight_sync.publishers import WeightStream
 from megatron_tropd.weight_sync.verify import probe_of, verify_publish
@@ -145,8 +145,8 @@ def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | 
 def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -> dict[str, float]:
     """The step in numbers (``report.metrics`` says what each means)."""
     prompts, rollouts = batch.prompts, batch.scored.rollouts
-    responses = [len(r.token_ids) - r.prompt_length for r in rollouts]
-    prefixes = [r.prefix_length for r in rollouts]
+    responses = [r.response_length for r in rollouts]
+    prefixes, observed = ([r.count(region) for r in rollouts] for region in (Region.PREFIX, Region.OBSERVATION))
     metrics: dict[str, float] = {
         "step": step + 1,
         "sequences": len(rollouts),
@@ -158,6 +158,8 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
         "continuation_length": float(np.mean(np.subtract(responses, prefixes))),
         "finished_fraction": float(np.mean([r.finished for r in rollouts])),
     }
+    if any(observed):
+        metrics["observation_length"] = float(np.mean(observed))
     names = set().union(*(result.stats for result in results))
     metrics |= {n: float(np.mean([r.stats[n] for r in results if n in r.stats])) for n in sorted(names)}
     if run.method.guided and run.rollout.guided_per_prompt:
@@ -184,7 +186,7 @@ def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) ->
     per_prompt = len(rollouts) // len(prompts)
     for number, rollout in enumerate(rollouts):
         source = prompts[number // per_prompt].source
-        lengths.setdefault(source, []).append(len(rollout.token_ids) - rollout.prompt_length)
+        lengths.setdefault(source, []).append(rollout.response_length)
     metrics: dict[str, float] = {}
     for source, found in sorted(lengths.items()):
         if source:

@@ -20,10 +20,15 @@ from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.rollout_queue import pack_rollouts, sampling_params, with_teachers
-from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView
+from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout, StudentView, TeacherView
 
 # how much of the teacher's response the guided samples start with
 _SHOWN_PREFIX = 0.5
+_SHOWN_REGIONS: dict[int, Literal["prefix", "continuation", "observation"]] = {
+    Region.PREFIX: "prefix",
+    Region.CONTINUATION: "continuation",
+    Region.OBSERVATION: "observation",
+}
 
 
 def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after"], count: int) -> list[Sample]:
@@ -54,23 +59,26 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
 
 
 def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple[SampleToken, ...]:
-    pieces = run.tokenizer.tokens(rollout.token_ids[rollout.prompt_length :].tolist())
+    prompt = rollout.prompt_length
+    pieces = run.tokenizer.tokens(rollout.token_ids[prompt:].tolist())
+    regions = rollout.region_L[prompt:].tolist()
+    row_L = np.cumsum(np.isin(regions, LOSS_REGIONS)) - 1  # of the gate: observations have none
     tokens = []
-    for i, piece in enumerate(pieces):
-        prefix = i < rollout.prefix_length
+    for piece, region, row in zip(pieces, regions, row_L.tolist(), strict=True):
+        seen = None if gate is None or region == Region.OBSERVATION else gate[row]
         tokens.append(
             SampleToken(
                 text=piece,
-                region="prefix" if prefix else "continuation",
-                trusted=None if prefix or gate is None else bool(gate[i, 0] > 0.5),
-                log_ratio=None if gate is None else float(gate[i, 1]),
+                region=_SHOWN_REGIONS[region],
+                trusted=None if seen is None or region != Region.CONTINUATION else bool(seen[0] > 0.5),
+                log_ratio=None if seen is None else float(seen[1]),
             )
         )
     return tuple(tokens)
 
 
 def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray]:
-    """``[response, 2]`` gate weight and log ratio of every response token, on every rank."""
+    """``[response, 2]`` gate weight and log ratio of every token that carries loss, on every rank."""
     packs = pack_rollouts(run, rollouts)
     mine = packs[run.world.student.replica]
     scores = score_packs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.weights import hf_tensors, load_stream
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.setup.build import load_model
-from megatron_tropd.types import Pack, Rollout
+from megatron_tropd.types import Pack, single_turn
 from tests.support.distributed import run_on_ranks
 from tests.support.family_cases import export
 from tests.support.tiny_models import STUDENT, TEACHER, load_hf, random_rollouts, save_qwen3
@@ -30,7 +30,7 @@ from tests.support.tiny_models import STUDENT, TEACHER, load_hf, random_rollouts
 FILE_BYTES = 30_000
 # every prediction of a sequence is asked for, so the response starts at its second token
 ROLLOUTS = [
-    Rollout(**{**{name: getattr(r, name) for name in r.__slots__}, "prompt_length": 1, "prefix_length": 0})
+    replace(r, region_L=single_turn(prompt=1, continuation=len(r.token_ids) - 1))
     for r in random_rollouts(0, vocab_size=STUDENT["vocab_size"])
 ]
 

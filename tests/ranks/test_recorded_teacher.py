@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.engines.recorded import RecordedSampler, read_rollouts, write_rollouts
-from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Region, Rollout, RolloutRequest, SamplingParams, single_turn
 from tests.support.run_inputs import (
     TEACHER,
     Task,
@@ -36,8 +37,7 @@ def rollout(number: int, *, prompt: int, prefix: int, written: int) -> Rollout:
         sequence_id=number,
         prompt_index=10 + number,
         token_ids=rng.integers(0, 2**40, prompt + prefix + written),
-        prompt_length=prompt,
-        prefix_length=prefix,
+        region_L=single_turn(prompt=prompt, prefix=prefix, continuation=written),
         sampling_logprob=rng.normal(size=written).astype(np.float32),
         model_logprob=rng.normal(size=written).astype(np.float32),
         finished=bool(number % 2),
@@ -46,7 +46,8 @@ def rollout(number: int, *, prompt: int, prefix: int, written: int) -> Rollout:
 
 
 def request_of(rollout: Rollout) -> RolloutRequest:
-    ends = rollout.prompt_length, rollout.prompt_length + rollout.prefix_length
+    given = np.flatnonzero(rollout.region_L > Region.PREFIX)
+    ends = rollout.prompt_length, int(given[0]) if len(given) else len(rollout.region_L)
     return RolloutRequest(
         sequence_id=rollout.sequence_id,
         prompt_index=rollout.prompt_index,
@@ -58,9 +59,11 @@ def request_of(rollout: Rollout) -> RolloutRequest:
 
 @pytest.fixture
 def recorded() -> list[Rollout]:
-    """One that wrote nothing, a guided one, one of a single token, a plain one."""
-    shapes = [(3, 5, 0), (4, 2, 7), (1, 0, 0), (6, 0, 9)]
-    return [rollout(i, prompt=p, prefix=f, written=w) for i, (p, f, w) in enumerate(shapes)]
+    """One that wrote nothing, a guided one, one of a single token, a plain one, one of several turns."""
+    shapes = [(3, 5, 0), (4, 2, 7), (1, 0, 0), (6, 0, 9), (2, 0, 6)]
+    found = [rollout(i, prompt=p, prefix=f, written=w) for i, (p, f, w) in enumerate(shapes)]
+    turns = np.array([0, 0, 2, 2, 4, 4, 1, 2, 2, 4, 2, 2], np.uint8)
+    return [*found[:-1], replace(found[-1], token_ids=np.arange(70, 82), region_L=turns)]
 
 
 def assert_same(found: list[Rollout], expected: list[Rollout]) -> None:
@@ -82,6 +85,27 @@ def test_rollouts_come_back_as_they_were_written(tmp_path: Path, recorded: list[
     write_rollouts(tmp_path, 4, [])
     assert read_rollouts(tmp_path, 4) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003.npz", "step-00000004.npz"]
+
+
+def test_a_recording_of_format_1_is_read_and_one_of_a_later_format_is_refused_by_name(tmp_path: Path):
+    # as format 1 had it: rows of six columns, among them prompt and prefix lengths, and no regions
+    old = {
+        "rows": np.array([[7, 3, 2, 1, 1, 4], [9, 5, 1, 0, 0, 4]]),
+        "lengths": np.array([5, 3]),
+        "token_ids": np.arange(8),
+        "sampling_logprob": np.float32([-1, -2, -3, -4]),
+        "model_logprob": np.float32([-5, -6, -7, -8]),
+        "token_versions": np.array([3, 4, 4, 4]),
+    }
+    np.savez(tmp_path / "step-00000002.npz", **old)
+    first, second = read_rollouts(tmp_path, 2)
+    assert (first.sequence_id, first.prompt_index, first.finished, first.weight_version) == (7, 3, True, 4)
+    assert first.region_L.tolist() == [0, 0, 1, 2, 2] and second.region_L.tolist() == [0, 2, 2]
+    assert first.model_logprob.tolist() == [-5, -6] and second.token_ids.tolist() == [5, 6, 7]
+    assert first.token_versions is not None and first.token_versions.tolist() == [3, 4]
+    np.savez(tmp_path / "step-00000002.npz", format=np.array(3), **old)
+    with pytest.raises(DataError, match=r"step-00000002.npz is a recording of format 3; read are formats up to 2\."):
+        read_rollouts(tmp_path, 2)
 
 
 def test_a_step_that_was_not_recorded_is_named_with_those_that_were(tmp_path: Path, recorded: list[Rollout]):
@@ -113,6 +137,9 @@ def test_arrays_that_do_not_fit_each_other_are_refused(tmp_path: Path, recorded:
         {"token_ids": arrays["token_ids"][:-1]},
         {"model_logprob": np.append(arrays["model_logprob"], np.float32(0))},
         {"lengths": arrays["lengths"][::-1]},
+        {"regions": arrays["regions"][:-1]},
+        {"regions": np.roll(arrays["regions"], 1)},
+        {"regions": np.where(arrays["regions"] == 4, 3, arrays["regions"])},
         {"rows": arrays["rows"][:, :-1]},
         {"rows": arrays["rows"][:-1]},
         {"lengths": np.array([[1, 2]])},
@@ -139,10 +166,8 @@ def test_a_recording_that_answers_other_requests_is_refused(tmp_path: Path, reco
     asked = [request_of(rollout) for rollout in recorded]
     assert_same(sampler.generate(asked, PARAMS, seed=0, step=0), recorded)
 
-    with pytest.raises(DataError, match="holds 4 sequences, but 3 are asked for"):
+    with pytest.raises(DataError, match="holds 5 sequences, but 4 are asked for"):
         sampler.generate(asked[:-1], PARAMS, seed=0, step=0)
-
-    from dataclasses import replace
 
     changes: list[dict[str, Any]] = [
         {"prompt_index": 99},

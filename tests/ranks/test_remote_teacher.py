@@ -27,7 +27,7 @@ from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher, deco
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.teacher.sharded import HiddenKind
 from megatron_tropd.teacher.transfer import ReplicaMap, carry
-from megatron_tropd.types import Pack, Region, Rollout
+from megatron_tropd.types import Pack, Region, Rollout, single_turn
 from tests.support.distributed import run_on_ranks
 from tests.support.run_inputs import (
     TEACHER,
@@ -308,8 +308,7 @@ def random_packs(replicas: int) -> list[list[Pack]]:
                 sequence_id=number,
                 prompt_index=number,
                 token_ids=generator.integers(0, 50, length),
-                prompt_length=3,
-                prefix_length=number % 2,
+                region_L=single_turn(prompt=3, prefix=number % 2, continuation=length - 3 - number % 2),
                 sampling_logprob=np.zeros(length - 3, np.float32),
                 model_logprob=np.zeros(length - 3, np.float32),
                 finished=True,

@@ -124,7 +124,7 @@ def test_a_response_that_is_all_prefix_is_finished_when_it_ends_in_a_stop_token(
         whole = request(prefix_ids=np.array([5, last]), max_new_tokens=0)
         (context,) = spread.contexts_of([whole], 4)
         rollout = spread.to_rollout(whole, context, None, params, version=6)
-        assert (rollout.finished, rollout.prompt_length, rollout.prefix_length) == (finished, 2, 2)
+        assert (rollout.finished, rollout.region_L.tolist()) == (finished, [0, 0, 1, 1])
         assert rollout.token_ids.tolist() == [1, 2, 5, last] and len(rollout.model_logprob) == 0
         assert spread.versions_of(rollout).tolist() == []
 

@@ -122,7 +122,7 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
     from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
     from megatron_tropd.teacher.engines.vllm import VLLMTeacher
     from megatron_tropd.teacher.protocol import TeacherRequest
-    from megatron_tropd.types import Rollout
+    from megatron_tropd.types import Rollout, single_turn
 
     device, rng = initialize_distributed(), np.random.default_rng(1)
     table_VV = scipy.special.log_softmax(2 * rng.normal(size=(VOCAB, VOCAB)), axis=1)
@@ -144,8 +144,7 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
             sequence_id=number,
             prompt_index=number,
             token_ids=rng.integers(0, VOCAB, prompt + prefix + written),
-            prompt_length=prompt,
-            prefix_length=prefix,
+            region_L=single_turn(prompt=prompt, prefix=prefix, continuation=written),
             sampling_logprob=nothing,
             model_logprob=nothing,
             finished=True,

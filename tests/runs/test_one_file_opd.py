@@ -26,7 +26,7 @@ from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.types import Prompt, Rollout
+from megatron_tropd.types import Prompt, Region, Rollout
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPT = EXAMPLES / "one_file_opd.py"
@@ -103,7 +103,7 @@ def test_one_process_of_the_package_has_the_loss_and_every_gradient_of_the_one_f
     if name == "tropd":
         assert 0.0 < log["outliers"] < 1.0  # both terms are at work
         assert package.stats["outlier_fraction"] == pytest.approx(log["outliers"], abs=1e-9)
-    assert sum(rollout.prefix_length for rollout in rollouts) > 0
+    assert sum(rollout.count(Region.PREFIX) for rollout in rollouts) > 0
     assert set(found) == set(expected)
     for key, gradient in expected.items():
         assert gradient.abs().max() > 0, key
@@ -122,7 +122,7 @@ def as_sequence(one_file: ModuleType, rollout: Rollout, seed: int) -> Any:
     return one_file.Sequence(
         ids=torch.from_numpy(rollout.token_ids),
         prompt=rollout.prompt_length,
-        prefix=rollout.prefix_length,
+        prefix=rollout.count(Region.PREFIX),
         uniform=torch.from_numpy(drawn),
     )
 

@@ -15,7 +15,7 @@ from tests.support.run_inputs import Task, assert_metrics_agree, commands, make_
 from megatron_tropd.train import rollout_queue as batches
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
-from megatron_tropd.types import Rollout
+from megatron_tropd.types import Rollout, single_turn
 
 QUIET = ("evaluate.prompts=null", "report.samples=0", "checkpoint.keep=9")
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")
@@ -168,8 +168,7 @@ def test_versions_of_single_tokens_survive_a_recording(tmp_path: Path):
             sequence_id=number,
             prompt_index=number,
             token_ids=np.arange(3 + count),
-            prompt_length=2,
-            prefix_length=1,
+            region_L=single_turn(prompt=2, prefix=1, continuation=count),
             sampling_logprob=np.zeros(count, np.float32),
             model_logprob=np.zeros(count, np.float32),
             finished=False,

@@ -31,7 +31,7 @@ from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.setup.build import load_model
-from megatron_tropd.types import Pack, Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Pack, Rollout, RolloutRequest, SamplingParams, single_turn
 from tests.support.layout_cases import whole_gradients
 from tests.support.tiny_families import SIZES
 
@@ -47,8 +47,7 @@ def _rollout(number: int, length: int) -> Rollout:
         sequence_id=number,
         prompt_index=number,
         token_ids=rng.integers(0, SIZES["vocab_size"], length),
-        prompt_length=1,
-        prefix_length=length - 1,
+        region_L=single_turn(prompt=1, prefix=length - 1),
         sampling_logprob=np.empty(0, np.float32),
         model_logprob=np.empty(0, np.float32),
         finished=True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.random import Stream, uniforms
-from megatron_tropd.types import Rollout
+from megatron_tropd.types import Region, Rollout, single_turn
 
 # sizes that nothing divides by accident: the vocabulary is prime, and no two dimensions are equal
 STUDENT = {
@@ -95,8 +95,7 @@ def random_rollouts(step: int, *, vocab_size: int, count: int = 11, longest: int
                 sequence_id=number,
                 prompt_index=number,
                 token_ids=rng.integers(0, vocab_size, length),
-                prompt_length=prompt,
-                prefix_length=prefix,
+                region_L=single_turn(prompt=prompt, prefix=prefix, continuation=written),
                 sampling_logprob=logprob,
                 model_logprob=logprob,
                 finished=True,
@@ -186,7 +185,7 @@ class Reference:
             loss_N, outside = self._token_losses(rollout, old[rollout.sequence_id], step)
             losses.append(loss_N)
             outliers += outside
-            written += len(rollout.token_ids) - rollout.prompt_length - rollout.prefix_length
+            written += rollout.count(Region.CONTINUATION)
         loss_T = torch.cat(losses)
         loss_T.mean().backward()
         if not self.first_gradients:
@@ -221,7 +220,7 @@ class Reference:
             logp_NV = hf_logprobs(self.teacher, rollout.token_ids, self.vocab_size)[first:]
         target_N1 = tokens[first + 1 :, None]
         logq, logp, old = (x.gather(1, target_N1)[:, 0] for x in (logq_NV, logp_NV, old_LV[first:]))
-        continuation = torch.arange(len(logq)) >= rollout.prefix_length
+        continuation = torch.from_numpy(rollout.region_L[first + 1 :] == Region.CONTINUATION)
         on_policy = -(logp - logq).detach() * logq
         if self.objective.name in ("fkl", "rkl"):
             first_NV, second_NV = (logp_NV, logq_NV) if self.objective.name == "fkl" else (logq_NV, logp_NV)

@@ -85,7 +85,7 @@ def trainer_logprobs(model: Model, rollouts: Sequence[Rollout]) -> list[Float32A
         valid = (item.region_T == Region.PREFIX) | (item.region_T == Region.CONTINUATION)
         values = score.logprob_N.cpu().numpy()
         found |= {int(i): values[item.sequence_T[valid] == i] for i in item.sequence_ids}
-    return [found[i][r.prefix_length :] for i, r in enumerate(rollouts)]
+    return [found[i][r.count(Region.PREFIX) :] for i, r in enumerate(rollouts)]
 
 
 def _fields(rollout: Rollout) -> dict[str, Any]:

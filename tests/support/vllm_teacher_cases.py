@@ -18,7 +18,7 @@ from megatron_tropd.setup.build import load_model
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.types import Pack, Rollout, TeacherOutputs
+from megatron_tropd.types import Pack, Rollout, TeacherOutputs, single_turn
 from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
 from megatron_tropd.vllm_bridge.pool import Pool
@@ -42,8 +42,7 @@ def rollouts_of(vocab_size: int, *, count: int = 9) -> list[Rollout]:
                 sequence_id=10 * number,
                 prompt_index=number,
                 token_ids=rng.integers(0, vocab_size, prompt + prefix + written),
-                prompt_length=prompt,
-                prefix_length=prefix,
+                region_L=single_turn(prompt=prompt, prefix=prefix, continuation=written),
                 sampling_logprob=np.zeros(written, np.float32),
                 model_logprob=np.zeros(written, np.float32),
                 finished=True,

@@ -11,6 +11,7 @@ result; ``backend()`` says which. ``MEGATRON_TROPD_REQUIRE_COMPILED=1`` makes a 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -20,11 +21,14 @@ import numpy.typing as npt
 
 from megatron_tropd.data.packing import reference as packing_reference
 from megatron_tropd.data.packing.validate import FlatSequences, as_int64, check_budget, check_sequences, flatten
-from megatron_tropd.types import Int64Array, Pack, Rollout
+from megatron_tropd.types import Int64Array, Pack, Rollout, UInt8Array
 
 # A transformer layer of hidden size D spends about 24 D**2 operations per token in matrix products and 2 D L**2 per
 # sequence in causal attention, so a token weighs 12 D times a unit of L**2. This is D = 2048.
 LINEAR_WORK = 12 * 2048
+
+_INTERFACE = 2  # of csrc/bindings.cpp
+_log = logging.getLogger(__name__)
 
 __all__ = ["LINEAR_WORK", "FlatSequences", "backend", "pack", "pack_flat", "pack_work"]
 
@@ -37,22 +41,32 @@ class _Core(Protocol):
     ) -> tuple[Int64Array, Int64Array]: ...
 
     def build_stream(
-        self, tokens: Int64Array, rows: Int64Array, pack_offsets: Int64Array, *, multiple_of: int
+        self, tokens: Int64Array, regions: UInt8Array, rows: Int64Array, pack_offsets: Int64Array, *, multiple_of: int
     ) -> packing_reference.StreamArrays: ...
 
 
 def _load_core() -> tuple[_Core, Literal["compiled", "python"]]:
     try:
-        from megatron_tropd import _C
+        return _load_extension(), "compiled"
     except ImportError as error:  # no compiler at install time: slower, same answer
         if os.environ.get("MEGATRON_TROPD_REQUIRE_COMPILED", "0") not in ("", "0"):
             raise ImportError(
                 f"MEGATRON_TROPD_REQUIRE_COMPILED is set, but the extension megatron_tropd._C cannot be imported "
-                f"({error}). Build it with `pip install -e . --no-build-isolation` (needs a C++17 compiler), or unset "
-                f"the variable to run the slower plain twin."
+                f"({error}). Build it with `pip install -e . --no-build-isolation` or, in a checkout, `python setup.py "
+                f"build_ext --inplace` (needs a C++17 compiler), or unset the variable to run the slower plain twin."
             ) from error
         return packing_reference, "python"
-    return _C, "compiled"
+
+
+def _load_extension() -> _Core:
+    from megatron_tropd import _C
+
+    built = getattr(_C, "INTERFACE", 1)
+    if built != _INTERFACE:
+        stale = f"it was built from other sources: interface {built}, not {_INTERFACE}"
+        _log.warning("megatron_tropd._C is not used, %s. Packing runs in plain Python until it is built again.", stale)
+        raise ImportError(stale)
+    return _C
 
 
 _CORE, _BACKEND = _load_core()
@@ -69,7 +83,7 @@ class _Stream(NamedTuple):
     token_T: Int64Array
     target_T: Int64Array
     position_T: Int64Array
-    region_T: npt.NDArray[np.uint8]
+    region_T: UInt8Array
     sequence_T: Int64Array
     cu_seqlens: npt.NDArray[np.int32]
     num_valid: Int64Array
@@ -93,7 +107,7 @@ def pack(
     of padding with ``num_valid`` 0. The arrays of all packs are views of shared buffers.
 
     Args:
-        sequences: at least one; read are ``token_ids``, ``prompt_length``, ``prefix_length`` and ``sequence_id``.
+        sequences: at least one; read are ``token_ids``, ``region_L`` and ``sequence_id``.
         max_tokens: budget of a pack, rounded down to a multiple of ``multiple_of``.
         multiple_of: every pack's length is rounded up to a multiple of this (tensor and context parallel sizes).
         num_replicas: data-parallel replicas that work in step.
@@ -101,7 +115,7 @@ def pack(
 
     Raises:
         DataError: a sequence is empty, too long for a pack, of a wrong dtype, has negative or duplicate ids or regions
-            that do not fit it; or an argument is out of range.
+            that do not fit it (``types.Region``); or an argument is out of range.
     """
     return pack_flat(
         flatten(sequences),
@@ -130,9 +144,9 @@ def pack_flat(
         flat.lengths, flat.sequence_ids, capacity=capacity, num_replicas=num_replicas, linear_work=linear_work
     )
     starts = np.cumsum(flat.lengths) - flat.lengths
-    table = (starts, flat.lengths, flat.prompt_lengths, flat.prefix_lengths, flat.sequence_ids)
+    table = (starts, flat.lengths, flat.sequence_ids)
     rows = np.stack([column[order] for column in table], axis=1)
-    stream = _Stream(*_CORE.build_stream(flat.tokens, rows, pack_offsets, multiple_of=multiple_of))
+    stream = _Stream(*_CORE.build_stream(flat.tokens, flat.regions, rows, pack_offsets, multiple_of=multiple_of))
     packs = _cut(stream, sequence_ids=flat.sequence_ids[order], pack_offsets=pack_offsets)
     share = len(packs) // num_replicas
     return [packs[replica * share : (replica + 1) * share] for replica in range(num_replicas)]

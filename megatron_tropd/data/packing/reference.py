@@ -2,7 +2,7 @@
 
 All arithmetic is on integers and every tie is broken by a stated rule, so that two machines, or a compiled and a
 plain rank of one job, arrive at the same packs. A sequence is known here by its *rank*: 0 is the longest.
-Validation is the caller's (``packing.py``).
+Validation is the caller's (``validate.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tropd.types import Int64Array, Region
+from megatron_tropd.types import LOSS_REGIONS, Int64Array, Region, UInt8Array
 
 StreamArrays = tuple[
     Int64Array,
@@ -257,20 +257,22 @@ def _number_packs(plan: _Plan, replica_of: Int64Array, sorted_: Int64Array) -> t
 # --------------------------------------------------------------------------- stage two: the per-token arrays
 
 
-def build_stream(tokens: Int64Array, rows: Int64Array, pack_offsets: Int64Array, *, multiple_of: int) -> StreamArrays:
+def build_stream(
+    tokens: Int64Array, regions: UInt8Array, rows: Int64Array, pack_offsets: Int64Array, *, multiple_of: int
+) -> StreamArrays:
     """Writes every per-token array of all packs, one pack after the other.
 
     Args:
         tokens: all sequences, one after the other.
-        rows: [n, 5] one sequence per row in the order of the stream: start in ``tokens``, length, prompt length,
-            prefix length, sequence id.
+        regions: the Region of every token.
+        rows: [n, 3] one sequence per row in the order of the stream: start in ``tokens``, length, sequence id.
         pack_offsets: [P+1] rows of pack p are ``pack_offsets[p]`` to ``pack_offsets[p+1]``.
 
     Returns:
         token, target, position, region, sequence (conventions: ``types.py``), cu_seqlens (each pack's own), num_valid
         [P], then the offsets [P+1] of the packs in the per-token arrays and in cu_seqlens.
     """
-    start_S, length_S, prompt_S, prefix_S, id_S = rows.T
+    start_S, length_S, id_S = rows.T
     used_P = _sum_per_pack(length_S, pack_offsets)
     size_P = np.maximum(-(-used_P // multiple_of), 1) * multiple_of
     token_offsets = _offsets(size_P)
@@ -285,19 +287,17 @@ def build_stream(tokens: Int64Array, rows: Int64Array, pack_offsets: Int64Array,
     region_T = np.full(size, Region.PAD, np.uint8)
     # Everything not overwritten below is padding, whose positions count from the end of its pack's last sequence.
     position_T = np.arange(size) - np.repeat(token_offsets[:-1] + used_P, size_P)
-    token_T[at_N] = tokens[position_N + np.repeat(start_S, length_S)]
+    read_N = position_N + np.repeat(start_S, length_S)
+    token_T[at_N] = tokens[read_N]
     position_T[at_N] = position_N
     sequence_T[at_N] = np.repeat(id_S, length_S)
 
     predicts_N = position_N < np.repeat(length_S - 1, length_S)
     target_T[at_N[predicts_N]] = token_T[at_N[predicts_N] + 1]
-    in_response_N = position_N - np.repeat(prompt_S - 1, length_S)  # of the target; negative in the prompt
-    region_N = np.where(in_response_N < np.repeat(prefix_S, length_S), Region.PREFIX, Region.CONTINUATION)
-    region_N[in_response_N < 0] = Region.PROMPT
-    region_T[at_N[predicts_N]] = region_N[predicts_N]
+    region_T[at_N[predicts_N]] = regions[read_N[predicts_N] + 1]
 
     cu_seqlens, cu_offsets = _boundaries(stream_S + length_S, pack_offsets, token_offsets, used_P)
-    num_valid_P = _sum_per_pack(length_S - prompt_S, pack_offsets)
+    num_valid_P = np.diff(_offsets(np.isin(region_T, LOSS_REGIONS).astype(np.int64))[token_offsets])
     return token_T, target_T, position_T, region_T, sequence_T, cu_seqlens, num_valid_P, token_offsets, cu_offsets
 
 

@@ -10,36 +10,41 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tropd.errors import DataError
-from megatron_tropd.types import Int64Array, Rollout
+from megatron_tropd.types import Int64Array, Region, Rollout, UInt8Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatSequences:
-    """Sequences as five integer arrays: what ``pack_flat`` takes, and the quickest way in.
+    """Sequences as four integer arrays: what ``pack_flat`` takes, and the quickest way in.
 
-    Sequence s owns ``lengths[s]`` of the ``tokens``, which follow each other without gaps.
+    Sequence s owns ``lengths[s]`` of the ``tokens`` and of the ``regions``, which follow each other without gaps.
     """
 
     tokens: Int64Array  # [sum of lengths]
-    lengths: Int64Array  # [S] prompt + prefix + continuation, >= 1
-    prompt_lengths: Int64Array  # [S] >= 1
-    prefix_lengths: Int64Array  # [S] >= 0
+    regions: UInt8Array  # [sum of lengths] Region of every token
+    lengths: Int64Array  # [S] >= 1
     sequence_ids: Int64Array  # [S] distinct, >= 0
 
 
 def flatten(sequences: Sequence[Rollout]) -> FlatSequences:
-    """Gathers rollouts into flat arrays; refuses what is not a 1-d integer array or an integer."""
+    """Gathers rollouts into flat arrays; refuses what is not a 1-d integer array or an integer, regions that are not
+    uint8, and any other number of them than there are tokens."""
     if len(sequences) == 0:
         raise DataError("There are no sequences to pack. Check that the sampler returned any, or skip the step.")
     token_ids = [np.asarray(sequence.token_ids) for sequence in sequences]
     if any(ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size > 0) for ids in token_ids):
         _reject_token_ids(sequences, token_ids)
+    regions = [np.asarray(sequence.region_L) for sequence in sequences]
+    if any(
+        region_L.dtype != np.uint8 or region_L.shape != ids.shape
+        for region_L, ids in zip(regions, token_ids, strict=True)
+    ):
+        _reject_regions(sequences, token_ids, regions)
     return FlatSequences(
         # Integers only by now; a uint64 beyond int64 turns negative and is refused as such.
         tokens=np.concatenate(token_ids, dtype=np.int64, casting="unsafe"),
+        regions=np.concatenate(regions),
         lengths=np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids)),
-        prompt_lengths=_column("prompt_length", (sequence.prompt_length for sequence in sequences)),
-        prefix_lengths=_column("prefix_length", (sequence.prefix_length for sequence in sequences)),
         sequence_ids=_column("sequence_id", (sequence.sequence_id for sequence in sequences)),
     )
 
@@ -54,6 +59,20 @@ def _reject_token_ids(sequences: Sequence[Rollout], token_ids: Sequence[npt.NDAr
     raise AssertionError("called without an offender")
 
 
+def _reject_regions(
+    sequences: Sequence[Rollout],
+    token_ids: Sequence[npt.NDArray[np.generic]],
+    regions: Sequence[npt.NDArray[np.generic]],
+) -> NoReturn:
+    for sequence, ids, region_L in zip(sequences, token_ids, regions, strict=True):
+        if region_L.dtype != np.uint8 or region_L.shape != ids.shape:
+            raise DataError(
+                f"region_L of sequence {sequence.sequence_id} is an array of {region_L.dtype} of shape "
+                f"{region_L.shape} for {len(ids)} tokens. Pass one uint8 (types.Region) per token."
+            )
+    raise AssertionError("called without an offender")
+
+
 def _column(name: str, values: Iterable[int]) -> Int64Array:
     listed = list(values)
     for kind in set(map(type, listed)):
@@ -64,12 +83,17 @@ def _column(name: str, values: Iterable[int]) -> Int64Array:
 
 
 def as_int64(flat: FlatSequences) -> FlatSequences:
-    """The same arrays as contiguous int64, which the compiled twin insists on. Refuses floats and booleans."""
+    """The same arrays as contiguous int64, and regions as contiguous uint8, which the compiled twin insists on.
+
+    Refuses floats and booleans, and regions of any other type.
+    """
+    if np.ndim(flat.regions) != 1 or np.asarray(flat.regions).dtype != np.uint8:
+        found = np.asarray(flat.regions)
+        raise DataError(f"regions is a {found.ndim}-d array of {found.dtype}. Pass a 1-d array of uint8.")
     return FlatSequences(
         tokens=_int64("tokens", flat.tokens),
+        regions=np.ascontiguousarray(flat.regions),
         lengths=_int64("lengths", flat.lengths),
-        prompt_lengths=_int64("prompt_lengths", flat.prompt_lengths),
-        prefix_lengths=_int64("prefix_lengths", flat.prefix_lengths),
         sequence_ids=_int64("sequence_ids", flat.sequence_ids),
     )
 
@@ -113,19 +137,13 @@ def check_sequences(flat: FlatSequences, *, capacity: int, linear_work: int, max
         "Raise max_tokens (train.pack_tokens), or lower the limits on prompt and response length.",
     )
     _refuse(flat.sequence_ids < 0, flat, "has a negative id; -1 marks padding", "Number sequences from 0.")
-    _refuse(
-        (flat.prompt_lengths < 1)
-        | (flat.prefix_lengths < 0)
-        | (flat.prompt_lengths + flat.prefix_lengths > flat.lengths),
-        flat,
-        "has {length} tokens, prompt_length={prompt} and prefix_length={prefix}",
-        "prompt_length >= 1, prefix_length >= 0 and prompt_length + prefix_length <= tokens must hold.",
-    )
-    if int(flat.lengths.sum()) != len(flat.tokens):
-        raise DataError(
-            f"lengths add up to {int(flat.lengths.sum())}, but there are {len(flat.tokens)} tokens. Make them agree."
-        )
+    for name, count in (("tokens", len(flat.tokens)), ("regions", len(flat.regions))):
+        if int(flat.lengths.sum()) != count:
+            raise DataError(
+                f"lengths add up to {int(flat.lengths.sum())}, but there are {count} {name}. Make them agree."
+            )
     _check_token_ids(flat)
+    check_regions(flat.regions, flat.lengths, flat.sequence_ids)
     _check_distinct(flat.sequence_ids)
     # Sums of work, doubled for comparisons, are computed in 64-bit integers.
     if len(flat.tokens) * (int(linear_work) + int(flat.lengths.max())) >= 2**61:
@@ -133,7 +151,7 @@ def check_sequences(flat: FlatSequences, *, capacity: int, linear_work: int, max
 
 
 def _check_shapes(flat: FlatSequences) -> None:
-    sizes = {name: len(getattr(flat, name)) for name in ("lengths", "prompt_lengths", "prefix_lengths", "sequence_ids")}
+    sizes = {name: len(getattr(flat, name)) for name in ("lengths", "sequence_ids")}
     if len(set(sizes.values())) != 1 or sizes["lengths"] == 0:
         raise DataError(f"The per-sequence arrays have {sizes} entries. Pass equally many, and at least one.")
 
@@ -143,9 +161,7 @@ def _refuse(bad_S: npt.NDArray[np.bool_], flat: FlatSequences, problem: str, fix
     if not bad_S.any():
         return
     first = int(bad_S.argmax())
-    problem = problem.format(
-        length=flat.lengths[first], prompt=flat.prompt_lengths[first], prefix=flat.prefix_lengths[first]
-    )
+    problem = problem.format(length=flat.lengths[first])
     others = int(bad_S.sum()) - 1
     raise DataError(f"Sequence {flat.sequence_ids[first]} {problem}{f' (and {others} more)' if others else ''}. {fix}")
 
@@ -154,11 +170,49 @@ def _check_token_ids(flat: FlatSequences) -> None:
     if flat.tokens.min() >= 0:
         return
     at = int((flat.tokens < 0).argmax())
-    first = int(np.searchsorted(np.cumsum(flat.lengths), at, side="right"))
+    first, _ = _place(flat.lengths, at)
     raise DataError(
         f"Sequence {flat.sequence_ids[first]} holds the negative token id {flat.tokens[at]}. "
         f"Remove padding and ignore markers before packing."
     )
+
+
+def _place(length_S: Int64Array, at: int) -> tuple[int, int]:
+    """The sequence that token ``at`` of all is in, and its number there."""
+    end_S = np.cumsum(length_S)
+    sequence = int(np.searchsorted(end_S, at, side="right"))
+    return sequence, at - int(end_S[sequence] - length_S[sequence])
+
+
+def check_regions(regions: UInt8Array, length_S: Int64Array, sequence_ids: Int64Array) -> None:
+    """Refuses what ``types.Region`` does not allow: PAD, other numbers, a PROMPT that is not what begins a sequence.
+
+    Args:
+        regions: of all tokens of all sequences, one after the other.
+
+    Raises:
+        DataError: for the first such token.
+    """
+    begins = np.zeros(len(regions), np.bool_)
+    begins[np.cumsum(length_S) - length_S] = True
+    is_prompt = regions == Region.PROMPT
+    returns = is_prompt & ~begins
+    returns[1:] &= ~is_prompt[:-1]
+    # beyond OBSERVATION there are none
+    for bad, problem in (
+        ((regions == Region.PAD) | (regions > Region.OBSERVATION), "which no token of a sequence has"),
+        (begins & ~is_prompt, "but nothing comes before it that could predict it: a sequence begins with PROMPT"),
+        (returns, "after tokens that are not: what comes later and neither model wrote is OBSERVATION"),
+    ):
+        if bad.any():
+            sequence, number = _place(length_S, int(bad.argmax()))
+            value = int(regions[bad.argmax()])
+            name = {region.value: region.name for region in Region}.get(value, "unknown")
+            raise DataError(
+                f"Token {number} of sequence {sequence_ids[sequence]} has region {value} ({name}), {problem} "
+                f"({int(bad.sum())} such tokens in all). Regions: PROMPT first, then PREFIX, CONTINUATION and "
+                "OBSERVATION in any order (types.Region)."
+            )
 
 
 def _check_distinct(sequence_ids: Int64Array) -> None:

@@ -1,7 +1,7 @@
 """Rollouts on disk: any run can record them, any run can replay them exactly.
 
-One ``.npz`` file per step, plain arrays only (never pickled): concatenated tokens and log-probs plus one row of
-integers per sequence.
+One ``.npz`` file per step, plain arrays only (never pickled): concatenated tokens, regions and log-probs plus one row
+of integers per sequence. Files of format 1 had the lengths of prompt and prefix instead of regions; they are read, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from megatron_tropd.data.packing import check_regions
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.dispatch import versions_of
-from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Region, Rollout, RolloutRequest, SamplingParams, single_turn
 
-_COLUMNS = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
+FORMAT = 2
+_COLUMNS = ("sequence_id", "prompt_index", "finished", "weight_version")
+_COLUMNS_1 = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
 
 
 def _file(directory: Path, step: int) -> Path:
@@ -37,9 +40,11 @@ def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]
     with partial.open("wb") as file:
         np.savez(
             file,
+            format=np.array(FORMAT),
             rows=np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)),
             lengths=np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64),
             token_ids=_joined([rollout.token_ids for rollout in rollouts], np.int64),
+            regions=_joined([rollout.region_L for rollout in rollouts], np.uint8),
             sampling_logprob=_joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
             model_logprob=_joined([rollout.model_logprob for rollout in rollouts], np.float32),
             **columns,  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
@@ -56,17 +61,22 @@ def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
     """One step's rollouts as they were recorded.
 
     Raises:
-        DataError: nothing was recorded for the step, or the file is torn.
+        DataError: nothing was recorded for the step, or the file is torn, or of a format that is not known here.
     """
     check_recorded(directory, range(step, step + 1))
     path = _file(Path(directory), step)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
+        if int(arrays.get("format", 1)) <= FORMAT:
             return _rollouts(arrays)
     # a file that is a single array opens, but is no archive: it has neither `with` nor names
     except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
+    raise DataError(
+        f"{path.absolute()} is a recording of format {int(arrays['format'])}; read are formats up to {FORMAT}. "
+        "Replay it with the version of megatron_tropd that wrote it, or record it again."
+    )
 
 
 def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:
@@ -82,9 +92,12 @@ def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:
 
 
 def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
-    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in arrays["rows"].tolist()]
+    columns = _COLUMNS if "regions" in arrays else _COLUMNS_1
+    rows = [dict(zip(columns, row, strict=True)) for row in arrays["rows"].tolist()]
     lengths = arrays["lengths"]
-    written = lengths - np.array([r["prompt_length"] + r["prefix_length"] for r in rows], dtype=np.int64)
+    regions = _parts(arrays["regions"], lengths) if "regions" in arrays else _three_stretches(rows, lengths)
+    check_regions(_joined(regions, np.uint8), lengths, np.array([row["sequence_id"] for row in rows], np.int64))
+    written = np.array([np.count_nonzero(region_L == Region.CONTINUATION) for region_L in regions], dtype=np.int64)
     versions: list[np.ndarray | None] = [None] * len(rows)
     if "token_versions" in arrays:  # where one sequence has several
         versions = [_if_mixed(version_n) for version_n in _parts(arrays["token_versions"], written)]
@@ -92,19 +105,30 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
         Rollout(
             **{**row, "finished": bool(row["finished"])},
             token_ids=t,
+            region_L=r,
             sampling_logprob=s,
             model_logprob=m,
             token_versions=v,
         )
-        for row, t, s, m, v in zip(
+        for row, t, r, s, m, v in zip(
             rows,
             _parts(arrays["token_ids"], lengths),
+            regions,
             _parts(arrays["sampling_logprob"], written),
             _parts(arrays["model_logprob"], written),
             versions,
             strict=True,
         )
     ]
+
+
+def _three_stretches(rows: list[dict[str, int]], lengths: np.ndarray) -> list[np.ndarray]:
+    """Regions of sequences of format 1, whose rows lose the lengths they follow from."""
+    regions = []
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        prompt, prefix = row.pop("prompt_length"), row.pop("prefix_length")
+        regions.append(single_turn(prompt=prompt, prefix=prefix, continuation=length - prompt - prefix))
+    return regions
 
 
 def _if_mixed(version_n: np.ndarray) -> np.ndarray | None:
@@ -160,8 +184,11 @@ class RecordedSampler:
 def _answers(rollout: Rollout, request: RolloutRequest) -> bool:
     """Whether the recorded sequence starts with exactly what is asked to be continued."""
     context = np.concatenate([request.prompt_ids, request.prefix_ids])
+    regions = single_turn(prompt=len(request.prompt_ids), prefix=len(request.prefix_ids))
+    given = np.isin(rollout.region_L, (Region.PROMPT, Region.PREFIX))
+    begun = len(given) if given.all() else int(given.argmin())  # tokens before the first that was not given
     return (
         (rollout.sequence_id, rollout.prompt_index) == (request.sequence_id, request.prompt_index)
-        and (rollout.prompt_length, rollout.prefix_length) == (len(request.prompt_ids), len(request.prefix_ids))
-        and np.array_equal(rollout.token_ids[: len(context)], context)
+        and np.array_equal(rollout.region_L[:begun], regions)
+        and np.array_equal(rollout.token_ids[:begun], context)
     )

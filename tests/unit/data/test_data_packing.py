@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_tropd.data.packing import FlatSequences, pack, pack_flat, pack_wor
 from megatron_tropd.data.packing import api as packing
 from megatron_tropd.data.packing import reference as packing_reference
 from megatron_tropd.errors import DataError
-from megatron_tropd.types import Int64Array, Pack, Region, Rollout
+from megatron_tropd.types import Int64Array, Pack, Region, Rollout, UInt8Array, regions_of, single_turn
 
 try:
     from megatron_tropd import _C
@@ -39,17 +40,24 @@ def core(request):
 
 def rollout(sequence_id: int, length: int, *, prompt: int = 1, prefix: int = 0, seed: int = 0) -> Rollout:
     tokens = np.random.default_rng([seed, sequence_id]).integers(0, 1000, length)
+    prompt = min(prompt, length)
     empty = np.empty(0, np.float32)
     return Rollout(
         sequence_id=sequence_id,
         prompt_index=0,
         token_ids=tokens,
-        prompt_length=prompt,
-        prefix_length=prefix,
+        region_L=single_turn(prompt=prompt, prefix=prefix, continuation=length - prompt - prefix),
         sampling_logprob=empty,
         model_logprob=empty,
         finished=True,
     )
+
+
+AFTER_PROMPT = (Region.PREFIX, Region.CONTINUATION, Region.OBSERVATION)
+
+
+def regions(*values: int) -> UInt8Array:
+    return np.array(values, np.uint8)
 
 
 @st.composite
@@ -60,7 +68,11 @@ def batches(draw: st.DrawFn, max_length: int = 40, max_count: int = 60) -> list[
     for sequence_id in ids:
         length = draw(st.integers(1, max_length))
         prompt = draw(st.integers(1, length))
-        result.append(rollout(sequence_id, length, prompt=prompt, prefix=draw(st.integers(0, length - prompt))))
+        one = rollout(sequence_id, length, prompt=prompt, prefix=draw(st.integers(0, length - prompt)))
+        if draw(st.booleans()):  # several turns: every region but the prompt's anywhere, loss in many stretches
+            later = draw(st.lists(st.sampled_from(AFTER_PROMPT), min_size=length - prompt, max_size=length - prompt))
+            one = replace(one, region_L=np.array([Region.PROMPT] * prompt + later, np.uint8))
+        result.append(one)
     return result
 
 
@@ -91,13 +103,7 @@ def tokens_by_definition(sequence: Rollout) -> list[tuple[int, int, int, int, in
     for t, token in enumerate(ids):
         target, region = 0, Region.PAD
         if t + 1 < len(ids):
-            target = ids[t + 1]
-            if t + 1 < sequence.prompt_length:
-                region = Region.PROMPT
-            elif t + 1 < sequence.prompt_length + sequence.prefix_length:
-                region = Region.PREFIX
-            else:
-                region = Region.CONTINUATION
+            target, region = ids[t + 1], Region(sequence.region_L[t + 1])
         rows.append((token, target, t, int(region), sequence.sequence_id))
     return rows
 
@@ -155,6 +161,27 @@ def test_pack_matches_arrays_worked_out_by_hand():
         "cu_seqlens": np.int32,
         "sequence_ids": np.int64,
     }
+
+
+def test_observations_between_continuation_tokens_carry_no_loss_by_hand():
+    turns = replace(
+        rollout(5, 9),
+        token_ids=np.arange(31, 40),
+        region_L=regions_of(
+            (Region.PROMPT, 2),
+            (Region.CONTINUATION, 2),
+            (Region.OBSERVATION, 2),
+            (Region.PREFIX, 1),
+            (Region.CONTINUATION, 1),
+            (Region.OBSERVATION, 1),
+        ),
+    )
+    assert turns.region_L.tolist() == [0, 0, 2, 2, 4, 4, 1, 2, 4]
+    [[packed]] = pack([turns], max_tokens=10, multiple_of=5)
+    assert packed.target_T.tolist() == [32, 33, 34, 35, 36, 37, 38, 39, 0, 0]
+    assert packed.region_T.tolist() == [0, 2, 2, 4, 4, 1, 2, 4, 3, 3]
+    assert packed.num_valid == 4
+    assert (turns.prompt_length, turns.response_length, turns.count(Region.OBSERVATION)) == (2, 4, 3)
 
 
 @settings(max_examples=120, deadline=None)
@@ -370,6 +397,19 @@ def test_a_missing_extension_falls_back_or_fails_as_asked(monkeypatch):
         packing._load_core()
 
 
+@pytest.mark.parametrize("older", [{}, {"INTERFACE": 1}])
+def test_an_extension_built_from_older_sources_is_not_used_and_said_so(older, monkeypatch, caplog):
+    stale = SimpleNamespace(build_stream=None, assign_packs=None, **older)
+    monkeypatch.setattr(megatron_tropd, "_C", stale, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_tropd._C", stale)
+    monkeypatch.delenv("MEGATRON_TROPD_REQUIRE_COMPILED", raising=False)
+    assert packing._load_core() == (packing_reference, "python")
+    assert "built from other sources: interface 1, not 2" in caplog.text
+    monkeypatch.setenv("MEGATRON_TROPD_REQUIRE_COMPILED", "1")
+    with pytest.raises(ImportError, match=r"interface 1, not 2.*build_ext --inplace"):
+        packing._load_core()
+
+
 # --------------------------------------------------------------------------- the flat door, and errors
 
 
@@ -377,8 +417,7 @@ def flat_of(lengths: Int64Array) -> FlatSequences:
     return FlatSequences(
         tokens=np.arange(int(lengths.sum())),
         lengths=lengths,
-        prompt_lengths=np.ones_like(lengths),
-        prefix_lengths=np.zeros_like(lengths),
+        regions=np.concatenate([single_turn(prompt=1, continuation=length - 1) for length in lengths.tolist()]),
         sequence_ids=np.arange(len(lengths)),
     )
 
@@ -389,8 +428,7 @@ def test_flat_arrays_of_any_integer_dtype_give_the_same_packs(sequences, layout)
     flat = FlatSequences(
         tokens=np.concatenate([sequence.token_ids for sequence in sequences]).astype(np.int32),
         lengths=np.array([len(sequence.token_ids) for sequence in sequences], np.uint16),
-        prompt_lengths=np.array([sequence.prompt_length for sequence in sequences], np.int8),
-        prefix_lengths=np.array([sequence.prefix_length for sequence in sequences], np.int64),
+        regions=np.concatenate([sequence.region_L for sequence in sequences]),
         sequence_ids=np.array([sequence.sequence_id for sequence in sequences], np.int32),
     )
     assert_same_packs(pack_flat(flat, **layout), pack(sequences, **layout))
@@ -413,15 +451,29 @@ def test_flat_arrays_of_any_integer_dtype_give_the_same_packs(sequences, layout)
         ({"sequence_id": -1}, "Sequence -1 has a negative id"),
         ({"sequence_id": 0}, "Sequence id 0 occurs more than once"),
         ({"sequence_id": 1.5}, "sequence_id has the value 1.5 of type float"),
-        ({"prompt_length": True}, "prompt_length has the value True of type bool"),
-        ({"prompt_length": 0}, "Sequence 4 has 6 tokens, prompt_length=0"),
-        ({"prefix_length": -1}, "prefix_length=-1"),
-        ({"prompt_length": 4, "prefix_length": 3}, "prompt_length=4 and prefix_length=3"),
-        ({"prompt_length": 7}, "prompt_length=7"),
+        ({"region_L": regions(0, 0, 2, 2, 2)}, r"region_L of sequence 4 .* of shape \(5,\) for 6 tokens"),
+        ({"region_L": regions(0, 0, 2, 2, 2, 2)[None]}, r"region_L of sequence 4 .* of shape \(1, 6\) for 6 tokens"),
+        ({"region_L": np.array([0, 0, 2, 2, 2, 2])}, "region_L of sequence 4 is an array of int64.*one uint8"),
+        ({"region_L": np.zeros(6, np.bool_)}, "region_L of sequence 4 is an array of bool"),
+        ({"region_L": regions(0, 2, 3, 2, 3, 2)}, r"Token 2 of sequence 4 has region 3 \(PAD\).*2 such tokens in all"),
+        ({"region_L": regions(0, 2, 2, 2, 2, 5)}, r"Token 5 of sequence 4 has region 5 \(unknown\)"),
+        ({"region_L": regions(0, 255, 2, 2, 2, 2)}, r"Token 1 of sequence 4 has region 255 \(unknown\)"),
+        (
+            {"region_L": regions(2, 2, 2, 2, 2, 2)},
+            r"Token 0 of sequence 4 has region 2 \(CONTINUATION\).*begins with PROMPT",
+        ),
+        ({"region_L": regions(4, 0, 2, 2, 2, 2)}, r"Token 0 of sequence 4 has region 4 \(OBSERVATION\), but nothing"),
+        (
+            {"region_L": regions(0, 2, 2, 0, 0, 2)},
+            r"Token 3 of sequence 4 has region 0 \(PROMPT\), after.*is OBSERVATION",
+        ),
+        ({"region_L": regions(0, 4, 0, 2, 2, 2)}, r"Token 2 of sequence 4 has region 0 \(PROMPT\), after"),
     ],
 )
 def test_a_bad_sequence_is_named_with_its_value_and_the_fix(change, message):
     good = [rollout(i, 6) for i in range(4)]
+    if "token_ids" in change:  # the only fault
+        change = {"region_L": single_turn(prompt=change["token_ids"].shape[0]), **change}
     bad = replace(rollout(4, 6), **change)
     with pytest.raises(DataError, match=message) as caught:
         pack([*good, bad], max_tokens=19, multiple_of=4)
@@ -458,6 +510,10 @@ def test_flat_arrays_that_disagree_are_refused():
         pack_flat(replace(flat, tokens=np.arange(6)), max_tokens=64)
     with pytest.raises(DataError, match="lengths add up to 7, but there are 8 tokens"):
         pack_flat(replace(flat, tokens=np.arange(8)), max_tokens=64)
+    with pytest.raises(DataError, match="lengths add up to 7, but there are 8 regions"):
+        pack_flat(replace(flat, regions=np.zeros(8, np.uint8)), max_tokens=64)
+    with pytest.raises(DataError, match=r"regions is a 1-d array of int64\. Pass a 1-d array of uint8"):
+        pack_flat(replace(flat, regions=np.zeros(7, np.int64)), max_tokens=64)
     with pytest.raises(DataError, match="'sequence_ids': 1"):
         pack_flat(replace(flat, sequence_ids=np.arange(1)), max_tokens=64)
     with pytest.raises(DataError, match="lengths is a 1-d array of float64"):

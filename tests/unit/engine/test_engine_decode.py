@@ -19,7 +19,7 @@ from megatron_tropd.engine.decode import sample
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
-from megatron_tropd.types import RolloutRequest, SamplingParams
+from megatron_tropd.types import Region, RolloutRequest, SamplingParams
 from tests.support.distributed import run_on_ranks
 from tests.support.run_inputs import save_nudged
 from tests.support.tiny_models import STUDENT, load_hf, save_qwen3
@@ -105,9 +105,9 @@ def generate_cases(model: str, groups: Groups, batch_size: int) -> dict[str, Any
         assert all(r.weight_version == 7 for r in rollouts)
         found[case.name] = [
             {
-                "ids": (r.sequence_id, r.prompt_index, r.prompt_length, r.prefix_length),
-                "context": r.token_ids[: r.prompt_length + r.prefix_length].tolist(),
-                "continuation": r.token_ids[r.prompt_length + r.prefix_length :].tolist(),
+                "ids": (r.sequence_id, r.prompt_index, r.count(Region.PROMPT), r.count(Region.PREFIX)),
+                "context": r.token_ids[r.region_L != Region.CONTINUATION].tolist(),
+                "continuation": r.token_ids[r.region_L == Region.CONTINUATION].tolist(),
                 "sampling": r.sampling_logprob.tolist(),
                 "model": r.model_logprob.tolist(),
                 "finished": r.finished,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate import suites as evaluation
 from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.train import sample_report as samples
-from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams, single_turn
 
 END = 0
 EXACT = GradingRule(kind="exact")
@@ -69,8 +70,7 @@ def rollout(request: RolloutRequest, answer: str) -> Rollout:
         sequence_id=request.sequence_id,
         prompt_index=request.prompt_index,
         token_ids=np.concatenate([request.prompt_ids, request.prefix_ids, said]),
-        prompt_length=len(request.prompt_ids),
-        prefix_length=len(request.prefix_ids),
+        region_L=single_turn(prompt=len(request.prompt_ids), prefix=len(request.prefix_ids), continuation=len(said)),
         sampling_logprob=np.zeros(len(said), np.float32),
         model_logprob=np.zeros(len(said), np.float32),
         finished=answer.endswith("."),
@@ -100,6 +100,39 @@ def test_the_teacher_s_prefix_is_part_of_the_answer_and_the_prompt_is_not():
         sequence_id=0, prompt_index=0, prompt_ids=ids("zz"), prefix_ids=ids("ab"), max_new_tokens=3
     )
     assert evaluation.answer_text(rollout(request, "cd."), Letters()) == "abcd"
+
+
+class UpToTheEnd(Letters):
+    def response_text(self, ids: Sequence[int]) -> str:
+        return self.decode(list(takewhile(lambda i: i not in self.eos_ids, ids)))
+
+
+def test_what_a_tool_said_is_no_part_of_the_answer_and_every_turn_is_read_to_its_own_end():
+    one = problems(None)[0]
+    request = RolloutRequest(
+        sequence_id=0, prompt_index=0, prompt_ids=one.token_ids, prefix_ids=ids(""), max_new_tokens=9
+    )
+    whole = rollout(request, "abzzc.")
+    assert whole.region_L.tolist() == [0, 2, 2, 2, 2, 2, 2]
+    turns = np.array([0, 2, 2, 4, 4, 2, 2], np.uint8)
+    ended = replace(whole, region_L=turns, token_ids=np.array([26, 1, END, 26, 26, 3, END]))
+    assert evaluation.answer_text(replace(whole, region_L=turns), UpToTheEnd()) == "abc"
+    assert evaluation.answer_text(ended, UpToTheEnd()) == "ac"
+
+
+def test_a_shown_answer_gives_observations_neither_gate_nor_ratio_and_others_their_own():
+    request = RolloutRequest(sequence_id=0, prompt_index=0, prompt_ids=ids("zz"), prefix_ids=ids(""), max_new_tokens=9)
+    turns = np.array([0, 0, 1, 2, 4, 4, 2], np.uint8)
+    gate = np.array([[1.0, -0.5], [0.0, -1.5], [1.0, -2.5]])
+    run: Any = SimpleNamespace(tokenizer=Letters())
+    tokens = samples._sample_tokens(run, replace(rollout(request, "abcde"), region_L=turns), gate)
+    assert [(t.text, t.region, t.trusted, t.log_ratio) for t in tokens] == [
+        ("a", "prefix", None, -0.5),
+        ("b", "continuation", False, -1.5),
+        ("c", "observation", None, None),
+        ("d", "observation", None, None),
+        ("e", "continuation", True, -2.5),
+    ]
 
 
 def test_a_problem_without_an_answer_is_refused_by_number():
