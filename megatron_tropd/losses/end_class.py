@@ -1,0 +1,108 @@
+"""Count the tokens that end a response as one category, where student and teacher end theirs with different ones.
+
+``E`` are the ids, all of them alternatives for one another: ``q(E) = sum_E q_e``. Every other token is a category of
+its own, so the class coarsens both distributions alike and each divergence of theirs stays one. Whatever is needed
+follows from the log-probs of the |E| ids, which are picked beside the others: the same ids for every token, exact under
+any sharding.
+
+The first id of E stands for the class: ``represented`` writes it in place of the others, so that listing ids once
+(``losses.support.first_of_each``) lists the class once.
+
+Everything is in nats and differentiable in the log-probs; X counts the ids of E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.errors import ConfigError
+
+
+def is_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
+    """True where an id is of the class, bool of the shape of ``ids``."""
+    return torch.isin(ids, torch.tensor(list(end_ids), dtype=ids.dtype, device=ids.device))
+
+
+def represented(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
+    """The ids with the first of ``end_ids`` in place of every one of them."""
+    return ids.masked_fill(is_end(ids, end_ids), end_ids[0]) if end_ids else ids
+
+
+def with_ends(ids_TK: Tensor, end_ids: Sequence[int]) -> Tensor:
+    """The ids to be picked, those of the class behind the others: ``[T, K + X]``."""
+    if not end_ids:
+        return ids_TK
+    end_X = torch.tensor(list(end_ids), dtype=ids_TK.dtype, device=ids_TK.device)
+    return torch.cat([ids_TK, end_X.expand(len(ids_TK), -1)], dim=1)
+
+
+def class_logprob(end_TX: Tensor) -> Tensor:
+    """``log q(E)``, ``[T]``."""
+    return end_TX.logsumexp(-1)
+
+
+def at_ids(logprob: Tensor, ids: Tensor, end_ids: Sequence[int], end_TX: Tensor) -> Tensor:
+    """Log-probs at ids, ``[T]`` or ``[T, K]``: ``log q(E)`` in place of that of any id of the class."""
+    class_T = class_logprob(end_TX)
+    return torch.where(is_end(ids, end_ids), class_T if logprob.dim() == 1 else class_T[:, None], logprob)
+
+
+def tail_outside(
+    logtail_T: Tensor, logprob_T: Tensor, *, target_T: Tensor, ids_TK: Tensor, end_ids: Sequence[int], end_TX: Tensor
+) -> Tensor:
+    """Log mass outside a support, ``[T]``; the class is outside as a whole, or not at all.
+
+    Args:
+        logtail_T: log mass on what is neither in the support, nor the target, nor of the class.
+        logprob_T: log-prob of the target.
+        target_T: the target.
+        ids_TK: the support.
+        end_ids: the class.
+        end_TX: log-probs of its ids.
+    """
+    inside_T = (ids_TK == target_T[:, None]).any(-1) | is_end(target_T, end_ids)
+    logtail_T = torch.where(inside_T, logtail_T, torch.logaddexp(logtail_T, logprob_T))
+    class_inside_T = is_end(ids_TK, end_ids).any(-1)
+    return torch.where(class_inside_T, logtail_T, torch.logaddexp(logtail_T, class_logprob(end_TX)))
+
+
+def class_entropy(entropy_T: Tensor, end_TX: Tensor) -> Tensor:
+    """The entropy with the class for one category: ``H + sum_E q_e log q_e - q(E) log q(E)``, ``[T]``."""
+    class_T = class_logprob(end_TX)
+    return entropy_T + (end_TX.exp() * end_TX).sum(-1) - class_T.exp() * class_T
+
+
+def class_divergence(loss_T: Tensor, student_TX: Tensor, teacher_TX: Tensor, *, kind: str, beta: float) -> Tensor:
+    """A full divergence with the class for one category, ``[T]``: the shares of its ids are replaced by its own.
+
+    ``forward_kl``: ``p log(p/q)``; ``reverse_kl``: ``q log(q/p)``; ``jsd``: ``beta p log(p/m) + (1-beta) q log(q/m)``,
+    ``m = beta p + (1-beta) q``.
+
+    Args:
+        loss_T: the divergence over all ids.
+        student_TX: log q of the class's ids.
+        teacher_TX: log p of them.
+        kind: as of ``linear_divergence``.
+        beta: of the jsd.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    apart_T = _share(student_TX, teacher_TX, kind, beta).sum(-1)
+    return loss_T - apart_T + _share(class_logprob(student_TX), class_logprob(teacher_TX), kind, beta)
+
+
+def _share(logq: Tensor, logp: Tensor, kind: str, beta: float) -> Tensor:
+    """What one category adds to a divergence."""
+    if kind == "forward_kl":
+        return logp.exp() * (logp - logq)
+    if kind == "reverse_kl":
+        return logq.exp() * (logq - logp)
+    if kind != "jsd":
+        raise ConfigError(f"kind={kind!r} must be one of forward_kl, reverse_kl, jsd.")
+    weight_p, weight_q = logp.new_tensor(beta).log(), logp.new_tensor(1.0 - beta).log()
+    logm = torch.logaddexp(logp + weight_p, logq + weight_q)
+    return beta * logp.exp() * (logp - logm) + (1.0 - beta) * logq.exp() * (logq - logm)
