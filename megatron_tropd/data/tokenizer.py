@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from megatron_tropd.data.chat import ChatTemplate, Message, Tools
 from megatron_tropd.errors import TokenizerError
 
+TOKENIZER, GENERATION, CONFIG = "tokenizer", "generation_config.json", "config.json"  # where end tokens are named
+TEMPLATE = "chat template"
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 character decodes to
 
 
@@ -25,8 +27,12 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: the tokenizer's own, those of ``generation_config.json``, and what the chat
-        template ends a turn with."""
+        """Tokens that end a response: the tokenizer's own, those of ``generation_config.json``, what the chat template
+        ends a turn with, and those of ``config.json``."""
+
+    @property
+    def end_sources(self) -> Mapping[str, tuple[int, ...]]:
+        """Which of the model's files names which end tokens; ``TEMPLATE`` is the chat template."""
 
     @property
     def turn_end(self) -> int:
@@ -151,6 +157,7 @@ class HuggingFaceTokenizer:
 
     path: Path
     eos_ids: tuple[int, ...]
+    end_sources: Mapping[str, tuple[int, ...]]
     turn_end: int
     bos_id: int | None
     pad_id: int
@@ -212,16 +219,19 @@ def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Map
     vocab: dict[str, int] = dict(tokenizer.get_vocab())
     if not vocab:
         raise TokenizerError(f"tokenizer {path} has an empty vocabulary: its files are damaged, fetch them again.")
-    generation = _read_generation_config(path)
-    eos_ids = _eos_ids(path, tokenizer.eos_token_id, generation.get("eos_token_id"), set(vocab.values()))
     pad_id, bos_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    sources = _end_sources(path, tokenizer, set(vocab.values()))
+    eos_ids = _joined(sources)
     chat, turn_end = None, None
     if chat_template and tokenizer.chat_template:
         chat = ChatTemplate(path, dict(template_options), tokenizer)
         turn_end = _turn_end(tokenizer, chat.turn_tail, eos_ids)
+    if turn_end is not None:
+        sources = {**sources, TEMPLATE: (turn_end,)}
     return HuggingFaceTokenizer(
         path=path,
-        eos_ids=eos_ids if turn_end is None else tuple(dict.fromkeys((*eos_ids, turn_end))),
+        eos_ids=_joined(sources),
+        end_sources=sources,
         turn_end=eos_ids[0] if turn_end is None else turn_end,
         bos_id=None if bos_id is None else int(bos_id),
         pad_id=eos_ids[0] if pad_id is None else int(pad_id),
@@ -264,8 +274,7 @@ def _open_fast_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _read_generation_config(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
+def _read_object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
@@ -277,22 +286,43 @@ def _read_generation_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _eos_ids(path: Path, own: int | None, listed: Any, known: set[int]) -> tuple[int, ...]:
-    """The tokenizer's own end token first (it ends a chat turn), then those of generation_config.json."""
-    candidates = [own, *(listed if isinstance(listed, list) else [listed])]
-    ids = [i for i in candidates if i is not None]
-    if not ids:
-        raise TokenizerError(
-            f"tokenizer {path} names no end-of-sequence token, so responses would never end: set eos_token in "
-            "tokenizer_config.json or eos_token_id in generation_config.json."
-        )
-    unknown = [i for i in ids if not isinstance(i, int) or i not in known]
+def _end_sources(path: Path, tokenizer: Any, known: set[int]) -> dict[str, tuple[int, ...]]:
+    """The tokenizer's own end token first (it ends a chat turn), then those of generation_config.json and config.json.
+
+    A library writes a default id into ``config.json``, whatever the vocabulary has there: only marks count of those.
+    """
+    config = _read_object(path / "config.json")
+    nested = config.get("text_config")
+    found = {
+        TOKENIZER: _as_ids(tokenizer.eos_token_id),
+        GENERATION: _as_ids(_read_object(path / GENERATION).get("eos_token_id")),
+        CONFIG: _as_ids(config.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None)),
+    }
+    unknown = [i for source in (TOKENIZER, GENERATION) for i in found[source] if i not in known]
     if unknown:
         raise TokenizerError(
             f"end-of-sequence ids {unknown} of {path} (tokenizer_config.json, generation_config.json) "
             "are not in its vocabulary: the files belong to different models."
         )
-    return tuple(dict.fromkeys(ids))
+    marks = {*tokenizer.added_tokens_decoder, *found[TOKENIZER], *found[GENERATION]}
+    found[CONFIG] = tuple(i for i in found[CONFIG] if i in marks)
+    if not any(found.values()):
+        raise TokenizerError(
+            f"tokenizer {path} names no end-of-sequence token, so responses would never end: set eos_token in "
+            "tokenizer_config.json or eos_token_id in generation_config.json."
+        )
+    return {source: ids for source, ids in found.items() if ids}
+
+
+def _as_ids(listed: Any) -> tuple[Any, ...]:
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple(i if isinstance(i, int) else str(i) for i in ids if i is not None)
+
+
+def _joined(sources: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Every id once, those of ``config.json`` last."""
+    order = sorted(sources, key=lambda source: source == CONFIG)
+    return tuple(dict.fromkeys(i for source in order for i in sources[source]))
 
 
 def _before_end(ids: Iterable[int], ends: Collection[int]) -> list[int]:
@@ -324,6 +354,7 @@ class SentencePieceTokenizer:
 
     path: Path
     eos_ids: tuple[int, ...]
+    end_sources: Mapping[str, tuple[int, ...]]
     pad_id: int
     vocab: Mapping[str, int] = field(repr=False)
     _processor: Any = field(repr=False)
@@ -390,6 +421,7 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(
         path=path,
         eos_ids=(eos,),
+        end_sources={TOKENIZER: (eos,)},
         pad_id=pad if pad >= 0 else eos,
         vocab={processor.id_to_piece(i): i for i in range(size)},
         _processor=processor,

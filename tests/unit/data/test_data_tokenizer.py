@@ -151,6 +151,31 @@ def test_end_tokens_are_the_tokenizers_own_then_those_of_generation_config(bpe, 
     assert load_tokenizer(save_byte_bpe(tmp_path, generation={"eos_token_id": 0})).eos_ids == (2, 0)
 
 
+def test_end_tokens_come_from_all_files_and_each_says_which(tmp_path):
+    directory = save_byte_bpe(tmp_path, generation={"eos_token_id": [2, 0]}, eos_token="<|im_end|>")
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": [0, 1, 7, 99999]}))
+    tokenizer = load_tokenizer(directory)
+    # 7 is an ordinary token and 99999 none at all: a library's default, not an end
+    assert tokenizer.eos_ids == (2, 0, 1)
+    assert tokenizer.end_sources == {"tokenizer": (2,), "generation_config.json": (2, 0), "config.json": (0, 1)}
+
+
+def test_the_chat_template_ends_a_base_models_answer_too(tmp_path):
+    directory = save_byte_bpe(tmp_path, eos_token="<|endoftext|>", generation={"eos_token_id": 0}, chat_template=CHATML)
+    (directory / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 1}}))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.end_sources["chat template"] == (2,)
+    assert tokenizer.eos_ids == (0, 2, 1) and tokenizer.turn_end == 2
+    # where prompts are plain text, nothing is rendered that would end a turn
+    assert load_tokenizer(directory, chat_template=False).eos_ids == (0, 1)
+
+
+def test_an_end_token_named_in_config_json_alone_is_enough(tmp_path):
+    directory = save_byte_bpe(tmp_path, eos_token=None)
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert load_tokenizer(directory).eos_ids == (0,)
+
+
 def test_id_0_is_an_id_like_any_other(tmp_path):
     padded = load_tokenizer(save_byte_bpe(tmp_path, pad_token="<|endoftext|>"))
     assert (padded.eos_ids, padded.pad_id) == ((2,), 0)
