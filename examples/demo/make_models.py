@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from make_data import HERE, heldout_problems, save_tokenizer, train_problems, write_data
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
@@ -27,7 +28,7 @@ from megatron_tropd.data.synthetic import Style, sft_examples, write_prompts
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.model import Model, build_model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, load_weights
 from megatron_tropd.errors import TokenizerError
@@ -142,16 +143,15 @@ def initialise(model: Model) -> None:
 def train(model: Model, stage: Stage, tokenizer: Tokenizer) -> None:
     """One stage of supervised training."""
     method = build_method("sft")
-    settings = OptimizerSettings(
+    settings = OptimizerConfig(
         lr=stage.lr,
         min_lr=stage.lr / 50,
-        total_updates=stage.steps,
-        warmup_updates=min(100, stage.steps // 4),
+        warmup_steps=min(100, stage.steps // 4),
         schedule="cosine",
         weight_decay=0.01,
         beta2=0.98,
     )
-    trainer = Trainer(model, optimize(model, settings), method)
+    trainer = Trainer(model, optimize(model, settings, steps=stage.steps), method)
     started = time.time()
     for step, rollouts in zip(range(stage.steps), batches(stage, tokenizer), strict=False):
         packs = pack(rollouts, max_tokens=PACK_TOKENS)

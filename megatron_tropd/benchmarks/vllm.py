@@ -30,6 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tropd.config.sections import StudentServersConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.model import Model
@@ -42,7 +43,7 @@ from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import Int64Array, RolloutRequest, SamplingParams
 from megatron_tropd.vllm_bridge.client import Server
-from megatron_tropd.vllm_bridge.jobs import Job, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Job
 from megatron_tropd.vllm_bridge.launch import server_command
 from megatron_tropd.vllm_bridge.local_engine import check_installed, prepare
 from megatron_tropd.vllm_bridge.pool import Pool
@@ -185,12 +186,19 @@ class Measure:
 
     def servers(self, url: str, key: str, folder: Path) -> list[Figure]:
         """Of one server: rollouts, scores, and both ways of publishing."""
-        pool = Pool([url], key=key, settings=PoolSettings(patience_s=_STARTS_S))
+        section = StudentServersConfig(urls=(url,), patience_s=_STARTS_S)
+        pool, transfer_s = Pool(section, key=key), section.transfer_s
         pool.infos()
         memory = Path("/dev/shm")
         place = Path(tempfile.mkdtemp(prefix="tropd-", dir=memory)) if memory.is_dir() else folder / "weights"
-        files = FilePublisher(pool, place / "weights", bucket_bytes=self._bucket_bytes)
-        broadcast = BroadcastPublisher(pool, address="127.0.0.1", bucket_bytes=self._bucket_bytes, device=self._device)
+        files = FilePublisher(pool, place / "weights", bucket_bytes=self._bucket_bytes, transfer_s=transfer_s)
+        broadcast = BroadcastPublisher(
+            pool,
+            address="127.0.0.1",
+            bucket_bytes=self._bucket_bytes,
+            transfer_s=transfer_s,
+            device=self._device,
+        )
         found = []
         for way, publisher in (("files in memory", files), ("broadcast", broadcast)):
             sampler = ServerSampler(pool, publisher, self._architecture, max_tokens=1000, timeout_s=_STARTS_S)

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import ParallelConfig
+from megatron_tropd.config.sections import OptimizerConfig, ParallelConfig
 from megatron_tropd.data.packing import backend, pack
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.engine.model import build_model, padded_vocab_size
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
@@ -115,7 +115,7 @@ def check_plan(config: RunConfig) -> None:
     small = build_model(
         _small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed
     )
-    optimization = optimize(small, OptimizerSettings(lr=1e-3, total_updates=1))
+    optimization = optimize(small, OptimizerConfig(lr=1e-3), steps=1)
     found = check_self(small, optimization, inputs.method, vocab_size=small.architecture.vocab_size, seed=config.seed)
     if dist.get_rank() == 0:
         console = Console()

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.overlap import Overlap
@@ -22,28 +24,6 @@ from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 
 # a norm this large is never reached: clipping off, gradient norm still measured
 _NO_CLIPPING = 1e30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSettings:
-    """Optimizer and schedule of one run (``optimizer.*`` of the config)."""
-
-    lr: float
-    total_updates: int
-    name: str = "adam"
-    schedule: str = "constant"
-    warmup_updates: int = 0
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    momentum: float = 0.0
-    distributed: bool = False  # shard optimizer states over data-parallel ranks
-    offload: bool = False  # see Optimization.rest
-    overlap: bool = False  # see engine.overlap
-    bucket_elements: int | None = None  # gradients that are reduced at once under overlap; None: Megatron's 40 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +79,7 @@ class Optimization:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
-def _give_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+def _give_momentum(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
     """Makes the state that SGD has after a step, for a checkpoint to be loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -132,13 +112,25 @@ def _is_distributed_torch(part: Any) -> bool:
     return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
 
 
-def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | None = None) -> Optimization:
+def optimize(
+    model: Model,
+    settings: OptimizerConfig,
+    *,
+    steps: int,
+    minibatches: int = 1,
+    moves: OffloadStats | None = None,
+    bucket_elements: int | None = None,
+) -> Optimization:
     """Wraps the model's chunks for training. Collective over the world.
 
-    ``moves``: what is to count the bytes that ``Optimization.rest`` and its undoing move.
+    Args:
+        steps: of the whole run, each of ``minibatches`` updates: the section counts steps, the schedule updates.
+        moves: what is to count the bytes that ``Optimization.rest`` and its undoing move.
+        bucket_elements: gradients that are reduced at once under overlap; None: Megatron's 40 million.
     """
+    warmup_updates = settings.warmup_steps * minibatches
     bf16 = model.dtype == torch.bfloat16
-    config = OptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer=settings.name,
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -160,7 +152,7 @@ def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | No
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=gathers,
         align_param_gather=gathers and len(model.chunks) > 1,
-        bucket_size=settings.bucket_elements,
+        bucket_size=bucket_elements,
     )
     with use_parallel_state(model.groups):
         wrapped = [
@@ -192,9 +184,9 @@ def optimize(model: Model, settings: OptimizerSettings, moves: OffloadStats | No
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_updates,
+        lr_warmup_steps=warmup_updates,
         # one more than there are updates, so that the last one is not at the rate of the end
-        lr_decay_steps=max(settings.total_updates, settings.warmup_updates + 1) + 1,
+        lr_decay_steps=max(steps * minibatches, warmup_updates + 1) + 1,
         lr_decay_style=settings.schedule,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

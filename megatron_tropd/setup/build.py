@@ -28,7 +28,7 @@ from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.model import Model, build_model, padded_vocab_size
 from megatron_tropd.engine.offload import OffloadStats
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.methods import Method
@@ -72,7 +72,6 @@ __all__ = [
     "layout_of",
     "load_model",
     "load_teacher",
-    "optimizer_settings",
     "output_weight_for",
     "pack_for",
     "rank_split",
@@ -159,7 +158,13 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
     teacher = load_teacher(config, world)
     trainer = Trainer(
         student,
-        optimize(student, optimizer_settings(config), world.moves),
+        optimize(
+            student,
+            config.optimizer,
+            steps=config.train.steps,
+            minibatches=config.train.minibatches,
+            moves=world.moves,
+        ),
         method,
         vocab_size=inputs.vocab_size,
         teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
@@ -333,15 +338,6 @@ def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> 
     """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
     model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.resting(world.moves) if config.teacher.offload else model
-
-
-def optimizer_settings(config: RunConfig) -> OptimizerSettings:
-    """``optimizer.*`` counts steps; the engine counts updates."""
-    options = config.optimizer.model_dump()
-    updates = config.train.minibatches
-    return OptimizerSettings(
-        total_updates=config.train.steps * updates, warmup_updates=options.pop("warmup_steps") * updates, **options
-    )
 
 
 def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:

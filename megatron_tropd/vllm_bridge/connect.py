@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tropd.config.sections import ServersConfig, StudentServersConfig
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ConfigError, ServingError
-from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.pool import Pool
 
 
@@ -23,15 +22,7 @@ def open_pool(config: ServersConfig, *, section: str, needs: Mapping[str, Any]) 
         ServingError: a server does not answer, or is not one that ``tropd serve`` has started.
         ConfigError: a server serves another model, or was started for something else.
     """
-    transfer_s = config.transfer_s if isinstance(config, StudentServersConfig) else PoolSettings().transfer_s
-    settings = PoolSettings(
-        requests=config.requests,
-        heartbeat_s=config.heartbeat_s,
-        attempts=config.attempts,
-        patience_s=config.patience_s,
-        transfer_s=transfer_s,
-    )
-    pool = Pool(config.urls, key=os.environ.get(config.key_variable, ""), settings=settings)
+    pool = Pool(config, key=os.environ.get(config.key_variable, ""))
     try:
         for url, info in pool.infos().items():
             _check(url, info, needs, section)

@@ -14,8 +14,9 @@ from typing import Any
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
-from megatron_tropd.vllm_bridge.jobs import Job, Peer, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Job, Peer
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class HealthMonitor:
     def __init__(
         self,
         peers: Sequence[Peer],
-        settings: PoolSettings,
+        settings: ServersConfig,
         counts: Counter[str],
         *,
         requeue: Callable[[Sequence[Job]], None],

@@ -13,17 +13,6 @@ from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Server
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSettings:
-    """How much is asked of servers at a time, and how long is waited for them."""
-
-    requests: int = 256  # under way per server
-    heartbeat_s: float = 30.0  # longest silence of a server
-    attempts: int = 5  # wrong answers to one job before the run ends
-    patience_s: float = 600.0  # longest time without any server
-    transfer_s: float = 120.0  # longest time for one bucket of weights
-
-
 @dataclass(eq=False, slots=True)
 class Job:
     """One request that any server can answer."""

@@ -15,10 +15,11 @@ from typing import Any
 
 from tenacity import AsyncRetrying, retry_if_exception, retry_if_exception_type, stop_after_attempt, stop_after_delay
 
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable, new_connections
 from megatron_tropd.vllm_bridge.health import BACKOFF, HealthMonitor
-from megatron_tropd.vllm_bridge.jobs import Batch, Job, Peer, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Batch, Job, Peer
 from megatron_tropd.vllm_bridge.scheduler import Scheduler
 from megatron_tropd.vllm_bridge.weight_updates import Refresh, Update, WeightUpdates
 
@@ -26,17 +27,19 @@ from megatron_tropd.vllm_bridge.weight_updates import Refresh, Update, WeightUpd
 class Pool:
     """See the module. ``close`` it, or its thread keeps its connections until the program ends."""
 
-    def __init__(self, urls: Sequence[str], *, key: str = "", settings: PoolSettings | None = None) -> None:
-        self.settings = settings or PoolSettings()
+    def __init__(self, settings: ServersConfig, *, key: str = "") -> None:
+        self.settings = settings
         self.counts: Counter[str] = Counter()  # moved and wrong (jobs), lost, back and refreshed (servers)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tropd-servers", daemon=True)
         self._thread.start()
         self._connections = self.run(_connect())
-        self._peers = [Peer(Server(url, self._connections, key=key)) for url in urls]
+        self._peers = [Peer(Server(url, self._connections, key=key)) for url in settings.urls]
         shared = (self._peers, self.settings, self.counts)
         self._scheduler = Scheduler(*shared, lose=self._lose)
-        self._weights = WeightUpdates(*shared, lose=self._lose, pump=self._scheduler.pump, run=self.run)
+        self._weights = WeightUpdates(
+            self._peers, self.counts, lose=self._lose, pump=self._scheduler.pump, run=self.run
+        )
         self._health = HealthMonitor(
             *shared,
             requeue=self._scheduler.requeue,
@@ -82,12 +85,13 @@ class Pool:
         alive = [peer for peer in self._peers if peer.alive]
         return bool(alive) and not any(peer.current or peer.updating for peer in alive)
 
-    def begin_update(self, version: int, *, keep: bool) -> Update:
+    def begin_update(self, version: int, *, keep: bool, timeout_s: float) -> Update:
         """Begin to bring new weights to all servers that are alive: hand them to the ``Update``, then ``end`` it.
 
-        ``keep``: what is being written is continued with the new weights, not dropped.
+        ``keep``: what is being written is continued with the new weights, not dropped. ``timeout_s``: for a bucket
+        to arrive.
         """
-        update: Update = self.run(self._weights.begin(version, "keep" if keep else "abort"))
+        update: Update = self.run(self._weights.begin(version, "keep" if keep else "abort", timeout_s))
         return update
 
     def set_refresh(self, version: int, refresh: Refresh) -> None:

@@ -10,9 +10,10 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Refused, Unreachable
-from megatron_tropd.vllm_bridge.jobs import Job, Peer, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Job, Peer
 
 # wrong answers in a row after which a server is left alone for a while
 _WRONG_ANSWERS = 3
@@ -30,7 +31,7 @@ class Scheduler:
     def __init__(
         self,
         peers: Sequence[Peer],
-        settings: PoolSettings,
+        settings: ServersConfig,
         counts: Counter[str],
         *,
         lose: Callable[[Peer, ServingError], None],

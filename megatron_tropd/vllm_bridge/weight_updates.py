@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Server, Unreachable
-from megatron_tropd.vllm_bridge.jobs import Peer, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Peer
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ class WeightUpdates:
     def __init__(
         self,
         peers: Sequence[Peer],
-        settings: PoolSettings,
         counts: Counter[str],
         *,
         lose: Callable[[Peer, ServingError], None],
@@ -44,7 +43,6 @@ class WeightUpdates:
         run: Run,
     ) -> None:
         self._peers = peers
-        self._settings = settings
         self._counts = counts
         self._lose = lose
         self._pump = pump
@@ -69,25 +67,28 @@ class WeightUpdates:
             peer.current = version == self._wanted
             self._counts["refreshed"] += 1
 
-    async def begin(self, version: int, mode: str) -> Update:
-        """Start an update of all servers that are alive; ``mode``: abort or keep what is being written."""
+    async def begin(self, version: int, mode: str, timeout_s: float) -> Update:
+        """Start an update of all servers that are alive.
+
+        ``mode``: abort or keep what is being written. ``timeout_s``: for a bucket to arrive.
+        """
         self._wanted = version
         update = Update(self._run, version)
         for peer in self._peers:
             peer.current = False
             if peer.alive:
-                queue = update.feeds[peer] = asyncio.Queue()
+                update.feeds[peer] = asyncio.Queue()
                 started: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
                 update.started.append(started)
-                peer.feed = asyncio.ensure_future(self._feed(peer, queue, version, mode, started))
+                peer.feed = asyncio.ensure_future(self._feed(peer, update, mode, timeout_s, started))
                 peer.feed.add_done_callback(partial(_not_started, started))
         return update
 
     async def _feed(
-        self, peer: Peer, queue: asyncio.Queue[Any], version: int, mode: str, started: asyncio.Future[bool]
+        self, peer: Peer, update: Update, mode: str, timeout_s: float, started: asyncio.Future[bool]
     ) -> None:
         """Take one server through an update."""
-        timeout_s, begun = self._settings.transfer_s, False
+        queue, version, begun = update.feeds[peer], update.version, False
         try:
             await _begin(peer.server, mode)
             begun = True

@@ -28,7 +28,6 @@ from megatron_tropd.errors import ServingError
 from megatron_tropd.models.name_table import EMBEDDING, OUTPUT
 from megatron_tropd.types import Float32Array, Int64Array
 from megatron_tropd.vllm_bridge.client import Server
-from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.weight_updates import Update
 from megatron_tropd.weight_sync.buckets import in_buckets, packed
@@ -88,18 +87,22 @@ class Publisher(Protocol):
 class FilePublisher:
     """Weights as files that the servers' workers read; a server that comes back reads them again by itself."""
 
-    def __init__(self, pool: Pool | None, directory: Path, *, bucket_bytes: int) -> None:
-        """``pool``: on the first rank, None elsewhere. ``directory``: weights go to a new directory in it."""
+    def __init__(self, pool: Pool | None, directory: Path, *, bucket_bytes: int, transfer_s: float) -> None:
+        """``pool``: on the first rank, None elsewhere. ``directory``: weights go to a new directory in it.
+
+        ``transfer_s``: longest time for a bucket to arrive.
+        """
         self._pool = pool
         self._place = None if pool is None else PublishDirectory(directory)
         self._bucket_bytes = bucket_bytes
+        self._transfer_s = transfer_s
 
     def publish(self, tensors: Stream, *, version: int, keep: bool) -> None:
         if self._pool is None or self._place is None:
             for _ in tensors:  # iterating is collective
                 pass
             return
-        update = self._pool.begin_update(version, keep=keep)
+        update = self._pool.begin_update(version, keep=keep, timeout_s=self._transfer_s)
         folder = self._place.path / f"version-{version}-{time.monotonic_ns()}"
         paths: list[str] = []
         for number, bucket in enumerate(in_buckets(tensors, self._bucket_bytes)):
@@ -108,7 +111,7 @@ class FilePublisher:
             update.bucket({"path": str(path)})
             paths.append(str(path))
         update.end()
-        again = partial(_read_again, paths=paths, version=version, settings=self._pool.settings)
+        again = partial(_read_again, paths=paths, version=version, timeout_s=self._transfer_s)
         self._pool.set_refresh(version, again)
         self._place.drop_all_but(folder)
 
@@ -128,10 +131,10 @@ def _write_bucket(path: Path, bucket: Sequence[tuple[str, Tensor]]) -> None:
     save_file(tensors, path)
 
 
-async def _read_again(server: Server, *, paths: Sequence[str], version: int, settings: PoolSettings) -> None:
+async def _read_again(server: Server, *, paths: Sequence[str], version: int, timeout_s: float) -> None:
     await server.begin("abort")
     for path in paths:
-        await server.bucket({"path": path}, timeout_s=settings.transfer_s)
+        await server.bucket({"path": path}, timeout_s=timeout_s)
     await server.finish(version)
 
 
@@ -142,11 +145,17 @@ class BroadcastPublisher:
     left.
     """
 
-    def __init__(self, pool: Pool | None, *, address: str, bucket_bytes: int, device: torch.device) -> None:
-        """``pool``: on the first rank, None elsewhere. ``address``: of the first rank's host, as servers reach it."""
+    def __init__(
+        self, pool: Pool | None, *, address: str, bucket_bytes: int, transfer_s: float, device: torch.device
+    ) -> None:
+        """``pool``: on the first rank, None elsewhere. ``address``: of the first rank's host, as servers reach it.
+
+        ``transfer_s``: longest time for a bucket to arrive.
+        """
         self._pool = pool
         self._address = address
         self._bucket_bytes = bucket_bytes
+        self._transfer_s = transfer_s
         self._device = device
         self._workers = {} if pool is None else {url: int(info["workers"]) for url, info in pool.infos().items()}
         self._group: SideGroup | None = None
@@ -180,7 +189,7 @@ class BroadcastPublisher:
             for _ in tensors:
                 pass
             return 1
-        update = self._pool.begin_update(version, keep=keep)
+        update = self._pool.begin_update(version, keep=keep, timeout_s=self._transfer_s)
         under_way: list[Future[None]] = []
         # who is not ready would be waited for in the meeting
         broken = not (update.begun() and self._meet(update))
@@ -206,8 +215,7 @@ class BroadcastPublisher:
             return True
         self._group, self._members, self._groups_made = None, update.urls, self._groups_made + 1
         name, size = f"weights-{self._groups_made}", 1 + sum(self._workers[url] for url in update.urls)
-        assert self._pool is not None
-        listener, timeout_s = listen(self._address), self._pool.settings.transfer_s
+        listener, timeout_s = listen(self._address), self._transfer_s
         meeting = {"address": self._address, "port": listener.getsockname()[1], "name": name, "size": size}
         meetings, rank = {}, 1
         for url in update.urls:

@@ -21,6 +21,7 @@ from tests.support.tiny_families import save_family
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.commands import convert as conversion
 from megatron_tropd.commands.convert import Plan, hf_to_megatron, megatron_to_hf
 from megatron_tropd.convert.hf import HFWeights, read_architecture
@@ -28,7 +29,7 @@ from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.checkpoint import _sharded_state, load_checkpoint, load_model_weights, save_checkpoint
 from megatron_tropd.engine.metadata import _TableReader, check_metadata
 from megatron_tropd.engine.model import build_model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
@@ -131,7 +132,7 @@ def _harmful(folder: Path) -> dict[str, str]:
     groups, device = GroupBuilder().build(ALONE), initialize_distributed()
     architecture = read_architecture(folder / "llama3")
     model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
-    optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
+    optimization = optimize(model, OptimizerConfig(lr=1e-3), steps=1)
     with use_parallel_state(groups):
         _sharded_state(model, optimization, loading=True)  # gives it the state of one that has taken a step
     training = save_checkpoint(folder / "training", model, optimization, step=1, state={})

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import build_model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.parallel.groups import GroupBuilder, Layout
 from megatron_tropd.types import Architecture, Pack, Region
 
@@ -47,7 +48,7 @@ def _kept(
     model = build_model(
         a, builder.build(layout), dtype=getattr(torch, dtype), device=torch.device("cpu"), recompute=recompute
     )
-    optimization = optimize(model, OptimizerSettings(lr=1e-3, total_updates=1))
+    optimization = optimize(model, OptimizerConfig(lr=1e-3), steps=1)
     own = {p.untyped_storage().data_ptr() for chunk in model.chunks for p in chunk.parameters()}
     held: dict[int, tuple[int, Any]] = {}
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
@@ -23,7 +24,7 @@ from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_stream, load_weights
 from megatron_tropd.methods import build_method
@@ -100,7 +101,7 @@ def _run(case: Case, root: Path, groups: Groups, device: torch.device) -> dict[s
     }
     export(model, source, target / "before")
     optimization = optimize(
-        model, OptimizerSettings(name="sgd", lr=LEARNING_RATE, total_updates=1, clip_grad=0.0, weight_decay=0.0)
+        model, OptimizerConfig(name="sgd", lr=LEARNING_RATE, clip_grad=0.0, weight_decay=0.0), steps=1
     )
     trainer = Trainer(model, optimization, build_method("sft"))
     items = _items(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,6 @@ from megatron_tropd.setup.build import (
     layout_of,
     load_frozen,
     load_model,
-    optimizer_settings,
     output_weight_for,
     sections_of,
     with_others,
@@ -167,7 +166,14 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     teacher = load_frozen(config, config.teacher.model, teacher_groups, world)
     request = TeacherRequest.of(method.needs)
     weight = output_weight_for(config.teacher.model, teacher.architecture, student) if request.hidden_states else None
-    optimization = optimize(student, replace(optimizer_settings(config), bucket_elements=_BUCKET), world.moves)
+    optimization = optimize(
+        student,
+        config.optimizer,
+        steps=config.train.steps,
+        minibatches=config.train.minibatches,
+        moves=world.moves,
+        bucket_elements=_BUCKET,
+    )
     own = MegatronTeacher(teacher, student_groups, vocab_size=VOCAB, temperature=method.temperature)
     nothing: Any = None
     tokenizer: Any = SimpleNamespace(eos_ids=(0,))

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from megatron_tropd.config.sections import StudentServersConfig
 from megatron_tropd.engine.model import Model
 from megatron_tropd.rollout.engines.vllm_server import ServerSampler
 from megatron_tropd.types import Rollout, SamplingParams
-from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.weight_sync.publishers import WeightStream
 from megatron_tropd.weight_sync.verify import verify_publish
@@ -45,7 +45,7 @@ def through_faults(path: str, urls: list[str], key: str, kind: str, folder: str,
     it waits for them.
     """
     model = trainer_model(path, tensor=2)
-    settings = PoolSettings(
+    settings = StudentServersConfig(
         heartbeat_s=HEARTBEAT_S, transfer_s=TRANSFER_S, patience_s=plan.get("patience_s", 120.0), attempts=5
     )
     sampler, pool = server_sampler(model, urls, key, kind, f"{folder}/weights", settings=settings, timeout_s=TIMEOUT_S)

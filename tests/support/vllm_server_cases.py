@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.config.sections import StudentServersConfig
 from megatron_tropd.engine.model import Model
 from megatron_tropd.rollout.engines.vllm_server import ServerSampler
 from megatron_tropd.types import SamplingParams
-from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.weight_sync.publishers import (
     BroadcastPublisher,
@@ -35,7 +35,7 @@ from tests.support.vllm_cases import (
 
 # many buckets, so that what can go wrong between two of them does
 BUCKET_BYTES = 60_000
-SETTINGS = PoolSettings(heartbeat_s=30, transfer_s=60, patience_s=120)
+SETTINGS = StudentServersConfig(heartbeat_s=30, transfer_s=60, patience_s=120)
 
 
 def server_sampler(
@@ -45,18 +45,24 @@ def server_sampler(
     kind: str,
     directory: str,
     *,
-    settings: PoolSettings = SETTINGS,
+    settings: StudentServersConfig = SETTINGS,
     timeout_s: float = 60,
 ) -> tuple[ServerSampler, Pool | None]:
     """A sampler over servers, with a publisher of the kind."""
-    pool = Pool(urls, key=key, settings=settings) if dist.get_rank() == 0 else None
+    pool = Pool(settings.model_copy(update={"urls": tuple(urls)}), key=key) if dist.get_rank() == 0 else None
     if pool is not None:
         pool.infos()
     publisher: Publisher
     if kind == "files":
-        publisher = FilePublisher(pool, Path(directory), bucket_bytes=BUCKET_BYTES)
+        publisher = FilePublisher(pool, Path(directory), bucket_bytes=BUCKET_BYTES, transfer_s=settings.transfer_s)
     else:
-        publisher = BroadcastPublisher(pool, address="127.0.0.1", bucket_bytes=BUCKET_BYTES, device=model.device)
+        publisher = BroadcastPublisher(
+            pool,
+            address="127.0.0.1",
+            bucket_bytes=BUCKET_BYTES,
+            transfer_s=settings.transfer_s,
+            device=model.device,
+        )
     sampler = ServerSampler(pool, publisher, model.architecture, max_tokens=LONGEST, timeout_s=timeout_s)
     return sampler, pool
 

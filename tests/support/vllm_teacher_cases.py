@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import own_valid_positions
@@ -19,7 +20,6 @@ from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Pack, Rollout, TeacherOutputs, single_turn
-from megatron_tropd.vllm_bridge.jobs import PoolSettings
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine, Scoring
 from megatron_tropd.vllm_bridge.pool import Pool
 from tests.support.vllm_cases import LONGEST, OPTIONS
@@ -80,7 +80,7 @@ def over_http(path: str, urls: Sequence[str], key: str) -> None:
     initialize_distributed()
     builder = GroupBuilder()
     own = builder.build(Layout())
-    grader = ServerScorer(Pool(urls, key=key, settings=PoolSettings(patience_s=60)), timeout_s=60)
+    grader = ServerScorer(Pool(ServersConfig(urls=tuple(urls), patience_s=60), key=key), timeout_s=60)
     check_agreement(path, grader, own, [builder.build(Layout(tensor=dist.get_world_size()))])
     assert not grader._pool.counts, grader._pool.counts
     grader.close()

@@ -108,10 +108,14 @@ def _build_servers(context: SamplerContext) -> ServerSampler:
     publisher: Publisher
     if servers.publish == "files":
         directory = servers.publish_dir or _publish_directory(context.run_dir)
-        publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20)
+        publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20, transfer_s=servers.transfer_s)
     else:
         publisher = BroadcastPublisher(
-            pool, address=servers.publish_address, bucket_bytes=servers.bucket_mib << 20, device=context.device
+            pool,
+            address=servers.publish_address,
+            bucket_bytes=servers.bucket_mib << 20,
+            transfer_s=servers.transfer_s,
+            device=context.device,
         )
     return ServerSampler(
         pool,

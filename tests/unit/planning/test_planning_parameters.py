@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.engine.model import build_model
-from megatron_tropd.engine.optimizer import OptimizerSettings, optimize
+from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.groups import GroupBuilder, Layout
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
@@ -60,8 +61,8 @@ def held_by_megatron(cases: list[Any]) -> list[dict[str, int]]:
         dtype = torch.bfloat16 if bf16 else torch.float32
         model = build_model(architecture, groups, dtype=dtype, device=torch.device("cpu"))
         frozen = sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
-        settings = OptimizerSettings(lr=1e-3, total_updates=1, name=name, distributed=distributed)
-        optimization = optimize(model, settings)
+        settings = OptimizerConfig(lr=1e-3, name=name, distributed=distributed)
+        optimization = optimize(model, settings, steps=1)
         with use_parallel_state(groups):
             optimization.optimizer.step()
         storages = {p.untyped_storage().data_ptr(): p for chunk in model.chunks for p in chunk.parameters()}

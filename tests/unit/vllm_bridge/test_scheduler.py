@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable
-from megatron_tropd.vllm_bridge.jobs import Batch, Job, PoolSettings
+from megatron_tropd.vllm_bridge.jobs import Batch, Job
 from megatron_tropd.vllm_bridge.pool import Pool
 
 GOOD, BAD = "http://good", "http://bad"
-SETTINGS = PoolSettings(heartbeat_s=0.3, attempts=3, patience_s=0.5, requests=4)
+SETTINGS = ServersConfig(urls=(GOOD, BAD), heartbeat_s=0.3, attempts=3, patience_s=0.5, requests=4)
 
 
 class World:
@@ -29,7 +30,7 @@ class World:
         self.pools: list[Pool] = []
 
     def pool(self) -> Pool:
-        pool = Pool([GOOD, BAD], settings=SETTINGS)
+        pool = Pool(SETTINGS)
         self.pools.append(pool)
         pool.infos()
         return pool
@@ -159,14 +160,14 @@ def test_who_comes_back_while_newer_weights_come_ends_with_those(world: World):
         return bring
 
     pool = world.pool()
-    pool.begin_update(1, keep=False).end()
+    pool.begin_update(1, keep=False, timeout_s=60).end()
     world.down = {BAD}
     until(lambda: pool.counts["lost"] == 1)
     world.infos[BAD]["version"] = "0"
     pool.set_refresh(1, refresh(1, released))
     world.down = set()
     until(begun.is_set)
-    assert pool.begin_update(2, keep=False).end() == [GOOD]
+    assert pool.begin_update(2, keep=False, timeout_s=60).end() == [GOOD]
     pool.set_refresh(2, refresh(2, None))
     time.sleep(0.1)
     released.set()
@@ -177,24 +178,24 @@ def test_who_comes_back_while_newer_weights_come_ends_with_those(world: World):
 
 def test_weights_of_which_a_part_was_not_sent_are_nobodys(world: World):
     pool = world.pool()
-    update = pool.begin_update(1, keep=False)
+    update = pool.begin_update(1, keep=False, timeout_s=60)
     update.bucket({})
     assert update.intact
     assert update.end(complete=False) == []
     assert pool.starved
-    again = pool.begin_update(1, keep=True)
+    again = pool.begin_update(1, keep=True, timeout_s=60)
     assert again.end() == [GOOD, BAD] and again.left == 2
     assert not pool.starved
 
 
 def test_an_update_does_not_wait_for_a_server_that_cannot_begin(world: World):
     pool = world.pool()
-    assert pool.begin_update(1, keep=False).begun()
+    assert pool.begin_update(1, keep=False, timeout_s=60).begun()
     world.down = {BAD}
-    update = pool.begin_update(2, keep=False)
+    update = pool.begin_update(2, keep=False, timeout_s=60)
     assert not update.begun()
     assert update.end(complete=False) == [] and update.left == 1
-    again = pool.begin_update(2, keep=False)
+    again = pool.begin_update(2, keep=False, timeout_s=60)
     assert again.urls == [GOOD] and again.begun() and again.end() == [GOOD]
 
 
@@ -218,7 +219,7 @@ def test_without_any_server_waiting_ends_with_one_error_that_says_what_to_do(wor
         raise Unreachable(f"{server.url} is gone.")
 
     world.down = {GOOD, BAD}
-    pool = Pool([GOOD, BAD], settings=SETTINGS)
+    pool = Pool(SETTINGS)
     world.pools.append(pool)
     batch = pool.submit([Job(call=call, cost=1.0) for _ in range(9)])
     with pytest.raises(ServingError, match=r"no server has been of use for 0.5 s. .*Start one \(`tropd serve`\)"):
