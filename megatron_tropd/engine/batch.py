@@ -1,9 +1,9 @@
-"""Joins what is known of a batch: packs, rollouts, teacher signals, and the numbers that need the whole batch."""
+"""Join what is known of a batch: packs, rollouts, scores, and the numbers that need the whole batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ import torch
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.step import TrainPack
+from megatron_tropd.engine.views import StudentScores, TrainPack, support_of
 from megatron_tropd.errors import DataError
-from megatron_tropd.losses.reduce import special_token_keep, token_weights
-from megatron_tropd.losses.support import first_of_each, tail_beside
+from megatron_tropd.losses.reduce import entropy_threshold, special_token_keep, token_weights
 from megatron_tropd.methods import Method
+from megatron_tropd.parallel.arrays import all_gather_arrays
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.types import Pack, Region, Rollout, TeacherOutputs, TokenView
 
@@ -29,16 +29,6 @@ class BatchFacts:
     progress: float  # step / total steps
     special_token_ids: tuple[int, ...] = ()
     entropy_threshold: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class StudentScores:
-    """What the student said of one pack at the weights of the rollout."""
-
-    logprob_N: torch.Tensor
-    entropy_N: torch.Tensor
-    model_logprob_N: torch.Tensor  # at temperature 1, as the sampler reports it
-    topk_ids_NK: torch.Tensor | None = None  # its most likely tokens, int64
 
 
 def batch_weights(
@@ -105,7 +95,7 @@ def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -
 def train_packs(
     packs: Sequence[Pack],
     weights: Sequence[np.ndarray],
-    signals: Sequence[TeacherOutputs | None],
+    outputs: Sequence[TeacherOutputs | None],
     scores: Sequence[StudentScores | None],
     *,
     rollouts: Mapping[int, Rollout],
@@ -113,59 +103,17 @@ def train_packs(
     facts: BatchFacts,
     model: Model,
 ) -> list[TrainPack]:
-    """One rank's packs, ready for ``Trainer.step``."""
+    """Make one rank's packs ready for ``Trainer.step``."""
     return [
         _train_pack(*item, rollouts=rollouts, method=method, facts=facts, model=model)
-        for item in zip(packs, weights, signals, scores, strict=True)
+        for item in zip(packs, weights, outputs, scores, strict=True)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Support:
-    """The candidates of each token and the teacher's log-probs of them and of the rest; mask: False on duplicates."""
-
-    ids_NK: torch.Tensor | None = None
-    logprob_NK: torch.Tensor | None = None
-    mask_NK: torch.Tensor | None = None
-    logtail_N: torch.Tensor | None = None
-
-
-def support_of(signal: TeacherOutputs | None, target_N: torch.Tensor, method: Method) -> Support:
-    """The support that the method looks at, from what the teacher has told."""
-    needs = method.needs
-    if signal is None or not needs.top_k:
-        return Support()
-    parts = {
-        "teacher": [(signal.topk_ids_NK, signal.topk_logprob_NK)],
-        "student": [(signal.query_ids_NJ, signal.query_logprob_NJ)],
-        "union": [(signal.topk_ids_NK, signal.topk_logprob_NK), (signal.query_ids_NJ, signal.query_logprob_NJ)],
-        "teacher_and_sampled": [
-            (signal.topk_ids_NK, signal.topk_logprob_NK),
-            (target_N[:, None], signal.logprob_N[:, None]),
-        ],
-    }[needs.support]
-    ids_NK = torch.cat([_given(ids) for ids, _ in parts], dim=1)
-    logtail_N = None
-    if needs.tail_mass:
-        inside_N = (ids_NK == target_N[:, None]).any(-1)
-        logtail_N = tail_beside(_given(signal.logtail_N), signal.logprob_N, inside_N)
-    return Support(
-        ids_NK=ids_NK,
-        logprob_NK=torch.cat([_given(logprob) for _, logprob in parts], dim=1),
-        mask_NK=first_of_each(ids_NK) if len(parts) > 1 else None,
-        logtail_N=logtail_N,
-    )
-
-
-def _given(value: torch.Tensor | None) -> torch.Tensor:
-    assert value is not None  # the teacher was asked for it: TeacherRequest.of
-    return value
 
 
 def _train_pack(
     pack: Pack,
     weight_N: np.ndarray,
-    signal: TeacherOutputs | None,
+    outputs: TeacherOutputs | None,
     score: StudentScores | None,
     *,
     rollouts: Mapping[int, Rollout],
@@ -173,19 +121,30 @@ def _train_pack(
     facts: BatchFacts,
     model: Model,
 ) -> TrainPack:
-    old = None if score is None else score.logprob_N
+    if score is not None and method.temperature == 1.0:  # one tensor, so that nothing is added and taken off again
+        score = replace(score, model_logprob_N=score.logprob_N)
     tokens = token_view(pack, rollouts, facts, model)
-    support = support_of(signal, tokens.target_T, method)
     return TrainPack(
         pack=pack,
         tokens=tokens,
         weight_N=torch.from_numpy(weight_N).to(model.device),
-        signal=signal,
-        support_ids_NK=support.ids_NK,
-        support_logprob_NK=support.logprob_NK,
-        support_mask_NK=support.mask_NK,
-        support_logtail_N=support.logtail_N,
-        old_logprob_N=old,
-        old_model_logprob_N=None if score is None else score.model_logprob_N,
-        old_entropy_N=None if score is None else score.entropy_N,
+        outputs=outputs,
+        support=support_of(outputs, tokens.target_T, method),
+        old=score,
     )
+
+
+def batch_entropy_threshold(scores: Sequence[StudentScores | None], method: Method, groups: Groups) -> float:
+    """Find the student entropy above which the method's share of all tokens of a batch lies. Collective.
+
+    ``scores``: of all of this rank's packs; 0 for methods that do not look at it.
+    """
+    share = method.needs.entropy_top
+    if not share:
+        return 0.0
+    own = [score.entropy_N.cpu().numpy() for score in scores if score is not None]
+    mine = np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32)
+    everyone = all_gather_arrays(mine, groups.pg.dp_cp)
+    # only last stages have scores; the others hear from theirs
+    everyone = all_gather_arrays(np.concatenate(everyone), groups.pg.pp)
+    return entropy_threshold(everyone[-1], fraction=share)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.packing import pack
-from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import model_logprob
+from megatron_tropd.engine.views import StudentScores
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Int64Array, Pack, Rollout, single_turn

@@ -1,11 +1,11 @@
-"""One optimizer step over packs: views for the method, loss, gradients divided once, metrics summed once."""
+"""Take one optimizer step over packs: loss, gradients divided once, metrics summed once."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,32 +16,13 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
+from megatron_tropd.engine.views import StudentRows, TrainPack, views_of
 from megatron_tropd.errors import EngineError
 from megatron_tropd.losses.logprob_mismatch import BUCKETS, MEAN, bucket_of
 from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
-from megatron_tropd.types import Pack, Region, StudentView, TeacherOutputs, TeacherView, TokenLoss, TokenView
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPack:
-    """A pack and everything the method needs to know of its N valid predictions, in stream order, on the device.
-
-    The tensors are only needed on last-stage ranks; elsewhere they may be empty.
-    """
-
-    pack: Pack
-    tokens: TokenView
-    weight_N: Tensor  # normalisation weight, sums to the number of valid predictions over the global minibatch
-    signal: TeacherOutputs | None = None  # None when the method needs no teacher (pre-training)
-    support_ids_NK: Tensor | None = None
-    support_logprob_NK: Tensor | None = None
-    support_mask_NK: Tensor | None = None
-    support_logtail_N: Tensor | None = None  # log of the teacher's mass outside the support
-    old_logprob_N: Tensor | None = None
-    old_model_logprob_N: Tensor | None = None  # old_logprob_N at temperature 1, as the sampler reports its own
-    old_entropy_N: Tensor | None = None
+from megatron_tropd.types import Region, TokenLoss
 
 
 @dataclass(slots=True)
@@ -170,11 +151,8 @@ class Trainer:
 
     def _pack_loss(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
         """Sum of one pack's weighted token losses."""
-        student = self._student_view(item, hidden_ND, weight_vD)
-        teacher = _teacher_view(item, student.logprob_T)
-        plain_N = self._old_model_logprob(item, student, hidden_ND, weight_vD)
-        tokens = complete_tokens(item.tokens, student.old_logprob_T, plain_N)
-        answer: TokenLoss = self.method.token_loss(student, teacher, tokens)
+        views = views_of(item, self._student_rows(item, hidden_ND, weight_vD))
+        answer: TokenLoss = self.method.token_loss(*views)
         weight_N = item.weight_N if answer.weight_T is None else item.weight_N * answer.weight_T
         loss = (answer.loss_T * weight_N).sum()
         self._sums.loss += loss.detach().double()
@@ -182,17 +160,15 @@ class Trainer:
         self._add_stats(answer, item)
         return loss
 
-    def _old_model_logprob(self, item: TrainPack, student: StudentView, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
-        """``[N]`` the rollout-time log-prob at temperature 1; only another one of the method's takes a pass for it."""
-        if self.method.temperature == 1.0:
-            return student.old_logprob_T
-        if item.old_model_logprob_N is not None:
-            return item.old_model_logprob_N
+    def _model_logprob(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor | None:
+        """``[N]`` log-prob at temperature 1, where only another one of the method's takes a pass for it."""
+        if self.method.temperature == 1.0 or item.old is not None:
+            return None
         target_N, groups = item.tokens.target_T, self.model.groups
         return model_logprob(hidden_ND, weight_vD, target_N, group=groups.tp, vocab_size=self._vocab_size)
 
-    def _student_view(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> StudentView:
-        model, support = self.model, item.support_ids_NK
+    def _student_rows(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> StudentRows:
+        model, support = self.model, item.support.ids_NK
         target_N1 = item.tokens.target_T[:, None]
         ids = target_N1 if support is None else torch.cat([target_N1, support], dim=1)
         out = linear_logprobs(
@@ -209,24 +185,22 @@ class Trainer:
         logtail = out.logtail_T
         if support is not None and logtail is not None:  # so far outside the support and the target
             logtail = tail_beside(logtail, logprob, (support == target_N1).any(-1))
-        old = item.old_logprob_N
-        return StudentView(
-            logprob_T=logprob,
-            old_logprob_T=logprob.detach() if old is None else old,
-            support_logprob_TK=None if support is None else out.logprob_TK[:, 1:],
-            support_logtail_T=logtail,
-            entropy_T=out.entropy_T,
-            old_entropy_T=out.entropy_T.detach() if item.old_entropy_N is None else item.old_entropy_N,
+        return StudentRows(
+            logprob_N=logprob,
+            entropy_N=out.entropy_T,
+            support_logprob_NK=None if support is None else out.logprob_TK[:, 1:],
+            support_logtail_N=logtail,
+            model_logprob_N=self._model_logprob(item, hidden_ND, weight_vD),
             divergence=self._divergence(item, hidden_ND, weight_vD),
         )
 
     def _divergence(
         self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor
     ) -> Callable[[str, float], Tensor] | None:
-        signal = item.signal
-        if signal is None or signal.hidden_NE is None or self._teacher_weight_vE is None:
+        outputs = item.outputs
+        if outputs is None or outputs.hidden_NE is None or self._teacher_weight_vE is None:
             return None
-        teacher_hidden, teacher_weight = signal.hidden_NE, self._teacher_weight_vE
+        teacher_hidden, teacher_weight = outputs.hidden_NE, self._teacher_weight_vE
 
         def divergence(kind: str, beta: float) -> Tensor:
             return linear_divergence(
@@ -320,31 +294,3 @@ def model_logprob(
     """``[N]`` log-prob of each target under the model itself (temperature 1), nats, no gradient."""
     out = linear_logprobs(hidden_ND, weight_vD, target_N[:, None], group=group, vocab_size=vocab_size)
     return out.logprob_TK[:, 0]
-
-
-def complete_tokens(tokens: TokenView, old_N: Tensor, old_model_N: Tensor) -> TokenView:
-    """The tokens with the sampler's log-probs comparable to the trainer's ``old_N``, at the method's temperature.
-
-    The sampler's are at temperature 1. What they differ by from the trainer's there, ``old_model_N``, they are made to
-    differ by here. Of teacher-written tokens the sampler has none (nan): they count as the trainer's own.
-    """
-    sampled_N = tokens.rollout_logprob_T
-    if old_model_N is not old_N:
-        sampled_N = old_N + (sampled_N - old_model_N)
-    return replace(tokens, rollout_logprob_T=torch.where(sampled_N.isnan(), old_N, sampled_N))
-
-
-def _teacher_view(item: TrainPack, logprob_N: Tensor) -> TeacherView:
-    signal = item.signal
-    if signal is None:  # no teacher: the views agree, so every term that compares them is zero
-        return TeacherView(logprob_T=logprob_N.detach())
-    return TeacherView(
-        logprob_T=signal.logprob_N,
-        support_ids_TK=item.support_ids_NK,
-        support_logprob_TK=item.support_logprob_NK,
-        support_mask_TK=item.support_mask_NK,
-        support_logtail_T=item.support_logtail_N,
-        entropy_T=signal.entropy_N,
-        entropy_bound_T=signal.entropy_bound_N,
-        base_logprob_T=signal.base_logprob_N,
-    )

@@ -37,11 +37,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleToken:
-    """One token of an answer. ``trusted`` and ``log_ratio`` are None where no teacher looked or no gate was drawn."""
+    """One token of an answer. The last three are None where no teacher looked or no gate was drawn."""
 
     text: str
     region: Literal["prefix", "continuation", "observation"] = "continuation"
-    trusted: bool | None = None
+    trusted: bool | None = None  # trust > 0.5
+    trust: float | None = None  # the gate's weight, in [0, 1]; its mean is the metric trusted_fraction
     log_ratio: float | None = None  # log p_teacher - log p_student, nats
 
 

@@ -15,19 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.data.packing import pack
-from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
+from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, batch_weights, train_packs
 from megatron_tropd.engine.experts import without_balancing
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.score import query_ids, score_packs
-from megatron_tropd.engine.step import Trainer, TrainPack
+from megatron_tropd.engine.step import Trainer
+from megatron_tropd.engine.views import TrainPack, views_of
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import Method
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.teacher.routing import TeacherWithBase
-from megatron_tropd.types import Pack, Rollout, StudentView, TeacherView, single_turn
+from megatron_tropd.types import Pack, Rollout, single_turn
 
 # share of the gradient of plain likelihood on the same tokens that rounding may leave
 _TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
@@ -118,12 +119,13 @@ def _items(
 ) -> list[TrainPack]:
     """This replica's packs, graded by the model itself."""
     groups = model.groups
-    facts = BatchFacts(seed=0, step=0, progress=0.0)
     spec = TeacherRequest.of(method.needs)
     own = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
     teacher = TeacherWithBase(own, own)
     mine = packs[groups.replica]
     scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature, top_k=spec.queries)
+    threshold = batch_entropy_threshold(scores, method, groups)
+    facts = BatchFacts(seed=0, step=0, progress=0.0, entropy_threshold=threshold)
     return train_packs(
         mine,
         batch_weights(packs, method, facts, groups),
@@ -140,17 +142,9 @@ def _trusts_an_equal(method: Method, items: Sequence[TrainPack], model: Model) -
     """Whether the gate trusts every token of a teacher whose log-probs are the student's own. Collective."""
     trusted = True
     for item in items if model.groups.is_last_stage else ():
-        logprob, entropy = item.old_logprob_N, item.old_entropy_N
-        assert logprob is not None
-        student = StudentView(logprob_T=logprob, old_logprob_T=logprob, entropy_T=entropy, old_entropy_T=entropy)
-        equal = TeacherView(
-            logprob_T=logprob,
-            support_ids_TK=item.support_ids_NK,
-            support_logprob_TK=item.support_logprob_NK,
-            support_mask_TK=item.support_mask_NK,
-            entropy_T=entropy,
-        )
-        gate = method.gate_weight(student, equal, replace(item.tokens, rollout_logprob_T=logprob))
+        assert item.old is not None and item.outputs is not None  # both were scored above
+        equal = replace(item.outputs, logprob_N=item.old.logprob_N, entropy_N=item.old.entropy_N)
+        gate = method.gate_weight(*views_of(replace(item, outputs=equal)))
         trusted = trusted and bool((gate == 1.0).all())
     everywhere = torch.tensor(float(trusted), device=model.device)
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)

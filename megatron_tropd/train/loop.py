@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
-from megatron_tropd.engine.batch import BatchFacts, StudentScores, batch_weights, train_packs
+from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
-from megatron_tropd.engine.step import StepResult, TrainPack
+from megatron_tropd.engine.step import StepResult
+from megatron_tropd.engine.views import TrainPack
 from megatron_tropd.evaluate.suites import correctness, training_rule
-from megatron_tropd.losses.reduce import entropy_threshold
-from megatron_tropd.parallel.arrays import all_gather_arrays
 from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
@@ -98,18 +98,18 @@ def publish(run: Run, version: int) -> None:
 
 
 def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
-    """This replica's packs of every minibatch, graded by the teacher.
+    """Pack this replica's share of every minibatch, scored by the teacher.
 
     All scoring happens before the first update, so gates and old log-probs belong to the weights that sampled.
     """
     with watch("teacher"):
-        signals = [graded() for graded in scored.grades]
+        outputs = [pending() for pending in scored.grades]
     facts = BatchFacts(
         seed=run.seed,
         step=step,
         progress=step / run.train.steps,
         special_token_ids=tuple(run.tokenizer.eos_ids),
-        entropy_threshold=batch_entropy_threshold(run, scored.scores),
+        entropy_threshold=batch_entropy_threshold([*chain(*scored.scores)], run.method, run.world.student),
     )
     by_id = {rollout.sequence_id: rollout for rollout in scored.rollouts}
     with watch("pack"):
@@ -117,29 +117,15 @@ def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwa
             train_packs(
                 packs[run.world.student.replica],
                 batch_weights(packs, run.method, facts, run.world.student),
-                signal,
+                output,
                 score,
                 rollouts=by_id,
                 method=run.method,
                 facts=facts,
                 model=run.student,
             )
-            for packs, signal, score in zip(scored.packs, signals, scored.scores, strict=True)
+            for packs, output, score in zip(scored.packs, outputs, scored.scores, strict=True)
         ]
-
-
-def batch_entropy_threshold(run: Run, scores: Sequence[Sequence[StudentScores | None]]) -> float:
-    """The student entropy above which the method's share of all tokens of the step lies."""
-    share = run.method.needs.entropy_top
-    if not share:
-        return 0.0
-    groups = run.world.student
-    own = [score.entropy_N.cpu().numpy() for minibatch in scores for score in minibatch if score is not None]
-    mine = np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32)
-    everyone = all_gather_arrays(mine, groups.pg.dp_cp)
-    # only last stages have scores; the others hear from theirs
-    everyone = all_gather_arrays(np.concatenate(everyone), groups.pg.pp)
-    return entropy_threshold(everyone[-1], fraction=share)
 
 
 def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -> dict[str, float]:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tropd.engine.batch import StudentScores
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.score import query_ids, score_packs
+from megatron_tropd.engine.views import StudentScores
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts

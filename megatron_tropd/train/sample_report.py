@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.engine.batch import BatchFacts, support_of, token_view
+from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, batch_weights, train_packs
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.score import query_ids, score_packs
-from megatron_tropd.engine.step import complete_tokens
+from megatron_tropd.engine.views import views_of
 from megatron_tropd.evaluate.suites import correctness, training_rule
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.report.records import Sample, SampleToken
@@ -20,7 +20,7 @@ from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.rollout_queue import pack_rollouts, sampling_params, with_teachers
-from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout, StudentView, TeacherView
+from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
 
 # how much of the teacher's response the guided samples start with
 _SHOWN_PREFIX = 0.5
@@ -44,8 +44,9 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     params = sampling_params(run)
     rollouts = sampler.generate(requests, params, seed=run.seed, step=run.train.steps)
     rollouts = with_teachers(rollouts, prompts)
-    # a recording has no grades for new answers
-    gates = _gate_by_sequence(run, rollouts) if run.scores_new else {}
+    shown = 0 if when == "before" else run.train.steps - 1  # the gate of the first step or of the last
+    # a recording has no scores of new answers
+    gates = _gate_by_sequence(run, rollouts, step=shown) if run.scores_new else {}
     samples = []
     for number, rollout in enumerate(rollouts):
         prompt = prompts[number // (1 + guided)]
@@ -71,16 +72,21 @@ def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple
                 text=piece,
                 region=_SHOWN_REGIONS[region],
                 trusted=None if seen is None or region != Region.CONTINUATION else bool(seen[0] > 0.5),
+                trust=None if seen is None or region != Region.CONTINUATION else float(seen[0]),
                 log_ratio=None if seen is None else float(seen[1]),
             )
         )
     return tuple(tokens)
 
 
-def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray]:
-    """``[response, 2]`` gate weight and log ratio of every token that carries loss, on every rank."""
+def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[int, np.ndarray]:
+    """``[response, 2]`` gate weight and log ratio of every token that carries loss, on every rank.
+
+    ``step``: the training step whose gate is shown, as it would be with these rollouts for a batch.
+    """
     packs = pack_rollouts(run, rollouts)
-    mine = packs[run.world.student.replica]
+    groups = run.world.student
+    mine = packs[groups.replica]
     scores = score_packs(
         run.student,
         mine,
@@ -88,33 +94,29 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout]) -> dict[int, np.ndarray
         temperature=run.method.temperature,
         top_k=run.teacher_request.queries,
     )
-    signals = run.teacher.score(packs, run.teacher_request, query_ids(scores))
-    by_id = {rollout.sequence_id: rollout for rollout in rollouts}
-    facts = BatchFacts(seed=run.seed, step=run.train.steps, progress=1.0)
+    facts = BatchFacts(
+        seed=run.seed,
+        step=step,
+        progress=step / run.train.steps,
+        entropy_threshold=batch_entropy_threshold(scores, run.method, groups),
+    )
+    items = train_packs(
+        mine,
+        batch_weights(packs, run.method, facts, groups),
+        run.teacher.score(packs, run.teacher_request, query_ids(scores)),
+        scores,
+        rollouts={rollout.sequence_id: rollout for rollout in rollouts},
+        method=run.method,
+        facts=facts,
+        model=run.student,
+    )
     found: dict[int, np.ndarray] = {}
-    for item, signal, score in zip(mine, signals, scores, strict=True):
-        if signal is None or score is None or run.world.student.tensor_rank:
-            continue
-        tokens = token_view(item, by_id, facts, run.student)
-        student = StudentView(
-            logprob_T=score.logprob_N,
-            old_logprob_T=score.logprob_N,
-            entropy_T=score.entropy_N,
-            old_entropy_T=score.entropy_N,
-        )
-        support = support_of(signal, tokens.target_T, run.method)
-        teacher = TeacherView(
-            logprob_T=signal.logprob_N,
-            support_ids_TK=support.ids_NK,
-            support_logprob_TK=support.logprob_NK,
-            support_mask_TK=support.mask_NK,
-            support_logtail_T=support.logtail_N,
-            entropy_T=signal.entropy_N,
-        )
-        tokens = complete_tokens(tokens, score.logprob_N, score.model_logprob_N)
-        weight = run.method.gate_weight(student, teacher, tokens)
-        values = torch.stack([weight, signal.logprob_N - score.logprob_N], dim=1).float().cpu().numpy()
-        found.update(_split_by_sequence(item, run.world.student, values))
+    for item in items if groups.is_last_stage and not groups.tensor_rank else ():
+        views = views_of(item)
+        weight_N = run.method.gate_weight(*views)
+        ratio_N = views.teacher.logprob_T - views.student.old_logprob_T
+        values_N2 = torch.stack([weight_N, ratio_N], dim=1).float().cpu().numpy()
+        found.update(_split_by_sequence(item.pack, groups, values_N2))
     gathered: list[dict[int, np.ndarray] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     return _joined([part for part in gathered if part])

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.engine.batch import support_of
+from megatron_tropd.engine.views import support_of
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.losses.support import TAILS, Tail, log_tail, tail_beside
 from megatron_tropd.losses.terms import Term
