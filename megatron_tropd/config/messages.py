@@ -1,7 +1,8 @@
 """Reading YAML and turning pydantic's, OmegaConf's and the parser's complaints into messages a user can act on.
 
-Part of the config room; nothing else imports it. Every message names the full dotted key, the value seen, the rule, and
-where the key was written (line of the file, or the override).
+Part of the config room; beside it only the options of methods, which are sections too, are explained here. Every
+message names the full dotted key, the value seen, the rule, and where the key was written (line of the file, or the
+override).
 """
 
 from __future__ import annotations
@@ -112,20 +113,31 @@ def _node_kind(node: yaml.Node) -> str:
 # --------------------------------------------------------------------------- explaining
 
 
-def explain(error: ValidationError, model: Model, *, source: str, text: str = "", overrides: Sequence[str] = ()) -> str:
-    """One line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice."""
+def explain(
+    error: ValidationError,
+    model: Model,
+    *,
+    source: str,
+    text: str = "",
+    overrides: Sequence[str] = (),
+    whole: str = "the config",
+) -> str:
+    """One line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice.
+
+    ``whole``: what the model is called.
+    """
     items = [dict(item) for item in error.errors()]
-    lines = [_where(item, text, overrides) + _problem(item, model) for item in items]
+    lines = [_where(item, text, overrides) + _problem(item, model, whole) for item in items]
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
 
 
-def _problem(item: dict[str, Any], model: Model) -> str:
+def _problem(item: dict[str, Any], model: Model, whole: str) -> str:
     loc: Loc = item["loc"]
     key, kind, value = dotted(loc), item["type"], item["input"]
     if kind == "extra_forbidden":
-        return f"{key} is not a key. {_nearest_key(model, loc)}"
+        return f"{key} is not a key. {_nearest_key(model, loc, whole)}"
     if kind == "missing":
         needed = [dotted((*loc, name)) for name in required_keys(section_at(model, loc))] or [key]
         return f"{' and '.join(needed)} must be set: {describe(model, loc)}"
@@ -145,6 +157,7 @@ _RULES = {
     "string_too_short": "must not be empty",
     "path": "must be a path, as text",
     "tuple_type": "must be a list",
+    "too_short": "must not be empty",
     "dict_type": "must be a mapping of keys",
 }
 
@@ -165,7 +178,7 @@ def _rule(item: dict[str, Any], model: Model, loc: Loc) -> str:
     return f"{rule}."
 
 
-def _nearest_key(model: Model, loc: Loc) -> str:
+def _nearest_key(model: Model, loc: Loc, whole: str) -> str:
     parent, name = loc[:-1], str(loc[-1])
     section = section_at(model, parent)
     valid = list(section.model_fields) if section else []
@@ -175,7 +188,7 @@ def _nearest_key(model: Model, loc: Loc) -> str:
     elsewhere = [row.key for row in reference_rows(model) if row.key.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f"Did you mean {' or '.join(elsewhere[:3])}?"
-    return f"Valid keys of {dotted(parent) or 'the config'}: {', '.join(valid)}."
+    return f"Valid keys of {dotted(parent) or whole}: {', '.join(valid)}."
 
 
 def _where(item: Mapping[str, Any], text: str, overrides: Sequence[str]) -> str:

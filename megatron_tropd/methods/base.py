@@ -13,44 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.losses.gates import Gate, RatioSource, acceptance, reference_logprob
-from megatron_tropd.losses.multipliers import Mismatch, drift_weight, mismatch_weight
+from megatron_tropd.losses.multipliers import drift_weight, mismatch_weight
 from megatron_tropd.losses.reduce import Normalization
 from megatron_tropd.losses.terms import NONE, Term, merge_needs
-from megatron_tropd.methods.options import choice, integer, number
+from megatron_tropd.methods.options import MethodOptions, SpecialTokens
 from megatron_tropd.methods.schedule import PrefixSchedule, unguided
 from megatron_tropd.types import Needs, Region, StudentView, TeacherView, TokenLoss, TokenView
-
-Multiplier = Literal["none", "drift_gate"]
-SpecialTokens = Literal["keep", "mask", "mask_first"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What any method can be combined with. These are options of every preset."""
-
-    normalization: Annotated[Normalization, choice("token", "sequence", "region"), "what the loss is a mean over"] = (
-        "token"
-    )
-    ratio: Annotated[RatioSource, choice("old", "current", "rollout"), "student log-prob in the gate's ratio"] = "old"
-    temperature: Annotated[float, number(above=0.0), "divides student and teacher logits alike"] = 1.0
-    special_tokens: Annotated[
-        SpecialTokens,
-        choice("keep", "mask", "mask_first"),
-        "whether special tokens lose their loss",
-    ] = "keep"
-    multiplier: Annotated[Multiplier, choice("none", "drift_gate"), "weight of the tokens of a reused rollout"] = "none"
-    drift_tau: Annotated[float, number(at_least=0.0), "drift_gate: exp(-tau * |mean drift|), drift in nats"] = 1.0
-    drift_block: Annotated[int, integer(at_least=1), "drift_gate: tokens per block"] = 64
-    mismatch: Annotated[
-        Mismatch, choice("none", "truncate", "mask", "truncate_and_mask"), "correction for the sampler's log-probs"
-    ] = "none"
-    mismatch_cap: Annotated[float, number(above=1.0), "mismatch: truncate at cap, mask outside [1/cap, cap]"] = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +37,7 @@ class Method:
     prefix: Term = NONE
     extra: Term = NONE  # added on every CONTINUATION token, whatever the gate says
     schedule: PrefixSchedule = field(default_factory=unguided)
-    settings: Settings = field(default_factory=Settings)
+    settings: MethodOptions = field(default_factory=MethodOptions)
     name: str = ""
 
     @property
@@ -155,8 +129,8 @@ class Preset:
     summary: str
     source: str
     build: Callable[[Any], Method]  # from an instance of ``options``
-    options: type
-    defaults: Mapping[str, object] = field(default_factory=dict)  # replaces defaults of options and Settings
+    options: type[MethodOptions]
+    defaults: Mapping[str, object] = field(default_factory=dict)  # replaces those of the options
 
 
 def _merge(shares: tuple[tuple[Term, Tensor], ...]) -> dict[Term, Tensor]:

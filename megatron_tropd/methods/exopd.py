@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
+from megatron_tropd.config.sections import Real, key
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import PpoClip, number
+from megatron_tropd.methods.options import MethodOptions, PpoClip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ExopdOptions(MethodOptions):
     """Options of ``exopd``."""
 
-    lam: Annotated[float, number(at_least=0.0), "1 is opd, above 1 extrapolates"] = 1.25
+    lam: Real = key(1.25, "1 is opd, above 1 extrapolates", ge=0)
     ppo_clip: PpoClip = None
 
 
-def exopd(options: Options) -> Method:
+def exopd(options: ExopdOptions) -> Method:
     """The policy gradient of opd with an extrapolated reward."""
     return Method(gate=gates.ALL, trusted=terms.extrapolated_pg(lam=options.lam, clip=options.ppo_clip))
 
@@ -26,6 +23,6 @@ def exopd(options: Options) -> Method:
 PRESET = Preset(
     summary="policy gradient towards an extrapolation from base model through teacher",
     source="arXiv 2602.12125",
-    options=Options,
+    options=ExopdOptions,
     build=exopd,
 )

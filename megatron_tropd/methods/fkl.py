@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
+from megatron_tropd.config.sections import key
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import Support, SupportSize, TailKind, choice
+from megatron_tropd.methods.options import MethodOptions, Support, SupportSize, TailKind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class DivergenceOptions(MethodOptions):
     """Options of ``fkl`` and ``rkl``."""
 
-    form: Annotated[str, choice("full", "topk"), "over the whole vocabulary, or over a support"] = "full"
+    form: Literal["full", "topk"] = key("full", "over the whole vocabulary, or over a support")
     k: SupportSize = 64
     tail: TailKind = "bucket"
     support: Support = "teacher"
 
 
-def fkl(options: Options) -> Method:
+def fkl(options: DivergenceOptions) -> Method:
     """KL(teacher || student)."""
     if options.form == "full":
         return Method(gate=gates.ALL, trusted=terms.fkl_full())
@@ -28,4 +27,4 @@ def fkl(options: Options) -> Method:
     return Method(gate=gates.ALL, trusted=term)
 
 
-PRESET = Preset(summary="forward KL on every token", source="exact divergence", options=Options, build=fkl)
+PRESET = Preset(summary="forward KL on every token", source="exact divergence", options=DivergenceOptions, build=fkl)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
+from megatron_tropd.config.sections import Real, key
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import number
+from megatron_tropd.methods.options import MethodOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class GkdOptions(MethodOptions):
     """Options of ``gkd``."""
 
-    beta: Annotated[float, number(at_least=0.0, at_most=1.0), "0: forward KL, 1: reverse KL, between: JSD"] = 0.5
-    on_policy_fraction: Annotated[
-        float, number(at_least=0.0, at_most=1.0), "share of batches that the student writes"
-    ] = 0.5
+    beta: Real = key(0.5, "0: forward KL, 1: reverse KL, between: JSD", ge=0, le=1)
+    on_policy_fraction: Real = key(0.5, "share of batches that the student writes", ge=0, le=1)
 
 
-def gkd(options: Options) -> Method:
+def gkd(options: GkdOptions) -> Method:
     """One term for whoever wrote the token."""
     term = terms.jsd_full(beta=options.beta)
     return Method(
@@ -32,7 +27,7 @@ def gkd(options: Options) -> Method:
 PRESET = Preset(
     summary="Jensen-Shannon divergence on student and teacher sequences",
     source="arXiv 2306.13649",
-    options=Options,
+    options=GkdOptions,
     build=gkd,
     defaults={"temperature": 0.9},
 )

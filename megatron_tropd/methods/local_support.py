@@ -5,15 +5,12 @@ The paper reports that training without renormalisation collapses early and that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import Support, SupportSize, TailKind
+from megatron_tropd.methods.options import MethodOptions, Support, SupportSize, TailKind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class LocalSupportOptions(MethodOptions):
     """Options of ``local_support``."""
 
     k: SupportSize = 32
@@ -21,7 +18,7 @@ class Options:
     support: Support = "teacher"
 
 
-def local_support(options: Options) -> Method:
+def local_support(options: LocalSupportOptions) -> Method:
     """Every sampled position matches the teacher on its support."""
     term = terms.rkl_topk(k=options.k, tail=options.tail, support=options.support)
     return Method(gate=gates.ALL, trusted=term)
@@ -30,7 +27,7 @@ def local_support(options: Options) -> Method:
 PRESET = Preset(
     summary="renormalised reverse KL on the teacher's top k",
     source="arXiv 2603.25562",
-    options=Options,
+    options=LocalSupportOptions,
     build=local_support,
     defaults={"special_tokens": "mask"},
 )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
+from megatron_tropd.config.sections import key
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import PpoClip, choice
+from megatron_tropd.methods.options import MethodOptions, PpoClip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class OpdOptions(MethodOptions):
     """Options of ``opd``."""
 
-    trusted: Annotated[str, choice("k1_pg", "k2", "k3"), "estimator of reverse KL at the sampled token"] = "k1_pg"
+    trusted: Literal["k1_pg", "k2", "k3"] = key("k1_pg", "estimator of reverse KL at the sampled token")
     ppo_clip: PpoClip = None
 
 
-def opd(options: Options) -> Method:
+def opd(options: OpdOptions) -> Method:
     """Every sampled token gets the same term."""
     estimators = {"k1_pg": terms.k1_pg(clip=options.ppo_clip), "k2": terms.k2(), "k3": terms.k3()}
     return Method(gate=gates.ALL, trusted=estimators[options.trusted])
@@ -27,6 +26,6 @@ def opd(options: Options) -> Method:
 PRESET = Preset(
     summary="sampled-token reverse KL on every token",
     source="Thinking Machines, On-Policy Distillation",
-    options=Options,
+    options=OpdOptions,
     build=opd,
 )

@@ -27,8 +27,8 @@ from megatron_tropd.methods import (
     tropd_rkl,
     tropd_soft,
 )
-from megatron_tropd.methods.base import Method, Preset, Settings
-from megatron_tropd.methods.options import option_names, parse, refuse_unknown, suggestion
+from megatron_tropd.methods.base import Method, Preset
+from megatron_tropd.methods.options import parse_options, suggestion
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
@@ -63,13 +63,5 @@ def build_method(name: str, **options: object) -> Method:
     if name not in PRESETS:
         raise ConfigError(f"unknown method '{name}'.{suggestion(name, list(PRESETS))} Methods: {', '.join(PRESETS)}.")
     preset = PRESETS[name]
-    valid = method_options(name)
-    refuse_unknown(options, valid, method=name)
-    values = {**preset.defaults, **options}
-    method = preset.build(parse(preset.options, values, method=name))
-    return replace(method, name=name, settings=parse(Settings, values, method=name))
-
-
-def method_options(name: str) -> tuple[str, ...]:
-    """Names of all options that the method ``name`` takes: its own, then those of every method."""
-    return option_names(PRESETS[name].options) + option_names(Settings)
+    chosen = parse_options(preset.options, {**preset.defaults, **options}, method=name)
+    return replace(preset.build(chosen), name=name, settings=chosen)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
+from megatron_tropd.config.sections import Real, Whole, key
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.losses.gates import Gate
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import PpoClip, choice, integer, number
+from megatron_tropd.methods.options import MethodOptions, PpoClip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ReopoldOptions(MethodOptions):
     """Options of ``reopold``."""
 
-    lam: Annotated[float, number(above=0.0, below=1.0), "the floor's lambda"] = 0.1
-    floor_reading: Annotated[
-        str, choice("log(lam)/(1-lam)", "log(lam/(1-lam))"), "which reading of the floor's formula"
-    ] = "log(lam)/(1-lam)"
-    stages: Annotated[int, integer(at_least=1, at_most=2), "2: floor first, entropy later; 1: only clip the reward"] = 2
-    switch: Annotated[float, number(at_least=0.0, at_most=1.0), "share of the run after which stage 2 begins"] = 0.5
-    fraction: Annotated[float, number(above=0.0, below=1.0), "stage 2: share of tokens kept, by student entropy"] = 0.2
+    lam: Real = key(0.1, "the floor's lambda", gt=0, lt=1)
+    floor_reading: Literal["log(lam)/(1-lam)", "log(lam/(1-lam))"] = key(
+        "log(lam)/(1-lam)", "which reading of the floor's formula"
+    )
+    stages: Whole = key(2, "2: floor first, entropy later; 1: only clip the reward", ge=1, le=2)
+    switch: Real = key(0.5, "share of the run after which stage 2 begins", ge=0, le=1)
+    fraction: Real = key(0.2, "stage 2: share of tokens kept, by student entropy", gt=0, lt=1)
     ppo_clip: PpoClip = None
 
 
@@ -38,13 +37,13 @@ def reward_floor(lam: float, *, reading: str) -> float:
     return floor
 
 
-def reopold(options: Options) -> Method:
+def reopold(options: ReopoldOptions) -> Method:
     """Tokens that a stage leaves out carry no loss."""
     floor = reward_floor(options.lam, reading=options.floor_reading)
     return Method(gate=_gate(options, floor), trusted=terms.k1_pg(clip=options.ppo_clip, floor=floor))
 
 
-def _gate(options: Options, floor: float) -> Gate:
+def _gate(options: ReopoldOptions, floor: float) -> Gate:
     if options.stages == 1:
         return gates.ALL
     early, late = gates.log_ratio_above(floor), gates.entropy_top(options.fraction)
@@ -54,6 +53,6 @@ def _gate(options: Options, floor: float) -> Gate:
 PRESET = Preset(
     summary="reward floor; first tokens above it, later the most uncertain ones",
     source="arXiv 2603.11137",
-    options=Options,
+    options=ReopoldOptions,
     build=reopold,
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.fkl import Options
+from megatron_tropd.methods.fkl import DivergenceOptions
 
 
-def rkl(options: Options) -> Method:
+def rkl(options: DivergenceOptions) -> Method:
     """KL(student || teacher)."""
     if options.form == "full":
         return Method(gate=gates.ALL, trusted=terms.rkl_full())
@@ -15,4 +15,4 @@ def rkl(options: Options) -> Method:
     return Method(gate=gates.ALL, trusted=term)
 
 
-PRESET = Preset(summary="reverse KL on every token", source="exact divergence", options=Options, build=rkl)
+PRESET = Preset(summary="reverse KL on every token", source="exact divergence", options=DivergenceOptions, build=rkl)

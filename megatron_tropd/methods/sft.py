@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
+from megatron_tropd.methods.options import MethodOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class SftOptions(MethodOptions):
     """``sft`` has no options of its own."""
 
 
-def sft(options: Options) -> Method:
+def sft(options: SftOptions) -> Method:
     """All sequences are the teacher's; should one be continued, its continuation carries no loss."""
     return Method(gate=gates.NOTHING, trusted=terms.NONE, prefix=terms.nll(), schedule=schedule.constant(1.0))
 
 
 PRESET = Preset(
-    summary="negative log-likelihood of the teacher's response", source="baseline", options=Options, build=sft
+    summary="negative log-likelihood of the teacher's response", source="baseline", options=SftOptions, build=sft
 )

@@ -8,21 +8,23 @@ teacher-written prefix, learnt by a little imitation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated
+from typing import Annotated, Literal
 
+from pydantic import BeforeValidator
+
+from megatron_tropd.config.sections import Real, Whole, key
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.losses.gates import Gate
 from megatron_tropd.losses.terms import NONE, Term
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import PpoClip, Support, SupportSize, TailKind, choice, choices, integer, number
+from megatron_tropd.methods.options import MethodOptions, PpoClip, Support, SupportSize, TailKind
 
 REWARD_FLOOR = math.log(0.1) / 0.9  # REOPOLD's floor at lam = 0.1; TrOPD publishes none
 
-_GATES = (
+GateName = Literal[
     "bernoulli",
     "soft",
     "threshold",
@@ -32,43 +34,50 @@ _GATES = (
     "entropy_top",
     "all",
     "none",
-)
-_TRUSTED = ("k1_pg", "k2", "k3", "rkl_full", "fkl_full", "jsd_full", "rkl_topk", "fkl_topk", "nll", "none")
+]
+TrustedTerm = Literal["k1_pg", "k2", "k3", "rkl_full", "fkl_full", "jsd_full", "rkl_topk", "fkl_topk", "nll", "none"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+def _as_list(value: object) -> object:
+    """One name stands for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+GateNames = Annotated[tuple[GateName, ...], BeforeValidator(_as_list)]
+
+
+class TropdOptions(MethodOptions):
     """Options of ``tropd`` and of every method derived from it."""
 
-    gate: Annotated[tuple[str, ...], choices(*_GATES), "who is trusted; a list: who passes all of it"] = ("bernoulli",)
-    gate_threshold: Annotated[float, number(above=0.0), "gate threshold: trusted when p/q >= this"] = 0.5
-    gate_gap: Annotated[float, number(at_least=-1.0, below=1.0), "gate probability_gap: trusted when p-q > this"] = 0.0
-    gate_k: Annotated[int, integer(at_least=1), "gate teacher_topk: ranks that are trusted, at most k"] = 16
-    gate_p: Annotated[float, number(above=0.0, at_most=1.0), "gate teacher_topp: mass of the nucleus"] = 0.9
-    gate_fraction: Annotated[float, number(above=0.0, below=1.0), "gate entropy_top: share that is trusted"] = 0.2
-    trusted: Annotated[str, choice(*_TRUSTED), "term of trusted tokens"] = "k1_pg"
+    gate: GateNames = key(("bernoulli",), "who is trusted; a list: who passes all of it", min_length=1)
+    gate_threshold: Real = key(0.5, "gate threshold: trusted when p/q >= this", gt=0)
+    gate_gap: Real = key(0.0, "gate probability_gap: trusted when p-q > this", ge=-1, lt=1)
+    gate_k: Whole = key(16, "gate teacher_topk: ranks that are trusted, at most k", ge=1)
+    gate_p: Real = key(0.9, "gate teacher_topp: mass of the nucleus", gt=0, le=1)
+    gate_fraction: Real = key(0.2, "gate entropy_top: share that is trusted", gt=0, lt=1)
+    trusted: TrustedTerm = key("k1_pg", "term of trusted tokens")
     trusted_tail: TailKind = "bucket"
-    jsd_beta: Annotated[float, number(at_least=0.0, at_most=1.0), "beta of a trusted jsd_full"] = 0.5
+    jsd_beta: Real = key(0.5, "beta of a trusted jsd_full", ge=0, le=1)
     ppo_clip: PpoClip = None
-    outlier: Annotated[str, choice("fkl_topk", "mask", "clip"), "term of outliers"] = "fkl_topk"
-    outlier_gradient: Annotated[
-        str, choice("direct", "pg_scalar"), "fkl_topk: its own gradient, or (script) a detached advantage"
-    ] = "direct"
-    floor: Annotated[float, number(at_most=0.0), "outlier clip: least reward, nats"] = REWARD_FLOOR
+    outlier: Literal["fkl_topk", "mask", "clip"] = key("fkl_topk", "term of outliers")
+    outlier_gradient: Literal["direct", "pg_scalar"] = key(
+        "direct", "fkl_topk: its own gradient, or (script) a detached advantage"
+    )
+    floor: Real = key(REWARD_FLOOR, "outlier clip: least reward, nats", le=0)
     k: SupportSize = 64
     tail: TailKind = "none"
     support: Support = "teacher"
-    beta: Annotated[float, number(at_least=0.0), "weight of the prefix term"] = 0.001
-    prefix_gradient: Annotated[
-        str, choice("nll", "pg_scalar"), "prefix term: imitation, or (script) a detached advantage"
-    ] = "nll"
-    prefix_schedule: Annotated[
-        str, choice("cosine", "linear", "constant", "none"), "share of the teacher's response given, over steps"
-    ] = "cosine"
-    prefix_fraction: Annotated[float, number(at_least=0.0, at_most=1.0), "prefix_schedule constant: the share"] = 0.5
+    beta: Real = key(0.001, "weight of the prefix term", ge=0)
+    prefix_gradient: Literal["nll", "pg_scalar"] = key(
+        "nll", "prefix term: imitation, or (script) a detached advantage"
+    )
+    prefix_schedule: Literal["cosine", "linear", "constant", "none"] = key(
+        "cosine", "share of the teacher's response given, over steps"
+    )
+    prefix_fraction: Real = key(0.5, "prefix_schedule constant: the share", ge=0, le=1)
 
 
-def tropd(options: Options) -> Method:
+def tropd(options: TropdOptions) -> Method:
     """The method of the given parts. A gate that is constant drops the term it never selects."""
     gate = reduce(gates.both, (_gate(name, options) for name in options.gate))
     prefix_schedule = _schedule(options)
@@ -81,7 +90,7 @@ def tropd(options: Options) -> Method:
     )
 
 
-def _gate(name: str, options: Options) -> Gate:
+def _gate(name: str, options: TropdOptions) -> Gate:
     match name:
         case "bernoulli":
             return gates.bernoulli()
@@ -104,7 +113,7 @@ def _gate(name: str, options: Options) -> Gate:
     return gates.ALL
 
 
-def _trusted(options: Options) -> Term:
+def _trusted(options: TropdOptions) -> Term:
     k, tail, support = options.k, options.trusted_tail, options.support
     match options.trusted:
         case "k1_pg":
@@ -128,7 +137,7 @@ def _trusted(options: Options) -> Term:
     return NONE
 
 
-def _outlier(options: Options) -> Term:
+def _outlier(options: TropdOptions) -> Term:
     if options.outlier == "mask":
         return NONE
     if options.outlier == "clip":
@@ -137,12 +146,12 @@ def _outlier(options: Options) -> Term:
     return forward(k=options.k, tail=options.tail, support=options.support)
 
 
-def _prefix(options: Options) -> Term:
+def _prefix(options: TropdOptions) -> Term:
     imitation = terms.nll() if options.prefix_gradient == "nll" else terms.prefix_pg_scalar()
     return terms.scaled(imitation, options.beta)
 
 
-def _schedule(options: Options) -> schedule.PrefixSchedule:
+def _schedule(options: TropdOptions) -> schedule.PrefixSchedule:
     match options.prefix_schedule:
         case "cosine":
             return schedule.cosine()
@@ -156,6 +165,6 @@ def _schedule(options: Options) -> schedule.PrefixSchedule:
 PRESET = Preset(
     summary="acceptance-tested tokens get reverse KL, outliers forward KL, prefixes a little imitation",
     source="arXiv 2606.01249",
-    options=Options,
+    options=TropdOptions,
     build=tropd,
 )

@@ -7,12 +7,12 @@ remains of TrOPD is the guidance. A negative gate_gap brings the acceptance test
 from __future__ import annotations
 
 from megatron_tropd.methods.base import Preset
-from megatron_tropd.methods.tropd import Options, tropd
+from megatron_tropd.methods.tropd import TropdOptions, tropd
 
 PRESET = Preset(
     summary="trusted only when TrOPD's and AOPD's gates both trust",
     source="arXiv 2606.01249, combination",
-    options=Options,
+    options=TropdOptions,
     build=tropd,
     defaults={"gate": ("bernoulli", "probability_gap")},
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megatron_tropd.methods.base import Preset
-from megatron_tropd.methods.tropd import Options, tropd
+from megatron_tropd.methods.tropd import TropdOptions, tropd
 
 PRESET = Preset(
     summary="tropd with exact reverse KL on trusted tokens",
     source="derived here",
-    options=Options,
+    options=TropdOptions,
     build=tropd,
     defaults={"trusted": "rkl_full"},
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megatron_tropd.methods.base import Preset
-from megatron_tropd.methods.tropd import Options, tropd
+from megatron_tropd.methods.tropd import TropdOptions, tropd
 
 PRESET = Preset(
     summary="tropd with the soft gate",
     source="derived here",
-    options=Options,
+    options=TropdOptions,
     build=tropd,
     defaults={"gate": "soft"},
 )

@@ -16,8 +16,7 @@ from megatron_tropd.losses.multipliers import MISMATCHES
 from megatron_tropd.losses.reduce import NORMALIZATIONS
 from megatron_tropd.losses.support import TAILS
 from megatron_tropd.methods import PRESETS, build_method, tropd
-from megatron_tropd.methods.base import Settings
-from megatron_tropd.methods.options import option_names, parse
+from megatron_tropd.methods.options import own_options, parse_options
 from megatron_tropd.types import Needs, SupportKind
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,24 +62,20 @@ def test_every_preset_has_a_section_and_no_section_is_about_another():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_option_stands_there_with_its_default(name):
     preset = PRESETS[name]
-    expected = {}
-    for options in (preset.options, Settings):
-        defaults = parse(options, preset.defaults, method=name)
-        expected |= {option: getattr(defaults, option) for option in option_names(options)}
+    expected = parse_options(preset.options, preset.defaults, method=name)
     written = effective(name)
-    assert set(written) == set(expected)
-    for options in (preset.options, Settings):
-        read = parse(options, {o: written[o] for o in option_names(options)}, method=name)
-        for option in option_names(options):
-            value, default = getattr(read, option), expected[option]
-            # the page rounds log(0.1) / 0.9
-            assert value == (pytest.approx(default, rel=1e-5) if isinstance(default, float) else default), option
+    assert set(written) == set(preset.options.model_fields)
+    read = parse_options(preset.options, written, method=name)
+    for option, default in expected:
+        # the page rounds log(0.1) / 0.9
+        close = pytest.approx(default, rel=1e-5) if isinstance(default, float) else default
+        assert getattr(read, option) == close, option
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_lists_its_own_options_or_refers_to_the_family(name):
-    own = set(option_names(PRESETS[name].options))
-    if PRESETS[name].options is tropd.Options:
+    own = set(own_options(PRESETS[name].options))
+    if PRESETS[name].options is tropd.TropdOptions:
         assert "(#options-of-the-tropd-family)" in sections()[name]
     else:
         assert own <= set(listed_options(name))
@@ -129,8 +124,8 @@ def asked(needs: Needs) -> str:
 @pytest.mark.parametrize(
     ("section", "names"),
     [
-        ("Gates", tropd._GATES),
-        ("Terms", tropd._TRUSTED),
+        ("Gates", get_args(tropd.GateName)),
+        ("Terms", get_args(tropd.TrustedTerm)),
         ("Supports and tails", (*get_args(SupportKind), *TAILS)),
         ("Prefix schedules", ("cosine", "linear", "constant", "none")),
         ("Normalisation and weights", (*NORMALIZATIONS, "drift_gate", "truncate", "mask", "mask_first")),
