@@ -6,6 +6,7 @@ ended and replaced when they exceed their time; programs go to ``evaluate.sandbo
 
 from __future__ import annotations
 
+import ast
 import atexit
 import json
 import logging
@@ -15,23 +16,34 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.evaluate.rules import CODE, GradingRule, extracted, grade, program_of
-from megatron_tropd.evaluate.sandbox import SandboxLimits, detect_isolation, run_program
+from megatron_tropd.evaluate.code_tests import TYPING_PRELUDE, prelude_alone, read_code_reference
+from megatron_tropd.evaluate.rules import (
+    CODE,
+    UNFINISHED,
+    GradingRule,
+    check_reference,
+    extracted,
+    grade,
+    graded_part,
+)
+from megatron_tropd.evaluate.sandbox import SandboxLimits, SandboxTask, detect_isolation, run_program
 
 logger = logging.getLogger(__name__)
 
 _BOUNDED = ("final_number", "exact", "choice")
 _START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
 _MOST_WORKERS = 8
+_SAY_EVERY_S = 10.0
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +78,10 @@ class GraderPool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(self._count):
             self._idle.put(_Worker())
+        self._probed: dict[str, str] = {}  # by tests of programs: why they are of no use, empty when they are
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """One grade per item, in their order.
+        """Grade many responses; one grade per item, in their order.
 
         Raises:
             ConfigError: a program is to be run and that is not allowed, or not possible here; or a rule is unknown.
@@ -79,9 +92,34 @@ class GraderPool:
             extracted("", pattern)  # refuses what is no regular expression
         slow = [number for number, item in enumerate(items) if _is_slow(item.rule)]
         grades = {number: _grade_in_place(items[number]) for number in set(range(len(items))) - set(slow)}
-        with ThreadPoolExecutor(max_workers=self._count) as threads:
-            grades.update(zip(slow, threads.map(self._grade_slowly, [items[i] for i in slow]), strict=True))
+        grades.update(zip(slow, self._map(self._grade_slowly, [items[i] for i in slow], "graded"), strict=True))
         return [grades[number] for number in range(len(items))]
+
+    def check(self, rule: GradingRule, references: Sequence[str]) -> list[str]:
+        """Say why each reference cannot be graded against; empty where it can.
+
+        The tests of programs are run after programs that must not pass.
+
+        Raises:
+            ConfigError: programs are to be run and that is not allowed, or not possible here.
+        """
+        if rule.kind == CODE:
+            check_code_allowed(self._allow_code)
+        items = [Item(rule=rule, response="", answer=reference) for reference in references]
+        check = self._check_slowly if rule.kind in (CODE, "math", "regex") else _check_in_place
+        return self._map(check, items, "references checked") if check == self._check_slowly else list(map(check, items))
+
+    def _map(self, function: Callable[[Item], Result], items: Sequence[Item], done: str) -> list[Result]:
+        """Apply a function to items, several at a time; say now and then how far it is."""
+        results: list[Result] = []
+        said = time.monotonic()
+        with ThreadPoolExecutor(max_workers=self._count) as threads:
+            for result in threads.map(function, items):
+                results.append(result)
+                if time.monotonic() - said >= _SAY_EVERY_S:
+                    said = time.monotonic()
+                    logger.info("%d of %d %s", len(results), len(items), done)
+        return results
 
     def close(self) -> None:
         """Ends the workers."""
@@ -91,11 +129,27 @@ class GraderPool:
             self._idle.put(worker)
 
     def _grade_slowly(self, item: Item) -> Grade:
-        if item.rule.kind == CODE:
-            return _run_tests(item)
+        if item.rule.kind != CODE:
+            return self._ask(item, "grade")[0]
+        found, program = self._ask(item, "program")
+        if not found.correct:
+            return found
+        grade = _run_tests(item, program)
+        # tests are believed once they have been seen to fail
+        useless = self._check_slowly(item) if grade.correct else ""
+        return Grade(False, useless, bad_reference=True) if useless else grade
+
+    def _check_slowly(self, item: Item) -> str:
+        if item.rule.kind != CODE:
+            return self._ask(item, "check")[0].note
+        if item.answer not in self._probed:
+            self._probed[item.answer] = _check_in_place(item) or _probe_tests(item)
+        return self._probed[item.answer]
+
+    def _ask(self, item: Item, what: str) -> tuple[Grade, str]:
         worker = self._idle.get()
         try:
-            return worker.grade(item)
+            return worker.ask(item, what)
         finally:
             self._idle.put(worker)
 
@@ -130,9 +184,18 @@ def _is_slow(rule: GradingRule) -> bool:
 
 def _grade_in_place(item: Item) -> Grade:
     try:
-        return Grade(grade(item.rule.kind, item.response, item.answer))
+        correct = grade(item.rule.kind, item.response, item.answer)
     except DataError as error:
         return Grade(False, str(error), bad_reference=True)
+    return Grade(correct, "" if correct or graded_part(item.response) is not None else UNFINISHED)
+
+
+def _check_in_place(item: Item) -> str:
+    try:
+        check_reference(item.rule.kind, item.answer)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 @lru_cache(maxsize=1)
@@ -146,12 +209,35 @@ def _warn_of_missing_isolation() -> None:
         )
 
 
-def _run_tests(item: Item) -> Grade:
-    code = program_of(extracted(item.response, item.rule.extract))
-    seconds = item.rule.seconds
-    limits = replace(SandboxLimits(), seconds=seconds, cpu_seconds=max(1, int(seconds)))
-    outcome = run_program(f"{code}\n{item.answer}\n", limits=limits)
+def _run_tests(item: Item, program: str) -> Grade:
+    reference = read_code_reference(item.answer)
+    prelude = TYPING_PRELUDE + prelude_alone(reference.prelude)
+    task = SandboxTask(program=program, prelude=prelude, tests=reference.tests, cases=reference.cases)
+    outcome = run_program(task, limits=_limits(item.rule))
     return Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
+
+
+def _probe_tests(item: Item) -> str:
+    """Run tests after programs that must not pass; say which did."""
+    reference = read_code_reference(item.answer)
+    if not reference.probes:
+        return ""
+    prelude = TYPING_PRELUDE + _imports_of(reference.prelude)
+    task = SandboxTask(program="", prelude=prelude, tests=reference.tests, probes=reference.probes)
+    outcome = run_program(task, limits=_limits(item.rule))
+    if outcome.ok or outcome.timed_out:
+        return ""
+    return f"the tests {item.answer[:80]!r} would let every program pass: {outcome.reason}."
+
+
+def _imports_of(prelude: str) -> str:
+    """Return the imports of a prelude: its unfinished functions do not stand for an answer."""
+    tree = ast.parse(prelude_alone(prelude))
+    return "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def _limits(rule: GradingRule) -> SandboxLimits:
+    return replace(SandboxLimits(), seconds=rule.seconds, cpu_seconds=max(1, int(rule.seconds)))
 
 
 # --------------------------------------------------------------------------- workers
@@ -163,23 +249,26 @@ class _Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def grade(self, item: Item) -> Grade:
+    def ask(self, item: Item, what: str) -> tuple[Grade, str]:
+        """Have a response graded, its reference checked, or its program found, which is returned, too."""
         started = time.monotonic()
-        reply = self._try(item)
+        reply = self._try(item, what)
         if reply is None and time.monotonic() - started < item.rule.seconds:
-            reply = self._try(item)  # it did not take long: the worker had died of something else
+            reply = self._try(item, what)  # it did not take long: the worker had died of something else
         if reply is None:
             note = f"grading took longer than {item.rule.seconds:g} s, or too much memory"
-            return Grade(False, note, timed_out=True)
+            return Grade(False, note, timed_out=True), ""
         bad = reply.get("bad_reference", "")
-        return Grade(reply["right"], bad or reply.get("note", ""), bad_reference=bool(bad))
+        return Grade(reply["correct"], bad or reply.get("note", ""), bad_reference=bool(bad)), reply.get("program", "")
 
-    def _try(self, item: Item) -> dict[str, Any] | None:
+    def _try(self, item: Item, what: str) -> dict[str, Any] | None:
         # its own limits first; what they cannot interrupt, its watchdog; and in the end we
         patience = item.rule.seconds + 3.0 + (0.0 if self._is_running() else _START_S)
         task = {
+            "do": what,
             "kind": item.rule.kind,
             "extract": item.rule.extract,
+            "blocks": item.rule.blocks,
             "seconds": item.rule.seconds,
             "response": item.response,
             "answer": item.answer,

@@ -15,7 +15,8 @@ import sys
 from typing import IO, Any
 
 from megatron_tropd.errors import DataError
-from megatron_tropd.evaluate.rules import extracted, grade
+from megatron_tropd.evaluate.code_tests import program_for, read_code_reference
+from megatron_tropd.evaluate.rules import NO_PROGRAM, UNFINISHED, check_reference, grade, graded_part
 
 _MEMORY_BYTES = 4 << 30
 
@@ -40,16 +41,37 @@ def _answer(task: dict[str, Any], replies: IO[str]) -> None:
 
     faulthandler.dump_traceback_later(task["seconds"] + 1.0, exit=True)
     try:
-        reply: dict[str, Any] = {
-            "right": grade(task["kind"], extracted(task["response"], task["extract"]), task["answer"])
-        }
+        reply: dict[str, Any] = _DO[task["do"]](task)
     except DataError as error:
-        reply = {"right": False, "bad_reference": str(error)}
+        reply = {"correct": False, "bad_reference": str(error)}
     except (MemoryError, RecursionError) as error:
-        reply = {"right": False, "note": f"too large to grade ({type(error).__name__})"}
+        reply = {"correct": False, "note": f"too large to grade ({type(error).__name__})"}
     faulthandler.cancel_dump_traceback_later()
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
+
+
+def _grade(task: dict[str, Any]) -> dict[str, Any]:
+    part = graded_part(task["response"])
+    correct = grade(task["kind"], task["response"], task["answer"], extract=task["extract"])
+    return {"correct": correct, "note": UNFINISHED if part is None else ""}
+
+
+def _check(task: dict[str, Any]) -> dict[str, Any]:
+    check_reference(task["kind"], task["answer"])
+    return {"correct": True}
+
+
+def _find_program(task: dict[str, Any]) -> dict[str, Any]:
+    reference = read_code_reference(task["answer"])
+    part = graded_part(task["response"], task["extract"])
+    if part is None:
+        return {"correct": False, "note": UNFINISHED}
+    program = program_for(part, reference, rule=task["blocks"])
+    return {"correct": False, "note": NO_PROGRAM} if program is None else {"correct": True, "program": program}
+
+
+_DO = {"grade": _grade, "check": _check, "program": _find_program}
 
 
 if __name__ == "__main__":

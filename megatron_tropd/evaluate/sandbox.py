@@ -31,29 +31,11 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate.sandbox_child import SETUP_FAILED
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_DRIVER = Path(__file__).with_name("sandbox_driver.py").read_text(encoding="utf-8")
 _NOBODY = 65534
 _KEPT_OUTPUT = 4000  # bytes
 _LOOK_EVERY_S = 0.2  # at memory, of all processes together
-# what the program ends with cannot be told from what its tests end with, so the driver answers for them: it sends back
-# a word that it is given, and only after the last line has run; or else what was raised. Output would not do for that:
-# processes that the program has forked write to it as well. They come through these lines, too, and are not asked
-_DRIVER = """\
-import os, sys
-reply, word, program = %d, %d, os.getpid()
-def say_why(kind, error, trace):
-    sys.__excepthook__(kind, error, trace)
-    if os.getpid() == program:
-        import traceback
-        os.write(reply, traceback.format_exception_only(kind, error)[-1].encode("utf-8", "replace")[:1000])
-sys.excepthook = say_why
-with open("program.py", encoding="utf-8") as file:
-    source = file.read()
-exec(compile(source, "program.py", "exec"), {"__name__": "program"})
-sys.stdout.flush()
-if os.getpid() == program:
-    os.write(reply, os.read(word, 64))
-os._exit(0)
-"""
+_PROBE_SHARE = 0.25  # of the time, for each of the programs that tests must not let pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,19 +77,33 @@ class Outcome:
     timed_out: bool = False
 
 
-def run_program(
-    program: str, *, limits: SandboxLimits = SandboxLimits(), isolation: Isolation | None = None
-) -> Outcome:
-    """Runs a Python program to its end, or to its limits. Nothing of it is left when this returns.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxTask:
+    """A program, and how it is seen to be right: by ``tests``, or by ``cases``; without either, by ending."""
 
-    ``__name__`` is not ``"__main__"`` in the program, and there is nothing on its standard input.
+    program: str
+    prelude: str = ""  # run before it, in its module
+    tests: tuple[str, ...] = ()  # run after it, in its module, where ``__name__`` is then ``"__main__"``
+    cases: tuple[tuple[str, str], ...] = ()  # run as a script: standard input, and what must be printed
+    probes: tuple[str, ...] = ()  # run in its place: the task is ok when the tests let none of them pass
+
+
+def run_program(
+    program: str | SandboxTask, *, limits: SandboxLimits = SandboxLimits(), isolation: Isolation | None = None
+) -> Outcome:
+    """Run a Python program to its end, or to its limits. Nothing of it is left when this returns.
+
+    It is a real module, ``program``, which its tests run in as ``__main__``. There is nothing on its standard input
+    but what a case gives.
 
     Raises:
         ConfigError: this machine cannot confine a program.
     """
     wanted = isolation or detect_isolation()
+    task = program if isinstance(program, SandboxTask) else SandboxTask(program=program)
+    content = asdict(task) | {"probe_seconds": limits.seconds * _PROBE_SHARE}
     with tempfile.TemporaryDirectory(prefix="tropd-sandbox-") as directory, tempfile.TemporaryFile() as source:
-        source.write(program.encode("utf-8", "replace"))
+        source.write(json.dumps(content).encode())
         source.seek(0)
         return _Run(limits, wanted, directory).run(source)
 
@@ -171,7 +167,8 @@ class _Run:
             "namespaces": self._isolation.namespaces,
             "user": user[self._isolation.user],
             "directory": self._directory,
-            "driver": _DRIVER % fds,
+            "driver": _DRIVER,
+            "fds": fds,
         }
         # an interpreter may need it to find its own libraries; nothing else is handed on
         environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

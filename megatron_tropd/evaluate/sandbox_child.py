@@ -158,7 +158,7 @@ def _become(config: dict[str, Any], work: str) -> None:
 def _run(program: bytes, config: dict[str, Any], work: str) -> None:
     """Runs the program in a child, so that what it leaves running has a parent to end it."""
     os.chdir(work)
-    with open("program.py", "wb") as file:
+    with open("task.json", "wb") as file:
         file.write(program)
     child = os.fork()
     if child == 0:
@@ -169,7 +169,8 @@ def _run(program: bytes, config: dict[str, Any], work: str) -> None:
         environment |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", config["driver"]], environment)
+        command = [sys.executable, "-I", "-B", "-c", config["driver"], *map(str, config["fds"])]
+        os.execve(sys.executable, command, environment)
     status = _wait_for(child)
     if not config["namespaces"]:
         _end_descendants()

@@ -288,7 +288,7 @@ if os.fork() == 0:
 os.wait()
 os.read(read, 1)
 """
-DRIVER = 'exec(compile(source, "program.py"'  # in the command of a program's processes, and of no other
+DRIVER = "REPLY, WORD, DRIVER = "  # in the command of a program's processes, and of no other
 PLAIN = Isolation(namespaces=False, user="same")
 
 

@@ -10,8 +10,10 @@ import pytest
 from scipy import stats
 
 from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.evaluate.choices import chosen_letter
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k, pass_at_k_interval
-from megatron_tropd.evaluate.rules import chosen_letter, extracted, final_answer, grade, program_of
+from megatron_tropd.evaluate.numbers import final_answer
+from megatron_tropd.evaluate.rules import extracted, grade
 
 FINAL_ANSWERS = {
     "First 3*12=36. Then 36-5=31. #### 31": "31",
@@ -39,7 +41,46 @@ FINAL_ANSWERS = {
     "#### 42/7": None,
     "#### 1,23": None,
     "#### 3.14.15": None,
-    "#### 5e3": None,
+    "#### 5e3": "5000",
+    "#### 1e-05": "0.00001",
+    "#### **42**": "42",
+    "**#### 42**": "42",
+    "#### __42__": "42",
+    r"#### \boxed{42}": "42",
+    r"#### \boxed{\text{42}}": "42",
+    r"#### $\$42$": "42",
+    r"#### \$42": "42",
+    r"#### \(42\)": "42",
+    "#### (42)": "42",
+    "#### 42kg": "42",
+    "#### 42 km/h": "42",
+    "#### 42%": "42",
+    "#### Answer: 42": "42",
+    "#### The answer is 42": "42",
+    "#### The final answer is: **42**.": "42",
+    "#### x = 42": "42",
+    "#### 6 * 7 = 42": "42",
+    "#### 42 = 6 * 7": "42",
+    "#### `42`": "42",
+    "#### <<6*7=42>>42": "42",
+    "#### 1 234": "1234",
+    "#### 1\u202f234,567": None,
+    "#### 1\u202f234.5": "1234.5",
+    "#### \u20ac42": "42",
+    "#### 42\u20ac": "42",
+    "#### \uff14\uff12": "42",
+    r"#### 32,\!348": "32348",
+    "#### 32{,}348": "32348",
+    "####\n42": "42",
+    "#### 42 ####": "42",
+    "#### 42\n\n#### Check\nfine": "42",
+    "#### 42\n\n#### Step 2: check\nfine": "42",
+    "#### 42k": None,
+    "#### 2**5": None,
+    "#### 3 + 4": None,
+    "#### 10-12": None,
+    r"#### \frac{1}{2}": None,
+    "#### 1.234,56": None,
     "#### 12abc": None,
     "": None,
 }
@@ -60,16 +101,21 @@ def test_final_numbers_compare_as_numbers():
     assert not grade("final_number", "#### 0.3", "0.30000000000000001")  # exact, not rounded to doubles
     with pytest.raises(DataError, match="'seven' is not a number"):
         grade("final_number", "#### 7", "seven")
-    with pytest.raises(DataError, match="'' is not a number"):
-        grade("final_number", "#### 7", "")
+    for missing in ("", "nan", "None"):
+        with pytest.raises(DataError, match=f"{missing!r} is not a number"):
+            grade("final_number", "#### 7", missing)
+    assert grade("final_number", "#### 0.00001", "1e-05") and grade("final_number", "#### 36", r"\$36")
 
 
 def test_exact_and_regex_kinds():
     assert grade("exact", " yes\n", "yes") and not grade("exact", "Yes", "yes")
     assert not grade("exact", "yes or no", "yes") and not grade("exact", "", "yes")
     assert grade("regex", "it is 42!", r"\b42\b") and not grade("regex", "it is 142!", r"\b42\b")
-    with pytest.raises(DataError, match="not a regular expression"):
-        grade("regex", "x", "(")
+    for reference in ("(", "", "nan", "NaN "):  # the last ones are what a missing value looks like as text
+        with pytest.raises(DataError, match="not a regular expression"):
+            grade("regex", "finance", reference)
+    with pytest.raises(DataError, match="is empty"):
+        grade("exact", "", " ")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +162,29 @@ CHOICES = {
     "(B)": "B",
     "B) because it is odd": "B",
     "Both are odd.\nC\n": "C",
+    r"\boxed{B. 42}": "B",
+    r"\boxed{b}": "B",
+    r"\boxed{\textbf{(D) } 42}": "D",
+    "**Answer: C**": "C",
+    "**Answer:** C": "C",
+    "Answer: (C) 42": "C",
+    "B is the correct answer": "B",
+    "So B is correct.": "B",
+    "A is correct": "A",
+    "**(B)** is the best choice": "B",
+    "I choose B": "B",
+    "I'd go with option D.": "D",
+    "The best choice would be: B": "B",
+    "The correct answer is option B": "B",
+    "The answer is A because it is odd": "A",
+    "The answer is A, and not B": "A",
+    "\u7b54\u6848\uff1aB": "B",
+    "\u7b54\u6848\u662f B\u3002": "B",
+    "The answer is B. Option C is for cats.": "B",
+    "A is not correct. B is correct.": "B",
+    "The answer is A lot": None,
+    "The answer is I think 4": None,
+    "A is not correct.": None,
     "A good question. I do not know.": None,
     "the answer is a number": None,
     "Answer: Because": None,
@@ -140,19 +209,12 @@ def test_choices_are_letters():
 def test_extraction_gives_the_last_match_and_nothing_where_there_is_none():
     assert extracted("x=1, x=2", r"x=(\d)") == "2"
     assert extracted("x=1, x=2", r"x=\d") == "x=2"
+    either = r"Answer: (\d+)|\[(\d+)\]"  # the group that took part in the match, not an empty first one
+    assert extracted("Answer: 1, no [2]", either) == "2" and extracted("[2] or Answer: 1", either) == "1"
     assert extracted("all of it", ".*") == "all of it"  # and not the nothing behind it
     assert extracted("nothing", r"x=(\d)") == "" and extracted("as it is", None) == "as it is"
     with pytest.raises(ConfigError, match="not a regular expression"):
         extracted("x", "(")
-
-
-def test_the_program_of_a_response_is_its_last_python_block():
-    first, second = "def f():\n    return 1\n", "def f():\n    return 2\n"
-    assert program_of(f"Try\n```python\n{first}```\nor\n```py\n{second}```\nand run\n```bash\npython x\n```") == second
-    assert program_of(f"```\n{first}```") == first
-    assert program_of(f"```python\n{first}```\nIt prints\n```\n1\n```") == first
-    assert program_of(f"```python\n{first}") == first  # cut off before its end
-    assert program_of(first) == first
 
 
 # --------------------------------------------------------------------------- statistics

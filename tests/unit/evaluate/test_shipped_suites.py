@@ -94,6 +94,7 @@ def test_the_other_examples_read_the_columns_they_name(tmp_path, monkeypatch):
     pool, rule = GraderPool(workers=1, allow_code=True), GradingRule(kind="code")
     answers = ("```python\ndef inc(x):\n    return x + 1\n```", "```python\ndef inc(x):\n    return x\n```")
     found = pool.grade([Item(rule=rule, response=answer, answer=function.answer) for answer in answers])
+    pool.close()
     assert [grade.correct for grade in found] == [True, False] and found[1].note == "AssertionError"
 
 

@@ -1,0 +1,60 @@
+"""Find the letter that a response to a multiple-choice question settles on."""
+
+from __future__ import annotations
+
+import re
+
+_LETTER = r"[*_\"'(\[{$]{0,4}([A-J])\b(?![\w'\u2019])"
+# "The answer is A lot": A and I are words where a small one follows that begins no reason
+_NOT_A_WORD = r"(?!(?<=[AI]) (?!(?:because|since|as|for|and|or|but|which|with|where|when|while|so|is|was|,)\b)[a-z])"
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)\{ ?(?:\\(?:text|mathrm|mathbf|textbf|mathsf)\{ ?)?[(\[*]{0,3}([A-Ja-j])(?:[)\]*.:} ]|\\)"
+)
+_MARKED = re.compile(rf"#### ?{_LETTER}")
+_STATED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?i:\banswer|\bchoice|\boption|\bletter)[*_]{0,2} ?"
+        r"(?:(?i:is|would be|must be|should be)(?: [a-z]{1,9}ly)? ?[:=\uff1a]?|[:=\uff1a])"
+        rf"[*_ ]{{0,3}}(?i:the )?(?i:option |choice |letter )?{_LETTER}{_NOT_A_WORD}",
+        rf"{_LETTER}[*_\"')\]$]{{0,4}} is (?i:the )?(?i:most |single |only |best )?"
+        r"(?i:correct|right|best|true|answer|appropriate|accurate)\b",
+        rf"\b(?i:choose|pick|select|chose|picked|selected|go with|going with)(?i: option| choice| answer)? ?"
+        rf"{_LETTER}{_NOT_A_WORD}",
+        rf"(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9|\u9009)(?:\u662f|\u4e3a|\u5e94\u4e3a)? ?[:\uff1a]? ?{_LETTER}",
+    )
+)
+_NAMED = re.compile(rf"(?i:\banswer|\bchoice|\boption)[*_]{{0,2}} ?{_LETTER}{_NOT_A_WORD}")
+_BEGINS = re.compile(r"^\W{0,3}([A-J])(?:[.):]|\W{0,3}$)")
+_LINE = re.compile(r"(?m:^\W{0,3}([A-J])\W{0,3}$)")
+
+
+def chosen_letter(response: str) -> str | None:
+    """Return the letter, A to J, that a response settles on; None where it settles on none.
+
+    Believed in this order, the last one of a kind: ``\\\\boxed{B}``, also ``\\\\boxed{B. 42}``; ``#### B``; a statement
+    ("the answer is (B)", "B is correct", "I choose B"); one that is named ("option B"); a response that begins with the
+    letter ("B) because ..."); a line that holds nothing else. Only capital letters count outside a box: "a" is mostly
+    a word.
+    """
+    # runs of white space become one character: every pattern then looks at a bounded stretch of text
+    text = re.sub(r"\s+", lambda run: "\n" if "\n" in run.group() else " ", response.strip())
+    for pattern in (_BOX, _MARKED):
+        found = pattern.findall(text)
+        if found:
+            return str(found[-1]).upper()
+    stated = [match for pattern in _STATED for match in _last(pattern, text)]
+    if stated:
+        return str(max(stated, key=lambda match: match.end()).group(1))
+    for pattern in (_NAMED, _BEGINS, _LINE):
+        found = pattern.findall(text)
+        if found:
+            return str(found[-1])
+    return None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
+    last = None
+    for last in pattern.finditer(text):  # noqa: B007
+        pass
+    return [last] if last else []

@@ -1,0 +1,48 @@
+"""No text makes grading slow: what is graded in place takes time in proportion to its length."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tropd.evaluate.choices import chosen_letter
+from megatron_tropd.evaluate.mathematics import exact_number, last_box, tidied
+from megatron_tropd.evaluate.numbers import final_answer, plain_number
+from megatron_tropd.evaluate.programs import blocks_of, program_of
+from megatron_tropd.evaluate.thinking import final_part
+
+PIECES = (
+    "\n", " ", "\t", "answer", "answer is", "answer:", "option ", "A", "A ", "*", "_", "(", ")", "{", "}", "\\", "$",
+    "\\boxed{", "\\boxed ", "\\text{", "####", "#### ", "=", "x=", "1", "1,", "1 234 ", ".", "<<", ">>", "e", "-", ",",
+    "```", "~~~", "```python\n", "\n```\n", "def f():\n", "<think>", "</think>", "\u7b54\u6848", "\u00b2", "\u00bd",
+    "and ", "if", "%", "#",
+)  # fmt: skip
+IN_PLACE = (chosen_letter, final_answer, plain_number, final_part, last_box, tidied, exact_number)
+
+
+@pytest.mark.parametrize("function", [*IN_PLACE, blocks_of], ids=lambda function: function.__name__)
+def test_time_grows_with_the_length_alone(function):
+    """Twelve times the text takes far less than the 144 times of a quadratic rule, whatever is repeated."""
+    slow = []
+    for piece in PIECES:
+        for start in ("", "answer", "```\n"):
+            text = start + piece * (30_000 // len(piece)) + "!"
+            began = time.process_time()
+            function(text)
+            spent = time.process_time() - began
+            if spent > 1.0:  # tens of milliseconds where it is linear, ten seconds and more where it is not
+                slow.append((start, piece, spent))
+    assert not slow
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.integers(1, 400))
+def test_no_text_raises_or_takes_long(pieces, times):
+    text = "".join(pieces) * times
+    began = time.process_time()
+    for function in (*IN_PLACE, blocks_of, program_of):
+        function(text)
+    assert time.process_time() - began < 5.0
