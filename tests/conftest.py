@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tropd.losses.vocab_parallel.backends import kernels
+from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 
 # as in an activated environment: scripts under test call python, torchrun and shellcheck by name
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -52,8 +52,8 @@ DEFECTS = (
         edits=(
             Edit(
                 path="megatron_tropd/losses/vocab_parallel/divergence.py",
-                old="    kl_2T = all_reduce_sum(_mixture_kl(pair, plan, student, teacher), plan.group)\n",
-                new="    local_2T = _mixture_kl(pair, plan, student, teacher)\n"
+                old="    kl_2T = all_reduce_sum(_local_mixture_kl(pair, plan, student, teacher), plan.group)\n",
+                new="    local_2T = _local_mixture_kl(pair, plan, student, teacher)\n"
                 "    kl_2T = all_reduce_sum(local_2T.clone(), plan.group)\n",
             ),
             Edit(
@@ -63,8 +63,8 @@ DEFECTS = (
             ),
             Edit(
                 path="megatron_tropd/losses/vocab_parallel/divergence.py",
-                old="whole.kl_T, whole.mean_gap_T",
-                new="whole.kl_T, local.mean_gap_T",
+                old="full.kl_T, full.mean_gap_T",
+                new="full.kl_T, local.mean_gap_T",
             ),
         ),
         caught_by="tests/ranks/test_losses_parity.py::test_no_gradient_of_any_objective_is_off_by_more_than_1e_5",
@@ -111,12 +111,12 @@ DEFECTS = (
         planted="an id outside a tile points at its column 0, and gradients of ids are scattered by assignment",
         edits=(
             Edit(
-                path="megatron_tropd/losses/vocab_parallel/backends/torch_statistics.py",
+                path="megatron_tropd/losses/vocab_parallel/backends/torch/softmax.py",
                 old="        column_RK = true_RK.clamp(0, width - 1)\n",
                 new="        column_RK = torch.where((true_RK >= 0) & (true_RK < width), true_RK, 0)\n",
             ),
             Edit(
-                path="megatron_tropd/losses/vocab_parallel/backends/torch_statistics.py",
+                path="megatron_tropd/losses/vocab_parallel/backends/torch/softmax.py",
                 old="        dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)\n",
                 new="        at_RK = dlogits_Rw.gather(1, self.column_RK)\n"
                 "        dlogits_Rw.scatter_(1, self.column_RK, at_RK + grad_RK * self.inside_RK)\n",

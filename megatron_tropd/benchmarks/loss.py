@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_tropd.losses.vocab_parallel import linear_logprobs
-from megatron_tropd.losses.vocab_parallel.backends import kernels
+from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 
 _GPU_SLICE = 8192  # columns of the vocabulary
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

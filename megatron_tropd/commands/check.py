@@ -17,6 +17,7 @@ from megatron_tropd.data.packing import backend, pack
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.engine.model import build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import optimize
+from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
@@ -95,9 +96,8 @@ def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) 
     shard = padded_vocab_size(student.vocab_size, tensor) // tensor
     nothing = torch.empty(1, 1, device=device)
     hidden = nothing.expand(config.train.pack_tokens, student.hidden_size)
-    tiles = plan_tiles(
-        hidden, nothing.expand(shard, student.hidden_size), Shard(start=0, width=shard), chunk_tokens=None
-    )
+    weight, limits = nothing.expand(shard, student.hidden_size), choose_backend(nothing).limits(device)
+    tiles = plan_tiles(hidden, weight, Shard(start=0, width=shard), chunk_tokens=None, limits=limits)
     return 4 * (2 * tiles.rows * tiles.columns + hidden.numel())
 
 

@@ -509,7 +509,7 @@ class TrainConfig(Section):
     pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
     minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
     keep_logits_gb: Real = key(
-        0.0, "GiB per rank in which a pack's logits wait for the backward, which else makes them again.", ge=0
+        0.0, "GiB per rank in which a pack's logits (fp32) wait for the backward, which else makes them again.", ge=0
     )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PrefillPlan
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
+from megatron_tropd.losses.vocab_parallel import project
 from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 
 # dropping rows copies the cache, so it waits until no more than this share of the batch is alive
@@ -133,8 +133,8 @@ def _collect(tokens: Tensor, logprobs: Tensor, count: Tensor, finished: Tensor) 
 
 
 def _logits(model: Model, hidden_BD: Tensor, vocab_size: int) -> Tensor:
-    """``[B, V]`` fp32 over the ids that may be drawn, on every tensor rank."""
-    local = F.linear(hidden_BD, model.chunks[0].output_weight()).float()
+    """Take ``[B, V]`` logits of the ids that may be drawn, fp32 sums whatever the weights are, on every tensor rank."""
+    local = project(hidden_BD, model.chunks[0].output_weight())
     if model.groups.tp is not None:
         shards = [torch.empty_like(local) for _ in range(model.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=model.groups.tp)

@@ -44,11 +44,12 @@ def test_the_bucket_form_is_not_negative_and_the_truncated_one_is_where_it_shoul
     assert min(truncated.values()) < -0.1
 
 
-def test_bf16_errs_no_more_than_plain_bf16_autograd(world: int) -> None:
+def test_no_bf16_gradient_is_off_by_more_than_1e_2_and_each_errs_less_than_plain_bf16(world: int) -> None:
+    errors = {key: pair for key, pair in measured(world).gradients.items() if key[1].startswith("bf16")}
+    assert {key: pair for key, pair in errors.items() if not max(pair) < 1e-2} == {}
     ratios = low_precision_ratios(world)
     assert len(ratios) > 40
-    assert sum(ratios.values()) / len(ratios) < 1.05
-    assert {row: ratio for row, ratio in ratios.items() if not ratio < 1.25} == {}  # luck of rounding
+    assert {row: ratio for row, ratio in ratios.items() if not ratio < 1.0} == {}
 
 
 def test_the_mass_outside_a_support_is_exact_to_rounding_however_small(world: int) -> None:

@@ -373,7 +373,7 @@ def test_mass_outside_the_given_ids_and_its_gradient_match_fp64_however_small_it
 # --------------------------------------------------------------------------- low precision
 
 
-def check_bf16_errs_no_more_than_plain_bf16() -> None:
+def check_bf16_inputs_give_the_log_probs_of_fp64() -> None:
     problem = Problem(tokens=131, vocab=1003, hidden=64, dtype=torch.bfloat16, scale=0.5, chunk_tokens=13)
     ids_TK = ids_of(problem, "random")
     hidden, weight = problem.student()
@@ -399,12 +399,14 @@ def check_bf16_errs_no_more_than_plain_bf16() -> None:
         strict=True,
     ):
         ours_error, plain_error = relative_error(ours, truth), relative_error(theirs, truth)
-        assert 0.0 < ours_error <= 1.5 * plain_error, f"{name}: {ours_error:.2e}, plain bf16 {plain_error:.2e}"
+        # a gradient is rounded to bf16 once, at the end (once for each shard); a log-prob never is
+        limit = 1e-6 if name == "logprob" else 3e-3
+        assert 0.0 < ours_error < min(limit, plain_error), f"{name}: {ours_error:.2e}, plain bf16 {plain_error:.2e}"
 
 
 @pytest.mark.parametrize("world_size", [0, 2], ids="tp{}".format)
-def test_bf16_errs_no_more_than_plain_bf16_autograd_does(world_size: int) -> None:
-    on_ranks(check_bf16_errs_no_more_than_plain_bf16, world_size=world_size)
+def test_bf16_inputs_give_the_log_probs_of_fp64_and_gradients_rounded_once(world_size: int) -> None:
+    on_ranks(check_bf16_inputs_give_the_log_probs_of_fp64, world_size=world_size)
 
 
 # --------------------------------------------------------------------------- divergences

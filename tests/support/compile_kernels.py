@@ -16,20 +16,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_tropd.losses.vocab_parallel.backends.kernels import divergence, gradient, statistics, topk
+from megatron_tropd.losses.vocab_parallel.backends.triton.kernels import divergence, gradient, statistics, topk
 
-TILES = {"logits_ptr", "out_ptr", "student_ptr", "teacher_ptr", "a_ptr", "b_ptr"}
+# logits are fp32, and so are numbers per token; a gradient has the dtype of the next product's factors
 TYPES = {"ids_ptr": "*i64", "keys_ptr": "*i64", "count_ptr": "*i32", "scale": "fp32", "beta": "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 VARIANTS: list[tuple[Any, int, dict[str, Any]]] = [
-    *((statistics._statistics_kernel, 8, {"HIDE": hide, "IDS": 64, "BLOCK": 4096}) for hide in (False, True)),
+    *((statistics._statistics_kernel, 8, {"MASK": mask, "IDS": 64, "BLOCK": 4096}) for mask in (False, True)),
     *(
-        (gradient._gradient_kernel, 8, {"HAS_SLOPE": slope, "HIDDEN_LISTED": slope, "IDS": ids, "BLOCK": 4096})
+        (gradient._gradient_kernel, 8, {"HAS_SLOPE": slope, "MASKED_LISTED": slope, "IDS": ids, "BLOCK": 4096})
         for slope, ids in ((False, 64), (True, 64), (True, 0))
     ),
     (gradient._fold_kernel, 1, {"IDS": 64}),
     *(
-        (topk._topk_kernel, 8, {"TAIL": tail, "IDS": 16, "ROOM": 256, "PART": 512, "BLOCK": 4096})
+        (topk._topk_kernel, 8, {"TAIL": tail, "IDS": 16, "ROOM": 256, "PART": 256, "BLOCK": 4096})
         for tail in (False, True)
     ),
     (divergence._pair_kernel, 8, {"BLOCK": 2048}),
@@ -38,17 +38,17 @@ VARIANTS: list[tuple[Any, int, dict[str, Any]]] = [
 ]
 
 
-def type_of(name: str, tiles: str) -> str:
-    return tiles if name in TILES else TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+def type_of(name: str, factors: str) -> str:
+    return factors if name == "out_ptr" else TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
 
 
-def assembly(kernel: Any, warps: int, constants: dict[str, Any], *, tiles: str) -> str:
-    """Resource usage and instructions of one variant, for rows whose length is a multiple of 16."""
+def assembly(kernel: Any, warps: int, constants: dict[str, Any], *, factors: str = "*bf16") -> str:
+    """Compile one variant, for rows whose length is a multiple of 16: resource usage and instructions."""
     names = kernel.arg_names
     aligned = [i for i, n in enumerate(names) if n.endswith(("_ptr", "_stride")) or n == "width"]
     source = ASTSource(
         kernel,
-        signature={n: "constexpr" if n in constants else type_of(n, tiles) for n in names},
+        signature={n: "constexpr" if n in constants else type_of(n, factors) for n in names},
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
@@ -68,7 +68,7 @@ def widest(code: str, instruction: str) -> int:
 
 def main() -> None:
     for kernel, warps, constants in VARIANTS:
-        code = assembly(kernel, warps, constants, tiles="*bf16")
+        code = assembly(kernel, warps, constants)
         name = f"{kernel.__name__} {constants}"
         registers, stack, local = (int(re.search(rf"\b{w}:(\d+)", code).group(1)) for w in ("REG", "STACK", "LOCAL"))  # type: ignore[union-attr]
         loads, stores = widest(code, "LDG"), widest(code, "STG")
@@ -78,8 +78,9 @@ def main() -> None:
             assert loads == 16, f"{name}: its widest load has {loads} bytes"
         if "gradient" in name:
             assert stores == 16, f"{name}: its widest store has {stores} bytes"
-    # rows of any length and fp32 must compile too
-    code = assembly(statistics._statistics_kernel, 8, {"HIDE": True, "IDS": 64, "BLOCK": 4096}, tiles="*fp32")
+    # factors of fp32 must compile too
+    variant = {"HAS_SLOPE": True, "MASKED_LISTED": True, "IDS": 64, "BLOCK": 4096}
+    code = assembly(gradient._gradient_kernel, 8, variant, factors="*fp32")
     print(f"fp32: {code.split('REG:')[1].split()[0]} registers")
 
 

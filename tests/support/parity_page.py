@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tests.support import precision
 from tests.support.parity import (
     CELLS,
     COINCIDENCES,
@@ -144,6 +145,19 @@ def coincidences() -> Rows:
     }
 
 
+def precisions() -> Rows:
+    """By KL, in bf16: errors of log q(y) and of three divergences' gradients at each size, then plain autograd's."""
+    ours, plain = [precision.measured(world) for world in precision.WORLDS], precision.of_plain_bf16()
+    return {
+        (f"{kl:.0e}" if kl < 1.0 else "1",): Line(
+            found=[budget[kl].numbers for budget in ours],
+            bound=[precision.LOGPROB_LIMIT, *(precision.GRADIENT_LIMIT for _ in precision.KINDS)],
+            noted=[plain[kl].numbers],
+        )
+        for kl in precision.KLS
+    }
+
+
 TABLES: dict[str, tuple[Callable[[], Rows], Sequence[str]]] = {
     "objectives": (
         objectives,
@@ -151,6 +165,7 @@ TABLES: dict[str, tuple[Callable[[], Rows], Sequence[str]]] = {
     ),
     "cases": (cases, ("case", "TP 1", "TP 2", "TP 4", "checked", "plain fp32")),
     "tails": (tails, ("mass outside", "the mass, hidden, weight gradient", "checked", "the mass as `1 - sum`")),
+    "precision": (precisions, ("KL, nats", "TP 1", "TP 2", "checked", "plain bf16")),
     "coincidences": (coincidences, ("methods", "TP 1", "TP 2", "TP 4", "checked")),
 }
 

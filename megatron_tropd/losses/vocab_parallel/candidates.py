@@ -2,7 +2,7 @@
 
 Candidates are keys, one int64 each: the logit's bits, made monotone, above the complement of the token id. Comparing
 these numbers compares (logit, then smaller id), so merging tiles and ranks by ``topk`` is exact and resolves ties alike
-everywhere. Ties are common: bfloat16 logits have 8 significant bits.
+everywhere.
 
 Once k columns are known, a later one must exceed the worst of them (columns come by ascending id, so a tie is lost).
 The maxima of groups of columns, which cost little more than one maximum of the row, tell where to look: a selection
@@ -14,13 +14,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_tropd.losses.vocab_parallel.statistics import (
+    MASKED_LOGIT,
+    Statistics,
+    chunk_statistics,
+    drop_fully_masked,
+)
+
 LOW_32 = 0xFFFFFFFF
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # below the key of every finite logit
 _GROUP = 32  # columns whose maximum is looked at first
 
 
 def entrants(logits_Rw: Tensor, best_RK: Tensor, *, first_id: int) -> Tensor:
-    """Keys ``[R, X]`` of all columns that belong to the best k of ``best_RK`` and the tile, and perhaps others.
+    """Find keys ``[R, X]`` of all columns that belong to the best k of ``best_RK`` and the tile, and perhaps others.
 
     Unsorted, filled up with NO_CANDIDATE. ``best_RK``: of columns with smaller ids.
     """
@@ -44,7 +51,7 @@ def entrants(logits_Rw: Tensor, best_RK: Tensor, *, first_id: int) -> Tensor:
 
 
 def _first_entrants(logits_Rw: Tensor, k: int, *, first_id: int) -> Tensor:
-    """``[R, k]``: the best of the tile alone, from a beginning that doubles."""
+    """Find ``[R, k]``, the best of the tile alone, from a beginning that doubles."""
     width, known = logits_Rw.shape[1], min(4 * k, logits_Rw.shape[1])
     best_RK = _best_of_tile(logits_Rw[:, :known], k, first_id=first_id)
     while known < width:
@@ -55,7 +62,7 @@ def _first_entrants(logits_Rw: Tensor, k: int, *, first_id: int) -> Tensor:
 
 
 def _by_row(keys_M: Tensor, row_M: Tensor, *, rows: int) -> Tensor:
-    """``[R, X]``: the keys of each row, X as many as the fullest has; ``row_M`` ascends."""
+    """Sort keys into ``[R, X]`` by row, X as many as the fullest has; ``row_M`` ascends."""
     count_R = torch.bincount(row_M, minlength=rows)
     start_R = count_R.cumsum(0) - count_R
     keys_RX = keys_M.new_full((rows, int(count_R.max()) if rows else 0), NO_CANDIDATE)
@@ -64,7 +71,7 @@ def _by_row(keys_M: Tensor, row_M: Tensor, *, rows: int) -> Tensor:
 
 
 def _best_of_tile(logits_Rw: Tensor, k: int, *, first_id: int) -> Tensor:
-    """Keys of the best k columns (all of them when there are fewer), unsorted.
+    """Find keys of the best k columns (all of them when there are fewer), unsorted.
 
     ``topk`` alone picks any of the columns that tie for the last place; rows where that happens are redone by key.
     """
@@ -82,14 +89,30 @@ def _best_of_tile(logits_Rw: Tensor, k: int, *, first_id: int) -> Tensor:
 
 
 def encode(value: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that order like (value, -id). ``+ 0.0`` makes -0.0, which equals 0.0 but has other bits, the same."""
+    """Make int64 keys that order like (value, -id). ``+ 0.0`` makes -0.0, equal to 0.0 but of other bits, the same."""
     bits = (value + 0.0).view(torch.int32).long()
     monotone = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards by their bits
     return (monotone << 32) | (LOW_32 - ids)
 
 
 def decode(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, ids) of ``encode``."""
+    """Return (value, ids) of ``encode``."""
     monotone = keys >> 32
     bits = monotone ^ ((monotone >> 31) & 0x7FFFFFFF)
     return bits.to(torch.int32).view(torch.float32), LOW_32 - (keys & LOW_32)
+
+
+def mask_candidates_(logits_Rw: Tensor, keys_RX: Tensor, *, first_id: int) -> Tensor:
+    """Mask the tile's candidates; return their keys, without those of columns that were masked before."""
+    value_RX, ids_RX = decode(keys_RX)
+    real_RX = keys_RX != NO_CANDIDATE
+    # added, since what fills a row up has to leave some column as it is
+    column_RX = torch.where(real_RX, ids_RX - first_id, 0)
+    logits_Rw.scatter_add_(1, column_RX, torch.where(real_RX, MASKED_LOGIT, 0.0).to(logits_Rw.dtype))
+    return keys_RX.masked_fill(~real_RX | (value_RX <= 0.5 * MASKED_LOGIT), NO_CANDIDATE)
+
+
+def keyed_statistics(keys_RX: Tensor) -> Statistics:
+    """Take the statistics of the logits that keys hold."""
+    value_RX = decode(keys_RX)[0].masked_fill_(keys_RX == NO_CANDIDATE, MASKED_LOGIT)
+    return drop_fully_masked(chunk_statistics(value_RX, torch.empty_like(value_RX)))

@@ -1,18 +1,20 @@
-"""Log-probabilities, top-k and divergences of a vocabulary-parallel output layer, without its logits.
+"""Log-probabilities of a vocabulary-parallel output layer, without its logits.
 
-Each function takes the final hidden states and this rank's shard of the output weight and fuses the projection with
-what the loss needs of the softmax: at most ``chunk_tokens x v`` logits exist at a time, and the backward makes them
-again. The maths is that of the softmax; what is particular to vocabulary parallelism:
+``linear_logprobs``, ``linear_topk`` and ``linear_divergence`` take the final hidden states and this rank's shard of the
+output weight, and fuse the projection with what the loss needs of the softmax: at most ``chunk_tokens x v`` logits
+exist at a time, and the backward makes them again. The maths is that of the softmax; what is particular to vocabulary
+parallelism:
 
 * ``group``: ranks that share one vocabulary; rank r holds the global ids ``[r v, (r + 1) v)``. None: not sharded.
 * ``vocab_size``: the true size. Columns at or beyond it are padding: no probability, no gradient, never read.
-* ``hidden`` is whole on every rank. **Its gradient is this rank's partial sum** over its shard, which the caller's
+* ``hidden`` is complete on every rank. **Its gradient is this rank's partial sum** over its shard, which the caller's
   region mapping (``parallel.collectives``) adds up. The weight's gradient is complete for the shard.
 * The gradient that comes in is the same on every rank, as the results are.
 
 Forward: at most two collectives, a gather of three floats per token and rank and a sum of K per token, with or without
-a tail (``_tail``). Backward: none.
-Products are in the dtype of the inputs, softmax statistics and sums over tiles in fp32 (fp64 when the inputs are).
+a tail (``tail.py``). Backward: none.
+Logits, softmax statistics and sums over tiles are fp32 whatever the inputs are (fp64 when the inputs are): see
+``projection.py``.
 """
 
 from __future__ import annotations
@@ -24,28 +26,13 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.losses.support import first_of_each
-from megatron_tropd.losses.vocab_parallel.backends import kernels
-from megatron_tropd.losses.vocab_parallel.backends import triton_tiles as _kernel_tiles
-from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import (
-    Picks,
-    Statistics,
-    check_ids,
-    chunk_gradient,
-    chunk_statistics,
-    merge_ranks,
-)
-from megatron_tropd.losses.vocab_parallel.tail import MASKED_LOGIT, log_share, seen, split_gradient, with_listed
-from megatron_tropd.losses.vocab_parallel.tiles import (
-    Projection,
-    ProjectionGradient,
-    Shard,
-    Tiles,
-    check_projection,
-    check_temperature,
-    plan_tiles,
-    shard_of,
-    statistics_dtype,
-)
+from megatron_tropd.losses.vocab_parallel.backends import choose_backend
+from megatron_tropd.losses.vocab_parallel.backends.protocol import Backend, ListedIds, SoftmaxGradient
+from megatron_tropd.losses.vocab_parallel.checks import check_ids, check_projection, check_temperature
+from megatron_tropd.losses.vocab_parallel.projection import Factors, Projection, ProjectionGradient
+from megatron_tropd.losses.vocab_parallel.statistics import Normalizer, Statistics, merge_ranks
+from megatron_tropd.losses.vocab_parallel.tail import log_share, split_gradient, with_listed
+from megatron_tropd.losses.vocab_parallel.tiles import Shard, Tiles, plan_tiles, shard_of
 from megatron_tropd.parallel.collectives import Group, all_gather_stack, all_reduce_sum
 
 
@@ -71,7 +58,7 @@ def linear_logprobs(
     tail: bool = False,
     cache_bytes: int = 0,
 ) -> LogProbs:
-    """Log-probabilities of given tokens, entropy and logsumexp over the whole vocabulary.
+    """Take log-probabilities of given tokens, entropy and logsumexp over the full vocabulary.
 
     Args:
         hidden_TD: final hidden states, the same on every rank. Its gradient is a partial sum, see the module.
@@ -81,7 +68,7 @@ def linear_logprobs(
         vocab_size: true size; further columns are padding.
         temperature: divides the logits.
         chunk_tokens: at most ``chunk_tokens * v`` logits are held; None picks a size for the device.
-        cache_bytes: keep up to so many bytes of products until the backward, which else makes them all again.
+        cache_bytes: hold up to so many bytes of logits (4 each) until the backward, which else makes them all again.
         tail: also the log of the mass outside the given ids (each counts once), at full accuracy however small it is.
 
     Raises:
@@ -97,10 +84,15 @@ def linear_logprobs(
     check_temperature(temperature)
     shard = shard_of(weight_vD, vocab_size=vocab_size, group=group)
     valid_TK = check_ids(ids_TK, num_tokens=hidden_TD.shape[0], vocab_size=vocab_size)
-    by_kernels = kernels.serve(hidden_TD.device, hidden_TD.dtype, ids=ids_TK.shape[1])
-    tiles = plan_tiles(hidden_TD, weight_vD, shard, chunk_tokens=chunk_tokens, by_kernels=by_kernels)
-    plan = _Plan(
-        shard=shard, tiles=tiles, temperature=temperature, group=group, by_kernels=by_kernels, cache_bytes=cache_bytes
+    backend = choose_backend(hidden_TD, ids=ids_TK.shape[1])
+    limits = backend.limits(hidden_TD.device)
+    plan = _LogProbsPlan(
+        shard=shard,
+        tiles=plan_tiles(hidden_TD, weight_vD, shard, chunk_tokens=chunk_tokens, limits=limits),
+        temperature=temperature,
+        group=group,
+        backend=backend,
+        cache_bytes=cache_bytes,
     )
     ids_TK, is_first_TK = ids_TK.long(), None
     if tail:
@@ -114,45 +106,40 @@ def linear_logprobs(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
+class _LogProbsPlan:
     shard: Shard
     tiles: Tiles
     temperature: float
     group: Group
-    by_kernels: bool
+    backend: Backend
     cache_bytes: int
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _Plan
+        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _LogProbsPlan
     ) -> tuple[Tensor | None, ...]:
-        picked_TK = torch.zeros(ids_TK.shape, dtype=statistics_dtype(hidden_TD), device=hidden_TD.device)
         projection = Projection(
-            hidden_TD,
-            weight_vD,
+            Factors(hidden_TD, weight_vD),
             tiles=plan.tiles,
             temperature=plan.temperature,
             cache_bytes=plan.cache_bytes if any(ctx.needs_input_grad) else 0,
         )
-        local = _local_statistics(projection, ids_TK, is_first_TK, plan, picked_TK)
-
-        whole = outside = merge_ranks(all_gather_stack(local.stacked(), plan.group))
-        picked_TK = all_reduce_sum(picked_TK, plan.group)  # every id lies on one rank, all others contribute 0
-        logtail_T, empty_T = None, None
+        outside, picked_TK = _statistics(projection, ids_TK, is_first_TK, plan)
+        full, logtail_T, empty_T = outside, None, None
         if is_first_TK is not None:
-            whole = with_listed(outside, picked_TK, is_first_TK)
-            logtail_T = log_share(outside, whole)
+            full = with_listed(outside, picked_TK, is_first_TK)
+            logtail_T = log_share(outside, full)
             empty_T = logtail_T.isneginf()
-        entropy_T, logsumexp_T = whole.entropy_T, whole.logsumexp_T
-        logprob_TK = whole.logprob_(picked_TK)
+        entropy_T, logsumexp_T = full.entropy_T, full.logsumexp_T
+        logprob_TK = full.logprob_(picked_TK)
 
-        # of the columns that are not hidden; where there is none, numbers that can be divided by
+        # of the columns that are not masked; where there is none, numbers that can be divided by
         max_T = outside.max_T if empty_T is None else outside.max_T.masked_fill(empty_T, 0.0)
         sumexp_T = outside.sumexp_T if empty_T is None else outside.sumexp_T.masked_fill(empty_T, 1.0)
         tail = (None, None, None) if is_first_TK is None else (is_first_TK, logprob_TK, logtail_T)
-        ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, max_T, sumexp_T, entropy_T, *tail, *projection.kept)
+        ctx.save_for_backward(hidden_TD, weight_vD, ids_TK, max_T, sumexp_T, entropy_T, *tail, *projection.cached_tiles)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return logprob_TK, entropy_T, logsumexp_T, logtail_T
@@ -162,8 +149,8 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_TK, grad_entropy_T, grad_logsumexp_T, grad_logtail_T = grads
         hidden_TD, weight_vD, ids_TK, max_T, sumexp_T, entropy_T, *others = ctx.saved_tensors
-        is_first_TK, logprob_TK, logtail_T, *kept = others
-        plan: _Plan = ctx.plan
+        is_first_TK, logprob_TK, logtail_T, *cached_tiles = others
+        plan: _LogProbsPlan = ctx.plan
 
         # d loss / d logit = q (constant + slope log q) + what the picked ids add
         constant_T = torch.zeros_like(max_T)
@@ -187,93 +174,42 @@ class _LinearLogProbs(torch.autograd.Function):
             constant_T, slope_T = split.constant_T, split.slope_T
             grad_TK = split.listed_TK if grad_TK is None else grad_TK + split.listed_TK
 
-        gradient = ProjectionGradient(
-            hidden_TD,
-            weight_vD,
-            tiles=plan.tiles,
-            temperature=plan.temperature,
-            needs_hidden=ctx.needs_input_grad[0],
-            needs_weight=ctx.needs_input_grad[1],
-        )
-        projection = Projection(hidden_TD, weight_vD, tiles=plan.tiles, temperature=plan.temperature, kept=kept)
-        make = _kernel_tiles.SoftmaxGradient if plan.by_kernels else _SoftmaxGradient
-        dlogits = make(
-            projection,
-            numbers=(max_T, sumexp_T, constant_T, slope_T),
-            ids_TK=ids_TK,
+        gradient = SoftmaxGradient(
+            normalizer=Normalizer(max_T, sumexp_T),
+            constant_T=constant_T,
+            slope_T=slope_T,
+            listed=ListedIds(ids_TK=ids_TK, first_id=plan.shard.start, is_first_TK=is_first_TK),
             grad_TK=grad_TK,
-            is_first_TK=is_first_TK,
-            first_id=plan.shard.start,
         )
-        for rows, columns in plan.tiles:
-            gradient.add(rows, columns, dlogits.tile(rows, columns))
-        return *gradient.result(), None, None, None
+        factors = Factors(hidden_TD, weight_vD)
+        return *_input_gradients(factors, gradient, plan, cached_tiles, ctx.needs_input_grad), None, None, None
 
 
-class _SoftmaxGradient:
-    """Makes the tiles of ``q (constant + slope log q)`` plus what the picked ids add; twin in ``_kernel_tiles``."""
-
-    def __init__(
-        self,
-        projection: Projection,
-        *,
-        numbers: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        ids_TK: Tensor,
-        grad_TK: Tensor | None,
-        is_first_TK: Tensor | None,
-        first_id: int,
-    ) -> None:
-        """``numbers``: max, sumexp, constant and slope per token. ``is_first_TK``: these picked columns are hidden."""
-        self._projection, self._numbers, self._first_id = projection, numbers, first_id
-        self._ids_TK, self._grad_TK, self._counts_TK = ids_TK, grad_TK, is_first_TK
-        self._scratch = projection.buffer()
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        """``[R, w]``, valid until the next call."""
-        logits_Rw = self._projection.logits(rows, columns)
-        picks = Picks.of(self._ids_TK[rows], first_id=self._first_id + columns.start, width=logits_Rw.shape[1])
-        if self._counts_TK is not None:
-            picks.hide(logits_Rw, self._counts_TK[rows], hidden=MASKED_LOGIT)
-        max_T, sumexp_T, constant_T, slope_T = self._numbers
-        dlogits_Rw = chunk_gradient(
-            logits_Rw,
-            self._scratch.tile(rows, columns),
-            max_R=max_T[rows],
-            sumexp_R=sumexp_T[rows],
-            constant_R=constant_T[rows],
-            slope_R=None if slope_T is None else slope_T[rows],
-        )
-        if self._grad_TK is not None:
-            picks.add_to(dlogits_Rw, self._grad_TK[rows])
-        return dlogits_Rw
+def _statistics(
+    projection: Projection, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _LogProbsPlan
+) -> tuple[Statistics, Tensor]:
+    """Take the statistics over all ranks' columns, without those of the masked ids, and the logits of the ids."""
+    listed = ListedIds(ids_TK=ids_TK, first_id=plan.shard.start, is_first_TK=is_first_TK)
+    work = plan.backend.statistics(projection, listed)
+    for tile in plan.tiles:
+        work.add(tile)
+    local, picked_TK = work.result()
+    full = merge_ranks(all_gather_stack(local.stacked(), plan.group))
+    return full, all_reduce_sum(picked_TK, plan.group)  # every id lies on one rank, all others contribute 0
 
 
-def _local_statistics(
-    projection: Projection, ids_TK: Tensor, is_first_TK: Tensor | None, plan: _Plan, picked_TK: Tensor
-) -> Statistics:
-    """Statistics over this rank's columns, without those of the ids that count when such are named.
-
-    Fills in ``picked_TK`` where this rank holds the id and leaves the rest.
-    """
-    local = Statistics.empty(plan.tiles.num_tokens, dtype=picked_TK.dtype, device=picked_TK.device)
-    if plan.by_kernels:
-        _kernel_tiles.add_statistics(
-            projection,
-            plan.tiles,
-            local,
-            picked_TK,
-            ids_TK=ids_TK,
-            first_id=plan.shard.start,
-            hide=is_first_TK is not None,
-        )
-        return local
-    scratch = projection.buffer()
-    for rows, columns in plan.tiles:
-        logits_Rw = projection.logits(rows, columns)
-        picks = Picks.of(ids_TK[rows], first_id=plan.shard.start + columns.start, width=logits_Rw.shape[1])
-        picks.read_into(picked_TK[rows], logits_Rw)
-        if is_first_TK is not None:
-            picks.hide(logits_Rw, is_first_TK[rows], hidden=MASKED_LOGIT)
-        tile = chunk_statistics(logits_Rw, scratch.tile(rows, columns))
-        local.merge_(rows, tile if is_first_TK is None else seen(tile))
-    return local
+def _input_gradients(
+    factors: Factors,
+    gradient: SoftmaxGradient,
+    plan: _LogProbsPlan,
+    cached_tiles: list[Tensor],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Carry a gradient from the logits, tile by tile, to (hidden states, weight)."""
+    shape: dict[str, Any] = {"tiles": plan.tiles, "temperature": plan.temperature}
+    projection = Projection(factors, cached_tiles=cached_tiles, **shape)
+    sums = ProjectionGradient(factors, needs_hidden=needed[0], needs_weight=needed[1], **shape)
+    dlogits = plan.backend.softmax_gradient(projection, gradient)
+    for tile in plan.tiles:
+        sums.add(tile, dlogits.at(tile))
+    return sums.result()

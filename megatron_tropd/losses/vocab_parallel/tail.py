@@ -1,8 +1,8 @@
 """The mass outside a support of listed ids, summed over the columns that hold it: never ``1 - sum``, which keeps no
 digit of a tail that is small beside 1.
 
-Listed columns are hidden in a tile (their logit becomes MASKED_LOGIT, whose exponential is 0) before its statistics are
-taken, so these are of the columns *outside*. The statistics of the whole vocabulary are those and the few listed logits
+Listed columns are masked in a tile (their logit becomes MASKED_LOGIT, whose exponential is 0) before its statistics are
+taken, so these are of the columns *outside*. The statistics of the full vocabulary are those and the few listed logits
 merged: both sets come from one pass, and nothing more than their own numbers travels between ranks. The gradient is
 split the same way, so the hot loops over a tile stay what they are without a tail.
 """
@@ -14,36 +14,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import Statistics, chunk_statistics
-
-MASKED_LOGIT = -1e30
-"""Logit of a column that is not to count: far below every real one, far enough from the lowest number to be scaled."""
-
-
-def seen(tile: Statistics) -> Statistics:
-    """The tile's statistics, empty for tokens of which every column is hidden."""
-    nothing_R = tile.max_T <= 0.5 * MASKED_LOGIT
-    lowest = torch.finfo(tile.max_T.dtype).min
-    return Statistics(
-        max_T=tile.max_T.masked_fill(nothing_R, lowest),
-        sumexp_T=tile.sumexp_T.masked_fill(nothing_R, 0.0),
-        weighted_T=tile.weighted_T.masked_fill(nothing_R, 0.0),
-    )
+from megatron_tropd.losses.vocab_parallel.statistics import (
+    MASKED_LOGIT,
+    Statistics,
+    chunk_statistics,
+    drop_fully_masked,
+)
 
 
 def with_listed(outside: Statistics, logits_TK: Tensor, is_first_TK: Tensor) -> Statistics:
-    """Statistics of the columns outside and of the listed logits that count, together."""
-    whole = Statistics(outside.max_T.clone(), outside.sumexp_T.clone(), outside.weighted_T.clone())
+    """Take the listed logits, each id once, into the statistics of the columns outside."""
+    full = Statistics(outside.max_T.clone(), outside.sumexp_T.clone(), outside.weighted_T.clone())
     if logits_TK.shape[1]:
         few_TK = logits_TK.masked_fill(~is_first_TK, MASKED_LOGIT)
-        whole.merge_(slice(None), seen(chunk_statistics(few_TK, torch.empty_like(few_TK))))
-    return whole
+        full.merge_(slice(None), drop_fully_masked(chunk_statistics(few_TK, torch.empty_like(few_TK))))
+    return full
 
 
-def log_share(outside: Statistics, whole: Statistics) -> Tensor:
+def log_share(outside: Statistics, full: Statistics) -> Tensor:
     """Log of the probability outside, nats, ``[T]``; -inf where nothing is outside."""
     # the difference of the maxima first: it keeps the digits that the difference of two logsumexps would lose
-    return (outside.max_T - whole.max_T) + (outside.log_sumexp_T - whole.log_sumexp_T)
+    return (outside.max_T - full.max_T) + (outside.log_sumexp_T - full.log_sumexp_T)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
-from megatron_tropd.losses.vocab_parallel.backends import kernels
+from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 from megatron_tropd.parallel.collectives import all_reduce_sum
 from tests.ranks.test_losses_vocab_parallel import (
     KINDS,
@@ -78,8 +78,8 @@ def check_logprobs() -> None:
     found = logprobs_and_gradients(problem, ids_TK, tail=True)
     expected = without_kernels(lambda: logprobs_and_gradients(problem, ids_TK, tail=True))
     agree(found[:4], expected[:4], limit=3e-6)
-    # gradients are rounded to bfloat16, by the interpreter towards 0
-    agree(found[4:], expected[4:], limit=2**-7)
+    # gradients are rounded to bfloat16 at the end
+    agree(found[4:], expected[4:], limit=1e-3)
 
 
 @ON_RANKS

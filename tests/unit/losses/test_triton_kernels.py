@@ -17,20 +17,15 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.losses.vocab_parallel.backends import kernels
-from megatron_tropd.losses.vocab_parallel.backends.torch_divergence import (
+from megatron_tropd.losses.vocab_parallel.backends.torch.divergence import (
     CHUNK_GRADIENT,
-    KlStatistics,
     TileSoftmax,
     chunk_kl,
     chunk_mixture_kl,
 )
-from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import (
-    Picks,
-    Statistics,
-    chunk_gradient,
-    chunk_statistics,
-)
+from megatron_tropd.losses.vocab_parallel.backends.torch.softmax import Picks, chunk_gradient
+from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
+from megatron_tropd.losses.vocab_parallel.statistics import KlStatistics, Statistics, chunk_statistics
 
 REQUIRED = os.environ.get("MEGATRON_TROPD_REQUIRE_COMPILED", "0") not in ("", "0")
 pytestmark = pytest.mark.skipif(not kernels.installed() and not REQUIRED, reason="Triton is optional here")
@@ -87,7 +82,7 @@ def close(found: Tensor, truth: Tensor, *, limit: float, name: str = "") -> None
 
 
 def add_statistics(logits_Rw: Tensor, into: Statistics, picked_RK: Tensor, ids_RK: Tensor, **options: Any) -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.statistics import add_statistics as add
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.statistics import add_statistics as add
 
     add(
         logits_Rw,
@@ -96,7 +91,7 @@ def add_statistics(logits_Rw: Tensor, into: Statistics, picked_RK: Tensor, ids_R
         weighted_R=into.weighted_T,
         ids_RK=ids_RK,
         picked_RK=picked_RK,
-        **{"scale": 1.0, "first_id": FIRST, "hide": False} | options,
+        **{"scale": 1.0, "first_id": FIRST, "mask": False} | options,
     )
 
 
@@ -124,7 +119,7 @@ def test_statistics_and_picked_logits_of_two_tiles_match_fp64(dtype: torch.dtype
 
 
 @DTYPES
-def test_hidden_ids_leave_the_statistics_of_the_other_columns(dtype: torch.dtype) -> None:
+def test_masked_ids_leave_the_statistics_of_the_other_columns(dtype: torch.dtype) -> None:
     # the first token's listed ids hold all but 1e-12 of the mass; the second token lists every column
     logits_Rw = tile(seed=3, dtype=dtype, rows=2)
     logits_Rw[0, :2] = 40.0
@@ -134,7 +129,7 @@ def test_hidden_ids_leave_the_statistics_of_the_other_columns(dtype: torch.dtype
     outside = logits_Rw[0, 2:].double()
     whole_Rw, statistics = logits_Rw.double(), empty(2)
     picked_RK = torch.zeros(ids_RK.shape, device=DEVICE)
-    add_statistics(logits_Rw, statistics, picked_RK, ids_RK, hide=True)
+    add_statistics(logits_Rw, statistics, picked_RK, ids_RK, mask=True)
 
     close(statistics.logsumexp_T[0], outside.logsumexp(-1), limit=1e-6)
     logq = outside.log_softmax(-1)
@@ -178,7 +173,7 @@ def softmax_problem(dtype: torch.dtype, scale: float) -> tuple[Tensor, Statistic
 def test_gradient_matches_fp64_and_the_plain_twin_in_place_and_elsewhere(
     dtype: torch.dtype, scale: float, slope: bool
 ) -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.gradient import fold_duplicates, form_gradient
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.gradient import fold_duplicates, form_gradient
 
     logits_Rw, statistics, numbers = softmax_problem(dtype, scale)
     numbers["slope_R"] = numbers["slope_R"] if slope else None  # type: ignore[assignment]
@@ -209,8 +204,8 @@ def test_gradient_matches_fp64_and_the_plain_twin_in_place_and_elsewhere(
     assert torch.equal(again_Rw, elsewhere_Rw)
 
 
-def test_gradient_at_hidden_ids_is_what_they_add_and_nothing_else() -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.gradient import fold_duplicates, form_gradient
+def test_gradient_at_masked_ids_is_what_they_add_and_nothing_else() -> None:
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.gradient import fold_duplicates, form_gradient
 
     logits_Rw, statistics, numbers = softmax_problem(torch.float32, 1.0)
     ids_RK = torch.cat([many_ids(), ids_around()], dim=1)
@@ -223,14 +218,14 @@ def test_gradient_at_hidden_ids_is_what_they_add_and_nothing_else() -> None:
     twin_Rw.masked_fill_(listed_Rw > 0, 0.0)
     picks.add_to(twin_Rw, grad_RK)
     folded_RK = fold_duplicates(ids_RK, grad_RK)
-    # whatever the forward has left in the hidden columns
+    # whatever the forward has left in the masked columns
     logits_Rw.masked_fill_(listed_Rw > 0, -1e30)
-    options = {"ids_RK": ids_RK, "folded_RK": folded_RK, "first_id": FIRST, "scale": 1.0, "hidden": True}
+    options = {"ids_RK": ids_RK, "folded_RK": folded_RK, "first_id": FIRST, "scale": 1.0, "masked": True}
     close(form_gradient(logits_Rw, logits_Rw, **shared, **options), twin_Rw, limit=1e-6)
 
 
 def test_duplicates_share_the_sum_of_their_gradients_by_hand() -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.gradient import fold_duplicates
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.gradient import fold_duplicates
 
     ids = torch.tensor([[4, 9, 4, 4], [1, 2, 3, 1]], device=DEVICE)
     grad = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.5, 0.25, 0.125, 1.0]], device=DEVICE)
@@ -246,11 +241,11 @@ def run_topk(
     parts: list[Tensor], k: int, *, scale: float = 1.0, capacity: int | None = None, **options: Any
 ) -> tuple[list[list[int]], Statistics, Tensor]:
     """(ids by logit descending then id ascending, statistics, keys that are left over) of tiles side by side."""
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.topk import Candidates, add_candidates
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.topk import CandidateLists, add_candidates
     from megatron_tropd.losses.vocab_parallel.candidates import decode
 
     rows = parts[0].shape[0]
-    candidates, statistics = Candidates.empty(rows, k, device=DEVICE, capacity=capacity), empty(rows)
+    candidates, statistics = CandidateLists.empty(rows, k, device=DEVICE, capacity=capacity), empty(rows)
     ids_RK = options.pop("ids_RK", torch.zeros(rows, 0, dtype=torch.int64, device=DEVICE))
     first_id = FIRST
     for part in parts:
@@ -342,7 +337,7 @@ def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int, pat
 
 
 def pair_statistics(a_Rw: Tensor, b_Rw: Tensor, *, scale: float, splits: int = 1) -> KlStatistics:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.divergence import add_pair
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.divergence import add_pair
 
     found = KlStatistics(empty(), empty(), torch.zeros(ROWS, device=DEVICE))
     for a, b in zip(a_Rw.tensor_split(splits, dim=1), b_Rw.tensor_split(splits, dim=1), strict=True):
@@ -360,7 +355,7 @@ def pair_statistics(a_Rw: Tensor, b_Rw: Tensor, *, scale: float, splits: int = 1
 
 
 def mixture(pair: tuple[Tensor, Tensor], found: KlStatistics, *, scale: float, beta: float) -> Tensor:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.divergence import add_mixture_kl
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.divergence import add_mixture_kl
 
     kl_2R = torch.zeros(2, ROWS, device=DEVICE)
     add_mixture_kl(*pair, kl_2R, scale=scale, beta=beta, **named(found))
@@ -393,7 +388,7 @@ def test_divergence_values_match_fp64_and_the_plain_twins(dtype: torch.dtype, sc
     close(kl_2R[0], (logp_Rw.exp() * (logp_Rw - logm_Rw)).sum(-1), limit=3e-6, name="p")
     close(kl_2R[1], (logq_Rw.exp() * (logq_Rw - logm_Rw)).sum(-1), limit=3e-6, name="q")
     student, teacher = (
-        TileSoftmax.of(x, s, slice(None)) for x, s in zip(wide, (found.first, found.second), strict=True)
+        TileSoftmax.of(x, s.normalizer, slice(None)) for x, s in zip(wide, (found.first, found.second), strict=True)
     )
     close(kl_2R, chunk_mixture_kl(student, teacher, beta=beta), limit=3e-6, name="twin")
 
@@ -401,7 +396,7 @@ def test_divergence_values_match_fp64_and_the_plain_twins(dtype: torch.dtype, sc
 @pytest.mark.parametrize("kind", sorted(CHUNK_GRADIENT))
 @DTYPES
 def test_divergence_gradients_match_fp64_autograd_and_the_plain_twins(kind: str, dtype: torch.dtype) -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.divergence import form_divergence_gradient
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.divergence import form_divergence_gradient
 
     scale, beta = 1 / 0.7, 0.3
     student_Rw, teacher_Rw = tile(seed=21, dtype=dtype), tile(seed=22, dtype=dtype)
@@ -417,14 +412,14 @@ def test_divergence_gradients_match_fp64_autograd_and_the_plain_twins(kind: str,
     }[kind]
     (truth_Rw,) = torch.autograd.grad(loss_R, logits_Rw, grad_R.double())
 
-    centre_R = {"forward_kl": grad_R, "reverse_kl": found.mean_gap_T, "jsd": kl_qm_R.detach().float()}[kind]
+    center_R = {"forward_kl": grad_R, "reverse_kl": found.mean_gap_T, "jsd": kl_qm_R.detach().float()}[kind]
     wide = [x.float() * scale for x in (student_Rw, teacher_Rw)]
     student, teacher = (
-        TileSoftmax.of(x, s, slice(None)) for x, s in zip(wide, (found.first, found.second), strict=True)
+        TileSoftmax.of(x, s.normalizer, slice(None)) for x, s in zip(wide, (found.first, found.second), strict=True)
     )
-    columns = {"centre_R1": centre_R[:, None], "grad_R1": grad_R[:, None]}
+    columns = {"center_R1": center_R[:, None], "grad_R1": grad_R[:, None]}
     twin_Rw = CHUNK_GRADIENT[kind](student, teacher, beta=beta, **columns)
-    rows: dict[str, Any] = {"centre_R": centre_R, "grad_R": grad_R, **named(found)}
+    rows: dict[str, Any] = {"center_R": center_R, "grad_R": grad_R, **named(found)}
     options = {"kind": kind, "scale": scale, "beta": beta}
     elsewhere_Rw = form_divergence_gradient(student_Rw, teacher_Rw, torch.empty_like(student_Rw), **options, **rows)
     limit = 5e-6 if dtype == torch.float32 else 2**-7
@@ -435,14 +430,14 @@ def test_divergence_gradients_match_fp64_autograd_and_the_plain_twins(kind: str,
 
 @DTYPES
 def test_equal_models_have_exactly_no_divergence_and_no_gradient(dtype: torch.dtype) -> None:
-    from megatron_tropd.losses.vocab_parallel.backends.kernels.divergence import form_divergence_gradient
+    from megatron_tropd.losses.vocab_parallel.backends.triton.kernels.divergence import form_divergence_gradient
 
     logits_Rw = tile(seed=24, dtype=dtype)
     found = pair_statistics(logits_Rw, logits_Rw.clone(), scale=1 / 0.7, splits=2)
     assert torch.all(found.kl_T == 0.0)
     assert torch.all(mixture((logits_Rw, logits_Rw.clone()), found, scale=1 / 0.7, beta=0.5) == 0.0)
     for kind in CHUNK_GRADIENT:
-        centre_R = torch.zeros(ROWS, device=DEVICE)
+        center_R = torch.zeros(ROWS, device=DEVICE)
         gradient_Rw = form_divergence_gradient(
             logits_Rw,
             logits_Rw.clone(),
@@ -450,7 +445,7 @@ def test_equal_models_have_exactly_no_divergence_and_no_gradient(dtype: torch.dt
             kind=kind,
             scale=1 / 0.7,
             beta=0.5,
-            centre_R=centre_R,
+            center_R=center_R,
             grad_R=draw(ROWS, seed=25),
             **named(found),
         )
@@ -494,7 +489,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_the_package_imports_no_triton_and_says_when_the_interpreter_comes_too_late() -> None:
     code = """
 import sys, os, torch
-import megatron_tropd.losses.vocab_parallel, megatron_tropd.losses.vocab_parallel.backends.kernels as kernels
+import megatron_tropd.losses.vocab_parallel, megatron_tropd.losses.vocab_parallel.backends.triton.kernels as kernels
 assert "triton" not in sys.modules
 import triton
 os.environ[kernels.SWITCH] = "interpret"

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tropd.losses.vocab_parallel.backends.torch_statistics import Statistics, exponential
+from megatron_tropd.losses.vocab_parallel.statistics import KlStatistics, Normalizer, Statistics, exponential
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileSoftmax:
-    """A tile of one model's logits, with the statistics of its tokens over the whole vocabulary."""
+    """A tile of one model's logits, with the statistics of its tokens over the full vocabulary."""
 
     logits_Rw: Tensor
     max_R1: Tensor
     sumexp_R1: Tensor
 
     @staticmethod
-    def of(logits_Rw: Tensor, statistics: Statistics, rows: slice) -> TileSoftmax:
-        """With the statistics of the tile's rows."""
-        max_R1, sumexp_R1 = (x_T[rows].unsqueeze(-1) for x_T in (statistics.max_T, statistics.sumexp_T))
+    def of(logits_Rw: Tensor, normalizer: Normalizer, rows: slice) -> TileSoftmax:
+        """Pair a tile with the numbers of its rows."""
+        max_R1, sumexp_R1 = (x_R.unsqueeze(-1) for x_R in normalizer.rows(rows))
         return TileSoftmax(logits_Rw=logits_Rw, max_R1=max_R1, sumexp_R1=sumexp_R1)
 
     def scaled_(self, scale_R1: Tensor) -> Tensor:
@@ -35,50 +35,6 @@ class TileSoftmax:
     def log_(self) -> Tensor:
         """Log-probabilities, in place of the logits."""
         return self.logits_Rw.sub_(self.max_R1).sub_(self.sumexp_R1.log())
-
-
-@dataclass(frozen=True, slots=True)
-class KlStatistics:
-    """What ``KL(first || second)`` needs of two models' logits a, b, over some set of columns.
-
-    ``KL = sum softmax(a) (a - b) - logsumexp(a) + logsumexp(b)``: one pass, no log-probabilities. Mutated by merging.
-    """
-
-    first: Statistics
-    second: Statistics
-    gap_T: Tensor  # sum exp(a - max a) (a - b)
-
-    def merge_(self, rows: slice, other: KlStatistics) -> None:
-        """Include further columns for some of the tokens."""
-        old_max_R = self.first.max_T[rows].clone()
-        self.first.merge_(rows, other.first)
-        self.second.merge_(rows, other.second)
-        max_R = self.first.max_T[rows]
-        mine_R, theirs_R = (old_max_R - max_R).exp(), (other.first.max_T - max_R).exp()
-        self.gap_T[rows] = self.gap_T[rows] * mine_R + other.gap_T * theirs_R
-
-    def stacked(self) -> Tensor:
-        """``[7, T]``, to travel."""
-        return torch.cat([self.first.stacked(), self.second.stacked(), self.gap_T.unsqueeze(0)])
-
-    @property
-    def mean_gap_T(self) -> Tensor:
-        """Mean of a - b under softmax(a)."""
-        return self.gap_T / self.first.sumexp_T
-
-    @property
-    def kl_T(self) -> Tensor:
-        """KL(first || second), nats."""
-        offset_T = (self.first.max_T - self.second.max_T) + (self.first.log_sumexp_T - self.second.log_sumexp_T)
-        return self.mean_gap_T - offset_T
-
-
-def merge_kl_ranks(every_n7T: Tensor) -> KlStatistics:
-    """Over all ranks' columns, given each rank's ``stacked()``; in rank order, as ``merge_ranks``."""
-    whole, *others = (KlStatistics(Statistics(*x[:3]), Statistics(*x[3:6]), x[6]) for x in every_n7T.clone())
-    for other in others:
-        whole.merge_(slice(None), other)
-    return whole
 
 
 def chunk_kl(a_Rw: Tensor, b_Rw: Tensor, scratch_Rw: Tensor) -> KlStatistics:
@@ -115,31 +71,31 @@ def _log_mixture(excess_Rw: Tensor, *, beta: float) -> Tensor:
 
 
 # --------------------------------------------------------------------------- d loss / d student logits
-# ``grad_R1`` is the gradient of the token's loss. ``centre_R1`` is a mean under q over the whole vocabulary: of the
+# ``grad_R1`` is the gradient of the token's loss. ``center_R1`` is a mean under q over the full vocabulary: of the
 # difference of the two models' logits for reverse_kl (whose two logsumexps cancel against the loss's own), and of
 # log q - log m, which is KL(q||m), for the jsd.
 
 
 def _forward_kl_gradient(
-    student: TileSoftmax, teacher: TileSoftmax, *, centre_R1: Tensor, grad_R1: Tensor, beta: float
+    student: TileSoftmax, teacher: TileSoftmax, *, center_R1: Tensor, grad_R1: Tensor, beta: float
 ) -> Tensor:
     return student.scaled_(grad_R1).sub_(teacher.scaled_(grad_R1))
 
 
 def _reverse_kl_gradient(
-    student: TileSoftmax, teacher: TileSoftmax, *, centre_R1: Tensor, grad_R1: Tensor, beta: float
+    student: TileSoftmax, teacher: TileSoftmax, *, center_R1: Tensor, grad_R1: Tensor, beta: float
 ) -> Tensor:
-    gap_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(centre_R1)
+    gap_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(center_R1)
     return student.scaled_(grad_R1).mul_(gap_Rw)
 
 
 def _jsd_gradient(
-    student: TileSoftmax, teacher: TileSoftmax, *, centre_R1: Tensor, grad_R1: Tensor, beta: float
+    student: TileSoftmax, teacher: TileSoftmax, *, center_R1: Tensor, grad_R1: Tensor, beta: float
 ) -> Tensor:
     offset_R1 = (student.max_R1 - teacher.max_R1) + (student.sumexp_R1.log() - teacher.sumexp_R1.log())
     excess_Rw = torch.sub(student.logits_Rw, teacher.logits_Rw, out=teacher.logits_Rw).sub_(offset_R1)
     mixture_Rw = _log_mixture(excess_Rw, beta=beta)
-    above_q_Rw = excess_Rw.clamp_(max=0.0).sub_(mixture_Rw).sub_(centre_R1)
+    above_q_Rw = excess_Rw.clamp_(max=0.0).sub_(mixture_Rw).sub_(center_R1)
     return student.scaled_((1.0 - beta) * grad_R1).mul_(above_q_Rw)
 
 

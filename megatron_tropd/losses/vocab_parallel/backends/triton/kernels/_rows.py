@@ -2,7 +2,7 @@
 
 Owning the row makes everything deterministic without atomics, and lets picked entries be read before, and written
 after, the row is overwritten. Sums run in fp32 whatever the tile holds. Needs Triton: other rooms go through
-``megatron_tropd.losses.vocab_parallel.backends.kernels``, which does not.
+``megatron_tropd.losses.vocab_parallel.backends.triton.kernels``, which does not.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 NOTHING = tl.constexpr(float("-inf"))  # past the end of a row
-MASKED_LOGIT = tl.constexpr(-1.0e30)  # ``losses._tail.MASKED_LOGIT``: a column that is not to count
+MASKED_LOGIT = tl.constexpr(-1.0e30)  # that of ``statistics.py``: a column that is not to count
 LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_COLUMNS = 4096
 _MOST_IDS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class RowLaunch:
     """How a row is walked.
 
-    On Hopper a block of 4,096 bfloat16 columns over 8 warps gives every thread two 16-byte loads in flight, and
-    eight such programs fit a multiprocessor: 64 KB in flight on each, several times what its share of the memory's
+    On Hopper a block of 4,096 fp32 columns over 8 warps gives every thread four 16-byte loads in flight, and several
+    such programs fit a multiprocessor: more than 64 KB in flight on each, several times what its share of the memory's
     latency times bandwidth asks for.
     """
 
@@ -33,10 +33,10 @@ class Launch:
     warps: int
 
 
-def launch_for(width: int, *, most: int = _MOST_COLUMNS) -> Launch:
+def launch_for(width: int, *, most: int = _MOST_COLUMNS) -> RowLaunch:
     """Blocks for rows of ``width`` columns; a narrow row gets a narrow block."""
     block = min(most, max(16, triton.next_power_of_2(width)))
-    return Launch(block=block, warps=min(8, max(1, block // 256)))
+    return RowLaunch(block=block, warps=min(8, max(1, block // 256)))
 
 
 def ids_block(count: int) -> int:
@@ -77,7 +77,7 @@ def merge(max_a, sumexp_a, weighted_a, max_b, sumexp_b, weighted_b):
 
 @triton.jit
 def block_statistics(raw, scale):
-    """(max, sumexp, weighted) of ``scale * raw`` over the columns that are not hidden; sums of 0 when all are.
+    """(max, sumexp, weighted) of ``scale * raw`` over the columns that are not masked; sums of 0 when all are.
 
     Differences are taken before scaling, so that the maximum's own exponent is exactly 0.
     """
@@ -97,17 +97,17 @@ def picked_columns(ids_ptr, start, num_ids, first_id, width, IDS: tl.constexpr):
 
 @triton.jit
 def read_picked(
-    logits_ptr, width, scale, ids_ptr, picked_ptr, num_ids, first_id, HIDE: tl.constexpr, IDS: tl.constexpr
+    logits_ptr, width, scale, ids_ptr, picked_ptr, num_ids, first_id, MASK: tl.constexpr, IDS: tl.constexpr
 ):
-    """Logits of the row's ids that lie in this tile, to where they belong; with HIDE their columns are then hidden."""
+    """Put logits of the row's ids in this tile where they belong; with MASK their columns are then masked."""
     for start in tl.range(0, num_ids, IDS):
         slots, columns, here = picked_columns(ids_ptr, start, num_ids, first_id, width, IDS)
         raw = tl.load(logits_ptr + columns, mask=here, other=0.0).to(tl.float32)
         tl.store(picked_ptr + slots, raw * scale, mask=here)
-    if HIDE:
-        tl.debug_barrier()  # every mention of an id has been read before any of them hides its column
+    if MASK:
+        tl.debug_barrier()  # every mention of an id has been read before any of them masks its column
         for start in tl.range(0, num_ids, IDS):
             _, columns, here = picked_columns(ids_ptr, start, num_ids, first_id, width, IDS)
-            hidden = tl.full((IDS,), MASKED_LOGIT, tl.float32).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + columns, hidden, mask=here)
-        tl.debug_barrier()  # no column is read below by another thread before it is hidden
+            masked = tl.full((IDS,), MASKED_LOGIT, tl.float32).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + columns, masked, mask=here)
+        tl.debug_barrier()  # no column is read below by another thread before it is masked

@@ -1,6 +1,6 @@
 """Candidates for the top k of every row, without sorting it, and the softmax statistics, in one pass over the tile.
 
-Plain twin: ``losses._candidates`` (and the merging ``topk`` of ``_topk``), with ``_statistics.chunk_statistics``.
+Plain twin: ``candidates.py``, with ``statistics.chunk_statistics``.
 
 Each row keeps a short list of keys, and the value that an element must exceed to enter it. Columns come in ascending
 order, so an element equal to that value loses its tie to the k that are listed already, and the list stays ordered by
@@ -8,8 +8,8 @@ id. When a block brings more than the list can hold, list and block together are
 value is found bit by bit, by counting, and of the elements equal to it the first ones stay. That happens a handful of
 times per row: after n columns one in n / k still enters.
 
-Memory-bound: one read of the logits, 2 bytes each in bfloat16; the lists are rarely touched. Floor on an H200 at 4.3
-TB/s: 0.47 ns per 1,000 logits, 1.2 ms for 16,384 x 151,936. A full sort or a radix selection reads the row many times.
+Memory-bound: one read of the fp32 logits, 4 bytes each; the lists are rarely touched. Floor on an H200 at 4.3 TB/s:
+0.93 ns per 1,000 logits, 2.3 ms for 16,384 x 151,936. A full sort or a radix selection reads the row many times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tropd.losses.vocab_parallel.backends.kernels._rows import (
+from megatron_tropd.losses.vocab_parallel.backends.triton.kernels._rows import (
     MASKED_LOGIT,
     NOTHING,
     block_statistics,
@@ -34,13 +34,13 @@ from megatron_tropd.losses.vocab_parallel.backends.kernels._rows import (
 )
 
 LOWEST = tl.constexpr(-(2**31))  # below the order of every number
-_PART = 512
+_PART = 256
 _NO_CANDIDATE = torch.iinfo(torch.int64).min
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """The running lists of all rows. A key orders like (value, -id): see ``losses._candidates``."""
+class CandidateLists:
+    """The running lists of all rows. A key orders like (value, -id): see ``candidates.py``."""
 
     k: int
     keys_TC: Tensor  # int64; the first count_T of each row, by id ascending
@@ -48,27 +48,27 @@ class Candidates:
     bound_T: Tensor  # fp32: what an element must exceed
 
     @staticmethod
-    def empty(num_tokens: int, k: int, *, device: torch.device, capacity: int | None = None) -> Candidates:
-        """Room for several times k: the fuller a list may get, the fewer times it is cut down."""
-        room = triton.next_power_of_2(max(64, 4 * k) if capacity is None else capacity)
-        assert k <= room, f"{room} places cannot hold {k} candidates"
-        return Candidates(
+    def empty(num_tokens: int, k: int, *, device: torch.device, capacity: int | None = None) -> CandidateLists:
+        """Make room for several times k: the fuller a list may get, the fewer times it is cut down."""
+        places = triton.next_power_of_2(max(64, 4 * k) if capacity is None else capacity)
+        assert k <= places, f"{places} places cannot hold {k} candidates"
+        return CandidateLists(
             k=k,
-            keys_TC=torch.empty((num_tokens, room), dtype=torch.int64, device=device),
+            keys_TC=torch.empty((num_tokens, places), dtype=torch.int64, device=device),
             count_T=torch.zeros(num_tokens, dtype=torch.int32, device=device),
             bound_T=torch.full((num_tokens,), 0.5 * MASKED_LOGIT.value, device=device),
         )
 
     def keys(self) -> Tensor:
-        """``[T, C]`` keys of the lists, unsorted, the best k and others; what is not filled is no candidate."""
-        room = self.keys_TC.shape[1]
-        used_TC = torch.arange(room, device=self.keys_TC.device) < self.count_T.unsqueeze(-1)
+        """Return ``[T, C]`` keys of the lists, unsorted, the best k and others; what is not filled is no candidate."""
+        places = self.keys_TC.shape[1]
+        used_TC = torch.arange(places, device=self.keys_TC.device) < self.count_T.unsqueeze(-1)
         return self.keys_TC.masked_fill(~used_TC, _NO_CANDIDATE)
 
 
 def add_candidates(
     logits_Rw: Tensor,
-    candidates: Candidates,
+    candidates: CandidateLists,
     rows: slice,
     *,
     scale: float,
@@ -80,9 +80,9 @@ def add_candidates(
     first_id: int,
     tail: bool,
 ) -> None:
-    """``statistics.add_statistics``, and the tile's best columns into the lists of ``rows``.
+    """Do as ``statistics.add_statistics``, and put the tile's best columns into the lists of ``rows``.
 
-    ``tail``: the given ids are hidden, so no candidates either, and the statistics are of what is neither given nor
+    ``tail``: the given ids are masked, so no candidates either, and the statistics are of what is neither given nor
     listed at the end; entries that leave a list are included then.
     """
     check_rows(logits_Rw, ids_RK, picked_RK, max_R, sumexp_R, weighted_R)
@@ -156,7 +156,7 @@ def _topk_kernel(
         outside = tl.where(raw * scale > before, MASKED_LOGIT, raw) if TAIL else raw
         top, sumexp, weighted = _include(top, sumexp, weighted, outside, scale)
         if highest > bound:
-            # looked through again in small parts, from the cache: whole blocks would fill the registers
+            # looked through again in small parts, from the cache: blocks of full width would fill the registers
             for part in tl.range(start, tl.minimum(start + BLOCK, width), PART):
                 raw_part, _inside_part = load_block(logits_ptr, part, width, NOTHING, PART)
                 value = raw_part * scale
@@ -205,7 +205,7 @@ def _value(monotone):
 
 @triton.jit
 def _key(value, ids):
-    """``losses._candidates.encode``: the float's order above the complement of the id."""
+    """``candidates.encode``: the float's order above the complement of the id."""
     return (_monotone(value).to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
 
 
@@ -219,7 +219,7 @@ def _cut_down(keys_ptr, count, value, ids, enters, k, ROOM: tl.constexpr):
     listed = places < count
     tl.debug_barrier()  # what other threads appended is there
     keys = tl.load(keys_ptr + places, mask=listed, other=0)
-    tl.debug_barrier()  # the whole list is in registers before it is overwritten
+    tl.debug_barrier()  # all of the list is in registers before it is overwritten
     list_order = tl.where(listed, (keys >> 32).to(tl.int32), LOWEST)
     block_order = tl.where(enters, _monotone(value), LOWEST)
     kth = tl.full((), LOWEST, tl.int32)

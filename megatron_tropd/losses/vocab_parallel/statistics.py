@@ -1,6 +1,5 @@
-"""Softmax statistics of logits that arrive in tiles and lie on several ranks, and the gradient they imply.
+"""Softmax statistics of logits that arrive in tiles and lie on several ranks; shared by the drivers and both backends.
 
-``chunk_statistics`` and ``chunk_gradient`` are the two hot loops: functions of one tile, which a kernel may replace.
 All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small beside the maximum.
 """
 
@@ -12,9 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tropd.errors import DataError
-
+MASKED_LOGIT = -1e30
+"""Logit of a column that is not to count: far below every real one, far enough from the lowest number to be scaled."""
 _LOG2_E = 1.0 / math.log(2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """What makes probabilities of logits l: ``q = exp(l - m) / s`` for each token."""
+
+    max_T: Tensor  # m = max l
+    sumexp_T: Tensor  # s = sum exp(l - m)
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(m, s) of some of the tokens."""
+        return self.max_T[rows], self.sumexp_T[rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,11 @@ class Statistics:
         return torch.stack([self.max_T, self.sumexp_T, self.weighted_T])
 
     @property
+    def normalizer(self) -> Normalizer:
+        """The part that turns logits into probabilities."""
+        return Normalizer(self.max_T, self.sumexp_T)
+
+    @property
     def log_sumexp_T(self) -> Tensor:
         """log s: what is to be subtracted from ``l - m`` to make a log-probability."""
         return self.sumexp_T.log()
@@ -75,16 +91,27 @@ class Statistics:
 
 
 def merge_ranks(every_n3T: Tensor) -> Statistics:
-    """Statistics over all ranks' columns, given each rank's ``stacked()``.
+    """Merge the statistics of all ranks' columns, given each rank's ``stacked()``.
 
     Merged here in rank order, rather than by a reduction whose order may depend on an element's place in the message:
     so equal logits give equal bits, in whatever function and on whatever rank, and a teacher identical to the student
     gives exactly 0.
     """
-    whole = Statistics(*every_n3T[0].clone())
+    full = Statistics(*every_n3T[0].clone())
     for rank_3T in every_n3T[1:]:
-        whole.merge_(slice(None), Statistics(*rank_3T))
-    return whole
+        full.merge_(slice(None), Statistics(*rank_3T))
+    return full
+
+
+def drop_fully_masked(tile: Statistics) -> Statistics:
+    """Make the tile's statistics empty for tokens of which every column is masked."""
+    nothing_R = tile.max_T <= 0.5 * MASKED_LOGIT
+    lowest = torch.finfo(tile.max_T.dtype).min
+    return Statistics(
+        max_T=tile.max_T.masked_fill(nothing_R, lowest),
+        sumexp_T=tile.sumexp_T.masked_fill(nothing_R, 0.0),
+        weighted_T=tile.weighted_T.masked_fill(nothing_R, 0.0),
+    )
 
 
 def exponential(x: Tensor, *, out: Tensor) -> Tensor:
@@ -97,7 +124,7 @@ def exponential(x: Tensor, *, out: Tensor) -> Tensor:
 
 
 def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:
-    """Statistics of one tile; overwrites both arguments."""
+    """Take the statistics of one tile; overwrite both arguments."""
     max_R = logits_Rw.amax(-1)
     logits_Rw.sub_(max_R.unsqueeze(-1))
     exponential(logits_Rw, out=scratch_Rw)
@@ -106,74 +133,51 @@ def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:
     return Statistics(max_T=max_R, sumexp_T=sumexp_R, weighted_T=weighted_R)
 
 
-def chunk_gradient(
-    logits_Rw: Tensor,
-    scratch_Rw: Tensor,
-    *,
-    max_R: Tensor,
-    sumexp_R: Tensor,
-    constant_R: Tensor,
-    slope_R: Tensor | None,
-) -> Tensor:
-    """``q (constant + slope log q)`` with ``q = exp(logits - max) / sumexp``, in place of the logits.
+@dataclass(frozen=True, slots=True)
+class KlStatistics:
+    """What ``KL(first || second)`` needs of two models' logits a, b, over some set of columns.
 
-    Every gradient of softmax statistics with respect to the logits has this form, up to the picked entries.
-    """
-    logits_Rw.sub_(max_R.unsqueeze(-1))
-    if slope_R is None:
-        return exponential(logits_Rw, out=logits_Rw).mul_((constant_R / sumexp_R).unsqueeze(-1))
-    exponential(logits_Rw, out=scratch_Rw)
-    log_sumexp_R = sumexp_R.log()
-    logits_Rw.mul_((slope_R / sumexp_R).unsqueeze(-1))
-    logits_Rw.add_(((constant_R - slope_R * log_sumexp_R) / sumexp_R).unsqueeze(-1))
-    return logits_Rw.mul_(scratch_Rw)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picks:
-    """Given ids per token, seen from a tile. Each id lies in exactly one tile of one rank.
-
-    An id outside a tile points at one of the tile's end columns and carries 0: it must be *added* there, never
-    assigned, or it would wipe out an id that truly is that column.
+    ``KL = sum softmax(a) (a - b) - logsumexp(a) + logsumexp(b)``: one pass, no log-probabilities. Mutated by merging.
     """
 
-    column_RK: Tensor  # within the tile
-    inside_RK: Tensor  # bool
+    first: Statistics
+    second: Statistics
+    gap_T: Tensor  # sum exp(a - max a) (a - b)
 
     @staticmethod
-    def of(ids_RK: Tensor, *, first_id: int, width: int) -> Picks:
-        """``first_id`` is the global id of the tile's column 0."""
-        true_RK = ids_RK - first_id
-        column_RK = true_RK.clamp(0, width - 1)
-        return Picks(column_RK=column_RK, inside_RK=column_RK == true_RK)
+    def empty(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> KlStatistics:
+        """Statistics over no column."""
+        first, second = (Statistics.empty(num_tokens, dtype=dtype, device=device) for _ in range(2))
+        return KlStatistics(first, second, torch.zeros_like(first.sumexp_T))
 
-    def read_into(self, picked_RK: Tensor, logits_Rw: Tensor) -> None:
-        """Put the logits of the ids inside the tile where they belong; leave the others."""
-        torch.where(self.inside_RK, logits_Rw.gather(1, self.column_RK), picked_RK, out=picked_RK)
+    def merge_(self, rows: slice, other: KlStatistics) -> None:
+        """Include further columns for some of the tokens."""
+        old_max_R = self.first.max_T[rows].clone()
+        self.first.merge_(rows, other.first)
+        self.second.merge_(rows, other.second)
+        max_R = self.first.max_T[rows]
+        mine_R, theirs_R = (old_max_R - max_R).exp(), (other.first.max_T - max_R).exp()
+        self.gap_T[rows] = self.gap_T[rows] * mine_R + other.gap_T * theirs_R
 
-    def hide(self, logits_Rw: Tensor, counts_RK: Tensor, *, hidden: float) -> None:
-        """Lower the columns of the ids to ``hidden``; each id must count once, further mentions not at all."""
-        # added, not assigned, like every write at an end column; a sum with so low a number is that number
-        lowered_RK = torch.where(self.inside_RK & counts_RK, hidden, 0.0).to(logits_Rw.dtype)
-        logits_Rw.scatter_add_(1, self.column_RK, lowered_RK)
+    def stacked(self) -> Tensor:
+        """``[7, T]``, to travel."""
+        return torch.cat([self.first.stacked(), self.second.stacked(), self.gap_T.unsqueeze(0)])
 
-    def add_to(self, dlogits_Rw: Tensor, grad_RK: Tensor) -> None:
-        """Add each id's gradient at its column; duplicates add up."""
-        dlogits_Rw.scatter_add_(1, self.column_RK, grad_RK * self.inside_RK)
+    @property
+    def mean_gap_T(self) -> Tensor:
+        """Mean of a - b under softmax(a)."""
+        return self.gap_T / self.first.sumexp_T
+
+    @property
+    def kl_T(self) -> Tensor:
+        """KL(first || second), nats."""
+        offset_T = (self.first.max_T - self.second.max_T) + (self.first.log_sumexp_T - self.second.log_sumexp_T)
+        return self.mean_gap_T - offset_T
 
 
-def check_ids(ids_TK: Tensor, *, num_tokens: int, vocab_size: int) -> Tensor | None:
-    """Refuse bad ids on a CPU; on an accelerator say, without waiting, which are good."""
-    if ids_TK.dim() != 2 or ids_TK.shape[0] != num_tokens or ids_TK.dtype not in (torch.int64, torch.int32):
-        raise DataError(
-            f"ids must be int64 [{num_tokens}, K], got {ids_TK.dtype} {list(ids_TK.shape)}: one row per hidden state."
-        )
-    if ids_TK.device.type != "cpu":
-        return (ids_TK >= 0) & (ids_TK < vocab_size)
-    lowest, highest = (int(id_) for id_ in ids_TK.aminmax()) if ids_TK.numel() else (0, 0)
-    if lowest < 0 or highest >= vocab_size:
-        raise DataError(
-            f"token id {lowest if lowest < 0 else highest} is outside the vocabulary [0, {vocab_size}). "
-            "Mask the position or map the id before scoring it."
-        )
-    return None
+def merge_kl_ranks(every_n7T: Tensor) -> KlStatistics:
+    """Merge over all ranks' columns, given each rank's ``stacked()``; in rank order, as ``merge_ranks``."""
+    full, *others = (KlStatistics(Statistics(*x[:3]), Statistics(*x[3:6]), x[6]) for x in every_n7T.clone())
+    for other in others:
+        full.merge_(slice(None), other)
+    return full

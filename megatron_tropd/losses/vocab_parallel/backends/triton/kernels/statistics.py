@@ -1,10 +1,11 @@
 """Softmax statistics of a tile, merged into running ones, and the logits of given ids, in one pass over the tile.
 
-Plain twin: ``losses._statistics.chunk_statistics`` with ``Statistics.merge_``, ``Picks.read_into`` and ``Picks.hide``.
+Plain twins: ``chunk_statistics`` and ``Statistics.merge_`` (``statistics.py``), ``Picks.read_into`` and
+``Picks.mask_columns`` (``backends/torch/softmax.py``).
 
-Memory-bound: each logit is read once, 2 bytes in bfloat16, and a row costs 24 bytes of statistics and 12 per picked id
-beside it. Floor on an H200, at the 4.3 TB/s measured for a copy: 0.47 ns per 1,000 logits, 1.2 ms for 16,384 x 151,936.
-One exponential and about ten other instructions per logit: half of what a multiprocessor can issue meanwhile.
+Memory-bound: each fp32 logit is read once, 4 bytes, and a row costs 24 bytes of statistics and 12 per picked id beside
+it. Floor on an H200, at the 4.3 TB/s measured for a copy: 0.93 ns per 1,000 logits, 2.3 ms for 16,384 x 151,936.
+One exponential and about ten other instructions per logit: a quarter of what a multiprocessor can issue meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tropd.losses.vocab_parallel.backends.kernels._rows import (
+from megatron_tropd.losses.vocab_parallel.backends.triton.kernels._rows import (
     NOTHING,
     block_statistics,
     check_rows,
@@ -35,12 +36,12 @@ def add_statistics(
     ids_RK: Tensor,
     picked_RK: Tensor,
     first_id: int,
-    hide: bool,
+    mask: bool,
 ) -> None:
     """Include the columns of ``scale * logits`` in the running statistics, and fill in the logits of ids among them.
 
     ``first_id`` is the global id of column 0. ``picked_RK`` keeps what it holds where an id lies elsewhere. With
-    ``hide`` the ids' columns are overwritten and do not count: the statistics are of the columns outside (``_tail``).
+    ``mask`` the ids' columns are overwritten and do not count: the statistics are of the columns outside (``tail.py``).
     """
     check_rows(logits_Rw, ids_RK, picked_RK, max_R, sumexp_R, weighted_R)
     launch, num_ids = launch_for(logits_Rw.shape[1]), ids_RK.shape[1]
@@ -58,7 +59,7 @@ def add_statistics(
         picked_RK.stride(0),
         num_ids,
         first_id,
-        HIDE=hide,
+        MASK=mask,
         IDS=ids_block(num_ids),
         BLOCK=launch.block,
         num_warps=launch.warps,
@@ -80,14 +81,14 @@ def _statistics_kernel(
     picked_stride,
     num_ids,
     first_id,
-    HIDE: tl.constexpr,
+    MASK: tl.constexpr,
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     ids_ptr += row * ids_stride
-    read_picked(logits_ptr, width, scale, ids_ptr, picked_ptr + row * picked_stride, num_ids, first_id, HIDE, IDS)
+    read_picked(logits_ptr, width, scale, ids_ptr, picked_ptr + row * picked_stride, num_ids, first_id, MASK, IDS)
     top = tl.load(max_ptr + row)
     sumexp = tl.load(sumexp_ptr + row)
     weighted = tl.load(weighted_ptr + row)

@@ -27,7 +27,7 @@ MOST_IDS = 4096  # a row's picked entries are held in registers while the row is
 MOST_K = 1024  # so is its list of candidates when it is cut down
 Mode = Literal["auto", "off", "interpret"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ENTRY = "megatron_tropd.losses.vocab_parallel.backends.kernels._rows"
+_ENTRY = "megatron_tropd.losses.vocab_parallel.backends.triton.kernels._rows"
 
 
 def serve(device: torch.device, dtype: torch.dtype, *, ids: int = 0, k: int = 0) -> bool:
@@ -82,7 +82,7 @@ def _import_interpreted() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         for name in ("_rows", "statistics", "gradient", "topk", "divergence"):
-            importlib.import_module(f"megatron_tropd.losses.vocab_parallel.backends.kernels.{name}")
+            importlib.import_module(f"megatron_tropd.losses.vocab_parallel.backends.triton.kernels.{name}")
         vars(importlib.import_module("triton.knobs").runtime)["interpret"] = True
     finally:
         if before is None:

@@ -1,0 +1,1 @@
+"""Tile work by Triton kernels, for GPUs."""
