@@ -185,8 +185,8 @@ DEFECTS = (
         edits=(
             Edit(
                 path="megatron_tropd/methods/tropd.py",
-                old='or (script) a detached advantage"\n    ] = "direct"',
-                new='or (script) a detached advantage"\n    ] = "pg_scalar"',
+                old='        "direct", "fkl_topk: its own gradient, or (script) a detached advantage"',
+                new='        "pg_scalar", "fkl_topk: its own gradient, or (script) a detached advantage"',
             ),
         ),
         caught_by=f"{METHODS}::test_tropd_gives_each_token_the_term_of_its_kind",
