@@ -297,7 +297,7 @@ def _convert(
     from megatron_tropd.parallel.groups import Layout
 
     layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert)
-    plan = conversion.Plan(layout=layout, dtype=dtype, texts=tuple(texts or ()))
+    plan = conversion.ConversionPlan(layout=layout, dtype=dtype, texts=tuple(texts or ()))
     getattr(conversion, name)(source, target, plan, **options)
     _leave()
 

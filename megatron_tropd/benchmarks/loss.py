@@ -58,7 +58,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class LossInputs:
     """Leaves with gradient, ids, and the incoming gradients."""
 
     hidden_TD: Tensor
@@ -77,14 +77,14 @@ class Measurement:
     extra_bytes: int
 
 
-def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entropy: bool = False) -> Inputs:
+def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entropy: bool = False) -> LossInputs:
     """Random inputs with logits of standard deviation about 3, as a trained model has."""
     generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=generator, device=device, dtype=dtype) * scale
 
-    return Inputs(
+    return LossInputs(
         normal(shape.tokens, shape.hidden).requires_grad_(),
         normal(shape.vocab, shape.hidden, scale=3 * shape.hidden**-0.5).requires_grad_(),
         torch.randint(0, shape.vocab, (shape.tokens, shape.candidates), generator=generator, device=device),
@@ -93,14 +93,14 @@ def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entro
     )
 
 
-def fused(x: Inputs, *, cache_bytes: int = 0) -> None:
+def fused(x: LossInputs, *, cache_bytes: int = 0) -> None:
     """The package's own loss core."""
     vocab_size = x.weight_VD.shape[0]
     out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=vocab_size, cache_bytes=cache_bytes)
     _backward([out.logprob_TK, out.entropy_T], x)
 
 
-def without_kernels(x: Inputs) -> None:
+def without_kernels(x: LossInputs) -> None:
     """``fused`` by torch alone."""
     before = os.environ.get(kernels.SWITCH)
     os.environ[kernels.SWITCH] = "off"
@@ -113,7 +113,7 @@ def without_kernels(x: Inputs) -> None:
             os.environ[kernels.SWITCH] = before
 
 
-def _backward(outputs: list[Tensor], x: Inputs) -> None:
+def _backward(outputs: list[Tensor], x: LossInputs) -> None:
     gradients = [x.grad_TK] if x.grad_T is None else [x.grad_TK, x.grad_T]
     torch.autograd.backward(outputs[: len(gradients)], gradients)
 
@@ -124,12 +124,12 @@ def _plain_forward(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, entropy
     return [picked_TK, -(logprob_TV.exp() * logprob_TV).sum(-1)] if entropy else [picked_TK]
 
 
-def plain(x: Inputs) -> None:
+def plain(x: LossInputs) -> None:
     """What one writes first."""
     _backward(_plain_forward(x.hidden_TD, x.weight_VD, x.ids_TK, x.grad_T is not None), x)
 
 
-def products(x: Inputs) -> None:
+def products(x: LossInputs) -> None:
     """The four matrix products of a loss that recomputes its logits, in slices, nothing else."""
     if x.hidden_TD.is_cuda:
         _gpu_products(x)
@@ -144,7 +144,7 @@ def products(x: Inputs) -> None:
 
 
 @torch.no_grad()
-def _gpu_products(x: Inputs) -> None:
+def _gpu_products(x: LossInputs) -> None:
     """In slices of the vocabulary, as large as ``fused`` takes them, which leaves each weight gradient one product."""
     hidden_gradient, weight_gradient = torch.empty_like(x.hidden_TD), torch.empty_like(x.weight_VD)
     slices = zip(x.weight_VD.split(_GPU_SLICE), weight_gradient.split(_GPU_SLICE), strict=True)
@@ -155,17 +155,17 @@ def _gpu_products(x: Inputs) -> None:
         torch.mm(logits.T, x.hidden_TD, out=gradient)
 
 
-def compiled() -> Callable[[Inputs], None]:
+def compiled() -> Callable[[LossInputs], None]:
     """``plain`` under ``torch.compile``."""
     forward = torch.compile(_plain_forward)
 
-    def run(x: Inputs) -> None:
+    def run(x: LossInputs) -> None:
         _backward(forward(x.hidden_TD, x.weight_VD, x.ids_TK, x.grad_T is not None), x)
 
     return run
 
 
-def liger() -> Callable[[Inputs], None] | None:
+def liger() -> Callable[[LossInputs], None] | None:
     """Liger's fused linear JSD against a teacher of the same size; None where Liger or a GPU is missing."""
     if not torch.cuda.is_available():
         return None
@@ -175,14 +175,14 @@ def liger() -> Callable[[Inputs], None] | None:
         return None
     module = LigerFusedLinearJSD(jsd_beta=0.5)
 
-    def run(x: Inputs) -> None:
+    def run(x: LossInputs) -> None:
         teacher_hidden, teacher_weight = x.hidden_TD.detach() * 0.9, x.weight_VD.detach()
         module(x.hidden_TD, x.weight_VD, teacher_hidden, teacher_weight).backward()
 
     return run
 
 
-def measure(variants: dict[str, Callable[[Inputs], None]], x: Inputs, *, repeats: int) -> list[Measurement]:
+def measure(variants: dict[str, Callable[[LossInputs], None]], x: LossInputs, *, repeats: int) -> list[Measurement]:
     """Times the variants in turn, then measures each one's memory."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
@@ -199,11 +199,11 @@ def measure(variants: dict[str, Callable[[Inputs], None]], x: Inputs, *, repeats
     ]
 
 
-def _clear(x: Inputs) -> None:
+def _clear(x: LossInputs) -> None:
     x.hidden_TD.grad = x.weight_VD.grad = None
 
 
-def _seconds(run: Callable[[Inputs], None], x: Inputs) -> float:
+def _seconds(run: Callable[[LossInputs], None], x: LossInputs) -> float:
     """Of one call: between two events in the GPU's own queue, or by the clock."""
     if not x.hidden_TD.is_cuda:
         started = time.perf_counter()
@@ -254,7 +254,7 @@ def traffic(shape: Shape, *, entropy: bool) -> dict[str, list[tuple[str, float]]
     }
 
 
-def _peak_extra(run: Callable[[Inputs], None], x: Inputs) -> int:
+def _peak_extra(run: Callable[[LossInputs], None], x: LossInputs) -> int:
     """Most bytes held at once beyond the inputs and the two gradients every variant must leave behind."""
     _clear(x)
     results = sum(leaf.numel() * leaf.element_size() for leaf in (x.hidden_TD, x.weight_VD))
@@ -270,7 +270,7 @@ def _peak_extra(run: Callable[[Inputs], None], x: Inputs) -> int:
     return max(0, peak - results)
 
 
-def _cpu_peak(run: Callable[[Inputs], None], x: Inputs) -> int:
+def _cpu_peak(run: Callable[[LossInputs], None], x: LossInputs) -> int:
     """From the profiler's record of every allocation and release."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run(x)
@@ -312,7 +312,7 @@ def main(
             listed = ", ".join(f"{what} of {size:,.0f} bytes" for what, size in found_in) or "none"
             Console().print(f"{name}: {listed} (K={candidates}, per token and rank)", highlight=False, soft_wrap=True)
         return
-    variants: dict[str, Callable[[Inputs], None]] = {"fused": fused, "plain": plain, "products": products}
+    variants: dict[str, Callable[[LossInputs], None]] = {"fused": fused, "plain": plain, "products": products}
     if keep_gb:
         variants["kept"] = partial(fused, cache_bytes=int(keep_gb * 2**30))
     if device.type == "cuda":

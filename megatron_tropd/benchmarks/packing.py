@@ -33,7 +33,7 @@ except ImportError:  # no compiler at install time: its rows are left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class PackingRow:
     """One measured packer."""
 
     name: str
@@ -132,7 +132,7 @@ def _imbalance(lengths: Int64Array, order: Int64Array, pack_offsets: Int64Array,
     return float(per_replica.max() / per_replica.mean() - 1)
 
 
-def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, scan: bool) -> list[Row]:
+def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, scan: bool) -> list[PackingRow]:
     """Times every packer on the same lengths; the first row is the one that ``pack`` runs."""
     bound = fewest_packs(lengths, max_tokens)
     ids = np.arange(len(lengths))
@@ -149,7 +149,7 @@ def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, s
         )
         packs = len(pack_offsets) - 1
         rows.append(
-            Row(
+            PackingRow(
                 name=name,
                 seconds=seconds,
                 repetitions=repetitions,
@@ -163,7 +163,9 @@ def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, s
     for name, first_fit, repetitions in rivals:
         seconds, result = _timed(lambda first_fit=first_fit: first_fit(listed, max_tokens), repetitions)  # type: ignore[misc]
         packs = len(result)
-        rows.append(Row(name=name, seconds=seconds, repetitions=repetitions, packs=packs, fill_of_bound=bound / packs))
+        rows.append(
+            PackingRow(name=name, seconds=seconds, repetitions=repetitions, packs=packs, fill_of_bound=bound / packs)
+        )
     return rows
 
 
@@ -188,7 +190,7 @@ def measure_build(lengths: Int64Array, *, max_tokens: int) -> dict[str, float]:
     }
 
 
-def _print(console: Console, rows: list[Row], *, title: str) -> None:
+def _print(console: Console, rows: list[PackingRow], *, title: str) -> None:
     table = Table(title=title, caption="FFD: first-fit decreasing in pure Python, assignment to packs only")
     for heading in ("packer", "runs", "time", "ratio", "packs", "bound/packs", "imbalance"):
         table.add_column(heading, justify="left" if heading == "packer" else "right")

@@ -41,7 +41,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ConversionPlan:
     """How to convert: over which ranks, into which numbers, and on which texts the result is compared."""
 
     layout: Layout
@@ -49,7 +49,7 @@ class Plan:
     texts: Sequence[str] = ()  # nothing is compared when empty
 
 
-def hf_to_megatron(source: Path, target: Path, plan: Plan) -> None:
+def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
     """Writes ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
 
     A target that was finished from the same source is left as it is. Killed before that, there is no target, and the
@@ -81,7 +81,7 @@ def hf_to_megatron(source: Path, target: Path, plan: Plan) -> None:
         _verify(source, target, architecture, groups, device=device, texts=plan.texts)
 
 
-def megatron_to_hf(source: Path, target: Path, plan: Plan, *, like: Path | None = None) -> None:
+def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:
     """Writes ``source``, a Megatron checkpoint, as the Hugging Face directory ``target``. Collective.
 
     Killed and started again, it goes on after the last safetensors file that was finished.

@@ -38,7 +38,7 @@ from megatron_tropd.planning.parameters import States, frozen_states, layers_of_
 from megatron_tropd.planning.phases import by_phase, leaving, moved_bytes
 from megatron_tropd.planning.traffic import (
     Load,
-    Transfer,
+    RankTransfer,
     backward_transfers,
     forward_transfers,
     gradient_transfers,
@@ -287,7 +287,7 @@ def _loads(job: ClusterJob, layout: Layout, packs: int) -> list[Load]:
     return [Load(tokens=tokens, valid=int(tokens * job.response / job.length))] * packs
 
 
-def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: str) -> list[Transfer]:
+def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: str) -> list[RankTransfer]:
     """Of a rank of the last stage, which also has the loss."""
     loads, stage = _loads(job, layout, 1), layout.pipeline - 1
     found = forward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize)
@@ -308,7 +308,7 @@ def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: s
     return every + update * job.train.minibatches
 
 
-def _teacher_transfers(job: ClusterJob, layout: Layout, packs: int) -> list[Transfer]:
+def _teacher_transfers(job: ClusterJob, layout: Layout, packs: int) -> list[RankTransfer]:
     loads, stage, spec = _loads(job, layout, 1), layout.pipeline - 1, job.spec
     found = forward_transfers(job.teacher, layout, loads, stage=stage, itemsize=job.itemsize)
     found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.queries)

@@ -19,7 +19,7 @@ _KL, _MIXTURE = 7, 6  # the same of a divergence between two; a mixture sums two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
+class RankTransfer:
     """One kind of message or collective that a rank takes part in."""
 
     axis: str  # whose ranks: tensor, context, pipeline, expert, data, expert_data, ends (of the pipeline)
@@ -47,29 +47,29 @@ def splits_tokens(layout: Layout) -> bool:
     return layout.sequence and layout.tensor > 1
 
 
-def _in_and_out(layout: Layout, size: int, what: str) -> list[Transfer]:
+def _in_and_out(layout: Layout, size: int, what: str) -> list[RankTransfer]:
     """Forward through a pair of matrices that are cut over the tensor ranks, ``size`` bytes in and out."""
     if layout.tensor == 1:
         return []
     operations = ("all_gather", "reduce_scatter") if splits_tokens(layout) else ("all_reduce",)
-    return [Transfer(axis="tensor", operation=operation, size=size, what=what) for operation in operations]
+    return [RankTransfer(axis="tensor", operation=operation, size=size, what=what) for operation in operations]
 
 
-def _backward(transfers: Iterable[Transfer]) -> list[Transfer]:
+def _backward(transfers: Iterable[RankTransfer]) -> list[RankTransfer]:
     """A gather's gradient is scattered and a scatter's gathered; a sum on the way out becomes one on the way in."""
     turned = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}
     return [replace(t, operation=turned.get(t.operation, t.operation)) for t in transfers]
 
 
-def _keys(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[Transfer]:
+def _keys(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
     """Keys and values, whole for every context rank."""
     if layout.context == 1:
         return []
     size = tokens * layout.context * 2 * (a.num_kv_heads // layout.tensor) * a.head_dim * itemsize
-    return [Transfer(axis="context", operation="all_gather", size=size, what="keys and values")]
+    return [RankTransfer(axis="context", operation="all_gather", size=size, what="keys and values")]
 
 
-def _experts(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[Transfer]:
+def _experts(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
     """To the experts and back; ranks get unequal numbers of tokens, and this is their mean."""
     rows = tokens // (layout.tensor if splits_tokens(layout) else 1) * a.experts_per_token
     vectors, weights = rows * a.hidden_size * itemsize, rows * itemsize
@@ -80,10 +80,10 @@ def _experts(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> lis
         # an expert is cut over the tensor ranks, which bring different tokens
         found += [("tensor", "all_gather", size * layout.tensor) for size in (vectors, weights)]
         found.append(("tensor", "reduce_scatter", vectors * layout.tensor))
-    return [Transfer(axis=axis, operation=operation, size=size, what="experts") for axis, operation, size in found]
+    return [RankTransfer(axis=axis, operation=operation, size=size, what="experts") for axis, operation, size in found]
 
 
-def _layer(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[Transfer]:
+def _layer(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
     """One layer's forward for one pack."""
     size = tokens * a.hidden_size * itemsize
     attention = _in_and_out(layout, size, "layers") + _keys(a, layout, tokens, itemsize)
@@ -91,7 +91,7 @@ def _layer(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[
     return attention + mlp
 
 
-def _layer_backward(a: Architecture, layout: Layout, tokens: int, itemsize: int, recompute: str) -> list[Transfer]:
+def _layer_backward(a: Architecture, layout: Layout, tokens: int, itemsize: int, recompute: str) -> list[RankTransfer]:
     forward = _layer(a, layout, tokens, itemsize)
     again = {
         "none": [],
@@ -100,40 +100,44 @@ def _layer_backward(a: Architecture, layout: Layout, tokens: int, itemsize: int,
     }[recompute]
     if splits_tokens(layout):
         # what entered a matrix was let go of but for this rank's share, and its weight's gradient wants all of it
-        whole = Transfer(axis="tensor", operation="all_gather", size=tokens * a.hidden_size * itemsize, what="layers")
+        whole = RankTransfer(
+            axis="tensor", operation="all_gather", size=tokens * a.hidden_size * itemsize, what="layers"
+        )
         again = [*again, *[whole] * (1 if a.num_experts else 2)]
     return _backward(forward) + again
 
 
-def _ends(a: Architecture, layout: Layout, load: Load, itemsize: int, *, stage: int, backward: bool) -> list[Transfer]:
+def _ends(
+    a: Architecture, layout: Layout, load: Load, itemsize: int, *, stage: int, backward: bool
+) -> list[RankTransfer]:
     """Of the embedding on the first stage, and of the hidden states that the last hands to the loss."""
     if layout.tensor == 1:
         return []
     row, split, found = a.hidden_size * itemsize, splits_tokens(layout), []
     if stage == 0 and (split or not backward):
         operation = {(True, False): "reduce_scatter", (True, True): "all_gather"}.get((split, backward), "all_reduce")
-        found.append(Transfer(axis="tensor", operation=operation, size=load.tokens * row, what="embedding"))
+        found.append(RankTransfer(axis="tensor", operation=operation, size=load.tokens * row, what="embedding"))
     if stage == layout.pipeline - 1 and (split or backward):
         operation = {(True, False): "all_gather", (True, True): "reduce_scatter"}.get((split, backward), "all_reduce")
         rows = load.tokens if split else load.valid
-        found.append(Transfer(axis="tensor", operation=operation, size=rows * row, what="hidden states"))
+        found.append(RankTransfer(axis="tensor", operation=operation, size=rows * row, what="hidden states"))
     return found
 
 
 def _stages(
     a: Architecture, layout: Layout, load: Load, itemsize: int, *, stage: int, backward: bool
-) -> list[Transfer]:
+) -> list[RankTransfer]:
     """Activations to the next stage, or their gradients to the one before, of every chunk of this one."""
     last = layout.pipeline - 1
     exempt = stage == (0 if backward else last)  # the model ends there, with one of its chunks
     size = load.tokens * a.hidden_size * itemsize // (layout.tensor if splits_tokens(layout) else 1)
     sends = (layout.virtual_pipeline - exempt) * (layout.pipeline > 1)
-    return [Transfer(axis="pipeline", operation="send", size=size, what="stages")] * sends
+    return [RankTransfer(axis="pipeline", operation="send", size=size, what="stages")] * sends
 
 
 def forward_transfers(
     a: Architecture, layout: Layout, loads: Sequence[Load], *, stage: int, itemsize: int
-) -> list[Transfer]:
+) -> list[RankTransfer]:
     """Of packs that are only asked about; the loss is apart."""
     layers = layers_of_stages(a.num_layers, layout)[stage]
     found = []
@@ -146,7 +150,7 @@ def forward_transfers(
 
 def backward_transfers(
     a: Architecture, layout: Layout, loads: Sequence[Load], *, stage: int, itemsize: int, recompute: str = "none"
-) -> list[Transfer]:
+) -> list[RankTransfer]:
     """Of the packs' gradients down to the inputs of the stage."""
     layers = layers_of_stages(a.num_layers, layout)[stage]
     found = []
@@ -157,7 +161,7 @@ def backward_transfers(
     return found
 
 
-def loss_transfers(layout: Layout, *, valid: int, candidates: int, divergence: str = "") -> list[Transfer]:
+def loss_transfers(layout: Layout, *, valid: int, candidates: int, divergence: str = "") -> list[RankTransfer]:
     """Of the loss over the vocabulary, on the last stage, forward; backward has none.
 
     Args:
@@ -170,24 +174,24 @@ def loss_transfers(layout: Layout, *, valid: int, candidates: int, divergence: s
     summed = candidates + 2 * (divergence == "jsd")
     sizes = {"all_gather": gathered * layout.tensor, "all_reduce": summed}
     return [
-        Transfer(axis="tensor", operation=operation, size=_FP32 * floats * valid, what="loss")
+        RankTransfer(axis="tensor", operation=operation, size=_FP32 * floats * valid, what="loss")
         for operation, floats in sizes.items()
     ]
 
 
-def grading_transfers(layout: Layout, *, valid: int, top_k: int, asked: int) -> list[Transfer]:
+def grading_transfers(layout: Layout, *, valid: int, top_k: int, asked: int) -> list[RankTransfer]:
     """Of a model that says its ``top_k`` likeliest ids, and log-probs of the sampled token and of ``asked`` ids."""
     if layout.tensor == 1:
         return []
     if not top_k:
         return loss_transfers(layout, valid=valid, candidates=1 + asked)
     width = 8 * (top_k + -(-(_STATISTICS + 1 + asked) // 2))  # floats travel two to an id
-    return [Transfer(axis="tensor", operation="all_gather", size=width * valid * layout.tensor, what="loss")]
+    return [RankTransfer(axis="tensor", operation="all_gather", size=width * valid * layout.tensor, what="loss")]
 
 
 def gradient_transfers(
     a: Architecture, layout: Layout, *, stage: int, data_ranks: int, itemsize: int, distributed: bool
-) -> list[Transfer]:
+) -> list[RankTransfer]:
     """Once per update: gradients of ranks that hold the same weights and, where states are cut, the new weights."""
     chunks = chunks_of_stage(a, layout, stage)
     found = []
@@ -211,7 +215,9 @@ def gradient_transfers(
     if norms:
         found.append(("tensor", "all_reduce", norms * _FP32))
     return [
-        Transfer(axis=axis, operation=operation, size=size, what="gradients") for axis, operation, size in found if size
+        RankTransfer(axis=axis, operation=operation, size=size, what="gradients")
+        for axis, operation, size in found
+        if size
     ]
 
 

@@ -48,7 +48,7 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class StepShare:
     """One part of the mean step."""
 
     name: str
@@ -280,10 +280,10 @@ def _mean(rows: Rows, name: str) -> float | None:
     return float(np.nanmean(column)) if np.isfinite(column).any() else None
 
 
-def _shares(parts: Mapping[str, FloatArray]) -> list[Share]:
+def _shares(parts: Mapping[str, FloatArray]) -> list[StepShare]:
     total = sum(float(np.mean(seconds)) for seconds in parts.values())
     return [
-        Share(
+        StepShare(
             name=name,
             seconds=float(np.mean(seconds)),
             fraction=float(np.mean(seconds)) / total,

@@ -19,14 +19,14 @@ class Job:
 
     call: Callable[[Server], Awaitable[Any]]
     cost: float  # tokens, about
-    batch: Batch | None = None
+    batch: JobBatch | None = None
     attempts: int = 0  # that were answered wrongly
     moves: int = 0  # servers that were lost while it was under way there
     wrong: set[Peer] = field(default_factory=set)  # who answered wrongly: others are asked first
     result: Any = None
 
 
-class Batch:
+class JobBatch:
     """Jobs handed in together; their results come in their order."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:

@@ -19,7 +19,7 @@ from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable, new_connections
 from megatron_tropd.vllm_bridge.health import BACKOFF, HealthMonitor
-from megatron_tropd.vllm_bridge.jobs import Batch, Job, Peer
+from megatron_tropd.vllm_bridge.jobs import Job, JobBatch, Peer
 from megatron_tropd.vllm_bridge.scheduler import Scheduler
 from megatron_tropd.vllm_bridge.weight_updates import Refresh, Update, WeightUpdates
 
@@ -68,9 +68,9 @@ class Pool:
         found: dict[str, dict[str, Any]] = self.run(self._infos())
         return found
 
-    def submit(self, jobs: Sequence[Job]) -> Batch:
+    def submit(self, jobs: Sequence[Job]) -> JobBatch:
         """Start on the jobs as soon as a server has room, after those handed in before."""
-        batch = Batch(jobs)
+        batch = JobBatch(jobs)
         self._loop.call_soon_threadsafe(self._scheduler.enqueue, list(jobs))
         return batch
 

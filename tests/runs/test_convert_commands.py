@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.commands import convert as conversion
-from megatron_tropd.commands.convert import Plan, hf_to_megatron, megatron_to_hf
+from megatron_tropd.commands.convert import ConversionPlan, hf_to_megatron, megatron_to_hf
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.checkpoint import _sharded_state, load_checkpoint, load_model_weights, save_checkpoint
@@ -50,18 +50,18 @@ def convert_all(root: str) -> dict[str, Any]:
     """On every rank: all routes, a broken checkpoint, a conversion that is killed, and bytes read."""
     folder, said = Path(root), {}
     for name, (family, reading, writing) in ROUTES.items():
-        hf_to_megatron(folder / family, folder / name, Plan(layout=reading))
-        megatron_to_hf(folder / name, folder / f"{name}-back", Plan(layout=writing))
+        hf_to_megatron(folder / family, folder / name, ConversionPlan(layout=reading))
+        megatron_to_hf(folder / name, folder / f"{name}-back", ConversionPlan(layout=writing))
     before = (folder / "llama3-tp2-pp2" / "complete.json").stat().st_mtime_ns
-    hf_to_megatron(folder / "llama3", folder / "llama3-tp2-pp2", Plan(layout=TP2))
+    hf_to_megatron(folder / "llama3", folder / "llama3-tp2-pp2", ConversionPlan(layout=TP2))
     said["untouched"] = (folder / "llama3-tp2-pp2" / "complete.json").stat().st_mtime_ns == before
     said["other source"] = _error(
-        lambda: hf_to_megatron(folder / "mistral", folder / "llama3-tp2-pp2", Plan(layout=TP2))
+        lambda: hf_to_megatron(folder / "mistral", folder / "llama3-tp2-pp2", ConversionPlan(layout=TP2))
     )
     said["resumed"] = _killed_and_resumed(folder)
     said["verified"] = _error(lambda: hf_to_megatron(DEMO / "teacher", folder / "demo", _verifying(TP2)))
     said["wrong config"] = _error(
-        lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", Plan(layout=TP2), like=folder / "mistral")
+        lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", ConversionPlan(layout=TP2), like=folder / "mistral")
     )
     said["harmful"] = _harmful(folder)
     said["peak"] = [_export_peak(folder / "llama3", layout) for layout in (TP2, PP2)]
@@ -69,9 +69,9 @@ def convert_all(root: str) -> dict[str, Any]:
     return said
 
 
-def _verifying(layout: Layout) -> Plan:
+def _verifying(layout: Layout) -> ConversionPlan:
     row = json.loads((DEMO / "data" / "heldout.jsonl").read_text().splitlines()[0])
-    return Plan(layout=layout, texts=(row["prompt"],))
+    return ConversionPlan(layout=layout, texts=(row["prompt"],))
 
 
 def _error(convert: Any) -> str:
@@ -101,7 +101,7 @@ def _killed_and_resumed(folder: Path) -> list[int]:
 
         HFWriter.write_rows, conversion.HFWriter = counting, small_files  # type: ignore[method-assign,assignment,misc]
         try:
-            megatron_to_hf(folder / "llama3-tp2-pp2", folder / "resumed", Plan(layout=ALONE))
+            megatron_to_hf(folder / "llama3-tp2-pp2", folder / "resumed", ConversionPlan(layout=ALONE))
         except KeyboardInterrupt:
             dist.barrier()  # the other rank, which writes nothing, waits at the end of its conversion
             assert not (folder / "resumed").exists()

@@ -16,7 +16,7 @@ from megatron_tropd.losses.vocab_parallel import linear_logprobs
 from megatron_tropd.parallel.groups import GroupBuilder, Groups
 from megatron_tropd.planning.traffic import (
     Load,
-    Transfer,
+    RankTransfer,
     backward_transfers,
     forward_transfers,
     gradient_transfers,
@@ -76,7 +76,7 @@ def _step(case: Case, run: Any) -> dict[str, Any]:
     return {"counted": dict(counting.bytes), "planned": _by_ranks(planned, groups)}
 
 
-def _by_ranks(transfers: Sequence[Transfer], groups: Groups) -> Counts:
+def _by_ranks(transfers: Sequence[RankTransfer], groups: Groups) -> Counts:
     """As they are counted: axes may have the same ranks, and pipelines of two speak over the world as well."""
     found: Counter[tuple[str, str]] = Counter()
     for transfer in transfers:

@@ -32,7 +32,7 @@ class MegatronSampler:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        batch_size: int = 64,
+        batch_size: int,
         vocab_size: int | None = None,
     ) -> None:
         """``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""

@@ -18,7 +18,7 @@ from megatron_tropd.rollout.dispatch import contexts_of, to_rollout
 from megatron_tropd.rollout.engines.vllm import continuation_of
 from megatron_tropd.types import Architecture, Float32Array, Int64Array, Rollout, RolloutRequest, SamplingParams
 from megatron_tropd.vllm_bridge.client import Server
-from megatron_tropd.vllm_bridge.jobs import Batch, Job
+from megatron_tropd.vllm_bridge.jobs import Job, JobBatch
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.requests import Task, Written, derived_seed, is_plain
 from megatron_tropd.weight_sync.publishers import Publisher
@@ -122,7 +122,7 @@ class ServerSampler:
         graded = await server.grade(whole, number=task.number, timeout_s=self._timeout_s)
         return graded.logprob[-len(written.token_ids) :]
 
-    def collected(self, batch: Batch | None) -> list[_Answer]:
+    def collected(self, batch: JobBatch | None) -> list[_Answer]:
         """The answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile.
 
         Raises:
@@ -138,7 +138,7 @@ class ServerSampler:
             if int(word) == _STARVED:
                 self._publisher.publish(self._weights, version=self.version, keep=True)
 
-    def _wait(self, batch: Batch) -> int:
+    def _wait(self, batch: JobBatch) -> int:
         assert self._pool is not None
         for _ in range(int(_WORD_S)):
             try:
@@ -160,7 +160,7 @@ class _Pending:
     contexts: Sequence[Int64Array]
     params: SamplingParams
     asked: Sequence[int]  # positions of the requests that servers have something to write for
-    batch: Batch | None  # on the first rank
+    batch: JobBatch | None  # on the first rank
 
     @property
     def ended_at(self) -> float | None:

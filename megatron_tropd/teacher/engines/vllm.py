@@ -26,7 +26,7 @@ from megatron_tropd.teacher.transfer import Key, ReplicaMap, Wire
 from megatron_tropd.teacher.wire import to_wire
 from megatron_tropd.types import Pack, TeacherOutputs
 from megatron_tropd.vllm_bridge.client import Server
-from megatron_tropd.vllm_bridge.jobs import Batch, Job
+from megatron_tropd.vllm_bridge.jobs import Job, JobBatch
 from megatron_tropd.vllm_bridge.local_engine import LocalEngine
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.requests import TeacherScores
@@ -86,7 +86,7 @@ class ServerScorer:
         return Job(call=call, cost=request.cost)
 
 
-def _finish(batch: Batch) -> None:
+def _finish(batch: JobBatch) -> None:
     # in short waits, between which a signal is noticed
     while not batch.wait(_WORD_S):
         pass

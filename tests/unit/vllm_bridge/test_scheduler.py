@@ -14,7 +14,7 @@ import pytest
 from megatron_tropd.config.sections import ServersConfig
 from megatron_tropd.errors import ServingError
 from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable
-from megatron_tropd.vllm_bridge.jobs import Batch, Job
+from megatron_tropd.vllm_bridge.jobs import Job, JobBatch
 from megatron_tropd.vllm_bridge.pool import Pool
 
 GOOD, BAD = "http://good", "http://bad"
@@ -60,7 +60,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         pool.close()
 
 
-def finished(batch: Batch, timeout_s: float = 10.0) -> list[Any]:
+def finished(batch: JobBatch, timeout_s: float = 10.0) -> list[Any]:
     assert batch.wait(timeout_s), "the batch hangs"
     return batch.results()
 
