@@ -190,7 +190,7 @@ def respond(directory: Path, groups: Groups, prompts: list[str], temperature: fl
     """One response of the exported model per prompt."""
     tokenizer = load_tokenizer(directory)
     architecture = read_architecture(directory)
-    sampler = MegatronSampler(architecture, groups, dtype=torch.float32, device=torch.device("cpu", batch_size=64))
+    sampler = MegatronSampler(architecture, groups, dtype=torch.float32, device=torch.device("cpu"), batch_size=64)
     load_weights(sampler.model, HFWeights(directory))
     requests = [
         RolloutRequest(
