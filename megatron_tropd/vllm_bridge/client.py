@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2 as http
@@ -23,6 +24,8 @@ from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, checked_answ
 from megatron_tropd.vllm_bridge.wire import DIGEST, PREFIX, decoded, digest_of
 
 _CONTROL_S = 60.0  # for requests that compute nothing
+_CONTROL_BYTES = 1 << 20  # of their answers
+_EXCERPT = 500  # characters of an error that are shown
 _PASSING = (408, 425, 429)  # what a proxy says where asking again later may help
 
 
@@ -47,6 +50,7 @@ class Server:
         self.url = url.rstrip("/")
         self._connections = connections
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._vocab_size: int | None = None  # as it says of itself
 
     async def alive(self, timeout_s: float) -> None:
         """Returns when the server says that it is well."""
@@ -54,7 +58,10 @@ class Server:
 
     async def info(self) -> dict[str, Any]:
         """What ``app`` says of the server."""
-        return self._object(await self._ask("GET", PREFIX + "info", None, _CONTROL_S))
+        found = self._object(await self._ask("GET", PREFIX + "info", None, _CONTROL_S))
+        if isinstance(found.get("vocab_size"), int):
+            self._vocab_size = found["vocab_size"]
+        return found
 
     async def write(
         self, task: Task, params: SamplingParams, *, forbidden: range, oldest: int, timeout_s: float
@@ -62,10 +69,13 @@ class Server:
         """Continues one task with weights of step ``oldest`` or later."""
         options = sampling_options(params, task, forbidden=forbidden)
         asked = {"token_ids": task.token_ids.tolist(), "options": options}
-        response = await self._ask("POST", PREFIX + "write", asked, timeout_s)
+        response = await self._ask(
+            "POST", PREFIX + "write", asked, timeout_s, most_bytes=_answer_bytes(task.max_new_tokens, 8 + 4 + 8)
+        )
         names = ("token_ids", "logprob", "versions", "finished")
-        arrays = decoded(response.content, response.headers.get(DIGEST), names)
+        arrays = decoded(response.body, response.digest, names)
         versions = arrays["versions"]
+        self._check_ids(arrays["token_ids"], task.number, below=forbidden.start)
         if len(versions) and versions.min() < oldest:
             raise Unreachable(
                 f"{self.url} wrote with weights of step {versions.min()} (-1: those it started with), not {oldest}: "
@@ -85,10 +95,13 @@ class Server:
 
     async def answer(self, question: ScoreRequest, *, timeout_s: float) -> TeacherScores:
         """What the server's model says of a sequence."""
-        response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s)
+        columns = question.top_k + (0 if question.whole is None else question.whole.query_ids.shape[1] + 2)
+        most = _answer_bytes(len(question.token_ids), 4 + 8 * columns)
+        response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s, most_bytes=most)
         whole = ("query_logprob", "entropy", "logtail") if question.whole is not None else ()
         names = ("logprob", "topk_ids", "topk_logprob", *whole)
-        arrays = decoded(response.content, response.headers.get(DIGEST), names)
+        arrays = decoded(response.body, response.digest, names)
+        self._check_ids(arrays["topk_ids"], question.number, below=self._vocab_size)
         arrays["topk_ids"] = arrays["topk_ids"].astype(np.int64)
         return checked_answer(TeacherScores(**arrays), question)
 
@@ -108,38 +121,97 @@ class Server:
         """Makes the weights those of ``version`` and goes on generating."""
         await self._ask("POST", PREFIX + "finish", {"version": version}, _CONTROL_S)
 
-    def _object(self, response: http.Response) -> dict[str, Any]:
+    def _check_ids(self, ids: np.ndarray, number: int, *, below: int | None) -> None:
+        """ServingError for ids that are no whole numbers from 0 to ``below``."""
+        largest = None if ids.size == 0 or ids.dtype.kind not in "iu" else int(ids.max())
+        if ids.dtype.kind not in "iu" or (below is not None and largest is not None and largest >= below):
+            raise ServingError(
+                f"{self.url} answered sequence {number} with ids of type {ids.dtype} up to {largest}; there are "
+                f"{below} ids."
+            )
+
+    def _object(self, response: _Reply) -> dict[str, Any]:
         try:
-            if response.headers.get(DIGEST) != digest_of(response.content):
+            if response.digest != digest_of(response.body):
                 raise ValueError("the checksum does not match")
-            found = json.loads(response.content)
+            found = json.loads(response.body)
             return dict(found)
         except (ValueError, TypeError) as error:
             raise ServingError(f"{self.url} gave an answer that cannot be read ({error}).") from error
 
     async def _ask(
-        self, method: str, path: str, asked: Mapping[str, Any] | None, timeout_s: float, *, key: bool = True
-    ) -> http.Response:
-        headers = self._headers if key else {}
+        self,
+        method: str,
+        path: str,
+        asked: Mapping[str, Any] | None,
+        timeout_s: float,
+        *,
+        key: bool = True,
+        most_bytes: int = _CONTROL_BYTES,
+    ) -> _Reply:
+        # nothing is unpacked: a small body may be a large one compressed
+        headers = {"accept-encoding": "identity", **(self._headers if key else {})}
         try:
             async with asyncio.timeout(timeout_s):  # for the whole answer: httpx's own limit starts anew at every byte
-                response = await self._connections.request(
+                request = self._connections.build_request(
                     method, self.url + path, json=asked, headers=headers, timeout=timeout_s
                 )
+                response = await self._connections.send(request, stream=True)
+                try:
+                    reply = await self._read(response, path, most_bytes)
+                finally:
+                    await response.aclose()
         except (TimeoutError, http.TimeoutException) as error:
             raise Unreachable(f"{self.url}{path} gave no answer within {timeout_s:g} s.") from error
         except http.TransportError as error:
             raise Unreachable(f"{self.url}{path} cannot be reached: {error!r}.") from error
         except http.RequestError as error:
             raise ServingError(f"{self.url}{path} gave an answer that cannot be read: {error!r}.") from error
-        if response.status_code == 401:
+        if reply.status == 401:
             raise Refused(f"{self.url} does not accept the API key. Give trainer and server the same one.")
-        if response.status_code >= 500 or response.status_code in _PASSING:
-            raise Unreachable(f"{self.url}{path} failed ({response.status_code}): {_excerpt(response)}")
-        if response.status_code != 200:
-            raise Refused(f"{self.url}{path} refused ({response.status_code}): {_excerpt(response)}")
-        return response
+        if reply.status >= 500 or reply.status in _PASSING:
+            raise Unreachable(f"{self.url}{path} failed ({reply.status}): {reply.excerpt}")
+        if reply.status != 200:
+            raise Refused(f"{self.url}{path} refused ({reply.status}): {reply.excerpt}")
+        return reply
+
+    async def _read(self, response: http.Response, path: str, most_bytes: int) -> _Reply:
+        """Read a body of at most so many bytes, as it comes over the wire."""
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise ServingError(f"{self.url}{path} gave an answer in the encoding {_shown(encoding)}: none was allowed.")
+        parts: list[bytes] = []
+        left = most_bytes
+        async for part in response.aiter_raw():
+            left -= len(part)
+            if left < 0:
+                raise ServingError(
+                    f"{self.url}{path} gave an answer of more than {most_bytes:,} bytes, more than can have been asked "
+                    "for."
+                )
+            parts.append(part)
+        return _Reply(response.status_code, b"".join(parts), response.headers.get(DIGEST))
 
 
-def _excerpt(response: http.Response) -> str:
-    return response.text[:500]
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """A whole answer."""
+
+    status: int
+    body: bytes
+    digest: str | None
+
+    @property
+    def excerpt(self) -> str:
+        """The first characters of a text, fit for a terminal."""
+        return _shown(self.body[: 4 * _EXCERPT].decode("utf-8", errors="replace"))[:_EXCERPT]
+
+
+def _shown(text: str) -> str:
+    """Replace control characters: the text comes from elsewhere, and is printed here."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _answer_bytes(rows: int, row_bytes: int) -> int:
+    """Bound the bytes of an answer of so many rows, with as much again for names, shapes and wider types."""
+    return 2 * rows * row_bytes + (1 << 16)

@@ -16,6 +16,8 @@ from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 
 # rounding may lift the log-prob of a certain token above 0
 _ABOVE_ZERO = 1e-3
+# and the mass of all ids above 1, in bf16 by more
+_ABOVE_ONE = 2e-2
 # added to a logit that must not be drawn: exp(-100) is nothing beside any other, and vLLM allows no more
 _FORBIDDEN = -100.0
 
@@ -102,6 +104,8 @@ def checked_written(written: Written, task: Task, params: SamplingParams) -> Wri
     stopped = count > 0 and int(written.token_ids[-1]) in params.stop_token_ids
     problems = {
         f"{count} tokens for a budget of 1 to {task.max_new_tokens}": 1 <= count <= task.max_new_tokens,
+        f"tokens of type {written.token_ids.dtype}, not whole numbers": written.token_ids.dtype.kind in "iu",
+        f"weight versions of type {written.version_n.dtype}": written.version_n.dtype.kind in "iu",
         f"{len(written.logprob_n)} log-probs for {count} tokens": len(written.logprob_n) == count,
         f"weight versions of {len(written.version_n)} of {count} tokens": len(written.version_n) == count,
         "log-probs that are not finite or above 0": possible(written.logprob_n),
@@ -121,8 +125,24 @@ def checked_scores(graded: TeacherScores, number: int, token_ids: Int64Array, to
     problems = [f"arrays of shapes {shapes}, not {wanted}"] if shapes != wanted else []
     if not (possible(graded.logprob) and possible(graded.topk_logprob)):
         problems.append("log-probs that are not finite or above 0")
+    if not problems and top_k:
+        problems += _impossible_lists(graded.topk_ids, graded.topk_logprob)
     _refuse(f"sequence {number}", problems)
     return graded
+
+
+def _impossible_lists(ids_NK: Int64Array, logprob_NK: Float32Array) -> list[str]:
+    """What cannot be of lists of likeliest ids."""
+    if ids_NK.dtype.kind not in "iu":
+        return [f"ids of type {ids_NK.dtype}, not whole numbers"]
+    sorted_NK = np.sort(ids_NK, axis=1)
+    mass_N = np.exp(logprob_NK.astype(np.float64)).sum(1)
+    problems = {
+        "ids below 0": bool((ids_NK >= 0).all()),
+        "an id listed twice": not (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(),
+        f"ids that hold {mass_N.max(initial=0.0):.3g} of the mass": bool((mass_N <= 1.0 + _ABOVE_ONE).all()),
+    }
+    return [problem for problem, fine in problems.items() if not fine]
 
 
 def possible(logprob: Float32Array) -> bool:

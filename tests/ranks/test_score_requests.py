@@ -77,7 +77,8 @@ def test_an_answer_of_another_size_is_refused(sequence):
     question = ScoreRequest(number=3, token_ids=token_ids, top_k=5, whole=whole)
     with pytest.raises(ServingError, match=f"sequence 3 with 5 ids, not with all {VOCAB}"):
         answer_of(question, ids, logprobs)
-    bare = TeacherScores(logprob=np.zeros(11), topk_ids=np.zeros((11, 5), np.int64), topk_logprob=np.zeros((11, 5)))
+    ids_NK, logprob_NK = np.tile(np.arange(5), (11, 1)), np.full((11, 5), -2.0)
+    bare = TeacherScores(logprob=np.zeros(11), topk_ids=ids_NK, topk_logprob=logprob_NK)
     with pytest.raises(ServingError, match="without all that was asked"):
         checked_answer(bare, question)
 
