@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_tropd.data.random import Stream, uniforms
-from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.context import own_predictions, own_valid_positions
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.views import StudentScores, TrainPack, support_of
 from megatron_tropd.errors import DataError
@@ -58,15 +58,16 @@ def batch_weights(
 
 def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, model: Model) -> TokenView:
     """The facts about the valid predictions of a pack that this rank computes. ``rollouts`` by sequence id."""
-    valid, device = own_valid_positions(pack, model.groups), model.device
+    predictions, device = own_predictions(pack, model.groups), model.device
+    read_N = predictions.read_N
     uniform, sampled = _per_token(pack, rollouts, facts)
     return TokenView(
-        region_T=torch.from_numpy(pack.region_T[valid].astype(np.int64)).to(device),
-        uniform_T=torch.from_numpy(uniform[valid]).to(device),
-        sequence_T=torch.from_numpy(pack.sequence_T[valid]).to(device),
-        position_T=torch.from_numpy(pack.position_T[valid]).to(device),
-        target_T=torch.from_numpy(pack.target_T[valid]).to(device),
-        rollout_logprob_T=torch.from_numpy(sampled[valid]).to(device),
+        region_T=torch.from_numpy(pack.region_T[read_N].astype(np.int64)).to(device),
+        uniform_T=torch.from_numpy(uniform[read_N]).to(device),
+        sequence_T=torch.from_numpy(pack.sequence_T[read_N]).to(device),
+        position_T=torch.from_numpy(pack.position_T[read_N]).to(device),
+        target_T=torch.from_numpy(predictions.target_N).to(device),
+        rollout_logprob_T=torch.from_numpy(sampled[read_N]).to(device),
         entropy_threshold=facts.entropy_threshold,
         progress=facts.progress,
     )

@@ -45,8 +45,19 @@ def held_tokens(num_tokens: int, *, rank: int, ranks: int) -> Int64Array:
     return np.concatenate([blocks[rank], blocks[2 * ranks - 1 - rank]])
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The predictions of a pack that carry loss, ``[N]``: the hidden state that each reads, and the id that it is of.
+
+    Two arrays: the id need not be the token that follows the position, nor a position be read once.
+    """
+
+    read_N: Int64Array  # stream positions
+    target_N: Int64Array
+
+
 def carries_loss(pack: Pack) -> npt.NDArray[np.bool_]:
-    """``[T]`` True where a prediction is of a response token."""
+    """``[T]`` True where a prediction is of a token that a model wrote. Such tokens may lie in many stretches."""
     return (pack.region_T == Region.PREFIX) | (pack.region_T == Region.CONTINUATION)
 
 
@@ -59,6 +70,12 @@ def valid_positions(pack: Pack, *, rank: int = 0, ranks: int = 1) -> Int64Array:
 def own_valid_positions(pack: Pack, groups: Groups) -> Int64Array:
     """``valid_positions`` of this process under ``groups``: the rows that its last stage computes, in order."""
     return valid_positions(pack, rank=groups.context_rank, ranks=groups.layout.context)
+
+
+def own_predictions(pack: Pack, groups: Groups) -> Predictions:
+    """List the predictions that this process's last stage computes, in the order of its rows."""
+    read_N = own_valid_positions(pack, groups)
+    return Predictions(read_N, pack.target_T[read_N])
 
 
 @dataclass(frozen=True, slots=True)

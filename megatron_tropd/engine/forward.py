@@ -33,7 +33,7 @@ class _Inputs:
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
     plan: Plan
-    valid: Tensor  # [N] rows of this rank's tokens that are PREFIX and CONTINUATION predictions
+    read_N: Tensor  # rows of this rank's tokens that predictions which carry loss read
     unbalanced: Tensor | None  # [1, T] bool, True where a token does not count for the balance of experts' loads
 
 
@@ -49,7 +49,7 @@ def _inputs(number: int, pack: Pack, model: Model) -> _Inputs:
         plan=PackedPlan.build(pack.cu_seqlens, device)
         if alone
         else ContextPlan.build(pack.cu_seqlens, groups.pg.cp, device),
-        valid=torch.from_numpy(np.flatnonzero(carries_t)).to(device),
+        read_N=torch.from_numpy(np.flatnonzero(carries_t)).to(device),
         unbalanced=torch.from_numpy(~carries_t)[None].to(device) if model.config.moe_aux_loss_coeff else None,
     )
 
@@ -134,7 +134,7 @@ def _finish(
 ) -> Any:
     """What the schedule calls on the last stage."""
     chunk = unwrap(module)
-    result = last_stage(batch.number, _valid_hidden(hidden, batch.valid, model), chunk.output_weight())
+    result = last_stage(batch.number, _read_hidden(hidden, batch.read_N, model), chunk.output_weight())
     if non_loss_data:
         return result
     loss, info = result
@@ -142,15 +142,15 @@ def _finish(
     return loss, torch.zeros((), dtype=torch.int), info
 
 
-def _valid_hidden(hidden: Tensor, valid: Tensor, model: Model) -> Tensor:
-    """``[T / tp or T, 1, D]`` -> ``[N, D]`` rows of valid predictions, whole on every tensor rank.
+def _read_hidden(hidden: Tensor, read_N: Tensor, model: Model) -> Tensor:
+    """``[T / tp or T, 1, D]`` -> ``[N, D]`` rows that predictions read, whole on every tensor rank.
 
     Backward adds up the tensor ranks' partial gradients (the losses return one per vocabulary shard).
     """
     rows = hidden.squeeze(1)
     if model.config.sequence_parallel:
-        return gather_sequence(rows, model.groups.tp).index_select(0, valid)
-    return copy_to_region(rows.index_select(0, valid), model.groups.tp)
+        return gather_sequence(rows, model.groups.tp).index_select(0, read_N)
+    return copy_to_region(rows.index_select(0, read_N), model.groups.tp)
 
 
 def unwrap(module: torch.nn.Module) -> HiddenStateGPT:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.packing import pack
-from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.context import own_predictions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import model_logprob
@@ -27,7 +27,7 @@ def score_packs(
 
     def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> StudentScores:
         pack = packs[number]
-        target_N = torch.from_numpy(pack.target_T[own_valid_positions(pack, model.groups)]).to(model.device)
+        target_N = torch.from_numpy(own_predictions(pack, model.groups).target_N).to(model.device)
         ids_N1, tp = target_N[:, None], model.groups.tp
         plain_N = None
         if temperature != 1.0:

@@ -44,17 +44,17 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """What an engine says of the tokens of one sequence of L, each given those before it, at temperature 1.
+    """What an engine says of n tokens of one sequence, each given those before it, at temperature 1.
 
-    The last three are there when the log-probs of all ids were looked at, at any temperature (``questions.Whole``).
+    The last three are there when the log-probs of all ids were looked at, at any temperature (``Whole``).
     """
 
-    logprob: Float32Array  # [L - 1] of tokens 1.. of the sequence, nats
-    topk_ids: Int64Array  # [L - 1, K] likeliest first
-    topk_logprob: Float32Array  # [L - 1, K]
-    query_logprob: Float32Array | None = None  # [L - 1, J]
-    entropy: Float32Array | None = None  # [L - 1]
-    logtail: Float32Array | None = None  # [L - 1] log mass on all ids but the token, the top k and those asked for
+    logprob: Float32Array  # [n] of the predicted tokens, nats
+    topk_ids: Int64Array  # [n, K] likeliest first
+    topk_logprob: Float32Array  # [n, K]
+    query_logprob: Float32Array | None = None  # [n, J]
+    entropy: Float32Array | None = None  # [n]
+    logtail: Float32Array | None = None  # [n] log mass on all ids but the token, the top k and those asked for
 
 
 def derived_seed(seed: int, step: int, sequence_id: int) -> int:
@@ -117,9 +117,8 @@ def checked_written(written: Written, task: Task, params: SamplingParams) -> Wri
     return written
 
 
-def checked_scores(graded: TeacherScores, number: int, token_ids: Int64Array, top_k: int) -> TeacherScores:
-    """The same, when it can be what a working engine answers; ServingError otherwise."""
-    rows = len(token_ids) - 1
+def checked_scores(graded: TeacherScores, number: int, rows: int, top_k: int) -> TeacherScores:
+    """The same, when it can be what a working engine answers of so many predictions; ServingError otherwise."""
     shapes = (graded.logprob.shape, graded.topk_ids.shape, graded.topk_logprob.shape)
     wanted = ((rows,), (rows, top_k), (rows, top_k))
     problems = [f"arrays of shapes {shapes}, not {wanted}"] if shapes != wanted else []

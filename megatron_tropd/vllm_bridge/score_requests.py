@@ -8,7 +8,7 @@ all ids, for vocabularies small enough to have them told.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,19 @@ class ScoreRequest:
 
     number: int  # position in the batch, for messages
     token_ids: Int64Array  # [L]
-    first: int = 0  # the prediction that the answer begins with: n = L - 1 - first of them are wanted
+    positions: Int64Array | None = None  # [n] ascending, of the tokens that make the predictions; None: all L - 1
     top_k: int = 0
     whole: Whole | None = None
+
+    @property
+    def read_n(self) -> Int64Array:
+        """Where the n predictions that are wanted are made: position t predicts token t + 1."""
+        return np.arange(max(len(self.token_ids) - 1, 0)) if self.positions is None else self.positions
+
+    @property
+    def target_n(self) -> Int64Array:
+        """The ids that they are of."""
+        return self.token_ids[self.read_n + 1]
 
     @property
     def columns(self) -> int:
@@ -51,7 +61,9 @@ class ScoreRequest:
 
     def as_json(self) -> dict[str, Any]:
         """For a server; ``of_json`` reads it."""
-        asked: dict[str, Any] = {"token_ids": self.token_ids.tolist(), "first": self.first, "top_k": self.top_k}
+        asked: dict[str, Any] = {"token_ids": self.token_ids.tolist(), "top_k": self.top_k}
+        if self.positions is not None:
+            asked["positions"] = self.positions.tolist()
         if self.whole is not None:
             whole = self.whole
             asked["whole"] = {"temperature": whole.temperature, "vocab_size": whole.vocab_size}
@@ -61,19 +73,40 @@ class ScoreRequest:
     @staticmethod
     def of_json(asked: Mapping[str, Any]) -> ScoreRequest:
         """Raises KeyError, TypeError or ValueError for anything else than a question."""
+        if "first" in asked:
+            raise ValueError("it is of an older version of megatron_tropd: use the same one on both sides")
         token_ids = np.asarray(asked["token_ids"], dtype=np.int64)
-        first, whole = int(asked.get("first", 0)), asked.get("whole")
-        if whole is not None:
-            rows = max(len(token_ids) - 1 - first, 0)
-            ids_NJ = np.asarray(whole["query_ids"], dtype=np.int64).reshape(rows, -1 if rows else 0)
-            whole = Whole(
-                temperature=float(whole["temperature"]), vocab_size=int(whole["vocab_size"]), query_ids=ids_NJ
-            )
-        return ScoreRequest(number=0, token_ids=token_ids, first=first, top_k=int(asked["top_k"]), whole=whole)
+        bare = ScoreRequest(
+            number=0,
+            token_ids=token_ids,
+            positions=_positions(asked.get("positions"), len(token_ids)),
+            top_k=int(asked["top_k"]),
+        )
+        whole = asked.get("whole")
+        if whole is None:
+            return bare
+        rows = len(bare.read_n)
+        ids_NJ = np.asarray(whole["query_ids"], dtype=np.int64).reshape(rows, -1 if rows else 0)
+        temperature, vocab_size = float(whole["temperature"]), int(whole["vocab_size"])
+        return replace(bare, whole=Whole(temperature=temperature, vocab_size=vocab_size, query_ids=ids_NJ))
+
+
+def _positions(listed: Any, length: int) -> Int64Array | None:
+    if listed is None:
+        return None
+    read_n = np.asarray(listed)
+    if read_n.ndim != 1 or (len(read_n) and read_n.dtype.kind != "i"):
+        raise TypeError("positions must be integers")
+    read_n = read_n.astype(np.int64)
+    if (np.diff(read_n, prepend=-1, append=length - 1) <= 0).any():
+        raise ValueError(f"positions must ascend and lie in 0 to {length - 2}")
+    return read_n
 
 
 def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherScores:
     """The answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
+
+    Those of predictions that are not wanted are left out.
 
     Raises:
         ServingError: they cannot be right.
@@ -85,7 +118,7 @@ def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherS
             f"vLLM answered sequence {question.number} with {len(ids)} ids and {len(logprob)} log-probs for {rows} "
             "tokens."
         )
-    ids, logprob = ids.reshape(rows, -1)[question.first :], logprob.reshape(rows, -1)[question.first :]
+    ids, logprob = ids.reshape(rows, -1)[question.read_n], logprob.reshape(rows, -1)[question.read_n]
     if question.whole is not None:
         return _from_all(question, question.whole, ids[:, 1:], logprob[:, 1:])
     return TeacherScores(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])
@@ -102,7 +135,7 @@ def _from_all(question: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_
     np.put_along_axis(logp_NV, ids_NV, logprob_NV.astype(np.float64), axis=1)
     logp_NV = logp_NV[:, :vocab_size] / whole.temperature
     logp_NV -= _logsumexp(logp_NV)[:, None]
-    target_N1 = question.token_ids[question.first + 1 :, None]
+    target_N1 = question.target_n[:, None]
     top_NK = np.argsort(-logp_NV, axis=1, kind="stable")[:, :k]
     probability_NV = np.exp(logp_NV)
     entropy_N = -np.where(probability_NV > 0, probability_NV * logp_NV, 0.0).sum(1)
@@ -128,10 +161,10 @@ def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
 
 def checked_answer(graded: TeacherScores, question: ScoreRequest) -> TeacherScores:
     """The same, when it can be what a working engine answers; ServingError otherwise."""
-    checked_scores(graded, question.number, question.token_ids[question.first :], question.top_k)
+    rows = len(question.read_n)
+    checked_scores(graded, question.number, rows, question.top_k)
     if question.whole is None:
         return graded
-    rows = len(question.token_ids) - 1 - question.first
     wanted = ((rows, question.whole.query_ids.shape[1]), (rows,), (rows,))
     others = (graded.query_logprob, graded.entropy, graded.logtail)
     if any(found is None or found.shape != shape for found, shape in zip(others, wanted, strict=True)):

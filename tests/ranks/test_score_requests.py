@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +39,49 @@ def sequence() -> tuple[np.ndarray, np.ndarray]:
     return scipy.special.log_softmax(3 * rng.normal(size=(11, VOCAB)), axis=1), rng.integers(0, VOCAB, 12)
 
 
-def test_the_likeliest_ids_are_what_was_told_from_the_first_prediction_that_counts(sequence):
+READ = np.array([2, 3, 4, 8, 10])  # two stretches and a last prediction
+
+
+@pytest.mark.parametrize("positions", [np.arange(4, 11), READ, np.array([0]), None], ids=str)
+def test_the_likeliest_ids_are_what_was_told_of_the_predictions_that_count(sequence, positions):
     logp, token_ids = sequence
-    question = ScoreRequest(number=3, token_ids=token_ids, first=4, top_k=5)
-    graded = checked_answer(answer_of(question, *told(logp, token_ids, 5)), question)
-    np.testing.assert_allclose(graded.logprob, logp[np.arange(4, 11), token_ids[5:]], rtol=1e-6)
-    assert (graded.topk_ids == np.argsort(-logp[4:], axis=1)[:, :5]).all() and graded.entropy is None
+    question = ScoreRequest(number=3, token_ids=token_ids, positions=positions, top_k=5)
+    same = ScoreRequest.of_json(json.loads(json.dumps(question.as_json())))
+    read = np.arange(11) if positions is None else positions
+    for asked in (question, same):
+        graded = checked_answer(answer_of(asked, *told(logp, token_ids, 5)), question)
+        np.testing.assert_allclose(graded.logprob, logp[read, token_ids[read + 1]], rtol=1e-6)
+        assert (graded.topk_ids == np.argsort(-logp[read], axis=1)[:, :5]).all() and graded.entropy is None
+
+
+@pytest.mark.parametrize("positions", [[-1, 2], [3, 11], [4, 4], [5, 2], [1.5], [[1, 2]], ["a"], 3])
+def test_a_server_refuses_positions_that_no_sequence_has(positions):
+    asked = {"token_ids": list(range(12)), "top_k": 1, "positions": positions}
+    with pytest.raises((TypeError, ValueError), match="positions must"):
+        ScoreRequest.of_json(asked)
+
+
+def test_a_request_of_an_older_version_is_refused_instead_of_answered_for_other_predictions():
+    with pytest.raises(ValueError, match="older version"):
+        ScoreRequest.of_json({"token_ids": [1, 2, 3], "top_k": 1, "first": 1})
 
 
 def test_from_all_ids_follow_another_temperature_fewer_ids_entropy_and_the_mass_of_the_rest(sequence):
     logp, token_ids = sequence
     token_ids %= VOCAB - 4
-    asked = np.array([[1, 7, int(token_ids[5 + row])] for row in range(7)])
+    asked = np.array([[1, 7, int(token_ids[t + 1])] for t in READ])
     whole = Whole(temperature=0.6, vocab_size=VOCAB - 4, query_ids=asked)
-    question = ScoreRequest(number=0, token_ids=token_ids, first=4, top_k=3, whole=whole)
+    question = ScoreRequest(number=0, token_ids=token_ids, positions=READ, top_k=3, whole=whole)
     same = ScoreRequest.of_json(question.as_json())
-    assert same.whole is not None and (same.whole.query_ids == asked).all() and same.first == 4
+    assert same.whole is not None and (same.whole.query_ids == asked).all() and (same.read_n == READ).all()
     graded = checked_answer(answer_of(same, *told(logp, token_ids, VOCAB)), question)
-    expected = scipy.special.log_softmax(logp[4:, : VOCAB - 4] / 0.6, axis=1)
-    np.testing.assert_allclose(graded.logprob, expected[np.arange(7), token_ids[5:]], rtol=1e-5)
+    expected = scipy.special.log_softmax(logp[READ, : VOCAB - 4] / 0.6, axis=1)
+    np.testing.assert_allclose(graded.logprob, expected[np.arange(5), token_ids[READ + 1]], rtol=1e-5)
     np.testing.assert_allclose(graded.topk_logprob, -np.sort(-expected, axis=1)[:, :3], rtol=1e-5)
     np.testing.assert_allclose(graded.query_logprob, np.take_along_axis(expected, asked, axis=1), rtol=1e-5)
     np.testing.assert_allclose(graded.entropy, scipy.special.entr(np.exp(expected)).sum(1), rtol=1e-5)
-    for row in range(7):
-        listed = {*asked[row].tolist(), *graded.topk_ids[row].tolist(), int(token_ids[5 + row])}
+    for row in range(5):
+        listed = {*asked[row].tolist(), *graded.topk_ids[row].tolist(), int(token_ids[READ[row] + 1])}
         rest = [i for i in range(VOCAB - 4) if i not in listed]
         assert graded.logtail[row] == pytest.approx(scipy.special.logsumexp(expected[row][rest]), rel=1e-5)
 
@@ -132,6 +153,7 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
         def answer(self, questions: Any) -> list[TeacherScores]:
             answers = []
             for question in questions:
+                assert question.read_n[-1] == len(question.token_ids) - 2, "read to its last prediction, no further"
                 logp = table_VV[question.token_ids[:-1]]
                 columns = VOCAB if question.whole is not None else question.top_k
                 answers.append(answer_of(question, *told(logp, question.token_ids, columns)))
@@ -151,7 +173,8 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
             finished=True,
         )
 
-    full = pack([rollout(i, 1 + i, i % 2, 3 + i) for i in range(6)], max_tokens=20, multiple_of=4)[0]
+    turns = replace(rollout(6, 2, 0, 9), region_L=np.array([0, 0, 2, 2, 4, 4, 4, 1, 2, 4, 4], np.uint8))
+    full = pack([turns, *(rollout(i, 1 + i, i % 2, 3 + i) for i in range(6))], max_tokens=20, multiple_of=4)[0]
     packs = [[*full, *pack([rollout(9, 5, 0, 0)], max_tokens=20)[0]]]
     assert packs[0][-1].num_valid == 0 and len(full) > 1
     groups = GroupBuilder().build(Layout())

@@ -42,7 +42,8 @@ from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
-from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, save_qwen3
+from megatron_tropd.types import Rollout
+from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, save_qwen3, with_turns
 
 # ids that both models know: what their vocabularies have beyond it must carry nothing
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
@@ -79,12 +80,13 @@ class Case:
     adam_eps: float = ADAM["eps"]
     models: tuple[str, str] | None = None  # directories of student and teacher, where they are not the usual ones
     sequences: int = 11
+    turns: bool = False  # responses of several turns, with observations
     steps: int = STEPS
 
     @property
     def key(self) -> tuple[object, ...]:
         """Cases with one key must have one outcome."""
-        return (self.objective, self.base is None, self.tied, self.deep, self.minibatches, self.sequences)
+        return (self.objective, self.base is None, self.tied, self.deep, self.minibatches, self.sequences, self.turns)
 
 
 def learning_rates(minibatches: int) -> list[float]:
@@ -126,6 +128,12 @@ def config_of(case: Case, models: Path) -> RunConfig:
             },
         }
     )
+
+
+def batch_of(case: Case, step: int) -> list[Rollout]:
+    """The rollouts of a step."""
+    rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
+    return with_turns(rollouts, seed=step) if case.turns else rollouts
 
 
 def save_models(directory: Path) -> Path:
@@ -203,7 +211,7 @@ def run_cases(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]:
 def _train(case: Case, run: Run) -> dict[str, Any]:
     outcome: dict[str, Any] = {"loss": [], "grad_norm": [], "stats": [], "packs": []}
     for step in range(case.steps):
-        rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
+        rollouts = batch_of(case, step)
         minibatches = score_and_pack(
             run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch()
         )

@@ -6,7 +6,7 @@ Importable by the children of ``run_on_ranks``: `transformers` is imported only 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,23 @@ def random_rollouts(step: int, *, vocab_size: int, count: int = 11, longest: int
             )
         )
     return rollouts
+
+
+def with_turns(rollouts: Sequence[Rollout], *, seed: int = 0) -> list[Rollout]:
+    """The same sequences with responses of several turns: stretches of all kinds, of one to four tokens."""
+    rng = np.random.default_rng(2000 + seed)
+    kinds = [Region.OBSERVATION, Region.CONTINUATION, Region.PREFIX]
+    found = []
+    for one in rollouts:
+        prompt, region_L = one.prompt_length, one.region_L.copy()
+        at, kind = prompt, int(rng.integers(3))
+        while at < len(region_L):
+            stretch = int(rng.integers(1, 5))
+            region_L[at : at + stretch] = kinds[kind]
+            at, kind = at + stretch, (kind + int(rng.integers(1, 3))) % 3
+        logprob = rng.uniform(-4, 0, int((region_L == Region.CONTINUATION).sum())).astype(np.float32)
+        found.append(replace(one, region_L=region_L, sampling_logprob=logprob, model_logprob=logprob))
+    return found
 
 
 # --------------------------------------------------------------------------- the textbook
@@ -212,7 +229,13 @@ class Reference:
         return inside_NV
 
     def _token_losses(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
-        """Loss of every response token of the sequence, and its number of outliers."""
+        """Loss of every token of the sequence that carries one, and its number of outliers."""
+        loss_N, outliers = self._response_losses(rollout, old_LV, step)
+        written = torch.from_numpy(rollout.region_L[rollout.prompt_length :] != Region.OBSERVATION)
+        return loss_N[written], outliers
+
+    def _response_losses(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
+        """Losses of all tokens after the prompt, as if each were one of a response."""
         tokens = torch.from_numpy(rollout.token_ids)
         first = rollout.prompt_length - 1  # the position that predicts the first response token
         logq_NV = hf_logprobs(self.student, rollout.token_ids, self.vocab_size)[first:]

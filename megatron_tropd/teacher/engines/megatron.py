@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_tropd.engine.context import own_valid_positions
+from megatron_tropd.engine.context import own_predictions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
@@ -77,7 +77,7 @@ class MegatronTeacher(ShardedTeacher):
         self, pack: Pack, hidden_ND: Tensor, weight_vD: Tensor, request: TeacherRequest, query_NJ: Tensor | None
     ) -> TeacherOutputs:
         groups, device = self.model.groups, self.model.device
-        ids = torch.from_numpy(pack.target_T[own_valid_positions(pack, groups)]).to(device)[:, None]
+        ids = torch.from_numpy(own_predictions(pack, groups).target_N).to(device)[:, None]
         if query_NJ is not None:
             ids = torch.cat([ids, query_NJ], dim=1)
         if not request.top_k:

@@ -133,27 +133,29 @@ class VLLMTeacher(ShardedTeacher):
         return wires
 
     def _requests(self, pack: Pack, request: TeacherRequest, query_NJ: Tensor | None) -> list[ScoreRequest]:
-        """Request the scores of every sequence that carries loss. Its predictions that do are its last ones."""
+        """Request the scores of every sequence with predictions that carry loss, and of those alone."""
         valid_T = carries_loss(pack)
         query_ids = np.empty((pack.num_valid, 0), np.int64) if query_NJ is None else query_NJ.cpu().numpy()
         requests: list[ScoreRequest] = []
         row = 0
         for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
-            count = int(valid_T[start:end].sum())
-            if not count:
+            read_n = np.flatnonzero(valid_T[start:end])
+            if not len(read_n):
                 continue
-            first = int(np.argmax(valid_T[start:end]))
-            assert first + count == end - start - 1, "predictions that carry loss are the last ones of a sequence"
             whole = None
             if self._whole:
-                ids_NJ = query_ids[row : row + count]
+                ids_NJ = query_ids[row : row + len(read_n)]
                 whole = Whole(temperature=self._temperature, vocab_size=self._vocab_size, query_ids=ids_NJ)
-            number = len(requests)
-            tokens = pack.token_T[start:end]
             requests.append(
-                ScoreRequest(number=number, token_ids=tokens, first=first, top_k=request.top_k, whole=whole)
+                ScoreRequest(
+                    number=len(requests),
+                    token_ids=pack.token_T[start : start + int(read_n[-1]) + 2],  # what comes later plays no part
+                    positions=read_n,
+                    top_k=request.top_k,
+                    whole=whole,
+                )
             )
-            row += count
+            row += len(read_n)
         return requests
 
     def _outputs(
@@ -184,7 +186,7 @@ class VLLMTeacher(ShardedTeacher):
         request: TeacherRequest,
     ) -> dict[str, Tensor]:
         """Derive what the listed ids leave of the mass, and how large the entropy can be then."""
-        targets = [score_request.token_ids[score_request.first + 1 :] for score_request, _ in answered]
+        targets = [score_request.target_n for score_request, _ in answered]
         target_N1 = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets])).to(self._device)[:, None]
         logprob_N1 = found["logprob"][:, None]
         ids_NK = found.get("topk_ids", target_N1[:, :0])
