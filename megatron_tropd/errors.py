@@ -35,3 +35,7 @@ class ServingError(TropdError, RuntimeError):
 
 class HealthError(TropdError, RuntimeError):
     """The machines are not fit to train on."""
+
+
+class StorageError(TropdError, OSError):
+    """A file or directory cannot be written: a full disk, no permission, or somebody's files in the way."""

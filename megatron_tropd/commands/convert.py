@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from rich.progress import Progress, track
 from torch import Tensor
 
+from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
-from megatron_tropd.convert.writer import COMPANIONS, HFWriter
+from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
 from megatron_tropd.engine.forward import run_packs
@@ -31,6 +32,7 @@ from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.storage.owned import beside, check_target, overlaps, settled
 from megatron_tropd.types import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +62,7 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
         ConfigError: the layout does not fit the model, or something else stands at ``target``.
     """
     device = initialize_distributed()
+    _check_apart(target, {"the source": source})
     architecture, weights = read_architecture(source), HFWeights(source)
     check_divisible(architecture, plan.layout)
     check_weights(weights, architecture)
@@ -69,13 +72,14 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
     if _already_there(target, facts):
         _say("it is there already, made of the same source: left as it is")
     else:
-        if target.with_name(target.name + ".partial").exists():
+        check_target(target, name="the target", protected={})
+        if beside(settled(target), "partial").exists():
             _say("an earlier conversion was killed: starting over")
         model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
         load_weights(model, weights, watch=_progress("reading"))
         _say("writing")
-        companions = [source / name for name in COMPANIONS if (source / name).exists()]
-        save_model(target, model, state={**facts, "architecture": asdict(architecture)}, companions=companions)
+        state = {**facts, "architecture": asdict(architecture)}
+        save_model(settled(target), model, state=state, companions=companions_of(source))
     _say(f"Megatron checkpoint: {target}")
     if plan.texts:
         _verify(source, target, architecture, groups, device=device, texts=plan.texts)
@@ -95,8 +99,11 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
         ConfigError: the layout does not fit the model, or there is no ``config.json``.
     """
     device = initialize_distributed()
+    protected = {"the source": source, **({} if like is None else {"--like": like})}
+    _check_apart(target, protected)
     state = read_state(source)
     companions = _companions(source, like)
+    check_target(target, name="the target", protected=protected)
     architecture = read_architecture(companions)
     check_divisible(architecture, plan.layout)
     dtype = DTYPES[plan.dtype] if plan.dtype != "auto" else _saved_dtype(state)
@@ -124,6 +131,15 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     _say(f"Hugging Face directory: {target}")
     if plan.texts:
         _verify(target, source, architecture, groups, device=device, texts=plan.texts)
+
+
+def _check_apart(target: Path, protected: Mapping[str, Path]) -> None:
+    """ConfigError when the target is one of the sources, holds one, or lies in one."""
+    name = overlaps(target, protected)
+    inside = next((name for name, path in protected.items() if overlaps(path, {"target": target})), None)
+    if name is not None or inside is not None:
+        place = f"is {name} or holds it" if name is not None else f"lies in {inside}"
+        raise ConfigError(f"the target {target.absolute()} {place}. Name another directory.")
 
 
 def _companions(source: Path, like: Path | None) -> Path:
@@ -154,14 +170,14 @@ def _fingerprint(directory: Path, files: Iterable[Path]) -> dict[str, Any]:
 
 def _already_there(target: Path, facts: dict[str, Any]) -> bool:
     """Whether ``target`` is finished and of this source; ConfigError when it is something else."""
-    if not target.exists():
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     try:
         found = read_state(target)
     except CheckpointError as error:
         raise ConfigError(f"{target.absolute()} is there and is no whole checkpoint: {error}") from error
     if any(found.get(name) != value for name, value in facts.items()):
-        raise ConfigError(f"{target.absolute()} is a checkpoint made of something else. Remove it, or name another.")
+        raise ConfigError(f"{target.absolute()} is a checkpoint made of something else. Name another target.")
     return True
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.setup.datasets import check_ids
 from megatron_tropd.setup.validate import DTYPES, why_not_written
+from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.types import Rollout, SamplingParams
 
 _BATCH = 64
@@ -118,13 +118,15 @@ def _write_rows(source: Path, out: Path, rollouts: Sequence[Rollout], texts: Seq
     answers: dict[int, list[str]] = {}
     for rollout, text in zip(rollouts, texts, strict=True):
         answers.setdefault(rollout.prompt_index, []).append(text)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+
+    def write(file: BinaryIO) -> None:
         for index, row in _numbered_rows(source):
             for text in answers.get(index, ()):
                 # a table may hold dates and the like, which JSON writes as text
-                file.write(json.dumps({**row, column: text}, ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, out)
+                line = json.dumps({**row, column: text}, ensure_ascii=False, default=str)
+                file.write(line.encode() + b"\n")
+
+    write_aside(out, write)
 
 
 def _numbered_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,7 +9,6 @@ the defaults.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_tropd.config.messages import explain, read_tree
 from megatron_tropd.config.run import PROMPT_FILES, RunConfig, matches
 from megatron_tropd.config.sections import SuiteConfig
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.storage.write_aside import write_aside
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:
@@ -112,9 +112,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
     """Writes every key, resolved, as YAML that :func:`load_config` reads back to an equal config. Atomic."""
     # OmegaConf's dumper quotes what its own reader would take for a number, such as the text "1e-4"
     text = OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump())))
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_aside(path, text)
 
 
 def _plain(value: Any) -> Any:

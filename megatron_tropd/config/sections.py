@@ -564,9 +564,14 @@ class CheckpointConfig(Section):
     keep: Whole = key(2, "Newest checkpoints to keep.", ge=1)
     resume: str = key(
         "auto",
-        "`auto` goes on from the newest in run_dir; `never` starts over and removes what an earlier run left there; "
-        "or the path of a checkpoint.",
+        "`auto` goes on from the newest in run_dir; `never` starts over and moves what an earlier run left there to "
+        "RUN/earlier-run; or the path of a checkpoint, or of another run.",
         min_length=1,
+    )
+    accept_changes: tuple[str, ...] = key(
+        (),
+        "What may be other than in the run that wrote the checkpoint, a list of names that a refusal gives, such as "
+        "`[teacher.weights, data.prompts]`.",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -14,25 +14,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_tropd.convert.companions import check_companions, companions_of, copy_companions
 from megatron_tropd.convert.hf import INDEX, SINGLE, read_json
-from megatron_tropd.errors import CheckpointError
+from megatron_tropd.errors import CheckpointError, StorageError
 from megatron_tropd.models.rules import Shape, strips
-
-# what a model directory holds besides weights, and an export carries over
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+from megatron_tropd.storage.owned import (
+    MARKER,
+    UNFINISHED,
+    beside,
+    discard_unfinished,
+    mark_directory,
+    replace_directory,
+    settled,
+    start_unfinished,
+    unfinished_note,
+    why_not_ours,
 )
+from megatron_tropd.storage.write_aside import storage_errors, write_aside
+
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_SOURCE = "source.json"
+_OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.part|\.index\.json)?")
 
 
 @dataclass(slots=True)
@@ -72,8 +73,8 @@ class HFWriter:
                 killed are kept, and what they hold is in ``done``. None starts over.
         """
         self._open: dict[str, BufferedRandom] = {}  # by file name
-        self.target = Path(directory)
-        self._aside = self.target.with_name(self.target.name + ".partial")
+        self.target = settled(directory)
+        self._aside = beside(self.target, "partial")
         self._companions_from = Path(companions_from)
         self._shapes, self._dtype = dict(tensors), dtype
         self._files = _plan(self._shapes, dtype, max_file_bytes)
@@ -86,16 +87,23 @@ class HFWriter:
             handle.close()
 
     def _prepare(self, source: str | None) -> None:
-        note = self._aside / _SOURCE
-        if source is None or not note.exists() or read_json(note) != source:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside.mkdir(parents=True)
-            note.write_text(json.dumps(source))
+        reason = why_not_ours(self.target)
+        if reason is not None:
+            raise StorageError(
+                f"{self.target.absolute()} {reason}. It is left as it is: name a directory that is not there yet."
+            )
+        if source is None or unfinished_note(self._aside) != source:
+            discard_unfinished(self._aside, self._is_ours)
+            start_unfinished(self._aside, source or "")
             return
         for file in self._files:
             path = self._aside / file.name
             if path.exists() and path.stat().st_size == file.size and _begins_with(path, file.header):
                 file.missing = dict.fromkeys(file.missing, 0)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a file is one that a writer of this target leaves."""
+        return _OURS.fullmatch(name) is not None or name == MARKER or name in companions_of(self._companions_from)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Writes every tensor to its place, in the writer's dtype.
@@ -121,14 +129,15 @@ class HFWriter:
             return  # a writer before this one finished it
         if file.missing[name] < len(rows):
             raise CheckpointError(f"{self.target.absolute()}: rows of {name} came twice.")
-        handle = self._handle(file)
-        handle.seek(file.offsets[name] + first * math.prod(shape[1:]) * self._dtype.itemsize)
-        for strip in strips(rows.shape, rows.element_size()):
-            part = rows.detach()[strip].to(device="cpu", dtype=self._dtype).contiguous()
-            handle.write(part.view(-1).view(torch.uint8).numpy().data)
-        file.missing[name] -= len(rows)
-        if file.is_whole:
-            self._finish_file(file)
+        with storage_errors(self.target):
+            handle = self._handle(file)
+            handle.seek(file.offsets[name] + first * math.prod(shape[1:]) * self._dtype.itemsize)
+            for strip in strips(rows.shape, rows.element_size()):
+                part = rows.detach()[strip].to(device="cpu", dtype=self._dtype).contiguous()
+                handle.write(part.view(-1).view(torch.uint8).numpy().data)
+            file.missing[name] -= len(rows)
+            if file.is_whole:
+                self._finish_file(file)
 
     def _unannounced(self, name: str, shape: Iterable[int], first: int = 0) -> CheckpointError:
         rows = f" from row {first}" if first else ""
@@ -155,26 +164,34 @@ class HFWriter:
         self._part(file).rename(self._aside / file.name)
 
     def finish(self) -> Path:
-        """Writes the index and companions and replaces the target directory in one rename.
+        """Write the index and companions and replace the target directory in one rename.
 
         Raises:
             CheckpointError: a tensor that was announced never came. The target is left as it was.
+            StorageError: the disk is full, or the target is not this program's.
         """
         missing = [name for file in self._files for name, rows in file.missing.items() if rows]
         if missing:
             raise CheckpointError(
                 f"{self.target.absolute()}: {missing[0]!r} was never written ({len(missing)} tensors are missing)."
             )
+        with storage_errors(self.target):
+            self._write_index()
+            copy_companions(self._companions_from, self._aside)
+            _name_dtype(self._aside / "config.json", self._dtype)
+        check_companions(self._companions_from, self._aside)
+        with storage_errors(self.target):
+            mark_directory(self._aside, kind="Hugging Face model", without=(UNFINISHED,))
+            (self._aside / UNFINISHED).unlink()
+            replace_directory(self._aside, self.target)
+        return self.target
+
+    def _write_index(self) -> None:
         if len(self._files) > 1:
             total = sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
             weight_map = {name: file.name for name, file in self._file_of.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-        copy_companions(self._companions_from, self._aside)
-        _name_dtype(self._aside / "config.json", self._dtype)
-        (self._aside / _SOURCE).unlink()
-        put_in_place(self._aside, self.target)
-        return self.target
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_file_bytes: int) -> list[_File]:
@@ -220,27 +237,10 @@ def _begins_with(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies config and tokenizer files, those that there are."""
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
-
-
 def _name_dtype(config: Path, dtype: torch.dtype) -> None:
     """config.json says in which dtype the weights are; it is otherwise left byte for byte as it came."""
     settings = read_json(config) if config.exists() else {}
     name = str(dtype).removeprefix("torch.")
     changed = {key: name for key in ("dtype", "torch_dtype") if settings.get(key, name) != name}
     if changed:
-        config.write_text(json.dumps(settings | changed, indent=2) + "\n")
-
-
-def put_in_place(aside: Path, target: Path) -> None:
-    """Makes ``aside`` the target directory; whatever stood there goes once the new one is in its place."""
-    replaced = target.with_name(target.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    aside.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+        write_aside(config, json.dumps(settings | changed, indent=2) + "\n")

@@ -169,6 +169,12 @@ class HuggingFaceTokenizer:
     def vocab_size(self) -> int:
         return max(self.vocab.values()) + 1
 
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The template that came with the tokenizer, or several by name; whether it is used is another question."""
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
+        return template
+
     def encode(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False)
 

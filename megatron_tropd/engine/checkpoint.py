@@ -1,18 +1,22 @@
 """Checkpoints that appear whole or not at all.
 
 Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may go on under another layout.
-A checkpoint is written aside, renamed into place, and only then named by the ``latest`` file. Its last file,
-``complete.json``, lists every other one with its size. The loader trusts what ``latest`` names if it is whole, and
-otherwise falls back to the newest whole one, saying so.
+A checkpoint is written aside, synced, renamed into place, and only then named by the ``latest`` file. Its last file,
+``complete.json``, lists every other one with its size and SHA-256. The loader trusts what ``latest`` names if it is
+whole, and otherwise falls back to the newest whole one, saying so. Nothing is removed but files of the names that a
+checkpoint has; a directory with any other file in it is left, or moved aside.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import pickle
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,32 @@ from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.storage.checksums import FileRecord, files_below, first_fault, record_files
+from megatron_tropd.storage.owned import beside, free_name, remove_files
+from megatron_tropd.storage.write_aside import rename_directory, storage_errors, sync_tree, write_aside
 
 _LATEST = "latest"
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest was there
+_NAME = re.compile(r"step-\d{8,}")
+_OUR_FILES = re.compile(
+    rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|{_COMPLETE}(\..*\.partial)?"
+    rf"|ahead/[\w.-]+\.(npz|partial)|{COMPANIONS}/.*"
+)
+_NO_ROOM = 1 << 16  # bytes left on a disk that is full
+_OTHER_STEP = "Name another with checkpoint.resume=PATH, or start afresh with checkpoint.resume=never."
+_UNREADABLE = (
+    CheckpointException,
+    dist_checkpointing.core.CheckpointingException,
+    LookupError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 def _directory(root: Path, step: int) -> Path:
@@ -45,35 +71,38 @@ def save_checkpoint(
     step: int,
     state: Mapping[str, Any],
     keep: int = 0,
-    beside: Callable[[Path], None] | None = None,
+    beside_it: Callable[[Path], None] | None = None,
 ) -> Path:
     """Saves after ``step`` finished steps. Collective.
 
     Args:
         state: small JSON-able facts of the run (seed, method, what else must agree to go on).
-        beside: called on every rank with a directory, to write more files of the checkpoint into.
-        keep: how many checkpoints to leave on disk; 0 keeps all. Those of later steps go too: they were left by a run
-            that went back.
+        beside_it: called on every rank with a directory, to write more files of the checkpoint into.
+        keep: how many checkpoints to leave on disk, this one and those of earlier steps; 0 keeps all.
+
+    Raises:
+        StorageError: it cannot be written. Earlier checkpoints are whole.
     """
     root = Path(root)
     target = _directory(root, step)
     with optimization.states.present():
         with use_parallel_state(model.groups):
             sharded = _sharded_state(model, optimization, loading=False)
-        _write_whole(target, sharded, {"step": step, **state}, model, beside=beside)
+        _write_whole(target, sharded, {"step": step, **state}, model, beside_it=beside_it)
     if dist.get_rank() == 0:
-        _write_synced(root / (_LATEST + ".partial"), target.name)
-        os.replace(root / (_LATEST + ".partial"), root / _LATEST)
+        write_aside(root / _LATEST, target.name)
         _drop_others(root, target, keep)
     dist.barrier()
     return target
 
 
-def save_model(target: Path, model: Model, *, state: Mapping[str, Any], companions: Iterable[Path] = ()) -> None:
+def save_model(
+    target: Path, model: Model, *, state: Mapping[str, Any], companions: Mapping[str, Path] | None = None
+) -> None:
     """Saves a model that is not being trained as the checkpoint ``target``, of step 0. Collective.
 
     Args:
-        companions: config and tokenizer files, which go into its directory ``hf``.
+        companions: config and tokenizer files by their names in its directory ``hf``.
     """
     with use_parallel_state(model.groups):
         sharded = _sharded_model(model)
@@ -85,41 +114,102 @@ def _write_whole(
     sharded: dict[str, Any],
     facts: dict[str, Any],
     model: Model,
-    companions: Iterable[Path] = (),
-    beside: Callable[[Path], None] | None = None,
+    companions: Mapping[str, Path] | None = None,
+    beside_it: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes aside, then the list of what was written, then puts it in place. Collective."""
-    aside = target.with_name(target.name + ".partial")
+    aside = beside(target, "partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        _make_way(aside)
+        with storage_errors(aside):
+            aside.mkdir(parents=True)
     dist.barrier()
-    with use_parallel_state(model.groups):
-        collect_writes_in_process()
-        dist_checkpointing.save(sharded, str(aside))
-    if beside is not None:
-        beside(aside)
+    with _saying_why(target):
+        with use_parallel_state(model.groups):
+            collect_writes_in_process()
+            dist_checkpointing.save(sharded, str(aside))
+        if beside_it is not None:
+            beside_it(aside)
+        if dist.get_rank() == 0:
+            for name, path in (companions or {}).items():
+                (aside / COMPANIONS / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, aside / COMPANIONS / name)
     dist.barrier()
+    records = _record_all(aside)
     if dist.get_rank() == 0:
-        for path in companions:
-            (aside / COMPANIONS).mkdir(exist_ok=True)
-            shutil.copyfile(path, aside / COMPANIONS / path.name)
-        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in aside.rglob("*") if path.is_file()}
-        _write_synced(aside / _COMPLETE, json.dumps({**facts, "files": sizes}, indent=2, sort_keys=True))
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        files = {name: record.as_json() for name, record in records.items()}
+        write_aside(aside / _COMPLETE, json.dumps({**facts, "files": files}, indent=2, sort_keys=True))
+        sync_tree(aside)
+        _make_way(target)
+        rename_directory(aside, target)
     dist.barrier()
 
 
-def find_checkpoint(root: str | Path) -> Path | None:
-    """The newest whole checkpoint under ``root``, or None. Warns about every torn one it passes over."""
+@contextmanager
+def _saying_why(target: Path) -> Iterator[None]:
+    """A full disk, whatever a library within the block has made of it, is a StorageError."""
+    with storage_errors(target):
+        try:
+            yield
+        except Exception as error:
+            found: BaseException | None = error
+            while found is not None and not isinstance(found, OSError):
+                found = found.__cause__ or found.__context__
+            if isinstance(found, OSError):
+                raise found from error
+            if "No space left" in str(error) or shutil.disk_usage(_existing(target)).free < _NO_ROOM:
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _record_all(directory: Path) -> dict[str, FileRecord]:
+    """Sizes and checksums of all files of a directory, each read by one of the ranks. Collective."""
+    names: list[list[str]] = [list(files_below(directory))]
+    dist.broadcast_object_list(names, src=0)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with storage_errors(directory):
+        mine = record_files(directory, names[0][rank::ranks])
+    parts: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
+    dist.all_gather_object(parts, mine)
+    return {name: record for part in parts for name, record in part.items()}
+
+
+def _strange_files(directory: Path) -> list[str]:
+    """Files that no checkpoint has."""
+    return [name for name in files_below(directory) if _OUR_FILES.fullmatch(name) is None]
+
+
+def _make_way(directory: Path) -> None:
+    """Frees a name that this program writes to: what an earlier run left half-done goes, all else is moved aside."""
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_symlink() and directory.is_dir() and not _strange_files(directory):
+        remove_files(directory, files_below(directory))
+    if directory.exists() or directory.is_symlink():
+        kept = free_name(directory.with_name(directory.name + ".kept"))
+        warnings.warn(f"{directory.absolute()} holds other files than a checkpoint: moved to {kept.name}", stacklevel=2)
+        rename_directory(directory, kept)
+
+
+def find_checkpoint(root: str | Path, *, without: Collection[Path] = ()) -> Path | None:
+    """The newest whole checkpoint under ``root``, or None. Warns about every torn one it passes over.
+
+    Args:
+        without: those that were found to be torn by their content.
+    """
     root = Path(root)
     candidates = sorted(_finished(root), reverse=True)
-    named = root / _LATEST
-    if named.exists() and (latest := root / named.read_text().strip()) in candidates:
+    latest = _latest(root, candidates)
+    if latest is not None:
         candidates.remove(latest)
         candidates.insert(0, latest)
     for candidate in candidates:
+        if candidate in without:
+            continue
         try:
             read_state(candidate)
         except CheckpointError as error:
@@ -129,47 +219,80 @@ def find_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
+def _latest(root: Path, candidates: Collection[Path]) -> Path | None:
+    """The checkpoint that ``latest`` names; None, with a warning where it should name one, when it does not."""
+    named = root / _LATEST
+    if not named.exists():
+        return None
+    try:
+        text = named.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        text = ""
+    if root / text in candidates:
+        return root / text
+    if candidates:
+        warnings.warn(f"{named.absolute()} names no checkpoint that is there: looking at all of them", stacklevel=2)
+    return None
+
+
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     """The run state saved with a checkpoint.
 
     Raises:
         CheckpointError: it is not a checkpoint, or a file of it is missing or of another size than was written.
     """
-    path = Path(checkpoint) / _COMPLETE
+    state, records = _read_record(Path(checkpoint))
+    fault = first_fault(Path(checkpoint), records, content=False)
+    if fault is not None:
+        raise _torn(checkpoint, fault)
+    return state
+
+
+def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
     try:
-        state = json.loads(path.read_text())
-        files = {str(name): int(size) for name, size in state["files"].items()}
+        state = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+        records = {str(name): FileRecord.parse(entry) for name, entry in state["files"].items()}
         int(state["step"])
+        return dict(state), records
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{Path(checkpoint).absolute()} is not a whole checkpoint ({_COMPLETE} is missing or broken). "
-            "Delete it, or name another with checkpoint.resume=PATH."
+            f"{checkpoint.absolute()} is not a whole checkpoint ({_COMPLETE} is missing or broken). {_OTHER_STEP}"
         ) from error
-    for name, size in files.items():
-        file = path.parent / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes"
-            raise CheckpointError(
-                f"{Path(checkpoint).absolute()} is torn: {name} {what}, {size:,} were written. "
-                "Delete it, or name another with checkpoint.resume=PATH."
-            )
-    return dict(state)
 
 
-def discard_checkpoints(root: str | Path) -> None:
-    """Removes every checkpoint under ``root``, for a run that starts over. On one rank only."""
-    root = Path(root)
-    (root / _LATEST).unlink(missing_ok=True)
-    for directory in root.glob("step-*"):
-        shutil.rmtree(directory)
+def content_fault(checkpoint: str | Path) -> str | None:
+    """The first file whose checksum is not the recorded one; None when all are. Each is read by one rank. Collective.
+
+    Raises:
+        CheckpointError: it is not a checkpoint.
+    """
+    _, records = _read_record(Path(checkpoint))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = {name: records[name] for name in sorted(records)[rank::ranks]}
+    faults: list[str | None] = [None] * ranks
+    dist.all_gather_object(faults, first_fault(Path(checkpoint), mine, content=True))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def check_contents(checkpoint: str | Path) -> None:
+    """Raises CheckpointError when a file of the checkpoint has other content than was written. Collective."""
+    fault = content_fault(checkpoint)
+    if fault is not None:
+        raise _torn(checkpoint, fault)
+
+
+def _torn(checkpoint: str | Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{Path(checkpoint).absolute()} is torn: {fault}. {_OTHER_STEP}")
 
 
 def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimization) -> dict[str, Any]:
-    """Restores weights, optimizer and schedule; returns the run state. Collective.
+    """Restores weights and the optimizer's states; returns the run state. Collective.
+
+    Learning rate, schedule, weight decay and Adam's constants are those that the optimizer was made with, whatever they
+    were in the run that saved.
 
     Raises:
-        CheckpointError: torn, or of another model or optimizer.
+        CheckpointError: torn (see ``check_contents``, too), or of another model or optimizer.
     """
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
@@ -178,7 +301,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
             )
-        except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(
                 f"{Path(checkpoint).absolute()} does not fit this model and optimizer: {error}. "
                 "It was written by a run with another student or optimizer; start afresh with checkpoint.resume=never."
@@ -186,7 +309,6 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
         for number, chunk in enumerate(model.chunks):
             chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=True)
         optimization.load(loaded["optimizer"])
-        optimization.scheduler.load_state_dict(loaded["scheduler"])
     torch.set_rng_state(loaded["torch_rng"])
     return state
 
@@ -198,6 +320,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
         CheckpointError: torn, or of another model.
     """
     read_state(checkpoint)
+    check_contents(checkpoint)
     check_metadata(Path(checkpoint))
     with use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)):
         # weights alone: what else a module saves comes as pickles, and is nothing here
@@ -207,7 +330,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
         }
         try:
             loaded = dist_checkpointing.load(sharded, str(Path(checkpoint).absolute()))
-        except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(
                 f"{Path(checkpoint).absolute()} does not hold the model of config.json: {str(error)[:400]}. "
                 "Give the config.json of the model it was trained from."
@@ -248,22 +371,20 @@ def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -
     return state
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _finished(root: Path) -> list[Path]:
-    return [path for path in root.glob("step-*") if path.suffix != ".partial"]
+    return [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _drop_others(root: Path, newest: Path, keep: int) -> None:
     if not keep:
         return
     older = sorted(path for path in _finished(root) if path.name < newest.name)
-    kept = {newest, *older[max(0, len(older) - (keep - 1)) :]}
-    for path in root.glob("step-*"):  # what a killed writer left half-done, too
-        if path not in kept:
-            shutil.rmtree(path)
+    dropped = older[: max(0, len(older) - (keep - 1))]
+    # what a killed writer left half-done, too
+    dropped += [path for path in root.glob("step-*.partial") if _NAME.fullmatch(path.stem)]
+    for path in dropped:
+        if path.is_symlink() or (strange := _strange_files(path)):
+            what = "is a link" if path.is_symlink() else f"holds {', '.join(strange[:3])}, which no checkpoint has"
+            warnings.warn(f"{path.absolute()} {what}: it is not removed, though checkpoint.keep={keep}", stacklevel=2)
+        else:
+            remove_files(path, files_below(path))

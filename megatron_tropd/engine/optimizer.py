@@ -24,6 +24,7 @@ from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 
 # a norm this large is never reached: clipping off, gradient norm still measured
 _NO_CLIPPING = 1e30
+_GROUP_STATE = ("params", "step")  # of a group of parameters: what is state, not settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,16 @@ class Optimization:
                 part.optimizer.state[parameter] = part.optimizer.state[parameter] or {**zeros, "step": torch.zeros(())}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The optimizer's part of a checkpoint."""
+        """Take the states from the optimizer's part of a checkpoint; the settings stay those of this run.
+
+        A checkpoint holds learning rate, weight decay, betas and eps of every group of parameters as well, and Megatron
+        would put them in place of those that the optimizer was made with.
+        """
+        own = [[dict(group) for group in part.optimizer.param_groups] for part in _parts(self.optimizer)]
         self.optimizer.load_state_dict(state)
+        for part, groups in zip(_parts(self.optimizer), own, strict=True):
+            for group, settings in zip(part.optimizer.param_groups, groups, strict=True):
+                group.update({name: value for name, value in settings.items() if name not in _GROUP_STATE})
         for part in _parts(self.optimizer):
             # Megatron may give all parameters one `step`, which each of them would then advance
             for own in (own for own in part.optimizer.state.values() if isinstance(own.get("step"), Tensor)):

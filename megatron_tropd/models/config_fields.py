@@ -5,6 +5,7 @@ Defaults are those that `transformers` gives to an absent key, for checkpoints o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,12 @@ def common(config: Config, *, window: int | None = None, theta: float = 1e4) -> 
 
 
 def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float | str] | None]:
-    """Base, and what a scaled RoPE is made of. transformers 5 keeps both in ``rope_parameters``, earlier ones apart."""
-    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Base, and what a scaled RoPE is made of, read from where transformers 5 reads them.
+
+    It keeps both in ``rope_parameters``, earlier versions apart; ``rope_scaling`` beside it takes its place, base and
+    all (``RotaryEmbeddingConfigMixin.convert_rope_params_to_dict``).
+    """
+    table = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = float(table.get("rope_theta") or config.get("rope_theta") or default_theta)
     # one set of parameters per kind of layer is a table of tables
     nested = [name for name, value in table.items() if isinstance(value, Mapping)]
@@ -69,9 +74,26 @@ def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float |
             f"config.json asks for RoPE of type {kind!r}, which is not supported, only {', '.join(_ROPE_NEEDS)} are."
         )
     refuse(table, partial_rotary_factor=1.0)
+    _say_if_replaced(config, theta)
     if kind == "default":
         return theta, None
-    return theta, {"type": kind, **{name: float(table[name]) for name in _ROPE_NEEDS[kind]}}
+    values = dict(table)
+    if kind == "llama3":
+        # of these families it counts in the table alone; where it is not, the model was never made longer
+        values.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return theta, {"type": kind, **{name: float(values[name]) for name in _ROPE_NEEDS[kind]}}
+
+
+def _say_if_replaced(config: Config, theta: float) -> None:
+    """A base that is written down and does not count is said: it is easily lost with the table that holds it."""
+    beside = config.get("rope_parameters") or {}
+    lost = beside.get("rope_theta") if config.get("rope_scaling") and isinstance(beside, Mapping) else None
+    if lost is not None and float(lost) != theta:
+        warnings.warn(
+            f"config.json has rope_scaling beside rope_parameters: as in transformers 5 the former counts alone, with "
+            f"rope_theta={theta:g}, and rope_theta={lost} of the latter does not. Write one table with all values.",
+            stacklevel=2,
+        )
 
 
 def window(config: Config, *, used: bool, default: int | None = 4096) -> int | None:
@@ -91,7 +113,13 @@ def qwen_window(config: Config) -> int | None:
 
 
 def experts(config: Config, *, normalized: bool) -> dict[str, Any]:
-    # both names are in use for both families
+    # both names are in use for both families, and in transformers they are one
+    names = ("num_local_experts", "num_experts")
+    if None not in (given := [config.get(name) for name in names]) and given[0] != given[1]:
+        raise CheckpointError(
+            f"config.json has num_local_experts={given[0]} and num_experts={given[1]}, which are one setting. "
+            "Take out the wrong one."
+        )
     count = int(config["num_local_experts"] if config.get("num_experts") is None else config["num_experts"])
     chosen = int(config["num_experts_per_tok"])
     if not 1 <= chosen <= count:

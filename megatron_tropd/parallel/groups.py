@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.parallel.wakeup import interruptible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +114,11 @@ def initialize_distributed(
     timeout = datetime.timedelta(seconds=max(timeout_s, JOIN_TIMEOUT_S))
     if place is not None:
         store, rank, size = place
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        with interruptible():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        with interruptible():
+            dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))

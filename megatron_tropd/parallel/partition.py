@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, rendezvous
 
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import JOIN_TIMEOUT_S, initialize_distributed
+from megatron_tropd.parallel.wakeup import interruptible
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ def join_launch(*, teacher_ranks: int, timeout_s: float) -> Launch:
         world = dist.get_world_size()
         return Launch(device=device, world_size=world, student_ranks=world)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_TIMEOUT_S)))
+    with interruptible():
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_TIMEOUT_S)))
     students = world - teacher_ranks
     part, first, size = ("student", 0, students) if rank < students else ("teacher", students, teacher_ranks)
     device = initialize_distributed(timeout_s=timeout_s, place=(PrefixStore(part, store), rank - first, size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from megatron_tropd.report.records import (
     read_samples,
 )
 from megatron_tropd.report.sinks import read_jsonl
+from megatron_tropd.storage.write_aside import write_aside
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, float, float]  # step, value, and its interval
@@ -95,10 +95,7 @@ def write_report(run_dir: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("template.html.j2").render(_context(run_dir))
-    path, partial = run_dir / "report.html", run_dir / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_aside(run_dir / "report.html", page)
 
 
 def _context(run_dir: Path) -> dict[str, Any]:

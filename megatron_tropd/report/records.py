@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.report.sinks import read_jsonl
+from megatron_tropd.storage.write_aside import write_aside
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -120,6 +120,4 @@ def _build(kind: type[Record], row: Any, path: Path) -> Record:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_aside(path, text)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, SupportsFloat
 
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.report.metrics import unknown_names
+from megatron_tropd.storage.write_aside import storage_errors, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,10 @@ class MetricsWriter:
         if self.strict and (unknown := unknown_names(metrics)):
             raise ValueError(f"metrics {unknown} are not in report/metrics.py. Add a row with unit and meaning.")
         finite = {name: _finite(value) for name, value in metrics.items()} | {"step": step}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with storage_errors(self.path):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         for sink in self.sinks:
             sink.write(step, finite)
 
@@ -121,12 +123,7 @@ def _mend(path: Path) -> None:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_aside(path, "".join(f"{line}\n" for line in lines))
 
 
 def _finite(value: SupportsFloat | None) -> Number:

@@ -135,10 +135,16 @@ class Run:
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
 
 
-def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None = None) -> Run:
+def build_run(
+    config: RunConfig,
+    inputs: Inputs,
+    bridge: CrossWorldLink | None = None,
+    *,
+    known: Mapping[str, Any] | None = None,
+) -> Run:
     """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
 
-    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+    ``bridge``: to the teacher's own ranks, with ``teacher.ranks``. ``known``: its identity, where that has been found.
 
     Raises:
         TropdError: weights or a recording cannot be used.
@@ -188,7 +194,7 @@ def build_run(config: RunConfig, inputs: Inputs, bridge: CrossWorldLink | None =
         teacher=build_teacher(config, inputs, teacher, world, bridge),
         sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
         teacher_request=request,
-        identity=identity(config, inputs),
+        identity=identity(config, inputs) if known is None else known,
     )
 
 

@@ -3,7 +3,9 @@ before a model is built or a rank waits for another."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,9 +17,9 @@ import torch
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import ParallelConfig
-from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.convert.hf import read_architecture, weights_fingerprint
 from megatron_tropd.data.table import PromptTable
-from megatron_tropd.data.tokenizer import Tokenizer
+from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_tropd.engine.model import check_divisible, check_trainable
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.terms import NONE
@@ -35,6 +37,7 @@ from megatron_tropd.setup.datasets import (
     read_training_prompts,
     suites_of,
 )
+from megatron_tropd.storage.owned import check_target
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
@@ -238,6 +241,35 @@ def check_writable(config: RunConfig) -> None:
             ) from error
 
 
+def check_export(config: RunConfig) -> None:
+    """ConfigError when ``export.hf`` would replace what the run reads, what it writes, or what is somebody else's."""
+    if config.export.hf is None:
+        return
+    protected: dict[str, Path | None] = {
+        "run_dir": config.run_dir,
+        "the current directory": Path(),
+        "student.model": config.student.model,
+        "teacher.model": config.teacher.model,
+        **{f"teachers[{i}].model": one.model for i, one in enumerate(config.teachers)},
+        "base.model": config.base_model,
+        **{f"data.prompts[{i}]": path for i, path in enumerate(config.data.prompts)},
+        **{
+            f"data.sources[{i}].prompts": path
+            for i, source in enumerate(config.data.sources)
+            for path in source.prompts
+        },
+        **{f"evaluate.prompts[{i}]": path for i, path in enumerate(config.evaluate.prompts)},
+        "rollout.record": config.rollout.record,
+        "rollout.recorded_from": config.rollout.recorded_from,
+        "rollout.vllm_server.publish_dir": config.rollout.vllm_server.publish_dir,
+        "teacher.record": config.teacher.record,
+        "teacher.recorded_from": config.teacher.recorded_from,
+        **{f"{name} of the run": config.run_dir / name for name in ("checkpoints", "tensorboard", "publish")},
+    }
+    given = {name: path for name, path in protected.items() if path is not None}
+    check_target(config.export.hf, name="export.hf", protected=given)
+
+
 def why_not_written(error: OSError) -> str:
     """The operating system's reason, in words that fit a directory to be made."""
     if isinstance(error, FileExistsError | NotADirectoryError):
@@ -374,6 +406,7 @@ def check_teacher(config: RunConfig, inputs: Inputs) -> None:
 def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """What shapes the numbers of a run, by config key: a checkpoint of a run with other values is of another run.
 
+    Models and tokenizer are in it twice: by their sizes, and by fingerprints of their content (``FINGERPRINTS``).
     Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run goes on.
     """
     optimizer = config.optimizer.model_dump(exclude={"offload", "overlap"})
@@ -385,6 +418,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "teacher.model": asdict(inputs.teacher),
         **{f"teachers.{name}": asdict(architecture) for name, architecture in inputs.teachers.items()},
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
+        **_fingerprints(config, inputs),
         **data_identity(config.data, inputs.prompts),
         **{f"method.{key}": value for key, value in config.method.model_dump().items()},
         **{
@@ -396,4 +430,23 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         },
         **{f"train.{key}": getattr(config.train, key) for key in ("steps", "prompts_per_step", "minibatches")},
         **{f"optimizer.{key}": value for key, value in optimizer.items()},
+    }
+
+
+# how the keys end that stand for content, which checkpoints of earlier versions do not have
+FINGERPRINTS = (".weights", ".vocabulary", ".chat_template", ".end_tokens")
+
+
+def _fingerprints(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    models = {"student": config.student.model, "teacher": config.teacher.model}
+    models |= {f"teachers.{one.name}": one.model for one in config.teachers}
+    models |= {} if inputs.base is None else {"base": config.base_model}
+    found: dict[Path, str | None] = {path: weights_fingerprint(path) for path in set(models.values())}
+    template = inputs.tokenizer.chat_template if isinstance(inputs.tokenizer, HuggingFaceTokenizer) else None
+    settings = [config.data.chat_template and template, config.data.template_options]
+    return {
+        **{f"{role}.weights": found[path] for role, path in models.items()},
+        "tokenizer.vocabulary": inputs.tokenizer.fingerprint(),
+        "tokenizer.chat_template": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "tokenizer.end_tokens": list(inputs.tokenizer.eos_ids),
     }

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_tropd.errors import DataError
+from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.types import Int64Array
 
 Values = Literal["fp16", "fp32"]
@@ -118,14 +119,7 @@ def write_part(directory: Path, grades: Sequence[Grades], *, vocab_size: int, va
     text = json.dumps({"fields": fields, "sequences": len(grades), "bytes": at, "index": zlib.crc32(index.tobytes())})
     head = _MAGIC + len(text.encode()).to_bytes(8, "little") + text.encode() + index.tobytes()
     path = directory / (hashlib.blake2b(head, digest_size=12).hexdigest() + _SUFFIX)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(head)
-        file.writelines(blobs)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path
+    return write_aside(path, lambda file: file.writelines([head, *blobs]))
 
 
 def _stored(name: str, array: np.ndarray, vocab_size: int, values: Values) -> np.ndarray:

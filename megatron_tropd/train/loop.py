@@ -214,5 +214,5 @@ def save(run: Run, batches: Batches, step: int) -> None:
         step=step,
         state={"run": run.identity},
         keep=run.checkpoint.keep,
-        beside=partial(batches.save, step=step),
+        beside_it=partial(batches.save, step=step),
     )

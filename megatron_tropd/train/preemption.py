@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_tropd.engine.checkpoint import find_checkpoint, read_state
 from megatron_tropd.parallel.leaving import leave
+from megatron_tropd.parallel.wakeup import hearing
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.loop import save
 from megatron_tropd.train.rollout_queue import Batches
@@ -28,6 +30,7 @@ from megatron_tropd.train.rollout_queue import Batches
 # EX_TEMPFAIL of sysexits.h: not done, worth another try; what job scripts requeue on
 EXIT_PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_GRACE_S = 0.5  # in which the main thread comes to a handler unless it waits in a library
 
 
 class Preempted(Exception):
@@ -39,6 +42,9 @@ class StopRequest:
 
     Before the first step nothing is lost by that, and after the last one there is a checkpoint. In between, within
     ``deferred``, the signal is only remembered, for ``agreed``. Outside the main thread nothing is heard.
+
+    A rank that waits for others in a library hears them as well, and Ctrl-C: outside ``deferred`` at once, within it
+    the second time.
     """
 
     def __init__(self) -> None:
@@ -46,13 +52,18 @@ class StopRequest:
         self._deferring = False
         self._others: Callable[[], int] | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._waiting = hearing(self._hear_while_waiting)
+        self._interrupts = 0
+        self._seen, self._answered = 0, 0  # signals, by the thread that hears them and by their handler
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive_request) for number in SIGNALS}
+        self._waiting.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._waiting.__exit__(None, None, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -80,7 +91,22 @@ class StopRequest:
         if self._heard is not None:
             _leave_at_once(self._heard)
 
+    def _hear_while_waiting(self, number: int) -> None:
+        """The same from a thread, where the main thread has not come to its handler after a while."""
+        if number in SIGNALS:
+            self._seen += 1
+            until = time.monotonic() + _GRACE_S
+            while self._answered < self._seen and time.monotonic() < until:
+                time.sleep(0.01)
+            if self._answered < self._seen:
+                self._receive_request(number, None)
+        elif number == signal.SIGINT:
+            self._interrupts += 1
+            if not self._deferring or self._interrupts > 1:
+                _leave_at_once(signal.SIGINT)
+
     def _receive_request(self, number: int, frame: FrameType | None) -> None:
+        self._answered += 1
         self._heard = self._heard or signal.Signals(number)
         if not self._deferring:
             _leave_at_once(self._heard)
@@ -97,7 +123,7 @@ class StopRequest:
 def _leave_at_once(heard: signal.Signals) -> None:
     # no cleaning up: that could wait for ranks that have left already
     os.write(2, f"stopped by {heard.name} outside of training\n".encode())
-    leave(EXIT_PREEMPTED)
+    leave(EXIT_PREEMPTED if heard in SIGNALS else 128 + heard)
 
 
 def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *, first_step: int) -> None:

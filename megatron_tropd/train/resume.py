@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,42 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_tropd.config.sections import CheckpointConfig
-from megatron_tropd.engine.checkpoint import discard_checkpoints, find_checkpoint, load_checkpoint, read_state
-from megatron_tropd.errors import CheckpointError
-from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
+from megatron_tropd.engine.checkpoint import content_fault, find_checkpoint, load_checkpoint, read_state
+from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.setup.build import Run
+from megatron_tropd.setup.validate import FINGERPRINTS
+from megatron_tropd.train.earlier_run import CHECKPOINTS, set_aside, set_aside_later
 from megatron_tropd.train.rollout_queue import Batches
 
-# of what identifies a run (inputs.identity), what a resumed run may change at its own risk; all else is refused
-_MAY_CHANGE = ("train.", "rollout.", "data.", "optimizer.")
-_MUST_AGREE = ("optimizer.name", "optimizer.distributed")
+# of what identifies a run (inputs.identity), what a resumed run may change at its own risk
+_MAY_CHANGE = ("train.", "rollout.", "optimizer.")
+# what no insisting helps with: the states of a checkpoint do not fit
+_MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
 
 
 def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_dir: Path, steps: int) -> Path | None:
     """The checkpoint that a run of this identity (``inputs.identity``) goes on from; None to start afresh. Collective.
 
-    With ``checkpoint.resume=never`` what an earlier run left in ``run_dir`` is removed. ``steps``: of the whole run.
+    What an earlier run left in ``run_dir`` is moved aside when the run starts afresh, and its later checkpoints when it
+    goes back to an earlier one. ``steps``: of the whole run.
 
     Raises:
         CheckpointError: the checkpoint asked for is torn, or the one found is of another run.
+        ConfigError: ``checkpoint.accept_changes`` names what there is not, or what cannot be accepted.
     """
     first, asked = dist.get_rank() == 0, section.resume
-    if asked == "never":
-        if first:
-            _forget(run_dir)
-        return None
-    checkpoint = _agreed_checkpoint(asked, run_dir / "checkpoints")
+    _check_accepted(section.accept_changes, identity)
+    checkpoint = None if asked == "never" else _agreed_checkpoint(asked, run_dir / CHECKPOINTS)
     if checkpoint is not None:
-        _check_same_run(checkpoint, read_state(checkpoint), identity, steps=steps)
-    elif asked != "auto":
+        changed = _changes(checkpoint, read_state(checkpoint), identity, steps=steps)
+        _check_changes(checkpoint, changed, insisted=frozenset(section.accept_changes))
+    elif asked not in ("auto", "never"):
         raise CheckpointError(
             f"{Path(asked).absolute()} holds no whole checkpoint. Name another, or use auto or never."
         )
+    dist.barrier()  # every rank has read what may be moved now
+    if first:
+        _set_aside(run_dir, checkpoint)
     return checkpoint
 
 
@@ -57,27 +62,72 @@ def restore(run: Run, batches: Batches, checkpoint: Path | None) -> int:
     return steps
 
 
-def _forget(run_dir: Path) -> None:
-    """Removes what an earlier run in this directory would otherwise mix into this one."""
-    discard_checkpoints(run_dir / "checkpoints")
-    for name in (EVALUATION_FILE, SAMPLES_FILE):
-        (run_dir / name).unlink(missing_ok=True)
+def _set_aside(run_dir: Path, checkpoint: Path | None) -> None:
+    """Moves away what an earlier run in this directory would otherwise mix into this one."""
+    own = (run_dir / CHECKPOINTS).resolve()
+    if checkpoint is None or checkpoint.resolve().parent != own:
+        # a run that goes on from another's checkpoint in a used directory is a new run there
+        set_aside(run_dir)
+    else:
+        set_aside_later(run_dir, int(read_state(checkpoint)["step"]))
 
 
 def _agreed_checkpoint(asked: str, directory: Path) -> Path | None:
-    """The newest whole checkpoint of the run, or the one asked for by path. One rank looks for all."""
-    chosen: list[str | None] = [None]
+    """The newest whole checkpoint of the run, or the one asked for by path. One rank looks for all, all compare
+    checksums."""
+    torn: list[Path] = []
+    while True:
+        found, is_newest = _look(asked, directory, torn)
+        fault = None if found is None else content_fault(found)
+        if found is None or fault is None:
+            return found
+        if not is_newest:
+            raise CheckpointError(f"{found.absolute()} is torn: {fault}. Name another with checkpoint.resume=PATH.")
+        torn.append(found)
+        if dist.get_rank() == 0:
+            warnings.warn(f"skipping a torn checkpoint: {found.absolute()} is torn: {fault}", stacklevel=2)
+
+
+def _look(asked: str, directory: Path, torn: list[Path]) -> tuple[Path | None, bool]:
+    """A checkpoint that looks whole, and whether it is the newest of a directory instead of one asked for."""
+    chosen: list[Any] = [None, True]
     if dist.get_rank() == 0:
         path = directory if asked == "auto" else Path(asked).expanduser()
+        if asked != "auto" and (path / CHECKPOINTS).is_dir():
+            path /= CHECKPOINTS  # of a run directory
         # a directory of checkpoints will do where one checkpoint is asked for
-        found = find_checkpoint(path) if asked == "auto" or any(path.glob("step-*")) else path
-        chosen = [None if found is None else str(found)]
+        many = asked == "auto" or any(path.glob("step-*"))
+        found = find_checkpoint(path, without=torn) if many else path
+        chosen = [None if found is None else str(found), many]
     dist.broadcast_object_list(chosen, src=0)
-    return None if chosen[0] is None else Path(chosen[0])
+    return None if chosen[0] is None else Path(chosen[0]), bool(chosen[1])
 
 
-def _check_same_run(checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any], *, steps: int) -> None:
-    """CheckpointError when the checkpoint is of another run; a warning when this one goes on with other settings."""
+# --------------------------------------------------------------------------- the same run?
+
+
+def _check_accepted(accepted: Sequence[str], identity: Mapping[str, Any]) -> None:
+    for name in accepted:
+        if name in _MUST_AGREE:
+            raise ConfigError(
+                f"checkpoint.accept_changes holds {name!r}, but the states of a checkpoint fit no other. "
+                "Start afresh with checkpoint.resume=never."
+            )
+        if identity and name not in identity:
+            raise ConfigError(
+                f"checkpoint.accept_changes holds {name!r}, which is nothing a checkpoint remembers. "
+                f"It remembers {', '.join(sorted(identity))}."
+            )
+
+
+def _changes(
+    checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any], *, steps: int
+) -> dict[str, tuple[Any, Any]]:
+    """By key, what was and what is, of all that the run has otherwise than the one that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: it is further than ``steps``.
+    """
     if state["step"] > steps:
         raise CheckpointError(
             f"{checkpoint.absolute()} has {state['step']} steps behind it, train.steps={steps} asks for fewer. "
@@ -85,20 +135,40 @@ def _check_same_run(checkpoint: Path, state: dict[str, Any], identity: Mapping[s
         )
     # as JSON has it: tuples are lists
     here, there = json.loads(json.dumps(dict(identity))), dict(state.get("run", {}))
+    unknown = sorted(key for key in here if key.endswith(FINGERPRINTS) and key not in there)
+    if unknown:
+        warnings.warn(
+            f"{checkpoint} was written by an earlier version, which does not say {', '.join(unknown)}: whether they "
+            "are those of the run that goes on cannot be told.",
+            stacklevel=2,
+        )
     changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
-    tolerated = {key for key in changed if key.startswith(_MAY_CHANGE) and key not in _MUST_AGREE}
+    # weights that are not on this machine leave nothing to compare
+    return {key: pair for key, pair in changed.items() if not (key.endswith(FINGERPRINTS) and None in pair)}
+
+
+def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, insisted: Collection[str]) -> None:
+    """CheckpointError when the checkpoint is of another run; a warning when this one goes on with other settings."""
+    tolerated = {key for key in changed if _is_tolerated(key) or key in insisted}
     refused = sorted(changed.keys() - tolerated)
     if refused:
+        insist = "" if set(refused) & set(_MUST_AGREE) else f", or checkpoint.accept_changes=[{', '.join(refused)}]"
         raise CheckpointError(
-            f"{checkpoint.absolute()} is of another run: {_differences(changed, refused)}. "
-            "Use another run_dir, or checkpoint.resume=never to start over and remove the old one."
+            f"{checkpoint.absolute()} is of another run: {_differences(changed, refused)}. Use another run_dir, or "
+            f"checkpoint.resume=never to start over (the old results are moved aside){insist}"
+            f"{' to go on all the same' if insist else ''}."
         )
     if tolerated:
         warnings.warn(
             f"going on from {checkpoint} with other settings than it was written with: "
-            f"{_differences(changed, sorted(tolerated))}. The result is not that of one run with either.",
+            f"{_differences(changed, sorted(tolerated))}. The new ones count from here on; the result is not that of "
+            "one run with either.",
             stacklevel=2,
         )
+
+
+def _is_tolerated(key: str) -> bool:
+    return key.startswith(_MAY_CHANGE) and key not in _MUST_AGREE
 
 
 def _differences(changed: dict[str, tuple[Any, Any]], keys: list[str]) -> str:
@@ -109,6 +179,8 @@ def _differences(changed: dict[str, tuple[Any, Any]], keys: list[str]) -> str:
         if isinstance(was, dict) and isinstance(now, dict):
             sizes = [size for size in was | now if was.get(size) != now.get(size)]
             lines += [f"{size} of {key} was {was.get(size)!r}, is {now.get(size)!r}" for size in sizes]
+        elif key.endswith(FINGERPRINTS) and isinstance(now, str):
+            lines.append(f"{key} are others of the same kind (fingerprint {str(was)[:12]}, now {str(now)[:12]})")
         else:
             lines.append(f"{key} was {was!r}, is {now!r}")
     return "; ".join(lines)

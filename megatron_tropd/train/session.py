@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from rich.console import Console
@@ -40,7 +40,15 @@ from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.datasets import suites_of
 from megatron_tropd.setup.self_check import check_self
-from megatron_tropd.setup.validate import DTYPES, check_writable, identity, layout_of, read_inputs
+from megatron_tropd.setup.validate import (
+    DTYPES,
+    Inputs,
+    check_export,
+    check_writable,
+    identity,
+    layout_of,
+    read_inputs,
+)
 from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
@@ -88,12 +96,13 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
 
 
 def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
+    if dist.get_rank() == 0:
+        check_export(config)
     inputs = read_inputs(config)
     check_writable(config)
-    checkpoint = find_start(
-        config.checkpoint, identity(config, inputs), run_dir=config.run_dir, steps=config.train.steps
-    )
-    run = build_run(config, inputs, launch.bridge)
+    facts = _agreed_identity(config, inputs)
+    checkpoint = find_start(config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
+    run = build_run(config, inputs, launch.bridge, known=facts)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
     batches = Batches(run)
@@ -125,6 +134,13 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     run.sampler.close()
     run.teacher.close()
     return run
+
+
+def _agreed_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """The identity of the run, for which one rank reads what fingerprints are made of. Collective."""
+    found: list[dict[str, Any]] = [identity(config, inputs) if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 @contextmanager

@@ -56,6 +56,58 @@ def continued(root: str) -> dict[str, bool]:
     return found
 
 
+def resumed_otherwise(root: str) -> dict[str, dict[str, set[float]]]:
+    """Settings of all groups of parameters after a checkpoint of others was loaded and the fifth of 8 updates set."""
+    device = initialize_distributed()
+    groups = GroupBuilder().build(Layout())
+    architecture = read_architecture(Path(root) / "model")
+
+    def fresh(kind: str, *, steps: int, **settings: Any) -> tuple[Model, Optimization]:
+        model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+        return model, optimize(model, OptimizerConfig(**KINDS[kind], **settings), steps=steps)
+
+    found = {}
+    for kind in KINDS:
+        old = fresh(kind, lr=1e-2, steps=4, weight_decay=0.0, beta1=0.8, beta2=0.9, eps=1e-6)
+        old[1].set_update(3)
+        for parameter in old[0].chunks[0].parameters():
+            parameter.main_grad.fill_(0.5)
+        with use_parallel_state(groups):
+            old[1].optimizer.step()
+        checkpoint = save_checkpoint(Path(root) / f"other {kind}", *old, step=4, state={})
+        settings = {"lr": 4e-3, "min_lr": 1e-3, "schedule": "linear", "weight_decay": 0.1}
+        new = fresh(kind, steps=8, beta1=0.7, beta2=0.95, eps=1e-7, **settings)
+        load_checkpoint(checkpoint, *new)
+        new[1].set_update(4)
+        every = new[1].optimizer.param_groups
+        found[kind] = {
+            name: {value for group in every for value in _values(group.get(name))}
+            for name in ("lr", "weight_decay", "betas", "eps")
+        }
+    return found
+
+
+def _values(value: Any) -> tuple[float, ...]:
+    return () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+@pytest.fixture(scope="module")
+def otherwise(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, set[float]]]:
+    root = tmp_path_factory.mktemp("otherwise")
+    save_family(root / "model", "llama3")
+    result: dict[str, dict[str, set[float]]] = run_on_ranks(resumed_otherwise, str(root), world_size=1)[0]
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_has_its_own_learning_rate_schedule_decay_betas_and_eps(kind, otherwise):
+    # the fifth of eight updates, where the ninth would be at min_lr: 5/9 of the way from 4e-3 to 1e-3
+    assert list(otherwise[kind]["lr"]) == [pytest.approx(4e-3 - 5 / 9 * 3e-3, rel=1e-12)]
+    assert otherwise[kind]["weight_decay"] == {0.0, 0.1}  # norms have none
+    if "adam" in KINDS[kind].get("name", "adam"):
+        assert otherwise[kind]["betas"] == {0.7, 0.95} and otherwise[kind]["eps"] == {1e-7}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     root = tmp_path_factory.mktemp("optimizers")

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from megatron_tropd.config.sections import CheckpointConfig
+from megatron_tropd.engine import checkpoint
+from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.train import preemption
 from megatron_tropd.train import resume
-from megatron_tropd.errors import CheckpointError
 
 IDENTITY: dict[str, Any] = {
     "seed": 7,
@@ -39,8 +40,12 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         get_rank=lambda: fake.number,
         broadcast_object_list=lambda objects, src: None,
         broadcast=lambda tensor, src: None,
+        get_world_size=lambda: 1,
+        all_gather_object=lambda objects, own: objects.__setitem__(0, own),
+        barrier=lambda: None,
     )
     monkeypatch.setattr(resume, "dist", fake)
+    monkeypatch.setattr(checkpoint, "dist", fake)
     monkeypatch.setattr(preemption, "dist", fake)
     return fake
 
@@ -55,9 +60,15 @@ def left(run_dir: Path, step: int, identity: dict[str, Any] | None = None) -> Pa
 
 
 def start(
-    run_dir: Path, identity: dict[str, Any] = IDENTITY, *, steps: int = 9, asked: str = "auto"
+    run_dir: Path,
+    identity: dict[str, Any] = IDENTITY,
+    *,
+    steps: int = 9,
+    asked: str = "auto",
+    accepted: tuple[str, ...] = (),
 ) -> Path | None:
-    return resume.find_start(CheckpointConfig(resume=asked), identity, run_dir=run_dir, steps=steps)
+    section = CheckpointConfig(resume=asked, accept_changes=accepted)
+    return resume.find_start(section, identity, run_dir=run_dir, steps=steps)
 
 
 # --------------------------------------------------------------------------- which checkpoint
@@ -121,16 +132,183 @@ def test_other_settings_of_the_same_run_are_a_warning(tmp_path):
     assert "optimizer.lr was 0.0001, is 0.0002; train" in str(found[0].message) and "seed" not in str(found[0].message)
 
 
-def test_starting_over_removes_what_would_be_mixed_in_and_only_once(tmp_path, rank):
-    left(tmp_path, 4)
-    mixed = [tmp_path / name for name in ("evaluation.json", "samples.jsonl")]
-    for path in mixed:
-        path.write_text("")
+def results(run_dir: Path) -> list[Path]:
+    """Everything that a run leaves, besides checkpoints."""
+    names = ("metrics.jsonl", "evaluation.json", "samples.jsonl", "report.html", "config.yaml", "wandb_id")
+    files = [*(run_dir / name for name in names), run_dir / "tensorboard" / "events"]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    return files
+
+
+@pytest.mark.parametrize("asked", ["never", "auto"])
+def test_a_fresh_run_moves_what_an_earlier_one_left_aside_and_removes_none_of_it(asked, tmp_path, rank, capsys):
+    left_there = results(tmp_path)
+    if asked == "never":
+        left(tmp_path, 4)
+    (tmp_path / "notes.txt").write_text("the user's")
     rank.number = 1
-    assert start(tmp_path, asked="never") is None and all(path.exists() for path in mixed)
+    assert start(tmp_path, asked=asked) is None if asked == "never" else True
+    assert all(path.exists() for path in left_there)
     rank.number = 0
-    assert start(tmp_path, asked="never") is None
-    assert not any(path.exists() for path in mixed) and not list((tmp_path / "checkpoints").iterdir())
+    assert start(tmp_path, asked=asked) is None
+    assert not any(path.exists() for path in left_there) and (tmp_path / "notes.txt").exists()
+    kept = tmp_path / "earlier-run"
+    assert all((kept / path.relative_to(tmp_path)).read_text() == path.name for path in left_there)
+    assert (kept / "checkpoints" / "step-00000004" / "complete.json").exists() == (asked == "never")
+    said = capsys.readouterr().out
+    assert "held results of an earlier run" in said and "evaluation.json" in said and str(kept) in said
+
+    # a third run in the same place moves the second's beside them
+    (tmp_path / "metrics.jsonl").write_text("second")
+    start(tmp_path, asked=asked)
+    assert (tmp_path / "earlier-run-1" / "metrics.jsonl").read_text() == "second"
+
+
+def test_a_run_that_goes_on_keeps_its_results_where_they_are(tmp_path, capsys):
+    left_there = results(tmp_path)
+    left(tmp_path, 4)
+    start(tmp_path)
+    assert all(path.exists() for path in left_there) and capsys.readouterr().out == ""
+
+
+def test_going_back_moves_later_checkpoints_aside(tmp_path):
+    for step in (2, 4, 6):
+        left(tmp_path, step)
+    found = start(tmp_path, asked=str(tmp_path / "checkpoints" / "step-00000002"))
+    assert found.name == "step-00000002"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    moved = tmp_path / "earlier-run" / "checkpoints"
+    assert sorted(path.name for path in moved.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_directory_stands_for_the_newest_checkpoint_in_it(tmp_path):
+    left(tmp_path / "a", 2)
+    newest = left(tmp_path / "a", 9)
+    assert start(tmp_path / "b", asked=str(tmp_path / "a")) == newest
+
+
+# --------------------------------------------------------------------------- other models, data, tokenizer
+
+
+KNOWN = IDENTITY | {
+    "student.weights": "a" * 64,
+    "teacher.weights": "b" * 64,
+    "tokenizer.vocabulary": "c" * 64,
+    "tokenizer.chat_template": "d" * 64,
+    "tokenizer.end_tokens": [1, 7],
+    "data.prompts": "9 prompts, 0123",
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("student.weights", "e" * 64),
+        ("teacher.weights", "e" * 64),
+        ("tokenizer.vocabulary", "e" * 64),
+        ("tokenizer.chat_template", "e" * 64),
+        ("tokenizer.end_tokens", [1]),
+        ("data.prompts", "9 prompts, 4567"),
+        ("method.k", 8),
+    ],
+)
+def test_what_has_the_same_sizes_and_another_content_is_refused_by_name_unless_insisted_on(tmp_path, key, value):
+    newest = left(tmp_path, 4, KNOWN)
+    with pytest.raises(CheckpointError) as refused:
+        start(tmp_path, KNOWN | {key: value})
+    assert f"is of another run: {key} " in str(refused.value)
+    assert f"checkpoint.accept_changes=[{key}] to go on all the same" in str(refused.value)
+    assert "elete" not in str(refused.value) and "remove" not in str(refused.value)
+    with pytest.warns(UserWarning, match=key):
+        assert start(tmp_path, KNOWN | {key: value}, accepted=(key,)) == newest
+
+
+def test_nothing_is_insisted_on_that_is_not_there_or_does_not_fit(tmp_path):
+    left(tmp_path, 4, KNOWN)
+    with pytest.raises(ConfigError, match=r"holds 'teacher', which is nothing .* remembers data.prompts"):
+        start(tmp_path, KNOWN, accepted=("teacher",))
+    with pytest.raises(ConfigError, match="fit no other"):
+        start(tmp_path, KNOWN, accepted=("optimizer.name",))
+    with pytest.raises(CheckpointError) as refused:
+        start(tmp_path, KNOWN | {"optimizer.name": "sgd"})
+    assert "accept_changes" not in str(refused.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_cannot_be_told(tmp_path):
+    newest = left(tmp_path, 4, IDENTITY | {"data.prompts": KNOWN["data.prompts"]})
+    with pytest.warns(UserWarning, match=r"earlier version, which does not say student.weights, teacher.weights"):
+        assert start(tmp_path, KNOWN) == newest
+
+
+def test_weights_that_are_not_on_this_machine_are_not_compared(tmp_path):
+    newest = left(tmp_path, 4, KNOWN)
+    assert start(tmp_path, KNOWN | {"teacher.weights": None}) == newest
+
+
+# --------------------------------------------------------------------------- torn
+
+
+def whole(run_dir: Path, step: int) -> Path:
+    """A checkpoint with a file in it."""
+    directory = left(run_dir, step)
+    (directory / "common.pt").write_bytes(b"content")
+    record = {"size": 7, "sha256": "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"}  # sha256sum
+    state = json.loads((directory / "complete.json").read_text()) | {"files": {"common.pt": record}}
+    (directory / "complete.json").write_text(json.dumps(state))
+    return directory
+
+
+def test_a_byte_that_changed_is_a_torn_checkpoint_passed_over_by_name(tmp_path):
+    older, newest = whole(tmp_path, 2), whole(tmp_path, 4)
+    assert start(tmp_path) == newest
+    (newest / "common.pt").write_bytes(b"contenT")
+    with pytest.raises(CheckpointError, match=r"step-00000004 is torn: common.pt has other content"):
+        start(tmp_path, asked=str(newest))
+    with pytest.warns(UserWarning, match=r"step-00000004 is torn: common.pt has other content than was written"):
+        assert start(tmp_path) == older
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"step-00000009", b"../elsewhere"])
+def test_a_latest_file_that_names_nothing_is_said_and_passed_over(content, tmp_path):
+    newest = left(tmp_path, 4)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    with pytest.warns(UserWarning, match="latest names no checkpoint that is there"):
+        assert start(tmp_path) == newest
+
+
+def test_stray_files_and_folders_beside_checkpoints_are_no_checkpoints(tmp_path):
+    newest = left(tmp_path, 4)
+    for name in ("step-notes.txt", "step-00000009.bak", "step-00000008"):
+        (tmp_path / "checkpoints" / name).write_text("")
+    (tmp_path / "checkpoints" / "step-by-step").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert start(tmp_path) == newest
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": 4}', '{"step": 4, "files": {"a": "b"}}', "\x00", "nul"])
+def test_a_record_that_is_none_is_one_error(text, tmp_path):
+    directory = left(tmp_path, 4)
+    (directory / "complete.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        checkpoint.read_state(directory)
+
+
+def test_only_checkpoints_are_dropped_and_what_the_user_put_there_stays(tmp_path):
+    older, noted, newest = (whole(tmp_path, step) for step in (1, 2, 3))
+    (noted / "notes.txt").write_text("the user's")
+    root = tmp_path / "checkpoints"
+    (root / "step-by-step").mkdir()
+    (root / "elsewhere").mkdir()
+    (root / "step-00000000").symlink_to(root / "elsewhere")
+    with pytest.warns(UserWarning) as said:
+        checkpoint._drop_others(root, newest, 1)
+    assert not older.exists() and newest.exists()
+    assert (noted / "common.pt").exists() and (noted / "notes.txt").exists()
+    assert (root / "step-by-step").exists() and (root / "step-00000000").is_symlink()
+    assert sorted("notes.txt" in str(one.message) for one in said) == [False, True]
 
 
 def test_a_restored_run_has_the_batches_and_the_steps_of_its_checkpoint(monkeypatch):

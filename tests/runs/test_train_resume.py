@@ -256,7 +256,7 @@ def test_torn_checkpoints_are_passed_over_with_a_warning_that_names_them(task: T
     outcome = commands().run(*arguments(task, run_dir, *TP2), ranks=2).expect_success()
 
     warnings = [line for line in outcome.output.splitlines() if line.startswith("WARNING")]
-    assert len(warnings) == 2 and "WARNING" not in outcome.outputs[1]
+    assert len(warnings) == 2 and "WARNING" not in outcome.outputs[1], warnings
     assert (
         f"{checkpoint_of(run_dir, 6)} is torn: {shard.name} has {size - 1:,} bytes, {size:,} were written"
         in warnings[0]
@@ -286,6 +286,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_value(task: Task, un
     from tests.support.run_inputs import STUDENT, save_model
 
     wider = save_model(task.directory / "wider", STUDENT | {"intermediate_size": 58}, tied=True, seed=3)
+    twin = save_model(task.directory / "twin", STUDENT, tied=True, seed=3)
     newest = checkpoint_of(unbroken, STEPS)
     cases = [
         ("seed=8", f"{newest} is of another run: seed was 7, is 8. Use another run_dir, or"),
@@ -294,11 +295,14 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_value(task: Task, un
         ("dtype=bf16", "dtype was 'fp32', is 'bf16'"),
         (f"student.model={wider}", "ffn_size of student.model was 50, is 58"),
         (f"teacher.model={task.student}", "hidden_size of teacher.model was 44, is 36"),
+        (f"student.model={twin}", f"{newest} is of another run: student.weights are others of the same kind"),
         ("optimizer.name=sgd", "optimizer.name was 'adam', is 'sgd'"),
         ("train.steps=6", f"{newest} has 7 steps behind it, train.steps=6 asks for fewer"),
         (f"checkpoint.resume={unbroken}/export", f"{unbroken}/export is not a whole checkpoint"),
         # a directory of checkpoints stands for the newest of them
         (f"checkpoint.resume={unbroken}/checkpoints seed=8", f"{newest} is of another run: seed was 7, is 8"),
+        # and so does the run
+        (f"checkpoint.resume={unbroken} seed=8", f"{newest} is of another run: seed was 7, is 8"),
     ]
     commands().call(refuse, task.config, arguments(task, unbroken)[2:], cases)
 
@@ -315,6 +319,10 @@ def test_starting_over_leaves_nothing_of_the_earlier_run(task: Task, unbroken: P
         "step-00000003",
     ]
     assert not (run_dir / "evaluation.json").exists()
+    # nothing of it is lost
+    kept = run_dir / "earlier-run"
+    assert [row["step"] for row in steady_metrics(kept)] == list(range(1, STEPS + 1))
+    assert len(list((kept / "checkpoints").glob("step-*"))) == 4 and (kept / "evaluation.json").exists()
 
 
 def start_over(config: str, overrides: list[str]) -> None:
@@ -327,7 +335,7 @@ def start_over(config: str, overrides: list[str]) -> None:
     settings = load_config(config, [*overrides, "checkpoint.resume=never"])
     found = find_start(settings.checkpoint, {}, run_dir=settings.run_dir, steps=settings.train.steps)
     assert found is None
-    assert list((settings.run_dir / "checkpoints").iterdir()) == []
+    assert not (settings.run_dir / "checkpoints").exists()
     assert not (settings.run_dir / "evaluation.json").exists()
 
 

@@ -18,6 +18,7 @@ PACKAGE = Path(megatron_tropd.__file__).parent
 # low to high: a room imports from lower floors only, never from its own floor
 FLOORS = (
     ("errors", "types", "_C"),
+    ("storage",),
     ("config", "parallel"),
     ("losses",),
     ("models",),

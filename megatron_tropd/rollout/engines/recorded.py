@@ -6,7 +6,6 @@ of integers per sequence. Files of format 1 had the lengths of prompt and prefix
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from megatron_tropd.data.packing import check_regions
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.dispatch import versions_of
+from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.types import Region, Rollout, RolloutRequest, SamplingParams, single_turn
 
 FORMAT = 2
@@ -36,21 +36,17 @@ def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]
     columns = {}
     if any(rollout.token_versions is not None for rollout in rollouts):
         columns["token_versions"] = _joined([versions_of(rollout) for rollout in rollouts], np.int64)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            format=np.array(FORMAT),
-            rows=np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)),
-            lengths=np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64),
-            token_ids=_joined([rollout.token_ids for rollout in rollouts], np.int64),
-            regions=_joined([rollout.region_L for rollout in rollouts], np.uint8),
-            sampling_logprob=_joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
-            model_logprob=_joined([rollout.model_logprob for rollout in rollouts], np.float32),
-            **columns,  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
-        )
-    os.replace(partial, path)
-    return path
+    columns |= {
+        "format": np.array(FORMAT),
+        "rows": np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)),
+        "lengths": np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64),
+        "token_ids": _joined([rollout.token_ids for rollout in rollouts], np.int64),
+        "regions": _joined([rollout.region_L for rollout in rollouts], np.uint8),
+        "sampling_logprob": _joined([rollout.sampling_logprob for rollout in rollouts], np.float32),
+        "model_logprob": _joined([rollout.model_logprob for rollout in rollouts], np.float32),
+    }
+    # numpy's stub takes the arrays for allow_pickle
+    return write_aside(path, lambda file: np.savez(file, **columns))  # type: ignore[arg-type]
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

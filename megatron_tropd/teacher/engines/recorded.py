@@ -8,7 +8,6 @@ those of ``teacher.store``.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
 from megatron_tropd.teacher.schema import SCORE_FIELDS, lacking, mapped, outputs_of, present, requested
 from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
@@ -92,9 +92,7 @@ class RecordingTeacher:
             _check_facts(self._directory, facts, fix="Record into another directory")
         dist.barrier()  # nobody looks any more
         if dist.get_rank() == 0:
-            partial = self._directory / (_FACTS + ".partial")
-            partial.write_text(json.dumps(facts, indent=2, sort_keys=True))
-            os.replace(partial, self._directory / _FACTS)
+            write_aside(self._directory / _FACTS, json.dumps(facts, indent=2, sort_keys=True))
 
     def score(
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -198,6 +200,42 @@ def test_an_unusable_config_is_refused_by_name(change, named, healthy):
         architecture_of(config)
 
 
+ROPE_TABLES: list[Any] = [
+    None,
+    {"rope_type": "default", "rope_theta": 5e5},
+    {"rope_type": "linear", "factor": 4.0},
+    {"type": "linear", "factor": 2.0, "rope_theta": 7e4},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5},
+]
+
+
+@pytest.mark.parametrize("beside", [{}, {"rope_theta": 2e4}, {"original_max_position_embeddings": 48}], ids=repr)
+@pytest.mark.filterwarnings("ignore:config.json has rope_scaling beside rope_parameters")
+def test_rope_is_read_from_where_transformers_reads_it(beside, healthy):
+    from transformers import LlamaConfig
+
+    plain = json.loads((healthy / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    del plain["rope_parameters"]
+    for new, old in itertools.product(ROPE_TABLES, ROPE_TABLES):
+        tables = {"rope_parameters": new, "rope_scaling": old}
+        config = plain | beside | {key: dict(value) for key, value in tables.items() if value is not None}
+        truth = LlamaConfig.from_dict(copy.deepcopy(config)).rope_parameters
+        found = architecture_of(config)
+        assert found.rope_theta == truth["rope_theta"], (beside, tables)
+        assert (found.rope_scaling or {"type": "default"})["type"] == truth["rope_type"], (beside, tables)
+        for name, value in (found.rope_scaling or {}).items():
+            assert name == "type" or value == truth[name], (beside, tables)
+
+
+def test_a_yarn_beside_another_table_is_refused_and_a_base_that_does_not_count_is_said(healthy):
+    config = json.loads((healthy / "config.json").read_text())  # whose rope_parameters have a base of 3000
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(CheckpointError, match="RoPE of type 'yarn'"):
+        architecture_of(config | {"rope_scaling": yarn})
+    with pytest.warns(UserWarning, match=r"rope_theta=10000, and rope_theta=3000.0 of the latter does not"):
+        assert architecture_of(config | {"rope_scaling": {"type": "linear", "factor": 2.0}}).rope_theta == 1e4
+
+
 OF_FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "Gemma 2": ({"architectures": ["Gemma2ForCausalLM"]}, "caps its logits"),
     "Gemma 3": ({"architectures": ["Gemma3ForCausalLM"]}, "sliding and global"),
@@ -212,6 +250,10 @@ OF_FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "one expert of weight 1": (
         {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 1},
         "router",
+    ),
+    "two counts of experts": (
+        {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts": 8, "num_experts_per_tok": 2},
+        "num_local_experts=4 and num_experts=8",
     ),
     "no count of experts": ({"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 1}, "num_local_experts"),
 }
