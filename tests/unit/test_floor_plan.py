@@ -164,6 +164,15 @@ def test_only_setup_the_session_and_the_commands_see_the_whole_configuration():
     assert violations(complaints) == []
 
 
+def test_no_public_class_name_stands_for_two_things():
+    found: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(f"{module}:{node.lineno}")
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
 def test_the_floor_plan_sees_an_import_in_every_disguise(tmp_path, monkeypatch):
     source = "import megatron_tropd.train\ndef f():\n    from megatron_tropd import engine\n"
     (tmp_path / "module.py").write_text(source + "    from megatron_tropd.config.messages import explain\n")
