@@ -37,6 +37,7 @@ from megatron_tropd.setup.datasets import (
     read_training_prompts,
     suites_of,
 )
+from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.storage.owned import check_target
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -66,20 +67,15 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         TropdError: whatever method, models, layouts, tokenizers or data have wrong, in that order.
     """
+    found = Findings(CHECKS)
     method = check_method(config)
-    check_available(config)
-    check_ahead(config, method)
-    check_sequences(config, method)
-    if config.rollout.recorded_from is not None:
-        check_recorded(config.rollout.recorded_from, range(config.train.steps))
-    check_one_teacher(config, method)
+    found.learn(config=config, method=method)
     student, teacher = read_architectures(config)
     teachers = {
         one.name: _read_architecture(f"teachers[{i}].model", one.model) for i, one in enumerate(config.teachers)
     }
     base = _read_architecture("base.model", config.base_model) if method.needs.base_model else None
-    check_layouts(config, student, teacher, base)
-    _check_teachers(config, teachers)
+    found.learn(student=student, teacher=teacher, teachers=teachers, base=base)
     tokenizer = read_tokenizer(config, base=base is not None)
     models = {"student": student, "teacher": teacher}
     models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
@@ -97,14 +93,8 @@ def read_inputs(config: RunConfig) -> Inputs:
             suites_of(config), config.data, tokenizer, allow_code=config.evaluate.allow_code_execution
         ),
     )
-    check_support(method, inputs.vocab_size)
-    check_sampling(config, inputs)
-    check_teacher(config, inputs)
-    sizes = {role: model.vocab_size for role, model in models.items()}
-    check_ids({"prompt": [inputs.prompts], "problem": inputs.problems.values()}, tokenizer, vocab_sizes=sizes)
-    check_training_lengths(config, inputs.prompts, models)
-    answering = {"student": student, "teacher": teacher} if config.evaluate.teacher else {"student": student}
-    check_problem_lengths(suites_of(config), inputs.problems, answering)
+    found.learn(models=models, inputs=inputs)
+    found.finish()
     return inputs
 
 
@@ -117,11 +107,10 @@ def check_method(config: RunConfig) -> Method:
 
 
 def check_available(config: RunConfig) -> None:
-    """Refuses what the configuration knows and this version does not run yet, and packages that are not installed."""
+    """Refuses what the configuration knows and this version does not run yet."""
     for role, section in (("student", config.student), ("teacher", config.teacher)):
         if section.attention == "te":
             raise ConfigError(f"{role}.attention=te is not available yet; use sdpa or auto.")
-    check_packages(config)
 
 
 def check_ahead(config: RunConfig, method: Method) -> None:
@@ -343,11 +332,11 @@ def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) 
     return teacher.vocab_size if config.teacher.whole_vocabulary else TeacherRequest.of(method.needs).top_k
 
 
-def check_support(method: Method, vocab_size: int) -> None:
+def check_support(inputs: Inputs) -> None:
     """ConfigError when the method asks for more candidates than there are ids."""
-    if method.needs.top_k > vocab_size:
+    if inputs.method.needs.top_k > inputs.vocab_size:
         raise ConfigError(
-            f"method.k={method.needs.top_k} candidates per token, but the models share {vocab_size} ids. "
+            f"method.k={inputs.method.needs.top_k} candidates per token, but the models share {inputs.vocab_size} ids. "
             "Lower method.k."
         )
 
@@ -398,6 +387,49 @@ def check_teacher(config: RunConfig, inputs: Inputs) -> None:
                 f"{why}, but {where} tells the log-probs of the sampled and the likeliest ids at temperature 1 only. "
                 "Set teacher.whole_vocabulary=true (for small vocabularies), or use teacher.engine=megatron."
             )
+
+
+# --------------------------------------------------------------------------- data
+
+
+def check_data_ids(inputs: Inputs, models: Mapping[str, Architecture]) -> None:
+    """TokenizerError when prompts or problems hold ids that one of the models has no embedding for."""
+    sizes = {role: model.vocab_size for role, model in models.items()}
+    rows = {"prompt": [inputs.prompts], "problem": inputs.problems.values()}
+    check_ids(rows, inputs.tokenizer, vocab_sizes=sizes)
+
+
+def check_data_lengths(config: RunConfig, inputs: Inputs, models: Mapping[str, Architecture]) -> None:
+    """ConfigError when a sequence of training, or an answer to a problem, can be longer than a model has positions."""
+    check_training_lengths(config, inputs.prompts, models)
+    answering = {"student": inputs.student} | ({"teacher": inputs.teacher} if config.evaluate.teacher else {})
+    check_problem_lengths(suites_of(config), inputs.problems, answering)
+
+
+def check_recording(config: RunConfig) -> None:
+    """DataError when a recording of rollouts lacks a step of the run."""
+    if config.rollout.recorded_from is not None:
+        check_recorded(config.rollout.recorded_from, range(config.train.steps))
+
+
+# --------------------------------------------------------------------------- all of them
+
+
+CHECKS = (
+    Check("attention kernels", ("config",), check_available),
+    Check("engines and packages", ("config",), check_packages),
+    Check("learning from rollouts of older weights", ("config", "method"), check_ahead),
+    Check("sequences of a step", ("config", "method"), check_sequences),
+    Check("recorded rollouts", ("config",), check_recording),
+    Check("several teachers", ("config", "method"), check_one_teacher),
+    Check("layouts", ("config", "student", "teacher", "base"), check_layouts),
+    Check("layouts of more teachers", ("config", "teachers"), _check_teachers),
+    Check("candidates per token", ("inputs",), check_support),
+    Check("log-probs of the sampler", ("config", "inputs"), check_sampling),
+    Check("scores of the teacher", ("config", "inputs"), check_teacher),
+    Check("token ids of the data", ("inputs", "models"), check_data_ids),
+    Check("lengths of the data", ("config", "inputs", "models"), check_data_lengths),
+)
 
 
 # --------------------------------------------------------------------------- what a resumed run must share
