@@ -37,8 +37,11 @@ class Gate:
 
 
 def reference_logprob(student: StudentView, tokens: TokenView, source: RatioSource) -> Tensor:
-    """The student's ``log q(y)`` that enters the ratio, nats, no gradient: at the rollout's weights as the trainer
-    computes it (old), at the present weights (current), or as the sampler reported it (rollout)."""
+    """Return the student's ``log q(y)`` that enters the ratio, nats, no gradient.
+
+    It is taken at the rollout's weights as the trainer computes it (old), at the present weights (current), or as the
+    sampler reported it (rollout).
+    """
     match source:
         case "old":
             return student.old_logprob_T.detach()
@@ -50,7 +53,7 @@ def reference_logprob(student: StudentView, tokens: TokenView, source: RatioSour
 
 
 def acceptance(log_ratio_T: Tensor) -> Tensor:
-    """``min(1, rho)`` from ``log rho``: its complement averages to the total variation of p and q over y ~ q."""
+    """Return ``min(1, rho)`` from ``log rho``: its complement averages to the total variation of p and q over y ~ q."""
     return log_ratio_T.clamp(max=0.0).exp()
 
 
@@ -58,7 +61,7 @@ def acceptance(log_ratio_T: Tensor) -> Tensor:
 
 
 def bernoulli() -> Gate:
-    """Trusted with probability ``min(1, rho)``: the acceptance test of speculative decoding (TrOPD, 2606.01249)."""
+    """Trust with probability ``min(1, rho)``: the acceptance test of speculative decoding (TrOPD, 2606.01249)."""
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
         return tokens.uniform_T < acceptance(teacher.logprob_T - reference_T)
@@ -67,7 +70,7 @@ def bernoulli() -> Gate:
 
 
 def soft() -> Gate:
-    """Weight ``min(1, rho)``: the mean of ``bernoulli`` without its variance (our derivation)."""
+    """Give the weight ``min(1, rho)``: the mean of ``bernoulli`` without its variance (our derivation)."""
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
         return acceptance(teacher.logprob_T - reference_T)
@@ -76,7 +79,7 @@ def soft() -> Gate:
 
 
 def log_ratio_above(floor: float, *, name: str = "log_ratio_above") -> Gate:
-    """Trusted when ``log rho >= floor`` (nats)."""
+    """Trust a token when ``log rho >= floor`` (nats)."""
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
         return teacher.logprob_T - reference_T >= floor
@@ -85,14 +88,14 @@ def log_ratio_above(floor: float, *, name: str = "log_ratio_above") -> Gate:
 
 
 def threshold(c: float) -> Gate:
-    """Trusted when ``rho >= c``."""
+    """Trust a token when ``rho >= c``."""
     if c <= 0.0:
         raise ConfigError(f"threshold gate needs c > 0, got {c}: every token would be trusted; use the gate 'all'.")
     return log_ratio_above(math.log(c), name="threshold")
 
 
 def probability_gap(c: float = 0.0) -> Gate:
-    """Trusted when ``p(y) - q(y) > c`` (AOPD, arXiv 2605.06387)."""
+    """Trust a token when ``p(y) - q(y) > c`` (AOPD, arXiv 2605.06387)."""
     if not -1.0 <= c < 1.0:
         raise ConfigError(f"probability_gap gate needs c in [-1, 1), got {c}: a gap of probabilities never exceeds 1.")
 
@@ -106,7 +109,7 @@ def probability_gap(c: float = 0.0) -> Gate:
 
 
 def teacher_topk(k: int, *, support: SupportKind = "teacher") -> Gate:
-    """Trusted when y is among the teacher's k most likely tokens (ties at rank k all count)."""
+    """Trust a token when y is among the teacher's k most likely tokens (ties at rank k all count)."""
     needs = _rank_needs("teacher_topk", k, support)
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
@@ -117,7 +120,7 @@ def teacher_topk(k: int, *, support: SupportKind = "teacher") -> Gate:
 
 
 def teacher_topp(p: float, *, k: int, support: SupportKind = "teacher") -> Gate:
-    """Trusted when y is in the teacher's nucleus: the tokens more likely than y hold less than ``p`` together.
+    """Trust a token when y is in the teacher's nucleus: the tokens more likely than y hold less than ``p`` together.
 
     Only the teacher's top k are seen. Where they hold less than ``p``, the nucleus is cut at rank k.
     """
@@ -142,7 +145,7 @@ def _rank_needs(name: str, k: int, support: SupportKind) -> Needs:
 
 
 def _teacher_rank(teacher: TeacherView, tokens: TokenView) -> tuple[Tensor, Tensor]:
-    """``(log p(y) as the support has it or -inf, log p of the counting columns, -inf elsewhere)``, nats.
+    """Return ``(log p(y) as the support has it or -inf, log p of the counting columns, -inf elsewhere)``, nats.
 
     Comparing entries of one tensor is exact; ``teacher.logprob_T`` may differ from it in the last digit.
     """
@@ -160,7 +163,7 @@ def _within_top(sampled_T: Tensor, others_TK: Tensor, k: int) -> Tensor:
 
 
 def entropy_top(fraction: float) -> Gate:
-    """Trusted when the student's entropy at the rollout is in the top ``fraction`` of the global batch."""
+    """Trust a token when the student's entropy at the rollout is in the top ``fraction`` of the global batch."""
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"entropy_top gate needs a fraction in (0, 1), got {fraction}.")
 
@@ -193,7 +196,7 @@ NOTHING = Gate(name="none", trust=_never)
 
 
 def both(first: Gate, second: Gate) -> Gate:
-    """Trusted as far as both gates trust: the product of their weights."""
+    """Trust as far as both gates trust: the product of their weights."""
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
         views = (reference_T, student, teacher, tokens)
@@ -203,7 +206,7 @@ def both(first: Gate, second: Gate) -> Gate:
 
 
 def staged(first: Gate, second: Gate, *, switch: float = 0.5) -> Gate:
-    """``first`` while ``TokenView.progress < switch``, then ``second`` (REOPOLD, arXiv 2603.11137)."""
+    """Return ``first`` while ``TokenView.progress < switch``, then ``second`` (REOPOLD, arXiv 2603.11137)."""
 
     def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
         gate = first if tokens.progress < switch else second

@@ -14,5 +14,5 @@ BUCKETS = (*(f"{start}-{end - 1}" for start, end in pairwise(STARTS)), f"{STARTS
 
 
 def bucket_of(position_T: Tensor) -> Tensor:
-    """Index into ``BUCKETS`` of each position; ``[T]``."""
+    """Return the index into ``BUCKETS`` of each position; ``[T]``."""
     return torch.bucketize(position_T, position_T.new_tensor(STARTS[1:]), right=True)

@@ -22,7 +22,7 @@ MISMATCHES: tuple[Mismatch, ...] = ("none", "truncate", "mask", "truncate_and_ma
 
 @torch.no_grad()
 def drift_weight(student: StudentView, tokens: TokenView, *, tau: float, block: int) -> Tensor:
-    """``exp(-tau |mean drift of the token's block|)``, ``drift = log q_old(y) - log q(y)`` in nats; ``[T]``, in (0, 1].
+    """Weigh tokens by ``exp(-tau |mean drift of the block|)``, ``drift = log q_old(y) - log q(y)``, ``[T]``, (0, 1].
 
     A block is ``block`` consecutive positions of one sequence (position 0 is the sequence's first token); its mean runs
     over the predictions given here, so a block must not be cut across calls. 1 everywhere when the rollout is new.
@@ -37,7 +37,7 @@ def drift_weight(student: StudentView, tokens: TokenView, *, tau: float, block: 
 
 @torch.no_grad()
 def mismatch_weight(student: StudentView, tokens: TokenView, *, kind: Mismatch, cap: float) -> Tensor:
-    """Weight of each token given the gap ``g = log q_old(y) - log q_rollout(y)``, nats; ``[T]``.
+    """Weigh each token given the gap ``g = log q_old(y) - log q_rollout(y)``, nats; ``[T]``.
 
     truncate: ``min(exp g, cap)``; mask: 1 while ``exp g`` lies in ``[1/cap, cap]``, else 0; or the product of both.
     """

@@ -22,7 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def valid_mask(region_T: npt.NDArray[np.integer]) -> BoolArray:
-    """True where a prediction carries loss: PREFIX and CONTINUATION."""
+    """Mark where a prediction carries loss: PREFIX and CONTINUATION."""
     return np.isin(region_T, (Region.PREFIX, Region.CONTINUATION))
 
 
@@ -89,7 +89,7 @@ def special_token_keep(
 
 
 def entropy_threshold(entropy_N: Float32Array, *, fraction: float) -> float:
-    """The entropy (nats) above which a share ``fraction`` of the tokens lies; 0 for an empty batch.
+    """Find the entropy (nats) above which a share ``fraction`` of the tokens lies; 0 for an empty batch.
 
     The threshold is itself one of the values, so the answer does not depend on interpolation or token order.
     """

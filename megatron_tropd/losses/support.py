@@ -31,20 +31,20 @@ _Value = TypeVar("_Value")
 
 
 def required(value: _Value | None, *, field: str, need: str) -> _Value:
-    """``value``, or an EngineError naming the missing view field and the ``Needs`` entry that asks for it."""
+    """Return ``value``, or an EngineError naming the missing view field and the ``Needs`` entry that asks for it."""
     if value is None:
         raise EngineError(f"{field} is None, but the method asks for it through Needs.{need}: provide it in the view.")
     return value
 
 
 def check_tail(tail: str) -> None:
-    """Raises ConfigError unless ``tail`` is one of TAILS."""
+    """Refuse a ``tail`` that is none of TAILS."""
     if tail not in TAILS:
         raise ConfigError(f"tail={tail!r} must be one of {', '.join(TAILS)}.")
 
 
 def log_mass(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
-    """Log of the probability held by the support, nats, ``[T]``; fp64, so that the sum adds no rounding."""
+    """Take the log of the probability held by the support, nats, ``[T]``; fp64, so that the sum adds no rounding."""
     wide_TK = logprob_TK.double()
     if mask_TK is not None:
         wide_TK = wide_TK.masked_fill(~mask_TK, -math.inf)
@@ -53,7 +53,7 @@ def log_mass(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def log_tail(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
-    """Log of the probability outside the support, from the support's own log-probs: nats, ``[T]``, finite, no gradient.
+    """Take the log of the mass outside the support from its own log-probs: nats, ``[T]``, finite, no gradient.
 
     For teachers that tell nothing but their top k (a server); those with logits sum the tail itself
     (``vocab_parallel``). ``log(1 - sum)`` loses no digit here, so the error is that of the log-probs given: an absolute
@@ -66,7 +66,7 @@ def log_tail(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def entropy_at_most(logprob_TK: Tensor, logtail_T: Tensor, mask_TK: Tensor | None = None, *, vocab_size: int) -> Tensor:
-    """Upper bound of the entropy, nats, ``[T]``: exact on the support, the tail spread evenly over the other ids.
+    """Bound from above the entropy, nats, ``[T]``: exact on the support, the tail spread evenly over the other ids.
 
     ``logtail_T``: log mass outside the support, as ``log_tail`` gives it.
     """
@@ -80,7 +80,7 @@ def entropy_at_most(logprob_TK: Tensor, logtail_T: Tensor, mask_TK: Tensor | Non
 
 
 def first_of_each(ids_TK: Tensor) -> Tensor:
-    """True where a token lists an id for the first time, bool ``[T, K]``."""
+    """Mark where a token lists an id for the first time, bool ``[T, K]``."""
     sorted_TK, order_TK = ids_TK.sort(dim=-1, stable=True)
     fresh_TK = torch.ones_like(ids_TK, dtype=torch.bool)
     fresh_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
@@ -88,7 +88,7 @@ def first_of_each(ids_TK: Tensor) -> Tensor:
 
 
 def tail_beside(logtail_T: Tensor, logprob_T: Tensor, inside_T: Tensor) -> Tensor:
-    """Log mass outside a support, from that outside the support *and* one more id; differentiable in both.
+    """Take the log mass outside a support, from that outside the support *and* one more id; differentiable in both.
 
     Args:
         logtail_T: log mass on what is neither in the support nor the id.
@@ -106,7 +106,7 @@ def kl_on_support(
     mask_TK: Tensor | None = None,
     logtails: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``sum_A f (log f - log g)`` plus the tail's share, nats, ``[T]``; differentiable in both distributions.
+    """Return ``sum_A f (log f - log g)`` plus the tail's share, nats, ``[T]``; differentiable in both distributions.
 
     Args:
         first_TK: log-probs of the distribution the expectation is under (teacher: forward KL, student: reverse KL).

@@ -7,8 +7,11 @@ a term says otherwise. Plain autograd of ``log q(y) - log p(y)`` is not offered:
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.support import Tail, check_tail, kl_on_support, required
 from megatron_tropd.types import Needs, StudentView, SupportKind, TeacherView
 
+_log = logging.getLogger(__name__)
 Loss = Callable[[StudentView, TeacherView], Tensor]
 Reward = Callable[[Tensor, TeacherView], Tensor]  # (log q(y) without gradient, teacher) -> reward of the token
 
@@ -38,7 +42,7 @@ class Term:
 def policy_gradient(
     reward: Reward, *, name: str, clip: float | None = None, needs: Needs | None = None, vanishes: bool = True
 ) -> Term:
-    """Score-function surrogate of a per-token reward; descent raises the log-prob of rewarded tokens.
+    """Build the score-function surrogate of a per-token reward; descent raises the log-prob of rewarded tokens.
 
     Without ``clip``: ``-R log q(y)``, the reward R taken at the current weights; its gradient w.r.t. the logits is
     ``-R (1[j=y] - q_j)``. With ``clip=e`` (PPO, for rollouts used more than once): ``-min(w R, clip(w, 1-e, 1+e) R)``,
@@ -58,7 +62,7 @@ def policy_gradient(
 
 
 def k1_pg(*, clip: float | None = None, floor: float | None = None) -> Term:
-    """Policy gradient of the sampled-token reverse KL: the reward is ``r``, or ``max(r, floor)`` (nats).
+    """Take the policy gradient of the sampled-token reverse KL: the reward is ``r``, or ``max(r, floor)`` (nats).
 
     In expectation over y ~ q its gradient is that of ``KL(q || p)`` when there is no floor.
     Source: Thinking Machines' on-policy distillation; the floor: REOPOLD, arXiv 2603.11137.
@@ -72,7 +76,7 @@ def k1_pg(*, clip: float | None = None, floor: float | None = None) -> Term:
 
 
 def extrapolated_pg(*, lam: float, clip: float | None = None) -> Term:
-    """ExOPD (arXiv 2602.12125): reward ``lam (log p - log b) - (log q - log b)`` with b the base model, nats.
+    """Take ExOPD's reward (arXiv 2602.12125), ``lam (log p - log b) - (log q - log b)`` with b the base model, nats.
 
     ``lam=1`` is ``k1_pg``; ``lam > 1`` aims beyond the teacher, so the term does not vanish when the student equals it.
     """
@@ -85,7 +89,7 @@ def extrapolated_pg(*, lam: float, clip: float | None = None) -> Term:
 
 
 def k2() -> Term:
-    """``r^2 / 2`` with gradient through ``log q(y)``, nats^2."""
+    """Return ``r^2 / 2`` with gradient through ``log q(y)``, nats^2."""
 
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         return 0.5 * (teacher.logprob_T - student.logprob_T).square()
@@ -93,23 +97,37 @@ def k2() -> Term:
     return Term(name="k2", loss=loss, on_policy=True)
 
 
-def k3() -> Term:
-    """``exp(r) - 1 - r`` with gradient through ``log q(y)``; never negative."""
+K3_BOUND = 3.0
+"""Nats: beyond it a token of ``k3`` would weigh more than 19 others."""
+
+
+def k3(*, bound: float | None = K3_BOUND) -> Term:
+    """Return ``exp(r) - 1 - r`` with gradient through ``log q(y)``; never negative.
+
+    Its gradient is ``min(rho, exp(bound)) - 1`` times that of ``-log q(y)``: beyond ``bound`` nats the loss goes on
+    along its tangent, since one token of r = 30 would outweigh 1e13 others (exp overflows at 89). That is a bias, of
+    the tokens with ``p > exp(bound) q`` only; None takes the exponential as it is.
+    """
+    if bound is not None and not bound > 0.0:
+        raise ConfigError(f"k3 needs bound > 0 nats, got {bound}; null is no bound.")
 
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         ratio_T = teacher.logprob_T - student.logprob_T
-        return torch.expm1(ratio_T) - ratio_T
+        if bound is None:
+            return torch.expm1(ratio_T) - ratio_T
+        capped_T = ratio_T.clamp(max=bound)
+        return torch.expm1(capped_T) - capped_T + math.expm1(bound) * (ratio_T - capped_T)
 
     return Term(name="k3", loss=loss, on_policy=True)
 
 
 def nll() -> Term:
-    """``-log q(y)``: imitate the token as written. Gradient ``q_j - 1[j=y]``, not zero when student equals teacher."""
+    """Imitate the token as written: ``-log q(y)``. Gradient ``q_j - 1[j=y]``, not zero when student equals teacher."""
     return Term(name="nll", loss=lambda student, teacher: -student.logprob_T, vanishes=False)
 
 
 def prefix_pg_scalar() -> Term:
-    """TrOPD's published script on prefix tokens: ``log q(y) - log p(y)`` as a constant advantage (arXiv 2606.01249).
+    """Follow TrOPD's script on prefix tokens: ``log q(y) - log p(y)`` as a constant advantage (arXiv 2606.01249).
 
     Kept for fidelity. Note the sign: it *lowers* the probability of tokens that the teacher likes better.
     """
@@ -124,7 +142,7 @@ def prefix_pg_scalar() -> Term:
 
 
 def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -> Term:
-    """Forward KL on a support of k ids: ``sum_A p (log p - log q)`` plus the tail's share.
+    """Take the forward KL on a support of k ids: ``sum_A p (log p - log q)`` plus the tail's share.
 
     Gradient w.r.t. logits: ``m_A q_j - p_j 1[j in A]`` (none), ``q_j - p_j`` on A and ``q_j (1 - p_tail/q_tail)`` off A
     (bucket), ``qhat_j - phat_j`` on A (renorm). With ``tail=none`` it may be negative (never clamped) and leaves
@@ -140,11 +158,13 @@ def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -
 
 
 def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher") -> Term:
-    """Reverse KL on a support: ``sum_A q (log q - log p)`` plus the tail's share.
+    """Take the reverse KL on a support: ``sum_A q (log q - log p)`` plus the tail's share.
 
     ``tail=renorm`` is local support matching (arXiv 2603.25562), gradient ``qhat_j (log(qhat_j/phat_j) - KL_A)`` on A.
-    ``tail=none`` leaves ``q_j (1[j in A] - q_A)`` at p = q: it pushes mass out of A.
+    ``tail=none`` leaves ``q_j (1[j in A] - q_A)`` at p = q: it pushes mass out of A, and says so once.
     """
+    if tail == "none":
+        _warn_of_leaking_support()
 
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         student_TK, teacher_TK = _on_support(student, teacher)
@@ -154,8 +174,16 @@ def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher")
     return _support_term("rkl_topk", loss, k=k, tail=tail, support=support)
 
 
+@cache
+def _warn_of_leaking_support() -> None:
+    _log.warning(
+        "rkl_topk with tail=none does not vanish where student and teacher agree: it pushes probability out of the "
+        "support, and its loss falls below 0. Use tail=bucket (an exact KL), or tail=renorm."
+    )
+
+
 def fkl_pg_scalar(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -> Term:
-    """TrOPD's published script: minus the detached support KL as the sampled token's advantage (arXiv 2606.01249).
+    """Follow TrOPD's script: minus the detached support KL as the sampled token's advantage (arXiv 2606.01249).
 
     Kept for fidelity; it cannot teach the teacher's alternatives, because only ``log q(y)`` carries gradient.
     """
@@ -190,17 +218,17 @@ def _support_term(name: str, loss: Loss, *, k: int, tail: Tail, support: Support
 
 
 def fkl_full() -> Term:
-    """``KL(p || q)`` over the vocabulary; gradient ``q_j - p_j``."""
+    """Return ``KL(p || q)`` over the vocabulary; gradient ``q_j - p_j``."""
     return _full("fkl_full", "forward_kl", 0.5)
 
 
 def rkl_full() -> Term:
-    """``KL(q || p)`` over the vocabulary; gradient ``q_j (log(q_j/p_j) - KL)``."""
+    """Return ``KL(q || p)`` over the vocabulary; gradient ``q_j (log(q_j/p_j) - KL)``."""
     return _full("rkl_full", "reverse_kl", 0.5)
 
 
 def jsd_full(*, beta: float) -> Term:
-    """``beta KL(p||m) + (1-beta) KL(q||m)``, ``m = beta p + (1-beta) q`` (GKD, arXiv 2306.13649).
+    """Return ``beta KL(p||m) + (1-beta) KL(q||m)``, ``m = beta p + (1-beta) q`` (GKD, arXiv 2306.13649).
 
     The formula is 0 at both ends; there the limits of its direction are meant: 0 is ``fkl_full``, 1 is ``rkl_full``.
     """
@@ -230,7 +258,7 @@ NONE = Term(name="none", loss=_zero)
 
 
 def scaled(term: Term, factor: float) -> Term:
-    """``factor * term``; the factor 0 is NONE."""
+    """Return ``factor * term``; the factor 0 is NONE."""
     if factor == 0.0:
         return NONE
 
@@ -241,7 +269,7 @@ def scaled(term: Term, factor: float) -> Term:
 
 
 def where_teacher_uncertain(term: Term, *, entropy: float) -> Term:
-    """``term`` on the tokens where the teacher's full-vocabulary entropy exceeds ``entropy`` nats, 0 elsewhere.
+    """Return ``term`` on the tokens where the teacher's full-vocabulary entropy exceeds ``entropy`` nats, 0 elsewhere.
 
     Source: EOPD, arXiv 2603.07079.
     """
@@ -256,7 +284,7 @@ def where_teacher_uncertain(term: Term, *, entropy: float) -> Term:
 
 
 def merge_needs(*needs: Needs) -> Needs:
-    """What all the parts need together. Raises ConfigError when two parts want different supports."""
+    """Merge what all the parts need. Raises ConfigError when two parts want different supports."""
     supports = {n.support for n in needs if n.top_k > 0}
     if len(supports) > 1:
         raise ConfigError(f"one method can use one support, but its parts ask for {', '.join(sorted(supports))}.")

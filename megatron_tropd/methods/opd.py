@@ -7,19 +7,24 @@ from typing import Literal
 from megatron_tropd.config.sections import key
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import MethodOptions, PpoClip
+from megatron_tropd.methods.options import K3Bound, MethodOptions, PpoClip
 
 
 class OpdOptions(MethodOptions):
     """Options of ``opd``."""
 
     trusted: Literal["k1_pg", "k2", "k3"] = key("k1_pg", "estimator of reverse KL at the sampled token")
+    k3_bound: K3Bound = terms.K3_BOUND
     ppo_clip: PpoClip = None
 
 
 def opd(options: OpdOptions) -> Method:
     """Every sampled token gets the same term."""
-    estimators = {"k1_pg": terms.k1_pg(clip=options.ppo_clip), "k2": terms.k2(), "k3": terms.k3()}
+    estimators = {
+        "k1_pg": terms.k1_pg(clip=options.ppo_clip),
+        "k2": terms.k2(),
+        "k3": terms.k3(bound=options.k3_bound),
+    }
     return Method(gate=gates.ALL, trusted=estimators[options.trusted])
 
 

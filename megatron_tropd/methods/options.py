@@ -49,6 +49,10 @@ PpoClip = Annotated[
     Real | None,
     Field(gt=0, lt=1, description="PPO clip range of the policy gradient, for rollouts used more than once"),
 ]
+K3Bound = Annotated[
+    Real | None,
+    Field(gt=0, description="k3: nats of log p/q beyond which a token's weight p/q - 1 grows no further; null: never"),
+]
 
 # --------------------------------------------------------------------------- reading
 

@@ -20,7 +20,7 @@ from megatron_tropd.losses.gates import Gate
 from megatron_tropd.losses.terms import NONE, Term
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import MethodOptions, PpoClip, Support, SupportSize, TailKind
+from megatron_tropd.methods.options import K3Bound, MethodOptions, PpoClip, Support, SupportSize, TailKind
 
 REWARD_FLOOR = math.log(0.1) / 0.9  # REOPOLD's floor at lam = 0.1; TrOPD publishes none
 
@@ -58,6 +58,7 @@ class TropdOptions(MethodOptions):
     trusted: TrustedTerm = key("k1_pg", "term of trusted tokens")
     trusted_tail: TailKind = "bucket"
     jsd_beta: Real = key(0.5, "beta of a trusted jsd_full", ge=0, le=1)
+    k3_bound: K3Bound = terms.K3_BOUND
     ppo_clip: PpoClip = None
     outlier: Literal["fkl_topk", "mask", "clip"] = key("fkl_topk", "term of outliers")
     outlier_gradient: Literal["direct", "pg_scalar"] = key(
@@ -121,7 +122,7 @@ def _trusted(options: TropdOptions) -> Term:
         case "k2":
             return terms.k2()
         case "k3":
-            return terms.k3()
+            return terms.k3(bound=options.k3_bound)
         case "rkl_full":
             return terms.rkl_full()
         case "fkl_full":

@@ -6,11 +6,14 @@ What is compared, and how, is in ``parity``; the truth in ``parity_truth``; the 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_tropd.losses import terms
 from tests.support.parity import COINCIDENCES, WORLDS, logprobs, low_precision_ratios, measured, support_ids
+from tests.support.parity_cells import CELLS, cells, offered
 from tests.support.parity_page import TABLES, coincidence_bound, rendered, stale, tail_bounds, with_table
 from tests.support.parity_problems import PROBLEMS, STARTS, Problem
 
@@ -63,6 +66,20 @@ def test_presets_that_coincide_do_so_under_tensor_parallelism(world: int) -> Non
     found = measured(world).coincidences
     assert found.keys() == COINCIDENCES.keys()
     assert {name: error for name, error in found.items() if not error <= coincidence_bound(name)} == {}
+
+
+def test_a_term_or_an_option_without_a_textbook_formula_is_an_error() -> None:
+    ours = SimpleNamespace(__name__="ours", **{name: getattr(terms, name) for name in offered()})
+    assert [cell.row for cell in cells(ours)] == [cell.row for cell in CELLS]  # type: ignore[arg-type]
+
+    def novel(*, k: int, strength: float = 1.0) -> terms.Term:
+        return terms.nll()
+
+    novel.__annotations__["return"] = "Term"
+    with pytest.raises(LookupError, match=r"ours\.novel has no textbook formula"):
+        list(cells(SimpleNamespace(**vars(ours), novel=novel)))  # type: ignore[arg-type]
+    with pytest.raises(LookupError, match=r"no proof of ours\.nll sets strength"):
+        list(cells(SimpleNamespace(**(vars(ours) | {"nll": novel}))))  # type: ignore[arg-type]
 
 
 def test_the_cases_are_what_they_are_called() -> None:

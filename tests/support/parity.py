@@ -8,11 +8,11 @@ global count the loss, and the region mapping sums the hidden states' gradient. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.views import support_of
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.losses.support import TAILS, Tail, log_tail, tail_beside
-from megatron_tropd.losses.terms import Term
+from megatron_tropd.losses.support import log_tail, tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
 from megatron_tropd.methods import build_method
 from megatron_tropd.methods.base import Method
@@ -30,67 +29,10 @@ from megatron_tropd.parallel.collectives import copy_to_region
 from megatron_tropd.types import Region, StudentView, SupportKind, TeacherOutputs, TeacherView, TokenView
 from tests.support import parity_truth as truth
 from tests.support.distributed import run_on_ranks
+from tests.support.parity_cells import CELLS, SUPPORTS
 from tests.support.parity_problems import LOW_PRECISION, PROBLEMS, REPLICATED, Problem, peaked
 
 WORLDS = (1, 2, 4)
-SUPPORTS: tuple[SupportKind, ...] = get_args(SupportKind)
-
-# --------------------------------------------------------------------------- the rows of the table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One objective: the package's term for a support of k, and its formula."""
-
-    term: str
-    support: SupportKind | None = None  # None: it uses none
-    tail: Tail | None = None
-    build: Callable[[int], Term]
-    textbook: truth.Textbook
-
-    @property
-    def row(self) -> str:
-        """Its row of the table."""
-        return f"{self.term} | {self.support or '-'} | {self.tail or '-'}"
-
-
-def cells() -> Iterator[Cell]:
-    plain: dict[str, tuple[Term, truth.Textbook]] = {
-        "k1_pg": (terms.k1_pg(), truth.k1_pg),
-        "k1_pg, PPO clip": (terms.k1_pg(clip=truth.CLIP), truth.k1_pg_clip),
-        "k1_pg, reward floor": (terms.k1_pg(floor=truth.FLOOR), truth.k1_pg_floor),
-        "k2": (terms.k2(), truth.k2),
-        "k3": (terms.k3(), truth.k3),
-        "extrapolated_pg": (terms.extrapolated_pg(lam=truth.LAM), truth.extrapolated),
-        "nll": (terms.nll(), truth.nll),
-        "prefix_pg_scalar": (terms.prefix_pg_scalar(), truth.prefix_pg_scalar),
-        "none": (terms.NONE, truth.none),
-        "fkl_full": (terms.fkl_full(), truth.fkl_full),
-        "rkl_full": (terms.rkl_full(), truth.rkl_full),
-        "jsd_full, beta 0.5": (terms.jsd_full(beta=0.5), truth.jsd_full(0.5)),
-        "jsd_full, beta 0.1": (terms.jsd_full(beta=0.1), truth.jsd_full(0.1)),
-    }
-    for name, (term, textbook) in plain.items():
-        yield Cell(term=name, build=lambda k, term=term: term, textbook=textbook)
-    over_support: dict[str, tuple[Callable[..., Term], Callable[[str], truth.Textbook]]] = {
-        "fkl_topk": (terms.fkl_topk, truth.fkl_topk),
-        "rkl_topk": (terms.rkl_topk, truth.rkl_topk),
-        "fkl_pg_scalar": (terms.fkl_pg_scalar, truth.fkl_pg_scalar),
-    }
-    for name, (factory, formula) in over_support.items():
-        for support, tail in product(SUPPORTS, TAILS):
-            build = lambda k, f=factory, s=support, t=tail: f(k=k, tail=t, support=s)  # noqa: E731
-            yield Cell(term=name, support=support, tail=tail, build=build, textbook=formula(tail))
-    yield Cell(
-        term="fkl_topk where the teacher is uncertain",
-        support="teacher",
-        tail="none",
-        build=lambda k: terms.where_teacher_uncertain(terms.fkl_topk(k=k), entropy=truth.UNCERTAIN),
-        textbook=truth.uncertain_fkl("none"),
-    )
-
-
-CELLS = tuple(cells())
 
 # --------------------------------------------------------------------------- what the package computes, on the ranks
 

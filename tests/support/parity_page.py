@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from tests.support import precision
 from tests.support.parity import (
-    CELLS,
     COINCIDENCES,
     MASSES,
     WORLDS,
@@ -25,6 +24,7 @@ from tests.support.parity import (
     sensitivities,
     tail_sensitivities,
 )
+from tests.support.parity_cells import CELLS
 from tests.support.parity_problems import LOW_PRECISION, PROBLEMS, REPLICATED, Problem
 
 CONTRACT = 1e-5  # no gradient errs by more, whatever its conditioning

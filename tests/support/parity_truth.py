@@ -6,6 +6,7 @@ plain implementation in low precision would do. ``A`` is the support, given as a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,6 +58,19 @@ def k2(rows: Rows) -> Tensor:
 def k3(rows: Rows) -> Tensor:
     r_T = rows.at_target(rows.logp_TV) - rows.at_target(rows.logq_TV)
     return r_T.exp() - 1 - r_T
+
+
+def k3_bounded(rows: Rows) -> Tensor:
+    """Beyond BOUND nats the tangent there."""
+    r_T = rows.at_target(rows.logp_TV) - rows.at_target(rows.logq_TV)
+    tangent_T = (math.exp(BOUND) - 1 - BOUND) + (math.exp(BOUND) - 1) * (r_T - BOUND)
+    return torch.where(r_T > BOUND, tangent_T, k3(rows))
+
+
+def extrapolated_clip(rows: Rows) -> Tensor:
+    new_T, old_T, p_T, b_T = (rows.at_target(x) for x in (rows.logq_TV, rows.logold_TV, rows.logp_TV, rows.logbase_TV))
+    reward_T, w_T = LAM * (p_T - b_T) - (old_T - b_T), new_T.exp() / old_T.exp()
+    return -torch.minimum(w_T * reward_T, w_T.clamp(1 - CLIP, 1 + CLIP) * reward_T)
 
 
 def extrapolated(rows: Rows) -> Tensor:
@@ -136,4 +150,4 @@ def uncertain_fkl(tail: str) -> Textbook:
     return loss
 
 
-FLOOR, CLIP, LAM, UNCERTAIN = -0.3, 0.2, 1.25, 1.5
+FLOOR, CLIP, LAM, UNCERTAIN, BOUND = -0.3, 0.2, 1.25, 1.5, 0.7

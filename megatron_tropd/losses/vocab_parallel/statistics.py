@@ -24,7 +24,7 @@ class Normalizer:
     sumexp_T: Tensor  # s = sum exp(l - m)
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(m, s) of some of the tokens."""
+        """Return (m, s) of some of the tokens."""
         return self.max_T[rows], self.sumexp_T[rows]
 
 
@@ -41,7 +41,7 @@ class Statistics:
 
     @staticmethod
     def empty(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Statistics:
-        """Statistics over no column."""
+        """Make statistics over no column."""
         zeros = torch.zeros(2, num_tokens, dtype=dtype, device=device)
         lowest_T = torch.full((num_tokens,), torch.finfo(dtype).min, dtype=dtype, device=device)
         return Statistics(max_T=lowest_T, sumexp_T=zeros[0], weighted_T=zeros[1])
@@ -55,13 +55,13 @@ class Statistics:
         self.weighted_T[rows] = mine[1] + theirs[1]
 
     def _relative_to(self, max_R: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """(s, u) of some of the tokens, relative to a maximum at least as large as the own."""
+        """Return (s, u) of some of the tokens, relative to a maximum at least as large as the own."""
         shift_R, sumexp_R = self.max_T[rows] - max_R, self.sumexp_T[rows]
         scale_R = shift_R.exp()
         return sumexp_R * scale_R, (self.weighted_T[rows] + sumexp_R * shift_R) * scale_R
 
     def stacked(self) -> Tensor:
-        """``[3, T]``, to travel."""
+        """Return ``[3, T]``, to travel."""
         return torch.stack([self.max_T, self.sumexp_T, self.weighted_T])
 
     @property
@@ -85,7 +85,7 @@ class Statistics:
         return self.log_sumexp_T - self.weighted_T / self.sumexp_T
 
     def logprob_(self, logits_TK: Tensor) -> Tensor:
-        """Logits of some ids to log-probabilities, in place."""
+        """Turn logits of some ids into log-probabilities, in place."""
         # subtracting the maximum first keeps the digits that logit - logsumexp would lose
         return logits_TK.sub_(self.max_T.unsqueeze(-1)).sub_(self.log_sumexp_T.unsqueeze(-1))
 
@@ -115,7 +115,7 @@ def drop_fully_masked(tile: Statistics) -> Statistics:
 
 
 def exponential(x: Tensor, *, out: Tensor) -> Tensor:
-    """``exp(x)``; ``out`` may be ``x``.
+    """Return ``exp(x)``; ``out`` may be ``x``.
 
     On CPUs through powers of 2, within 1e-7 |x| of it: torch takes powers of e from one vendor's library there, which
     was measured to need twice the time of both steps on another vendor's CPU.
@@ -146,7 +146,7 @@ class KlStatistics:
 
     @staticmethod
     def empty(num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> KlStatistics:
-        """Statistics over no column."""
+        """Make statistics over no column."""
         first, second = (Statistics.empty(num_tokens, dtype=dtype, device=device) for _ in range(2))
         return KlStatistics(first, second, torch.zeros_like(first.sumexp_T))
 
@@ -160,7 +160,7 @@ class KlStatistics:
         self.gap_T[rows] = self.gap_T[rows] * mine_R + other.gap_T * theirs_R
 
     def stacked(self) -> Tensor:
-        """``[7, T]``, to travel."""
+        """Return ``[7, T]``, to travel."""
         return torch.cat([self.first.stacked(), self.second.stacked(), self.gap_T.unsqueeze(0)])
 
     @property

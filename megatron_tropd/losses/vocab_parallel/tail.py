@@ -32,7 +32,7 @@ def with_listed(outside: Statistics, logits_TK: Tensor, is_first_TK: Tensor) -> 
 
 
 def log_share(outside: Statistics, full: Statistics) -> Tensor:
-    """Log of the probability outside, nats, ``[T]``; -inf where nothing is outside."""
+    """Take the log of the probability outside, nats, ``[T]``; -inf where nothing is outside."""
     # the difference of the maxima first: it keeps the digits that the difference of two logsumexps would lose
     return (outside.max_T - full.max_T) + (outside.log_sumexp_T - full.log_sumexp_T)
 
@@ -55,7 +55,7 @@ def split_gradient(
     logprob_TK: Tensor,
     is_first_TK: Tensor,
 ) -> SplitGradient:
-    """With t the tail's mass and m the support's, ``q_j = t u_j`` outside.
+    """Split the gradient: with t the tail's mass and m the support's, ``q_j = t u_j`` outside.
 
     ``d log t / d l_j`` is ``u_j - q_j = m u_j`` outside and ``-q_j`` on the support; taken as 0 where there is no tail.
     """

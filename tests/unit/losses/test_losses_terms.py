@@ -14,6 +14,7 @@ from torch.distributions import Categorical, kl_divergence
 from megatron_tropd.errors import ConfigError, EngineError
 from megatron_tropd.losses import terms
 from megatron_tropd.losses.support import kl_on_support, log_tail, tail_beside
+from megatron_tropd.types import StudentView, TeacherView
 from tests.support.method_views import K, T, V, divergence, gradient, log_outside, rows, views
 
 close = torch.testing.assert_close
@@ -127,6 +128,36 @@ def test_k2_and_k3_carry_their_derivative_through_log_q():
     close(gradient(terms.k2().loss(student, teacher), data), -r * score_TV)
     close(terms.k3().loss(student, teacher), r[:, 0].exp() - 1 - r[:, 0])
     close(gradient(terms.k3().loss(student, teacher), data), -(r.exp() - 1) * score_TV)
+
+
+def test_k3_grows_along_its_tangent_beyond_the_bound_by_hand():
+    logq_T = torch.tensor([-30.0, -1.0, -0.1, -5.0], dtype=torch.float64, requires_grad=True)
+    logp_T = torch.tensor([-0.2, -2.0, -0.1, -2.0], dtype=torch.float64)  # r = 29.8, -1, 0, 3: the bound itself
+    student, teacher = StudentView(logprob_T=logq_T, old_logprob_T=logq_T.detach()), TeacherView(logprob_T=logp_T)
+    loss_T = terms.k3().loss(student, teacher)
+    slope, at_bound = math.e**3 - 1, math.e**3 - 4
+    expected_T = torch.tensor([at_bound + 26.8 * slope, 1 / math.e, 0.0, at_bound], dtype=torch.float64)
+    close(loss_T, expected_T)
+    (grad_T,) = torch.autograd.grad(loss_T.sum(), logq_T)
+    close(grad_T[:3], torch.tensor([-slope, 1 - 1 / math.e, 0.0], dtype=torch.float64))
+    # as published: 8.7e12
+    assert float(terms.k3(bound=None).loss(student, teacher)[0].detach()) == pytest.approx(math.exp(29.8) - 30.8)
+    far = replace(student, logprob_T=torch.full((4,), -2000.0))
+    assert torch.isfinite(terms.k3().loss(far, teacher)).all()
+    with pytest.raises(ConfigError, match="k3 needs bound > 0 nats, got 0"):
+        terms.k3(bound=0.0)
+
+
+def test_reverse_kl_on_a_bare_support_warns_once_and_other_tails_never(caplog):
+    terms._warn_of_leaking_support.cache_clear()
+    for tail in ("bucket", "renorm"):
+        terms.rkl_topk(k=K, tail=tail)
+    terms.fkl_topk(k=K, tail="none")
+    assert not caplog.records
+    for _ in range(2):
+        terms.rkl_topk(k=K, tail="none")
+    (record,) = caplog.records
+    assert "pushes probability out of the support" in record.message and "tail=bucket" in record.message
 
 
 def test_extrapolated_reward_is_minus_student_plus_lam_teacher_over_base():

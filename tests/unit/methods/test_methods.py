@@ -226,8 +226,8 @@ def test_terms_that_blow_up_where_they_are_not_used_leave_no_trace():
     entropy_T = torch.arange(T).double()
     student = replace(student, old_entropy_T=entropy_T)
     tokens = replace(tokens, entropy_threshold=0.5)
-    assert torch.isinf(terms.k3().loss(student, teacher)[0])
-    method = build_method("tropd", gate="entropy_top", trusted="k3", outlier="fkl_topk", k=5)
+    assert torch.isinf(terms.k3(bound=None).loss(student, teacher)[0])
+    method = build_method("tropd", gate="entropy_top", trusted="k3", k3_bound=None, outlier="fkl_topk", k=5)
     loss_T = method.token_loss(student, teacher, tokens).loss_T
     assert torch.isfinite(loss_T).all() and torch.isfinite(gradient(loss_T, data)).all()
 
@@ -424,7 +424,7 @@ def test_needs_ask_for_nothing_more_than_the_parts():
         (
             "opd",
             {"k": 64},
-            r"method 'opd': k is not a key. Valid keys of method 'opd': .*drift_block, .*trusted, ppo_clip\.$",
+            r"'opd': k is not a key.* Valid keys of method 'opd': .*drift_block, .*trusted, k3_bound, ppo_clip\.$",
         ),
         (
             "tropd",

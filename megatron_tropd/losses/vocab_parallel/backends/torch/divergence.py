@@ -29,16 +29,16 @@ class TileSoftmax:
         return TileSoftmax(logits_Rw=logits_Rw, max_R1=max_R1, sumexp_R1=sumexp_R1)
 
     def scaled_(self, scale_R1: Tensor) -> Tensor:
-        """``scale * softmax``, in place of the logits."""
+        """Return ``scale * softmax``, in place of the logits."""
         return exponential(self.logits_Rw.sub_(self.max_R1), out=self.logits_Rw).mul_(scale_R1 / self.sumexp_R1)
 
     def log_(self) -> Tensor:
-        """Log-probabilities, in place of the logits."""
+        """Make log-probabilities, in place of the logits."""
         return self.logits_Rw.sub_(self.max_R1).sub_(self.sumexp_R1.log())
 
 
 def chunk_kl(a_Rw: Tensor, b_Rw: Tensor, scratch_Rw: Tensor) -> KlStatistics:
-    """Of one tile (``weighted`` stays 0: nobody asks for entropies here)."""
+    """Take the statistics of one tile (``weighted`` stays 0: nobody asks for entropies here)."""
     torch.sub(a_Rw, b_Rw, out=scratch_Rw)
     first, second = _exponentiate_(a_Rw), _exponentiate_(b_Rw)
     return KlStatistics(first, second, scratch_Rw.mul_(a_Rw).sum(-1))
@@ -51,7 +51,7 @@ def _exponentiate_(logits_Rw: Tensor) -> Statistics:
 
 
 def chunk_mixture_kl(student: TileSoftmax, teacher: TileSoftmax, *, beta: float) -> Tensor:
-    """This tile's part of (KL(p||m), KL(q||m)), stacked: ``[2, R]``."""
+    """Take this tile's part of (KL(p||m), KL(q||m)), stacked: ``[2, R]``."""
     logq_Rw, logp_Rw = student.log_(), teacher.log_()
     q_Rw, p_Rw = logq_Rw.exp(), logp_Rw.exp()
     excess_Rw = logq_Rw.sub_(logp_Rw)
@@ -62,7 +62,7 @@ def chunk_mixture_kl(student: TileSoftmax, teacher: TileSoftmax, *, beta: float)
 
 
 def _log_mixture(excess_Rw: Tensor, *, beta: float) -> Tensor:
-    """``log m - max(log p, log q)`` from ``log q - log p``.
+    """Return ``log m - max(log p, log q)`` from ``log q - log p``.
 
     In terms of the larger of the two nothing overflows, and ``log1p(. expm1)`` is exactly 0 where they are equal.
     """

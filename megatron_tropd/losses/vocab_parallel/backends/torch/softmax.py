@@ -19,7 +19,7 @@ def chunk_gradient(
     constant_R: Tensor,
     slope_R: Tensor | None,
 ) -> Tensor:
-    """``q (constant + slope log q)`` with ``q = exp(logits - max) / sumexp``, in place of the logits.
+    """Return ``q (constant + slope log q)`` with ``q = exp(logits - max) / sumexp``, in place of the logits.
 
     Every gradient of softmax statistics with respect to the logits has this form, up to the picked entries.
     """

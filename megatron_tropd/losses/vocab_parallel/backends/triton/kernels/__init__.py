@@ -31,7 +31,7 @@ _ENTRY = "megatron_tropd.losses.vocab_parallel.backends.triton.kernels._rows"
 
 
 def serve(device: torch.device, dtype: torch.dtype, *, ids: int = 0, k: int = 0) -> bool:
-    """Whether kernels do the work on tiles of this kind, for so many picked ids and candidates per token.
+    """Say whether kernels do the work on tiles of this kind, for so many picked ids and candidates per token.
 
     Raises:
         ConfigError: the switch holds something else, or asks for an interpreter that cannot be had.
@@ -46,7 +46,7 @@ def serve(device: torch.device, dtype: torch.dtype, *, ids: int = 0, k: int = 0)
 
 
 def mode() -> Mode:
-    """What the switch says."""
+    """Read the switch."""
     value = os.environ.get(SWITCH, "auto")
     if value not in get_args(Mode):
         raise ConfigError(f"{SWITCH}={value!r} is unknown. Set it to one of {', '.join(get_args(Mode))}, or unset it.")
@@ -54,7 +54,7 @@ def mode() -> Mode:
 
 
 def installed() -> bool:
-    """Whether Triton can be imported."""
+    """Say whether Triton can be imported."""
     return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
 
 

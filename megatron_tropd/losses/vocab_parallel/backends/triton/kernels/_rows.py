@@ -34,25 +34,25 @@ class RowLaunch:
 
 
 def launch_for(width: int, *, most: int = _MOST_COLUMNS) -> RowLaunch:
-    """Blocks for rows of ``width`` columns; a narrow row gets a narrow block."""
+    """Choose blocks for rows of ``width`` columns; a narrow row gets a narrow block."""
     block = min(most, max(16, triton.next_power_of_2(width)))
     return RowLaunch(block=block, warps=min(8, max(1, block // 256)))
 
 
 def ids_block(count: int) -> int:
-    """How many picked ids are handled at once."""
+    """Choose how many picked ids are handled at once."""
     return min(_MOST_IDS, max(16, triton.next_power_of_2(count)))
 
 
 def check_rows(*tensors: Tensor) -> None:
-    """Tiles may be views with any row stride, but what a row holds lies side by side, and so do numbers per token."""
+    """Refuse strides that no kernel takes: any between rows, but what a row holds, or a number per token, is dense."""
     for x in tensors:
         assert x.stride(-1) == 1 or x.shape[-1] <= 1, f"a kernel was given strides {x.stride()}"
 
 
 @triton.jit
 def load_block(row_ptr, start, width, beyond, BLOCK: tl.constexpr):
-    """(values in fp32, with ``beyond`` past the width; which columns are real)."""
+    """Return (values in fp32, with ``beyond`` past the width; which columns are real)."""
     columns = start + tl.arange(0, BLOCK)
     inside = columns < width
     return tl.load(row_ptr + columns, mask=inside, other=beyond).to(tl.float32), inside
@@ -60,14 +60,14 @@ def load_block(row_ptr, start, width, beyond, BLOCK: tl.constexpr):
 
 @triton.jit
 def rescale(old_max, new_max):
-    """(old_max - new_max, its exponential); bounded, since the maximum of an empty set is the lowest float."""
+    """Return (old_max - new_max, its exponential); bounded, since the maximum of an empty set is the lowest float."""
     shift = tl.maximum(old_max - new_max, -1.0e4)
     return shift, tl.exp2(shift * LOG2_E)
 
 
 @triton.jit
 def merge(max_a, sumexp_a, weighted_a, max_b, sumexp_b, weighted_b):
-    """Statistics of two sets of columns together: ``Statistics.merge_``."""
+    """Merge the statistics of two sets of columns: ``Statistics.merge_``."""
     top = tl.maximum(max_a, max_b)
     shift_a, scale_a = rescale(max_a, top)
     shift_b, scale_b = rescale(max_b, top)
@@ -77,7 +77,7 @@ def merge(max_a, sumexp_a, weighted_a, max_b, sumexp_b, weighted_b):
 
 @triton.jit
 def block_statistics(raw, scale):
-    """(max, sumexp, weighted) of ``scale * raw`` over the columns that are not masked; sums of 0 when all are.
+    """Return (max, sumexp, weighted) of ``scale * raw`` over the columns that are not masked; sums of 0 when all are.
 
     Differences are taken before scaling, so that the maximum's own exponent is exactly 0.
     """
@@ -89,7 +89,7 @@ def block_statistics(raw, scale):
 
 @triton.jit
 def picked_columns(ids_ptr, start, num_ids, first_id, width, IDS: tl.constexpr):
-    """(places of some of the row's ids, their columns in this tile, which of them lie in it)."""
+    """Return (places of some of the row's ids, their columns in this tile, which of them lie in it)."""
     slots = start + tl.arange(0, IDS)
     columns = tl.load(ids_ptr + slots, mask=slots < num_ids, other=-1) - first_id
     return slots, columns, (slots < num_ids) & (columns >= 0) & (columns < width)

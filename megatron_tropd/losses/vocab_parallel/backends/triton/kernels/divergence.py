@@ -107,13 +107,13 @@ def _pair_kernel(
 
 @triton.jit
 def _difference(raw_a, raw_b, inside):
-    """``a - b``, and 0 beyond the width, where both are -inf."""
+    """Return ``a - b``, and 0 beyond the width, where both are -inf."""
     return tl.where(inside, raw_a, 0.0) - tl.where(inside, raw_b, 0.0)
 
 
 @triton.jit
 def _exponentials(raw, scale):
-    """(max of scale * raw, exponentials relative to it)."""
+    """Return (max of scale * raw, exponentials relative to it)."""
     raw_max = tl.max(raw, 0)
     return raw_max * scale, tl.exp2((raw - raw_max) * (scale * LOG2_E))
 
@@ -192,7 +192,7 @@ def _mixture_kernel(
 
 @triton.jit
 def _maximum_and_log(max_ptr, sumexp_ptr, row):
-    """(m, log s)."""
+    """Return (m, log s)."""
     return tl.load(max_ptr + row), tl.log(tl.load(sumexp_ptr + row))
 
 
@@ -204,7 +204,7 @@ def _probability(raw, scale, top, log_sumexp):
 
 @triton.jit
 def _log_mixture(excess, beta):
-    """``log m - max(log p, log q)`` from ``log q - log p``; exactly 0 where they are equal."""
+    """Return ``log m - max(log p, log q)`` from ``log q - log p``; exactly 0 where they are equal."""
     weight = tl.where(excess > 0.0, beta, 1.0 - beta)  # of the smaller one in m
     part = weight * _expm1(-tl.abs(excess))
     total = 1.0 + part
@@ -214,7 +214,7 @@ def _log_mixture(excess, beta):
 
 @triton.jit
 def _expm1(x):
-    """``exp(x) - 1`` for x <= 0: its series, within 5e-8, where the subtraction would lose digits."""
+    """Return ``exp(x) - 1`` for x <= 0: its series, within 5e-8, where the subtraction would lose digits."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))))
     return tl.where(x > -0.25, series, tl.exp2(x * LOG2_E) - 1.0)
 
@@ -234,7 +234,7 @@ def form_divergence_gradient(
     center_R: Tensor,
     grad_R: Tensor,
 ) -> Tensor:
-    """d loss / d (scale * student logits) of one tile, in ``out_Rw`` (which may be the student's), which is returned.
+    """Form d loss / d (scale * student logits) of one tile, in ``out_Rw`` (may be the student's), which is returned.
 
     ``center_R`` and ``grad_R`` as in ``backends/torch/divergence.py``.
     """

@@ -43,7 +43,7 @@ def form_gradient(
     first_id: int = 0,
     masked: bool = False,
 ) -> Tensor:
-    """d loss / d (scale * logits) of one tile, in ``out_Rw``, which is returned.
+    """Form d loss / d (scale * logits) of one tile, in ``out_Rw``, which is returned.
 
     ``folded_RK``: ``fold_duplicates`` of the picked ids' gradients; ids outside this tile are left alone. ``masked``:
     what the picked ids add is all there is at their columns, whatever the logits hold there (``tail.py``).
@@ -126,7 +126,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _smooth_part(raw, scale, top, sumexp, constant, slope, HAS_SLOPE: tl.constexpr):
-    """``q (constant + slope log q)``."""
+    """Return ``q (constant + slope log q)``."""
     relative = raw * scale - top
     exponential = tl.exp2(relative * LOG2_E)
     if HAS_SLOPE:
@@ -135,7 +135,7 @@ def _smooth_part(raw, scale, top, sumexp, constant, slope, HAS_SLOPE: tl.constex
 
 
 def fold_duplicates(ids_TK: Tensor, grad_TK: Tensor) -> Tensor:
-    """``[T, K]`` where each entry holds the sum of the gradients of all entries of the row with the same id.
+    """Return ``[T, K]`` where each entry holds the sum of the gradients of all entries of the row with the same id.
 
     Once per backward: then each tile needs no look at duplicates.
     """

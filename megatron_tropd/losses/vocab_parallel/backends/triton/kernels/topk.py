@@ -185,27 +185,27 @@ def _topk_kernel(
 
 @triton.jit
 def _include(top, sumexp, weighted, raw, scale):
-    """Running statistics with some more columns."""
+    """Update running statistics with some more columns."""
     block_max, block_sumexp, block_weighted = block_statistics(raw, scale)
     return merge(top, sumexp, weighted, block_max, block_sumexp, block_weighted)
 
 
 @triton.jit
 def _monotone(value):
-    """int32 that orders like the float; the two zeros, which are equal, become the same."""
+    """Return int32 that orders like the float; the two zeros, which are equal, become the same."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _value(monotone):
-    """The float of ``_monotone``."""
+    """Return the float of ``_monotone``."""
     return (monotone ^ ((monotone >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _key(value, ids):
-    """``candidates.encode``: the float's order above the complement of the id."""
+    """Return ``candidates.encode``: the float's order above the complement of the id."""
     return (_monotone(value).to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
 
 
