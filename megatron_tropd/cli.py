@@ -11,14 +11,19 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+import yaml
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError
 from megatron_tropd.parallel.leaving import leave
+
+if TYPE_CHECKING:
+    from megatron_tropd.commands.generate import Sampling
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +37,6 @@ _PATIENCE_S = 3.0
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
-Prompts = Annotated[Path, typer.Argument(help="JSONL file with one prompt per line.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 convert = typer.Typer(no_args_is_help=True, help="Checkpoints between Hugging Face and Megatron.")
 app.add_typer(convert, name="convert")
@@ -164,34 +168,113 @@ def check(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory of the model that answers.")],
-    prompts: Prompts,
-    out: Annotated[Path, typer.Argument(help="JSONL file to write: every row of PROMPTS plus its responses.")],
+    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or Hugging Face directory of one model.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PROMPTS] OUT [key=value]...",
+            help="With a configuration: the JSONL file to write (with data.sources a directory of them), then "
+            "overrides. With a model: a file of prompts, and the file to write.",
+        ),
+    ],
     samples: Annotated[int, typer.Option(help="Responses per prompt; more than one adds rows.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: Dtype = "bf16",
-    prompt_column: str = "prompt",
-    response_column: str = "response",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest response; 1024, or the configuration's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; 1, or the configuration's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1, or the configuration's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="0, or the configuration's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; bf16, or the configuration's.")] = None,
+    tensor: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; 1, or the teacher's.")] = None,
+    engine: Annotated[str | None, typer.Option(help="megatron or vllm; megatron, or the teacher's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Answer the first so many prompts (of every source).")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="With a model: column with the prompt.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="With a model: column to write.")] = None,
+    system: Annotated[str | None, typer.Option(help="With a model: system message.")] = None,
+    template: Annotated[str | None, typer.Option(help="With a model: Jinja over the row's columns.")] = None,
+    template_option: Annotated[
+        list[str] | None, typer.Option(help="With a model: name=value for the chat template; may be given often.")
+    ] = None,
 ) -> None:
-    """Write one or more responses of a model to every prompt: the teacher's, to guide a student."""
+    """Write one or more responses of a model to every prompt: the teacher's, to guide a student.
+
+    With a configuration, the teacher answers the very prompts that training asks. Killed, it goes on where it was.
+    """
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "samples": samples,
+        "seed": seed,
+        "dtype": dtype,
+        "tensor": tensor,
+        "engine": engine,
+        "limit": limit,
+    }
+    alone: dict[str, Any] = {
+        "--prompt-column": prompt_column,
+        "--response-column": response_column,
+        "--system": system,
+        "--template": template,
+        "--template-option": template_option,
+    }
+    if target.suffix in (".yaml", ".yml"):
+        _generate_from_config(target, arguments, given, [name for name, value in alone.items() if value is not None])
+    else:
+        _generate_of_model(target, arguments, given, alone)
+    _leave()
+
+
+def _generate_from_config(target: Path, arguments: list[str], given: dict[str, Any], alone: list[str]) -> None:
+    from megatron_tropd.commands.generate import generate_from_config
+    from megatron_tropd.config.loading import load_config
+
+    if alone:
+        raise ConfigError(f"{alone[0]} is for a model; with a configuration set data.* instead, as in data.system=...")
+    out, *overrides = arguments
+    if "=" in out:
+        raise ConfigError(f"{out} stands where the file to write is expected: tropd generate CONFIG OUT [key=value]...")
+    config = load_config(target, overrides)
+    rollout, teacher = config.rollout, config.teacher
+    defaults = {
+        "max_new_tokens": rollout.max_new_tokens,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "tensor": teacher.parallel.tensor,
+        "engine": teacher.engine,
+    }
+    sampling = replace(_sampling(given, defaults), vllm=teacher.vllm)
+    generate_from_config(config, Path(out), sampling=sampling)
+
+
+def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any], alone: dict[str, Any]) -> None:
     from megatron_tropd.commands.generate import generate_responses
+    from megatron_tropd.data.rows import Columns, Source
+
+    if len(arguments) != 2:
+        raise ConfigError(f"tropd generate MODEL takes PROMPTS and OUT, got {len(arguments)}: {' '.join(arguments)}.")
+    columns = Columns(prompt=alone["--prompt-column"] or "prompt", response=alone["--response-column"] or "response")
+    source = Source(
+        paths=(Path(arguments[0]),), columns=columns, template=alone["--template"], system=alone["--system"]
+    )
+    options: dict[str, Any] = {}
+    for text in alone["--template-option"] or ():
+        name, found, value = text.partition("=")
+        if not found:
+            raise ConfigError(f"--template-option is {text}: give name=value, such as enable_thinking=false.")
+        options[name] = yaml.safe_load(value)
+    defaults = {"max_new_tokens": 1024, "temperature": 1.0, "top_p": 1.0, "seed": 0, "dtype": "bf16", "tensor": 1}
+    generate_responses(target, source, Path(arguments[1]), sampling=_sampling(given, defaults), options=options)
+
+
+def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
+    from megatron_tropd.commands.generate import Sampling
     from megatron_tropd.types import SamplingParams
 
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    generate_responses(
-        model,
-        prompts,
-        out,
-        params=params,
-        samples=samples,
-        seed=seed,
-        dtype=dtype,
-        columns=(prompt_column, response_column),
-    )
-    _leave()
+    values = defaults | {name: value for name, value in given.items() if value is not None}
+    drawn = {name: values.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "top_k") if name in values}
+    return Sampling(params=SamplingParams(**drawn), **values)
 
 
 @app.command()

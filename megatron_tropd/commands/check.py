@@ -23,6 +23,7 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
+from megatron_tropd.setup.chat_templates import difference_table, template_differences
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -120,6 +121,8 @@ def check_plan(config: RunConfig) -> None:
     if dist.get_rank() == 0:
         console = Console()
         console.print(_plan_table(config, inputs))
+        if differences := template_differences(config, inputs.tokenizer):
+            console.print(difference_table(differences))
         console.print(_memory_table(memory, config))
         if config.teacher.ranks:
             console.print(f"on each of the teacher's own ranks {_teacher_bytes(config, inputs) / _MIB:,.1f}")

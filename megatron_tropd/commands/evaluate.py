@@ -18,6 +18,7 @@ from megatron_tropd.evaluate.suites import answer_suites
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
 from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -46,13 +47,16 @@ def evaluate_models(config: RunConfig) -> None:
     if config.evaluate.teacher:
         models[TEACHER], answering["teacher"] = config.teacher.model, teacher
     check_problem_lengths(suites, problems, answering)
+    asked = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
+    if config.evaluate.teacher:
+        check_problem_lengths(suites, asked[TEACHER][1], {"teacher": teacher})
     groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
     results: list[Evaluation] = []
     for name, path in models.items():
         sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
-        step = 0 if name == BEFORE else None
+        step, (own, posed) = 0 if name == BEFORE else None, asked[name]
         results += answer_suites(
-            sampler, suites, problems, tokenizer, model=name, step=step, seed=config.seed, allow_code=allowed
+            sampler, suites, posed, own, model=name, step=step, seed=config.seed, allow_code=allowed
         )
     if dist.get_rank() == 0:
         show_results(results)

@@ -1,92 +1,167 @@
-"""Write a model's own answers to a file: ``tropd generate``."""
+"""Write a model's own answers to a file, batch by batch: ``tropd generate``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_tropd.convert.hf import HFWeights, read_architecture
-from megatron_tropd.data.files import find_files, read_rows
-from megatron_tropd.data.prompts import read_prompts
-from megatron_tropd.data.rows import Columns
+from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import RolloutConfig, VLLMConfig
+from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
+from megatron_tropd.data.prompts import Limits, OnBadRow, read_sources
+from megatron_tropd.data.response_file import ResponseFile, numbered_rows
+from megatron_tropd.data.rows import Source, beside, ids_digest, tokenizer_digest
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.evaluate.suites import answer_text
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
+from megatron_tropd.rollout.engines.registry import EMBEDDED, ROLLOUT_ENGINES, SamplerContext
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.setup.datasets import check_ids
+from megatron_tropd.rollout.protocol import Sampler, check_finite
+from megatron_tropd.setup.datasets import check_ids, read_tokenizer, sources_of, teacher_tokenizer
 from megatron_tropd.setup.validate import DTYPES, why_not_written
-from megatron_tropd.storage.write_aside import write_aside
-from megatron_tropd.types import Rollout, SamplingParams
+from megatron_tropd.types import Architecture, Prompt, Rollout, SamplingParams
 
 _BATCH = 64
+_BLOCK = 256  # sequences sampled, and written, at a time: whatever the number of ranks, so that all write the same
+_UNREAD = "\0"  # responses and answers that the file may have are copied, not read: any kind will do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a model is asked, whoever it is."""
+
+    params: SamplingParams  # without stop tokens: those are the tokenizer's
+    samples: int = 1
+    seed: int = 0
+    dtype: str = "bf16"
+    tensor: int = 1
+    engine: str = EMBEDDED
+    vllm: VLLMConfig | None = None  # None: its defaults
+    limit: int | None = None  # prompts of every source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One model that answers one source into one file."""
+
+    model: Path
+    source: Source
+    out: Path
+    column: str
+    tokenizer: Tokenizer
+    stops: tuple[int, ...]
+    limits: Limits
+    on_bad_row: OnBadRow
+    vocab_size: int | None = None
 
 
 def generate_responses(
-    model: Path,
-    prompts: Path,
-    out: Path,
-    *,
-    params: SamplingParams,
-    samples: int,
-    seed: int,
-    dtype: str,
-    columns: tuple[str, str] = ("prompt", "response"),
+    model: Path, source: Source, out: Path, *, sampling: Sampling, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Copies the rows of ``prompts`` to ``out`` with the model's responses. Collective; the first rank writes.
+    """Copy the rows of ``source`` to ``out`` with the model's responses. Collective; the first rank writes.
 
     Args:
-        columns: names of the prompt column read and of the response column written.
+        source: ``columns.response`` is the column that is written.
+        options: variables of the chat template.
 
     Raises:
         ConfigError, DataError, CheckpointError, TokenizerError: what is wrong with the arguments and files.
     """
-    _check_arguments(params, samples=samples, dtype=dtype, out=out)
-    device = initialize_distributed()
-    architecture, tokenizer = read_architecture(model), load_tokenizer(model)
-    found = _read_prompts(prompts, tokenizer, columns[0])
-    check_ids({"prompt": [found]}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
-    _check_room(found, params.max_new_tokens, architecture.max_positions)
-    sampler = sampler_of(model, GroupBuilder().build(Layout()), dtype=DTYPES[dtype], device=device)
-    requests = make_requests(found, samples=samples, guided=0, fraction=0.0, max_new_tokens=params.max_new_tokens)
-    params = SamplingParams(
-        max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        stop_token_ids=tuple(tokenizer.eos_ids),
+    _check_arguments(sampling, out)
+    read_architecture(model)
+    tokenizer = load_tokenizer(model, template_options=options)
+    job = _Job(
+        model=model,
+        source=_unanswered(source),
+        out=out,
+        column=source.columns.response,
+        tokenizer=tokenizer,
+        stops=tuple(tokenizer.eos_ids),
+        limits=Limits(max_rows=sampling.limit),
+        on_bad_row="skip",
     )
-    rollouts = sampler.generate(requests, params, seed=seed, step=0)
-    if dist.get_rank() == 0:
-        texts = [answer_text(rollout, tokenizer) for rollout in rollouts]
-        _write_rows(prompts, out, rollouts, texts, columns[1])
-        cut = sum(not rollout.finished for rollout in rollouts)
-        Console().print(
-            f"{len(texts)} responses in {out} ({cut} cut off by max_new_tokens)", highlight=False, soft_wrap=True
+    _run([job], sampling)
+
+
+def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) -> None:
+    """Have the teachers of a configuration answer the prompts that training asks. Collective; the first rank writes.
+
+    With ``data.sources`` ``out`` is a directory with one file per source. Prompts are rendered as the teacher is asked
+    in training (``teacher.chat_template``), and a response ends at an end token of either model.
+    """
+    sources = sources_of(config.data)
+    several = bool(config.data.sources)
+    for source in sources:
+        if source.columns.response in (source.columns.answer, source.columns.prompt):
+            raise ConfigError(
+                f"data.columns.response = {source.columns.response!r} is also the column of the prompt or the answer, "
+                "which the responses would replace. Give responses a column of their own."
+            )
+    jobs = []
+    for source in sources:
+        model = next((t.model for t in config.teachers if t.name == source.teacher), config.teacher.model)
+        student, own = read_tokenizer(config), teacher_tokenizer(config, model)
+        shared = min(read_architecture(model).vocab_size, read_architecture(config.student.model).vocab_size)
+        asked = own if config.teacher.chat_template == "own" else student
+        file = out / f"{source.name}.jsonl" if several else out
+        _check_arguments(sampling, file)
+        jobs.append(
+            _Job(
+                model=model,
+                source=_unanswered(source),
+                out=file,
+                column=source.columns.response,
+                tokenizer=asked,
+                stops=tuple(dict.fromkeys((*asked.eos_ids, *own.eos_ids))),
+                limits=Limits(
+                    max_prompt_tokens=config.data.max_prompt_tokens,
+                    max_rows=sampling.limit,
+                    max_left_out=config.data.max_left_out,
+                ),
+                on_bad_row=config.data.on_bad_row,
+                vocab_size=shared,
+            )
         )
+    _run(jobs, sampling)
 
 
-def _check_arguments(params: SamplingParams, *, samples: int, dtype: str, out: Path) -> None:
+def _unanswered(source: Source) -> Source:
+    columns = replace(source.columns, response=_UNREAD, answer=_UNREAD)
+    return replace(source, columns=columns, answer_template=None)
+
+
+def _check_arguments(sampling: Sampling, out: Path) -> None:
+    params = sampling.params
     for name, value, valid, rule in (
-        ("--dtype", dtype, dtype in DTYPES, f"use one of {', '.join(DTYPES)}"),
-        ("--samples", samples, samples >= 1, "ask for at least 1 response per prompt"),
+        ("--dtype", sampling.dtype, sampling.dtype in DTYPES, f"use one of {', '.join(DTYPES)}"),
+        ("--samples", sampling.samples, sampling.samples >= 1, "ask for at least 1 response per prompt"),
         ("--max-new-tokens", params.max_new_tokens, params.max_new_tokens >= 1, "allow at least 1 token"),
         ("--temperature", params.temperature, params.temperature >= 0, "0 is greedy, 1 the model's own distribution"),
         ("--top-p", params.top_p, 0 < params.top_p <= 1, "give a probability above 0, up to 1"),
+        ("--tensor", sampling.tensor, sampling.tensor >= 1, "ask for at least 1 rank"),
+        ("--limit", sampling.limit, sampling.limit is None or sampling.limit >= 1, "answer at least 1 prompt"),
     ):
         if not valid:
             raise ConfigError(f"{name} is {value}: {rule}.")
-    if params.temperature == 0 and samples > 1:
-        raise ConfigError(f"--samples is {samples}: at temperature 0 all would be the same. Raise --temperature.")
+    if params.temperature == 0 and sampling.samples > 1:
+        raise ConfigError(
+            f"--samples is {sampling.samples}: at temperature 0 all would be the same. Raise --temperature."
+        )
+    row = ROLLOUT_ENGINES.get(sampling.engine)
+    usable = [name for name, row in ROLLOUT_ENGINES.items() if row.generates and row.colocated]
+    if row is None or sampling.engine not in usable:
+        raise ConfigError(f"--engine is {sampling.engine}: use one of {', '.join(usable)}.")
+    row.check()
     if out.is_dir():
         raise ConfigError(f"{out.absolute()} is a directory: give the file to write.")
     try:
@@ -95,10 +170,30 @@ def _check_arguments(params: SamplingParams, *, samples: int, dtype: str, out: P
         raise ConfigError(f"cannot write {out.absolute()} ({why_not_written(error)}). Name another file.") from error
 
 
-def _read_prompts(path: Path, tokenizer: Tokenizer, column: str) -> PromptTable:
-    # responses and answers that the file may have are copied, not read: any kind will do
-    unread = "\0"
-    return read_prompts(path, tokenizer, columns=Columns(prompt=column, response=unread, answer=unread)).prompts
+# --------------------------------------------------------------------------- the work
+
+
+def _run(jobs: Sequence[_Job], sampling: Sampling) -> None:
+    """Answer every source in turn; everything is read and checked before the first model is loaded."""
+    device = initialize_distributed()
+    found = [_read(job, sampling) for job in jobs]
+    groups = GroupBuilder().build(Layout(tensor=sampling.tensor))
+    sampler, loaded = None, None
+    for job, prompts in zip(jobs, found, strict=True):
+        if sampler is None or loaded != job.model:
+            if sampler is not None:
+                sampler.close()
+            longest = int(prompts.prompt_lengths().max()) + sampling.params.max_new_tokens
+            sampler, loaded = _build_sampler(job, sampling, groups, device, longest), job.model
+        _answer(job, prompts, sampler, sampling)
+
+
+def _read(job: _Job, sampling: Sampling) -> PromptTable:
+    architecture = read_architecture(job.model)
+    reading = read_sources([job.source], job.tokenizer, limits=job.limits, on_bad_row=job.on_bad_row)
+    check_ids({"prompt": [reading.prompts]}, job.tokenizer, vocab_sizes={"model": architecture.vocab_size})
+    _check_room(reading.prompts, sampling.params.max_new_tokens, architecture.max_positions)
+    return reading.prompts
 
 
 def _check_room(prompts: PromptTable, budget: int, positions: int) -> None:
@@ -113,31 +208,113 @@ def _check_room(prompts: PromptTable, budget: int, positions: int) -> None:
         )
 
 
-def _write_rows(source: Path, out: Path, rollouts: Sequence[Rollout], texts: Sequence[str], column: str) -> None:
-    """Every row that was answered, whole, once per answer."""
-    answers: dict[int, list[str]] = {}
-    for rollout, text in zip(rollouts, texts, strict=True):
-        answers.setdefault(rollout.prompt_index, []).append(text)
+def _answer(job: _Job, prompts: PromptTable, sampler: Sampler, sampling: Sampling) -> None:
+    params = replace(sampling.params, stop_token_ids=job.stops)
+    per_block = max(1, _BLOCK // sampling.samples)
+    blocks = [range(start, min(start + per_block, len(prompts))) for start in range(0, len(prompts), per_block)]
+    first = dist.get_rank() == 0
+    file = ResponseFile(job.out, _description(job, prompts, sampling)) if first else None
+    done: list[int] = [0 if file is None else file.resume(per_block * sampling.samples)]
+    dist.broadcast_object_list(done, src=0)
+    rows = numbered_rows(job.source.paths)
+    answered = min(done[0] * per_block, len(prompts))
+    with TrainingProgress(len(prompts), done=answered, enabled=first, name="generate") as progress:
+        if done[0]:
+            progress.say(f"{job.out}.partial has the responses to {answered} prompts: continued from there")
+        for block in blocks[done[0] :]:
+            asked = [prompts[i] for i in block]
+            rollouts = sampler.generate(_requests(asked, block.start, sampling), params, seed=sampling.seed, step=0)
+            check_finite(rollouts, params, str(job.model))
+            if file is not None:
+                file.append(list(_written(job, asked, rollouts, rows, sampling.samples)))
+            progress.advance(len(block))
+    if file is not None:
+        _conclude(file, len(prompts) * sampling.samples, job.column)
 
-    def write(file: BinaryIO) -> None:
-        for index, row in _numbered_rows(source):
-            for text in answers.get(index, ()):
-                # a table may hold dates and the like, which JSON writes as text
-                line = json.dumps({**row, column: text}, ensure_ascii=False, default=str)
-                file.write(line.encode() + b"\n")
 
-    write_aside(out, write)
+def _requests(prompts: Sequence[Prompt], start: int, sampling: Sampling) -> list[Any]:
+    """Numbered through all blocks: the numbers key the random ones."""
+    budget = sampling.params.max_new_tokens
+    requests = make_requests(prompts, samples=sampling.samples, guided=0, fraction=0.0, max_new_tokens=budget)
+    return [replace(r, sequence_id=start * sampling.samples + r.sequence_id) for r in requests]
 
 
-def _numbered_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows by ``Prompt.index``."""
-    before = 0
-    for path in find_files(source):
-        number = 0
-        for number, content in ((row.number, row.content) for row in read_rows(path, columns=None)):
-            if isinstance(content, dict):
-                yield before + number - 1, content
-        before += number
+def _written(
+    job: _Job,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    rows: Iterator[tuple[int, dict[str, Any]]],
+    samples: int,
+) -> Iterator[dict[str, Any]]:
+    """Every row that was answered, whole, once per answer. ``rows`` is read on to where the prompts are."""
+    digest = tokenizer_digest(job.tokenizer)
+    for number, prompt in enumerate(prompts):
+        row = next(row for index, row in rows if index == prompt.index)
+        for rollout in rollouts[number * samples : (number + 1) * samples]:
+            ids = [int(i) for i in rollout.token_ids[rollout.prompt_length :]]
+            kept = {"ids": ids, "prompt": ids_digest(prompt.token_ids), "tokenizer": digest}
+            yield {
+                **row,
+                job.column: job.tokenizer.response_text(ids[:-1] if rollout.finished else ids),
+                beside(job.column, "finished"): rollout.finished,
+                beside(job.column, "generated"): kept,
+            }
+
+
+def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[str, Any]:
+    """What shapes the rows of a file."""
+    return {
+        "model": str(job.model),
+        "weights": weights_fingerprint(job.model),
+        "prompts": prompts.fingerprint()[:16],
+        "column": job.column,
+        "params": repr(replace(sampling.params, stop_token_ids=job.stops)),
+        "samples": sampling.samples,
+        "seed": sampling.seed,
+        "dtype": sampling.dtype,
+        "engine": sampling.engine,
+    }
+
+
+def _conclude(file: ResponseFile, count: int, column: str) -> None:
+    console, out = Console(), file.out
+    kept = file.finish()
+    cut = sum(not row[beside(column, "finished")] for _, row in numbered_rows([out]))
+    facts = f"{count} responses in {out} ({cut} cut off by max_new_tokens)"
+    console.print(facts, highlight=False, soft_wrap=True, markup=False)
+    if kept is not None:
+        console.print(f"the file that was there is kept as {kept}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.device, longest: int) -> Sampler:
+    """The sampler of ``--engine``, with the model's weights."""
+    dtype, architecture = DTYPES[sampling.dtype], read_architecture(job.model)
+    if ROLLOUT_ENGINES[sampling.engine].exact_vocabulary:
+        return sampler_of(job.model, groups, dtype=dtype, device=device, vocab_size=job.vocab_size)
+    context = _context(job, sampling, architecture, groups, device, longest)
+    sampler = ROLLOUT_ENGINES[sampling.engine].build(context)
+    weights = HFWeights(job.model)
+    sampler.update_weights(((name, weights[name][:].to(dtype)) for name in weights), version=0)
+    return sampler
+
+
+def _context(
+    job: _Job, sampling: Sampling, architecture: Architecture, groups: Groups, device: torch.device, longest: int
+) -> SamplerContext:
+    section = RolloutConfig.model_construct(
+        engine=sampling.engine, batch_size=_BATCH, vllm=sampling.vllm or VLLMConfig()
+    )
+    return SamplerContext(
+        section=section,
+        model=job.model,
+        architecture=architecture,
+        groups=groups,
+        dtype=DTYPES[sampling.dtype],
+        device=device,
+        max_tokens=longest,
+        vocab_size=job.vocab_size,
+        run_dir=job.out.parent,
+    )
 
 
 def sampler_of(

@@ -163,6 +163,7 @@ class ColumnsConfig(Section):
     messages: str = key("messages", "Column with chat messages, read where a row has no prompt column.", min_length=1)
     response: str = key("response", "Column with one teacher response, for guidance.", min_length=1)
     answer: str = key("answer", "Column with the reference answer, for grading.", min_length=1)
+    tools: str = key("tools", "Column with the tools that the chat template writes, a list or its JSON.", min_length=1)
 
 
 class SourceConfig(Section):
@@ -208,6 +209,12 @@ class DataConfig(Section):
         None, "Longest response in the data, in tokens; longer rows are left out and counted. null: any.", ge=1
     )
     on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
+    max_left_out: Real = key(
+        0.5,
+        "Largest share of a source's rows that may be left out, bad or too long; more is an error. 1: any number.",
+        ge=0,
+        le=1,
+    )
     grader: Grader = key("final_number", "Rule that grades a response against the reference answer.")
 
     @model_validator(mode="after")
@@ -307,6 +314,12 @@ class TeacherConfig(Section):
     model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
     engine: TeacherEngine = key(
         "megatron", "Who runs it: Megatron or vLLM in the trainer's processes, or vLLM servers (`tropd serve teacher`)."
+    )
+    chat_template: Literal["student", "own"] = key(
+        "student",
+        "Under whose chat template the teacher is asked to score, and to answer in `tropd generate CONFIG`: the "
+        "student's, so that it sees the very prompts the student sees, or its `own` (`tropd generate` alone so far). "
+        "It is always evaluated under its own template and end tokens.",
     )
     parallel: ParallelConfig = ParallelConfig()
     ranks: Whole = key(

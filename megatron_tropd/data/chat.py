@@ -90,11 +90,15 @@ class ChatTemplate:
             return ""
 
     @property
+    def source(self) -> str:
+        """The template itself; of a tokenizer with several, all of them."""
+        given = self._tokenizer.chat_template
+        return "\n".join(map(str, given.values() if isinstance(given, Mapping) else [given]))
+
+    @property
     def unread_options(self) -> tuple[str, ...]:
         """Options that no line of the template mentions."""
-        source = self._tokenizer.chat_template
-        texts = source.values() if isinstance(source, Mapping) else [source]
-        text = "\n".join(map(str, texts))
+        text = self.source
         # read by transformers itself, not by the template
         own = {"documents", "continue_final_message", "chat_template"}
         return tuple(

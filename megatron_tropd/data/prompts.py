@@ -6,6 +6,7 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ class Limits:
     max_response_tokens: int | None = None  # of the response column, end token included
     max_rows: int | None = None  # usable rows of every source
     require_response: bool = False  # rows without a response are bad
+    max_left_out: float = 0.5  # share of a source's rows that may be left out; beyond it that is an error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,20 @@ def read_sources(
     for source in sources:
         reading.read(source, tokenizer)
     return PromptSet(prompts=reading.table, too_long=tuple(reading.too_long), bad_rows=tuple(reading.bad))
+
+
+def first_prompts(source: Source, tokenizer: Tokenizer, count: int) -> list[Prompt | BadRow]:
+    """Read the first rows of a source, and say nothing: a row that cannot be used is its reason."""
+    parser, found = RowParser(source, tokenizer, require_response=False, notes=Notes()), list[Prompt | BadRow]()
+    rows = (row for file in find_files(source.paths) for row in read_rows(file, columns=parser.columns))
+    for index, row in enumerate(islice(rows, count)):
+        try:
+            if isinstance(row.content, BadRow):
+                raise row.content
+            found.append(parser.prompt(index, row.content))
+        except BadRow as reason:
+            found.append(reason)
+    return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -163,5 +179,12 @@ def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str],
     summary = f"{long}{len(bad)} bad" + "".join(f"\n  {row}" for row in bad[:3])
     if not kept:
         raise DataError(f"no usable prompt in {what}: {summary}. Check the column names and length limits.")
+    dropped = too_long + len(bad)
+    if dropped > limits.max_left_out * (kept + dropped):
+        raise DataError(
+            f"{what}: of {kept + dropped} rows {dropped} are left out, {summary}\nThat is more than "
+            f"data.max_left_out={limits.max_left_out:g} of them. Check the column names and length limits, or set "
+            "data.max_left_out=1 to go on with the rest."
+        )
     if too_long or bad:
         logger.warning("%s: kept %d prompts, left out %s", what, kept, summary)

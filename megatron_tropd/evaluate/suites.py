@@ -17,7 +17,7 @@ from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_inter
 from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.report.records import Evaluation
 from megatron_tropd.rollout.guidance import make_requests
-from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.rollout.protocol import Sampler, check_finite
 from megatron_tropd.types import LOSS_REGIONS, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ def answer_suite(
         stop_token_ids=tuple(tokenizer.eos_ids),
     )
     rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
+    check_finite(rollouts, params, f"the model answering the suite {suite.name!r}")
     rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s)
     found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)

@@ -26,6 +26,7 @@ class TrainingProgress:
         done: steps already done by an earlier process.
         enabled: True on one rank only.
         seconds_between_lines: where the output is no terminal, one line at most this often (first and last always).
+        name: of what is done; steps of anything but ``train`` are prompts.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class TrainingProgress:
         enabled: bool = True,
         console: Console | None = None,
         seconds_between_lines: float = 10.0,
+        name: str = "train",
     ) -> None:
         self._total, self._done, self._enabled = total, done, enabled
         self._console = console or Console()
         self._seconds_between_lines = seconds_between_lines
         self._last_line = float("-inf")
         self._bar = Progress(
-            TextColumn("[bold]train"),
+            TextColumn(f"[bold]{name}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
@@ -52,7 +54,8 @@ class TrainingProgress:
             console=self._console,
             disable=not (enabled and self._console.is_terminal),
         )
-        self._task = self._bar.add_task("train", total=total, completed=done, shown="")
+        self._unit = "step" if name == "train" else "prompt"
+        self._task = self._bar.add_task(name, total=total, completed=done, shown="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -65,8 +68,13 @@ class TrainingProgress:
 
     def update(self, metrics: Mapping[str, int | float | None]) -> None:
         """One step is done."""
-        self._done += 1
-        shown = "  ".join(form.format(value) for name, form in _SHOWN if (value := metrics.get(name)) is not None)
+        self.advance(1, metrics)
+
+    def advance(self, count: int, metrics: Mapping[str, int | float | None] | None = None) -> None:
+        """So many steps are done."""
+        self._done += count
+        facts = metrics or {}
+        shown = "  ".join(form.format(value) for name, form in _SHOWN if (value := facts.get(name)) is not None)
         if self._bar.disable:
             self._line(shown)
         else:
@@ -81,4 +89,4 @@ class TrainingProgress:
         now = time.monotonic()
         if now - self._last_line >= self._seconds_between_lines or self._done == self._total:
             self._last_line = now
-            self.say(f"step {self._done}/{self._total}  {shown}")
+            self.say(f"{self._unit} {self._done}/{self._total}  {shown}")

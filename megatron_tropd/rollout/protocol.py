@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
+from megatron_tropd.errors import EngineError
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
 
 
@@ -56,3 +58,20 @@ class AsyncSampler(Protocol):
     ) -> GenerationHandle:
         """Starts what ``generate`` does. Weights must not change before all that was begun is collected."""
         ...
+
+
+def check_finite(rollouts: Sequence[Rollout], params: SamplingParams, model: str) -> None:
+    """Raise EngineError when a model gave log-probs that are no numbers: whatever it wrote means nothing.
+
+    Args:
+        model: what it is called in the message.
+    """
+    for rollout in rollouts:
+        logprob = rollout.model_logprob if params.model_logprob else rollout.sampling_logprob
+        bad = np.flatnonzero(~np.isfinite(logprob))
+        if bad.size:
+            raise EngineError(
+                f"{model} gives a log-prob of {logprob[bad[0]]} to token {bad[0]} of its answer to prompt "
+                f"{rollout.prompt_index}: its weights or its precision are broken. Check the checkpoint, or compute "
+                "in fp32."
+            )

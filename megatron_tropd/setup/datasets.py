@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def read_tokenizer(config: RunConfig, *, base: bool = False) -> Tokenizer:
     for role, model in (models | ({"base model": config.base_model} if base else {})).items():
         check_same_vocabulary(tokenizer, load_tokenizer(model, chat_template=data.chat_template), role=role)
     return tokenizer
+
+
+def teacher_tokenizer(config: RunConfig, model: Path | None = None) -> Tokenizer:
+    """The tokenizer of a teacher (``teacher.model`` by default) with its own chat template and end tokens."""
+    data = config.data
+    return load_tokenizer(
+        model or config.teacher.model, chat_template=data.chat_template, template_options=data.template_options
+    )
 
 
 def check_ids(
@@ -92,6 +101,7 @@ def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bo
     limits = Limits(
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
+        max_left_out=data.max_left_out,
         require_response=guided and data.on_bad_row == "skip",
     )
     prompts = read_sources(sources_of(data), tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
@@ -100,7 +110,7 @@ def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bo
         raise DataError(
             f"{bare.size} of {len(prompts)} prompts have no teacher response in column {data.columns.response!r} (the "
             f"first is {prompts.place(int(bare[0]))}), and method.name={config.method.name} starts some sequences with "
-            "one. Let the teacher write them (`tropd generate TEACHER PROMPTS OUT`), or set "
+            "one. Let the teacher write them (`tropd generate CONFIG.yaml OUT`), or set "
             "rollout.guided_per_prompt=0 to train without."
         )
     return prompts
@@ -155,7 +165,11 @@ def read_problems(
         )
         key = (source, suite.max_problems)
         if key not in read:
-            limits = Limits(max_prompt_tokens=data.max_prompt_tokens, max_rows=suite.max_problems)
+            limits = Limits(
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_rows=suite.max_problems,
+                max_left_out=data.max_left_out,
+            )
             read[key] = read_sources([source], tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
         problems[suite.name] = read[key]
         _check_answers(suite, problems[suite.name])

@@ -27,6 +27,7 @@ from megatron_tropd.methods import Method, build_method
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
+from megatron_tropd.setup.chat_templates import warn_of_differences, warn_of_unread_options
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -415,6 +416,12 @@ def check_recording(config: RunConfig) -> None:
 # --------------------------------------------------------------------------- all of them
 
 
+def check_templates(config: RunConfig, inputs: Inputs) -> None:
+    """Say where teachers write conversations otherwise than the student, and which options no template reads."""
+    warn_of_unread_options(config, inputs.tokenizer)
+    warn_of_differences(config, inputs.tokenizer)
+
+
 CHECKS = (
     Check("attention kernels", ("config",), check_available),
     Check("engines and packages", ("config",), check_packages),
@@ -429,6 +436,7 @@ CHECKS = (
     Check("scores of the teacher", ("config", "inputs"), check_teacher),
     Check("token ids of the data", ("inputs", "models"), check_data_ids),
     Check("lengths of the data", ("config", "inputs", "models"), check_data_lengths),
+    Check("chat templates", ("config", "inputs"), check_templates),
 )
 
 

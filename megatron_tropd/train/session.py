@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from megatron_tropd.config.loading import dump_config
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
 from megatron_tropd.errors import EngineError
 from megatron_tropd.evaluate.suites import answer_suites
@@ -38,7 +40,8 @@ from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
-from megatron_tropd.setup.datasets import suites_of
+from megatron_tropd.setup.chat_templates import teacher_problems
+from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import (
     DTYPES,
@@ -175,7 +178,7 @@ class Evaluator:
         if config.before:
             self._evaluate_student(BEFORE, 0)
         if config.teacher and self._run.problems:
-            self._evaluate(self._teacher_sampler(), TEACHER, None)
+            self._evaluate_teacher()
         self._show("before")
 
     def during(self, step: int) -> None:
@@ -213,13 +216,28 @@ class Evaluator:
         if self._run.problems:
             self._evaluate(self._student_sampler(step), model, step)
 
-    def _evaluate(self, sampler: Sampler, model: str, step: int | None) -> None:
+    def _evaluate_teacher(self) -> None:
+        """Under its own chat template and end tokens."""
+        run, suites = self._run, suites_of(self._config)
+        tokenizer, problems = teacher_problems(self._config, suites, run.tokenizer, run.problems)
+        check_problem_lengths(suites, problems, {"teacher": read_architecture(self._config.teacher.model)})
+        self._evaluate(self._teacher_sampler(), TEACHER, None, tokenizer=tokenizer, problems=problems)
+
+    def _evaluate(
+        self,
+        sampler: Sampler,
+        model: str,
+        step: int | None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        problems: Mapping[str, PromptTable] | None = None,
+    ) -> None:
         run = self._run
         results = answer_suites(
             sampler,
             suites_of(self._config),
-            run.problems,
-            run.tokenizer,
+            problems or run.problems,
+            tokenizer or run.tokenizer,
             model=model,
             step=step,
             seed=run.seed,

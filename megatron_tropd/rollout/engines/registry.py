@@ -133,6 +133,8 @@ def _publish_directory(run_dir: Path) -> Path:
     return memory if memory.is_dir() else run_dir.absolute() / "publish"
 
 
+EMBEDDED = "megatron"  # the engine that is always there
+
 ROLLOUT_ENGINES: Mapping[str, RolloutEngineRow] = MappingProxyType(
     {
         "megatron": RolloutEngineRow(

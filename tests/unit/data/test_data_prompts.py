@@ -86,13 +86,24 @@ def test_gsm8k_files_are_read_by_naming_their_columns(tokenizer, tmp_path):
 
 
 def test_long_prompts_are_left_out_not_cut(tokenizer, tmp_path, caplog):
-    path = write(tmp_path / "a.jsonl", {"prompt": "abcd"}, {"prompt": "abc"}, {"prompt": "abcde"})
+    path = write(tmp_path / "a.jsonl", *({"prompt": text} for text in ("abcd", "abc", "abcde", "a")))
     result = read_prompts(path, tokenizer, max_prompt_tokens=3)
-    assert [prompt.index for prompt in result.prompts] == [1]
+    assert [prompt.index for prompt in result.prompts] == [1, 3]
     assert result.too_long == (0, 2)
-    assert "kept 1 prompts, left out 2 longer than 3 tokens, 0 bad" in caplog.text
-    with pytest.raises(DataError, match=r"no usable prompt in .*3 longer than 2 tokens"):
-        read_prompts(path, tokenizer, max_prompt_tokens=2)
+    assert "kept 2 prompts, left out 2 longer than 3 tokens, 0 bad" in caplog.text
+    with pytest.raises(DataError, match=r"no usable prompt in .*4 longer than 0 tokens"):
+        read_prompts(path, tokenizer, max_prompt_tokens=0)
+
+
+def test_most_rows_left_out_is_an_error_unless_that_is_wanted(tokenizer, tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", *({"prompt": text} for text in ("abcd", "abc", "")))
+    source = Source(paths=(path,))
+    limits = Limits(max_prompt_tokens=3)
+    with pytest.raises(DataError, match=r"of 3 rows 2 are left out, 1 longer than 3 tokens, 1 bad(.|\n)*max_left_out"):
+        read_sources([source], tokenizer, limits=limits, on_bad_row="skip")
+    wanted = replace(limits, max_left_out=0.7)
+    assert len(read_sources([source], tokenizer, limits=wanted, on_bad_row="skip").prompts) == 1
+    assert "kept 1 prompts, left out 1 longer" in caplog.text
 
 
 def test_several_files_are_numbered_through(tokenizer, tmp_path):
