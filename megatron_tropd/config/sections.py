@@ -166,6 +166,34 @@ class ColumnsConfig(Section):
     tools: str = key("tools", "Column with the tools that the chat template writes, a list or its JSON.", min_length=1)
 
 
+class CodeConfig(Section):
+    """What the grader `code` is told beside the tests."""
+
+    entry_point: str | None = key(
+        None, "Column with the name of the tested function, for tests that define `check(candidate)` (HumanEval)."
+    )
+    prelude: str | None = key(
+        None,
+        "Column with code to run before an answer's own: imports, or the signature that a base model continues.",
+    )
+    blocks: Literal["definitions", "last", "first", "all", "response"] = key(
+        "definitions",
+        "Which blocks of an answer are its program: those that define what the tests use, the last, the first, all; or "
+        "the whole response as it stands.",
+    )
+
+
+def _pattern(value: object) -> object:
+    try:
+        re.compile(str(value or ""))
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return value
+
+
+Pattern = Annotated[str | None, BeforeValidator(_pattern)]
+
+
 class SourceConfig(Section):
     """One of several sources of prompts."""
 
@@ -181,6 +209,8 @@ class SourceConfig(Section):
     answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
     system: str | None = key(None, "System message; null takes data.system.")
     grader: Grader | None = key(None, "Rule that grades its responses; null takes data.grader.")
+    extract: Pattern = key(None, "Regular expression, as of a suite; null takes data.extract.")
+    code: CodeConfig | None = key(None, "For the grader `code`; null takes data.code.")
     teacher: str | None = key(None, "Name of the one of `teachers` that grades its sequences; null is `teacher`.")
 
 
@@ -216,6 +246,10 @@ class DataConfig(Section):
         le=1,
     )
     grader: Grader = key("final_number", "Rule that grades a response against the reference answer.")
+    extract: Pattern = key(
+        None, "Regular expression; its last match in a response (the first group that took part) is graded."
+    )
+    code: CodeConfig = CodeConfig()
 
     @model_validator(mode="after")
     def _one_way_of_naming_the_data(self) -> Self:
@@ -599,7 +633,12 @@ class SuiteConfig(Section):
     answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
     system: str | None = key(None, "System message; null takes data.system.")
     grader: Grader | None = key(None, "Rule that grades its answers; null takes data.grader.")
-    extract: str | None = key(None, "Regular expression; its last match in an answer (group 1 if any) is graded.")
+    extract: str | None = key(
+        None,
+        "Regular expression; its last match in an answer (the first group that took part) is graded; null takes "
+        "data.extract.",
+    )
+    code: CodeConfig | None = key(None, "For the grader `code`; null takes data.code.")
     timeout_s: Real = key(
         10.0, "Longest grading of one answer, or run of one program; what takes longer is wrong.", gt=0
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.data.cells import is_missing, shortest_double
 from megatron_tropd.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -131,12 +132,17 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
         return BadRow(f"not valid JSON: {error}.")
     if not isinstance(row, dict):
         return BadRow(f"holds {type(row).__name__}, expected a JSON object with a prompt.")
     return row
+
+
+def _constant(name: str) -> float | None:
+    """NaN is what libraries write for a missing value."""
+    return None if name == "NaN" else float(name)
 
 
 def _table_rows(file: Path, *, columns: Collection[str] | None, one_of: Collection[str]) -> Iterator[RawRow]:
@@ -145,8 +151,10 @@ def _table_rows(file: Path, *, columns: Collection[str] | None, one_of: Collecti
     number = 0
     try:
         for batch in _batches(file, columns=columns, one_of=one_of):
+            narrow = [field.name for field in batch.schema if str(field.type) in ("float", "halffloat")]
             for row in batch.to_pylist():
                 number += 1
+                row |= {name: shortest_double(row[name]) for name in narrow if row[name] is not None}
                 yield RawRow(number, _without_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         kind = file.suffix.removeprefix(".").capitalize()
@@ -197,9 +205,9 @@ def _top(column: str, names: Sequence[str]) -> str | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table has every field in every row; what a row does not have is null there, and absent from a JSON row."""
+    """A table has every field in every row; what a row does not have is null (or NaN), and absent from a JSON row."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if not is_missing(item)}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

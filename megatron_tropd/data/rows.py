@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_tropd.data.cells import cell_text, is_missing
 from megatron_tropd.data.chat import Frame, Message, Tools, first_tag
 from megatron_tropd.data.files import BadRow, column_of
 from megatron_tropd.data.notes import Notes
@@ -48,7 +50,7 @@ class Columns:
     prompt: str = "prompt"  # text, or chat messages
     messages: str = "messages"  # chat messages; read where a row has no prompt column
     response: str = "response"  # optional: one response of the teacher, used for guidance
-    answer: str = "answer"  # optional: reference for grading, text or number
+    answer: str = "answer"  # optional: reference for grading, text or a number
     tools: str = "tools"  # optional: tools that the chat template writes, a list or its JSON
 
     @property
@@ -212,10 +214,11 @@ class RowParser:
         column = self._source.columns.answer
         answer = column_of(row, column)
         if self._answer_template is not None:
-            return self._answer_template.render(row if answer is None else row | {"answer": answer})
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+            text = self._answer_template.render(row if answer is None else row | {"answer": answer})
+            return None if is_missing(answer) and not text else text
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal | None):
             raise BadRow(f"column {column!r} holds {type(answer).__name__}, expected text or a number.")
-        return None if answer is None else str(answer)
+        return None if is_missing(answer) else cell_text(answer)
 
     def _response(
         self, row: dict[str, Any], prompt: Rendered, spoken: Message | None

@@ -11,6 +11,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_tropd.data.cells import plainly
 from megatron_tropd.data.files import BadRow
 from megatron_tropd.errors import ConfigError
 
@@ -39,7 +40,11 @@ def row_template(text: str) -> RowTemplate:
         ConfigError: it is not valid Jinja.
     """
     environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=plainly,
     )
     try:
         columns = jinja2.meta.find_undeclared_variables(environment.parse(text))

@@ -75,8 +75,8 @@ def grade_math(response: str, answer: str) -> bool:
         DataError: the reference is no mathematics, and the response does not repeat it either.
     """
     reference = tidied(answer.rpartition("####")[2])
-    if not reference:
-        raise DataError(f"reference answer {answer!r} is not an expression math-verify can read: it is empty.")
+    if reference.lower() in ("", "nan"):
+        raise DataError(f"reference answer {answer!r} is not an expression math-verify can read: it is missing.")
     boxed = last_box(response)
     given = None if boxed is None else tidied(boxed)
     if given is not None:
@@ -92,7 +92,11 @@ def grade_math(response: str, answer: str) -> bool:
 def check_math_reference(answer: str) -> None:
     """Raise DataError when ``answer`` is no mathematics: only a response that repeats it could be right."""
     reference = tidied(answer.rpartition("####")[2])
-    if not reference or (exact_number(reference) is None and not _parsed(f"${reference}$")):
+    if (
+        not reference
+        or reference.lower() == "nan"
+        or (exact_number(reference) is None and not _parsed(f"${reference}$"))
+    ):
         raise DataError(f"reference answer {answer!r} is not an expression math-verify can read.")
 
 

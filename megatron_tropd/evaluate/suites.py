@@ -15,6 +15,7 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
 from megatron_tropd.evaluate.rules import GradingRule
+from megatron_tropd.evaluate.thinking import opened_thinking
 from megatron_tropd.report.records import Evaluation
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler, check_finite
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # evaluation draws come from a seed of their own, so that training does not depend on when it is evaluated
 _SEED_OFFSET = 1 << 40
+_PROMPT_END = 16  # tokens: as many as a mark of thinking may have
 
 
 def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
@@ -38,8 +40,18 @@ def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
 
 def training_rule(data: DataConfig, prompt: Prompt) -> GradingRule:
     """The rule that grades responses to a training prompt: its source's own, or that of all."""
-    own = {source.name: source.grader for source in data.sources}
-    return GradingRule(kind=own.get(prompt.source) or data.grader)
+    return rule_of_source(data, prompt.source)
+
+
+def rule_of_source(data: DataConfig, name: str) -> GradingRule:
+    """Return the rule that grades responses to the prompts of a source: its own, or what ``data`` says of all."""
+    source = next((source for source in data.sources if source.name == name), None)
+    extract = source.extract if source and source.extract is not None else data.extract
+    return GradingRule(
+        kind=(source.grader if source else None) or data.grader,
+        extract=extract,
+        blocks=((source.code if source else None) or data.code).blocks,
+    )
 
 
 def grades(
@@ -66,8 +78,14 @@ def grades(
                 f"problem {prompt.index} has no reference answer to grade against. Give data.columns.answer the name "
                 "of the column that holds it."
             )
-        items.append(Item(rule=rule(prompt), response=answer_text(rollout, tokenizer), answer=prompt.answer))
+        response = opened_thinking(_prompt_end(prompt, tokenizer)) + answer_text(rollout, tokenizer)
+        items.append(Item(rule=rule(prompt), response=response, answer=prompt.answer))
     return _shared_out(items, allow_code=allow_code)
+
+
+def _prompt_end(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """Return the end of a prompt as text: chat templates may open the thinking there."""
+    return "".join(tokenizer.tokens(prompt.token_ids[-_PROMPT_END:].tolist()))
 
 
 def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
@@ -90,9 +108,10 @@ def correctness(
     *,
     allow_code: bool,
 ) -> np.ndarray:
-    """``[prompts, samples]`` of 0 and 1, by ``grades``."""
+    """``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
     found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
-    return np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(prompts), -1)
+    marks = [np.nan if grade.bad_reference else float(grade.correct) for grade in found]
+    return np.array(marks, dtype=np.float64).reshape(len(prompts), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +151,8 @@ def answer_suite(
     )
     rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
     check_finite(rollouts, params, f"the model answering the suite {suite.name!r}")
-    rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s)
+    blocks = "definitions" if suite.code is None else suite.code.blocks
+    rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s, blocks=blocks)
     found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)
     return Answered(

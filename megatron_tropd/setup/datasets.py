@@ -17,7 +17,8 @@ from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError, TokenizerError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed
-from megatron_tropd.evaluate.rules import CODE, check_reference
+from megatron_tropd.evaluate.rules import CODE
+from megatron_tropd.setup.references import answer_template, check_problem_answers
 from megatron_tropd.types import Architecture
 
 # --------------------------------------------------------------------------- tokenizers
@@ -81,7 +82,10 @@ def sources_of(data: DataConfig) -> list[Source]:
             teacher=source.teacher or "",
             columns=Columns(**(source.columns or data.columns).model_dump()),
             template=data.template if source.template is None else source.template,
-            answer_template=data.answer_template if source.answer_template is None else source.answer_template,
+            answer_template=answer_template(
+                data.answer_template if source.answer_template is None else source.answer_template,
+                code=source.code or data.code if (source.grader or data.grader) == CODE else None,
+            ),
             system=data.system if source.system is None else source.system,
         )
         for source in listed
@@ -133,6 +137,8 @@ def complete_suites(evaluate: EvaluateConfig, data: DataConfig, *, budget: int) 
                 "answer_template": data.answer_template if suite.answer_template is None else suite.answer_template,
                 "system": data.system if suite.system is None else suite.system,
                 "grader": suite.grader or data.grader,
+                "extract": data.extract if suite.extract is None else suite.extract,
+                "code": suite.code or data.code,
                 "max_new_tokens": suite.max_new_tokens or budget,
             }
         )
@@ -160,7 +166,7 @@ def read_problems(
             paths=suite.prompts,
             columns=Columns(**suite.columns.model_dump()),
             template=suite.template,
-            answer_template=suite.answer_template,
+            answer_template=answer_template(suite.answer_template, code=suite.code if suite.grader == CODE else None),
             system=suite.system,
         )
         key = (source, suite.max_problems)
@@ -172,26 +178,8 @@ def read_problems(
             )
             read[key] = read_sources([source], tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
         problems[suite.name] = read[key]
-        _check_answers(suite, problems[suite.name])
+        check_problem_answers(suite, problems[suite.name], allow_code=allow_code)
     return problems
-
-
-def _check_answers(suite: SuiteConfig, problems: PromptTable) -> None:
-    bare = np.flatnonzero(~problems.answered())
-    assert suite.columns is not None and suite.grader is not None
-    if bare.size:
-        raise DataError(
-            f"{bare.size} of {len(problems)} problems have no reference answer in column {suite.columns.answer!r} (the "
-            f"first is {problems.place(int(bare[0]))}). Name the column that holds it with data.columns.answer, or set "
-            "evaluate.prompts=null."
-        )
-    # mathematics takes milliseconds to read: there a few, all over the data, show whether it is the right column
-    step = max(1, len(problems) // 32) if suite.grader == "math" else 1
-    for row in range(0, len(problems), step):
-        try:
-            check_reference(suite.grader, problems[row].answer or "")
-        except DataError as error:
-            raise DataError(f"{problems.place(row)}: {error}") from None
 
 
 def check_training_lengths(config: RunConfig, prompts: PromptTable, models: Mapping[str, Architecture]) -> None:

@@ -39,6 +39,7 @@ from megatron_tropd.setup.datasets import (
     suites_of,
 )
 from megatron_tropd.setup.findings import Check, Findings
+from megatron_tropd.setup.references import check_training_answers
 from megatron_tropd.storage.owned import check_target
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -96,6 +97,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
     found.learn(models=models, inputs=inputs)
     found.finish()
+    if config.rollout.samples_per_prompt:
+        check_training_answers(config.data, inputs.prompts, allow_code=config.evaluate.allow_code_execution)
     return inputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import chain
 
@@ -182,7 +182,10 @@ def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) ->
 
 
 def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Share of correct fully on-policy responses: of all prompts, and of every source, where each has an answer."""
+    """Share of correct fully on-policy responses: of all prompts, and of every source, where each has answers.
+
+    Prompts without an answer that they can be graded against are left out; the start of the run has counted them.
+    """
     samples = run.rollout.samples_per_prompt
     per_prompt = len(rollouts) // len(prompts)
     answered = [number for number, prompt in enumerate(prompts) if prompt.answer is not None]
@@ -192,12 +195,16 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
     graded = [prompts[number] for number in answered]
     allowed = run.evaluate.allow_code_execution
     right = correctness(alone, graded, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
-    metrics = {"accuracy_train": float(right.mean())} if len(graded) == len(prompts) else {}
-    for source in sorted({prompt.source for prompt in graded} - {""}):
-        rows = [row for row, prompt in enumerate(graded) if prompt.source == source]
-        if len(rows) == sum(prompt.source == source for prompt in prompts):
-            metrics[of_source("accuracy_train", source)] = float(right[rows].mean())
-    return metrics
+    return _accuracy_by_source(right, [prompt.source for prompt in graded], {prompt.source for prompt in prompts})
+
+
+def _accuracy_by_source(right: np.ndarray, sources: Sequence[str], of: Collection[str]) -> dict[str, float]:
+    """``right``: [prompts, samples] of 0 and 1, nan where it cannot be told; ``of``: the sources of all prompts."""
+    usable = ~np.isnan(right).any(axis=1)
+    marks = {source: right[usable & (np.array(sources) == source)] for source in sources}
+    found = {source: marks[source].mean() for source in sorted(marks) if len(marks[source])}
+    metrics = {"accuracy_train": float(right[usable].mean())} if found.keys() == set(of) else {}
+    return metrics | {of_source("accuracy_train", source): float(mean) for source, mean in found.items() if source}
 
 
 def is_due(step: int, *, every: int, last: int) -> bool:

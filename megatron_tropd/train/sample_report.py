@@ -53,7 +53,8 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
         right = None
         if prompt.answer is not None:
             rule, allowed = partial(training_rule, run.data), run.evaluate.allow_code_execution
-            right = bool(correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0])
+            mark = correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0]
+            right = None if np.isnan(mark) else bool(mark)
         tokens = _sample_tokens(run, rollout, gates.get(rollout.sequence_id))
         samples.append(Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens))
     return samples
