@@ -18,12 +18,14 @@ from megatron_tropd.engine.context import own_predictions, own_valid_positions
 from megatron_tropd.errors import DataError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups
 from megatron_tropd.report.stopwatch import Stopwatch
+from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import pack_rollouts, score_rollouts
 from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import VOCAB, Case, assemble, batch_of, config_of, save_models, whole_gradients
+from tests.support.run_inputs import assert_metrics_agree, commands, make_task, steady_metrics
 from tests.support.tiny_models import Objective, Reference, hf_logprobs, load_hf, relative_error
 
 CASES = [
@@ -219,3 +221,43 @@ def test_log_probs_that_do_not_fit_the_continuation_tokens_are_refused():
     model: Any = OneRank()
     with pytest.raises(DataError, match=f"sequence 0 has {count} CONTINUATION tokens and {count + 1} log-probs"):
         token_view(item, {0: one}, BatchFacts(seed=0, step=0, progress=0.0), model)
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0", "train.steps=2")
+
+
+def test_a_replay_of_several_turns_counts_what_models_wrote_and_is_the_same_under_another_layout(tmp_path):
+    task = make_task(tmp_path / "task")
+    written, turns = tmp_path / "written", tmp_path / "turns"
+    commands().run(
+        "train", task.config, f"run_dir={tmp_path}/source", *QUIET, f"rollout.record={written}"
+    ).expect_success()
+    batches = [[interrupted(one) for one in read_rollouts(written, step)] for step in range(2)]
+    for step, rollouts in enumerate(batches):
+        write_rollouts(turns, step, rollouts)
+    replay = (*QUIET, "rollout.engine=recorded", f"rollout.recorded_from={turns}")
+    commands().run("train", task.config, f"run_dir={tmp_path}/alone", *replay).expect_success()
+    cut = ("student.parallel.context=2", "train.minibatches=1")
+    commands().run("train", task.config, f"run_dir={tmp_path}/cut", *replay, *cut, ranks=2).expect_success()
+    rows = steady_metrics(tmp_path / "alone")
+    assert_metrics_agree(steady_metrics(tmp_path / "cut"), rows)
+    for row, rollouts in zip(rows, batches, strict=True):
+        masks = [np.isin(one.region_L, LOSS_REGIONS) for one in rollouts]
+        assert row["tokens"] == sum(mask.sum() for mask in masks)
+        assert row["response_length"] == np.mean([mask.sum() for mask in masks])
+        assert row["observation_length"] == np.mean([(one.region_L == 4).sum() for one in rollouts]) > 0
+        assert row["continuation_length"] == np.mean([len(one.model_logprob) for one in rollouts])
+
+
+def interrupted(one: Rollout) -> Rollout:
+    """As if a tool had written the second and third of every four tokens that the student did."""
+    written = np.flatnonzero(one.region_L == Region.CONTINUATION)
+    kept = np.isin(np.arange(len(written)) % 4, (0, 3))
+    region_L = one.region_L.copy()
+    region_L[written[~kept]] = Region.OBSERVATION
+    return replace(
+        one, region_L=region_L, sampling_logprob=one.sampling_logprob[kept], model_logprob=one.model_logprob[kept]
+    )
