@@ -166,6 +166,8 @@ class TeacherOutputs:
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
     entropy_bound_N: Tensor | None = None  # the entropy is at most that, nats: of teachers that tell their top k alone
     base_logprob_N: Tensor | None = None  # log-prob of the target under a base model, nats
+    end_logprob_NX: Tensor | None = None  # of each id that ends a response (``Needs.end_ids``), nats
+    base_end_logprob_NX: Tensor | None = None  # the same under the base model
     hidden_NE: Tensor | None = None  # final hidden states, only for full-vocabulary divergences
 
 
@@ -241,6 +243,7 @@ class Needs:
     entropy_top: float = 0.0  # fraction f: provide entropy_threshold so that a share f of the batch lies above it
     hidden_states: bool = False  # teacher hidden states for StudentView.divergence
     base_model: bool = False
+    end_ids: tuple[int, ...] = ()  # ids that end a response and count as one token; empty: every id is its own
 
 
 # --------------------------------------------------------------------------- models

@@ -39,11 +39,13 @@ class Method:
     schedule: PrefixSchedule = field(default_factory=unguided)
     settings: MethodOptions = field(default_factory=MethodOptions)
     name: str = ""
+    end_ids: tuple[int, ...] = ()  # ids that end a response and count as one token in the views; empty: none do
 
     @property
     def needs(self) -> Needs:
         """What the views must contain."""
-        return merge_needs(self.gate.needs, *(term.needs for term in self._terms))
+        needs = merge_needs(self.gate.needs, *(term.needs for term in self._terms))
+        return replace(needs, end_ids=self.end_ids)
 
     @property
     def guided(self) -> bool:

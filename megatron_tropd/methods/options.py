@@ -24,6 +24,7 @@ from megatron_tropd.types import SupportKind
 
 Multiplier = Literal["none", "drift_gate"]
 SpecialTokens = Literal["keep", "mask", "mask_first"]
+EndTokens = Literal["class", "exact", "refuse"]
 
 
 class MethodOptions(Section):
@@ -33,6 +34,11 @@ class MethodOptions(Section):
     ratio: RatioSource = key("old", "student log-prob in the gate's ratio")
     temperature: Real = key(1.0, "divides student and teacher logits alike", gt=0)
     special_tokens: SpecialTokens = key("keep", "whether special tokens lose their loss")
+    end_tokens: EndTokens | None = key(
+        None,
+        "ends of responses as one token, each by itself, or an error where student and teacher name different ones; "
+        "null: class where they do, exact where they do not",
+    )
     multiplier: Multiplier = key("none", "weight of the tokens of a reused rollout")
     drift_tau: Real = key(1.0, "drift_gate: exp(-tau * |mean drift|), drift in nats", ge=0)
     drift_block: Whole = key(64, "drift_gate: tokens per block", ge=1)

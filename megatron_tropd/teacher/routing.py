@@ -67,7 +67,7 @@ class TeacherWithBase:
             found = pending()
             if not request.base:
                 return found
-            base = self._base.score(packs, TeacherRequest(entropy=False))
+            base = self._base.score(packs, TeacherRequest(entropy=False, end_ids=request.end_ids))
             return [_with_base(*pair) for pair in zip(found, base, strict=True)]
 
         return outputs
@@ -78,4 +78,6 @@ class TeacherWithBase:
 
 
 def _with_base(outputs: TeacherOutputs | None, base: TeacherOutputs | None) -> TeacherOutputs | None:
-    return None if outputs is None or base is None else replace(outputs, base_logprob_N=base.logprob_N)
+    if outputs is None or base is None:
+        return None
+    return replace(outputs, base_logprob_N=base.logprob_N, base_end_logprob_NX=base.end_logprob_NX)

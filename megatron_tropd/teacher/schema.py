@@ -19,7 +19,7 @@ Kind = Literal["logprob", "log_mass", "nats", "id", "hidden"]
 Author = Literal["teacher", "student", "base model"]
 
 _BYTES_PER_VALUE = 4  # fp32 or int32 on the wire; hidden states are of the teacher's dtype
-_AXES = {"top_k": "K", "queries": "J", "hidden_size": "E"}
+_AXES = {"top_k": "K", "queries": "J", "hidden_size": "E", "ends": "X"}
 # rounding may lift the log-prob of a certain token above 0
 _ABOVE_ZERO = 1e-3
 
@@ -35,7 +35,8 @@ class TeacherRequest:
     entropy_bound: bool = False  # an upper bound of it, from the top k, where the teacher does not know it exactly
     hidden_states: bool = False
     base: bool = False  # also a base model's log-prob of the target
-    tail_mass: bool = False  # also the mass outside the top k, the query ids and the target
+    tail_mass: bool = False  # also the mass outside the top k, the query ids, the target and end_ids
+    end_ids: tuple[int, ...] = ()  # the same ids at every prediction, for their log-probs
 
     @property
     def has_tail(self) -> bool:
@@ -65,6 +66,7 @@ class TeacherRequest:
             hidden_states=needs.hidden_states,
             base=needs.base_model,
             tail_mass=needs.tail_mass,
+            end_ids=needs.end_ids,
         )
 
 
@@ -73,7 +75,7 @@ class Field:
     """One quantity with a row per prediction."""
 
     name: str  # of a recording's column, and of vLLM's answers
-    width: Literal[1, "top_k", "queries", "hidden_size"] = 1
+    width: Literal[1, "top_k", "queries", "hidden_size", "ends"] = 1
     kind: Kind
     means: str  # in messages; {n}: how many were requested
     wanted: Callable[[TeacherRequest], bool | int]  # for a width that a request does not name
@@ -145,6 +147,21 @@ SCORE_FIELDS: tuple[Field, ...] = (
         kind="logprob",
         means="log-probs of a base model",
         wanted=lambda r: r.base,
+        author="base model",
+    ),
+    Field(
+        name="end_logprob",
+        width="ends",
+        kind="logprob",
+        means="log-probs of the {n} ids that end a response",
+        wanted=lambda r: len(r.end_ids),
+    ),
+    Field(
+        name="base_end_logprob",
+        width="ends",
+        kind="logprob",
+        means="log-probs of the {n} ids that end a response, of a base model",
+        wanted=lambda r: len(r.end_ids) * r.base,
         author="base model",
     ),
     Field(name="hidden", width="hidden_size", kind="hidden", means="hidden states", wanted=lambda r: r.hidden_states),

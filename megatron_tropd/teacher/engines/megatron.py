@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_tropd.engine.context import own_predictions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
+from megatron_tropd.losses.end_class import with_ends
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.parallel.partition import PointToPoint
@@ -80,6 +81,7 @@ class MegatronTeacher(ShardedTeacher):
         ids = torch.from_numpy(own_predictions(pack, groups).target_N).to(device)[:, None]
         if query_NJ is not None:
             ids = torch.cat([ids, query_NJ], dim=1)
+        ids = with_ends(ids, request.end_ids)
         if not request.top_k:
             out = linear_logprobs(
                 hidden_ND,
@@ -109,10 +111,12 @@ class MegatronTeacher(ShardedTeacher):
 def _outputs(
     request: TeacherRequest, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
 ) -> TeacherOutputs:
-    """``picked_NJ``: log-probs of the target and then of the query ids."""
+    """``picked_NJ``: log-probs of the target, then of the query ids, then of the ends of responses."""
+    ends = picked_NJ.shape[1] - len(request.end_ids)
     return TeacherOutputs(
         logprob_N=picked_NJ[:, 0],
-        query_logprob_NJ=picked_NJ[:, 1:] if request.queries else None,
+        query_logprob_NJ=picked_NJ[:, 1:ends] if request.queries else None,
+        end_logprob_NX=picked_NJ[:, ends:] if request.end_ids else None,
         logtail_N=logtail_N,
         entropy_N=entropy_N if request.entropy else None,
         hidden_NE=hidden_NE if request.hidden_states else None,

@@ -181,4 +181,5 @@ def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[
         flat.append(Pack(num_valid=valid, **fields))
     each = len(flat) // order["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
-    return packs, TeacherRequest(**order["request"]), order["facts"]
+    request = order["request"]
+    return packs, TeacherRequest(**request | {"end_ids": tuple(request["end_ids"])}), order["facts"]

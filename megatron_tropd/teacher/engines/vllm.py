@@ -136,6 +136,8 @@ class VLLMTeacher(ShardedTeacher):
         """Request the scores of every sequence with predictions that carry loss, and of those alone."""
         valid_T = carries_loss(pack)
         query_ids = np.empty((pack.num_valid, 0), np.int64) if query_NJ is None else query_NJ.cpu().numpy()
+        ends_NX = np.broadcast_to(np.array(request.end_ids, np.int64), (pack.num_valid, len(request.end_ids)))
+        query_ids = np.concatenate([query_ids, ends_NX], axis=1)  # answered together: see _column
         requests: list[ScoreRequest] = []
         row = 0
         for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
@@ -174,7 +176,12 @@ class VLLMTeacher(ShardedTeacher):
     def _column(
         self, field: Field, answered: Sequence[tuple[ScoreRequest, TeacherScores]], request: TeacherRequest
     ) -> Tensor:
-        parts = [getattr(scores, field.name) for _, scores in answered]
+        if field.width in ("queries", "ends"):
+            # one answer for both: the ids that the student names, then the ends of responses
+            split = slice(request.queries) if field.width == "queries" else slice(request.queries, None)
+            parts = [scores.query_logprob[:, split] for _, scores in answered if scores.query_logprob is not None]
+        else:
+            parts = [getattr(scores, field.name) for _, scores in answered]
         empty = np.empty(0 if field.width == 1 else (0, field.columns(request)), np.float32)
         value = torch.from_numpy(np.concatenate(parts) if parts else empty).to(self._device)
         return value.long() if field.is_id else value

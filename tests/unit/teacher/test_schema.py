@@ -14,7 +14,9 @@ from megatron_tropd.teacher.schema import SCORE_FIELDS, Field, TeacherRequest, c
 from megatron_tropd.teacher.wire import HiddenKind, blank_wire, from_wire, to_wire
 from megatron_tropd.types import TeacherOutputs
 
-ALL = TeacherRequest(top_k=3, queries=2, entropy_bound=True, hidden_states=True, base=True, tail_mass=True)
+ALL = TeacherRequest(
+    top_k=3, queries=2, entropy_bound=True, hidden_states=True, base=True, tail_mass=True, end_ids=(9, 4)
+)
 N, E = 5, 7
 
 
@@ -49,6 +51,7 @@ def outputs(kind: type[TeacherOutputs] = TeacherOutputs, **changes: Tensor) -> T
         "entropy_N": -draw(),
         "entropy_bound_N": -draw(),
         "hidden_NE": draw(E).bfloat16(),
+        "end_logprob_NX": draw(2),
     }
     return kind(**(values | changes))
 
@@ -67,9 +70,9 @@ def test_every_attribute_of_the_outputs_has_its_row_and_every_row_its_attribute(
 
 def test_what_travels_arrives_as_it_was():
     wire = to_wire(outputs(), ALL)
-    # log-prob, 3 and 2 candidates, tail, entropy and its bound; 3 ids; hidden states
+    # log-prob, 3 and 2 candidates, tail, entropy and its bound, 2 ends; 3 ids; hidden states
     assert [(part.dtype, part.shape[1]) for part in wire] == [
-        (torch.float32, 1 + 3 + 2 + 3),
+        (torch.float32, 1 + 3 + 2 + 3 + 2),
         (torch.int32, 3),
         (torch.bfloat16, E),
     ]
@@ -83,8 +86,8 @@ def test_what_travels_arrives_as_it_was():
 
 def test_bytes_of_a_row_are_those_of_its_wire_and_of_the_base_model_s_log_prob():
     found = sum(part[0].numel() * part.element_size() for part in to_wire(outputs(), ALL))
-    assert found == 4 * (9 + 3) + 2 * E
-    assert ALL.bytes_per_row(hidden_bytes=2 * E) == found + 4 and ALL.query_bytes_per_row == 4 * 2
+    assert found == 4 * (11 + 3) + 2 * E
+    assert ALL.bytes_per_row(hidden_bytes=2 * E) == found + 4 * (1 + 2) and ALL.query_bytes_per_row == 4 * 2
     assert TeacherRequest(entropy=False).bytes_per_row(hidden_bytes=99) == 4
 
 
@@ -111,7 +114,7 @@ def test_a_log_prob_above_0_is_stopped_where_rounding_is_not():
 def test_a_new_field_travels_and_is_checked_without_further_edits(toy: Field):
     given = outputs(WithToy, toy_NK=torch.arange(15.0).view(N, 3))
     assert_equal(from_wire(to_wire(given, ALL), ALL), given)
-    assert ALL.bytes_per_row(hidden_bytes=0) == 4 * (1 + 9 + 3 + 3)
+    assert ALL.bytes_per_row(hidden_bytes=0) == 4 * (1 + 11 + 3 + 2 + 3)
     with pytest.raises(EngineError, match="the teacher gave a toy that is not finite"):
         check_finite(outputs(WithToy, toy_NK=torch.full((N, 3), torch.nan)))
     every = {field.name: 3 for field in SCORE_FIELDS}
