@@ -24,6 +24,7 @@ from megatron_tropd.planning.activations import activation_bytes, per_token_byte
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
 from megatron_tropd.setup.chat_templates import difference_table, template_differences
+from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -117,9 +118,11 @@ def check_plan(config: RunConfig) -> None:
         _small(student, inputs.method.needs.top_k), groups, dtype=DTYPES["fp32"], device=device, seed=config.seed
     )
     optimization = optimize(small, OptimizerConfig(lr=1e-3), steps=1)
-    found = check_self(small, optimization, inputs.method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+    method = replace(inputs.method, end_ids=tuple(range(len(inputs.method.end_ids))))  # the model's ids are fewer
+    found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
     if dist.get_rank() == 0:
         console = Console()
+        tell_ends(inputs.ends)
         console.print(_plan_table(config, inputs))
         if differences := template_differences(config, inputs.tokenizer):
             console.print(difference_table(differences))

@@ -114,7 +114,14 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     writer, done = None, [frozenset[str]()]
     if dist.get_rank() == 0:
         made_from = json.dumps([_fingerprint(source, source.glob("*.distcp")), str(dtype)], sort_keys=True)
-        writer = HFWriter(target, companions_from=companions, tensors=shapes, dtype=dtype, resume_from=made_from)
+        writer = HFWriter(
+            target,
+            companions_from=companions,
+            tensors=shapes,
+            dtype=dtype,
+            resume_from=made_from,
+            end_ids=state.get("run", {}).get("method.end_ids", ()),
+        )
         done = [writer.done]
     dist.broadcast_object_list(done)
     total = sum(math.prod(shape) for name, shape in shapes.items() if name not in done[0])

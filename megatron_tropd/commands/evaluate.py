@@ -24,10 +24,11 @@ from megatron_tropd.setup.datasets import (
     check_problem_lengths,
     complete_suites,
     read_problems,
-    read_tokenizer,
+    read_tokenizers,
     suites_of,
 )
-from megatron_tropd.setup.validate import DTYPES, check_layouts, read_architectures
+from megatron_tropd.setup.ends import STUDENT, response_ends, stopping_at, tell_ends
+from megatron_tropd.setup.validate import DTYPES, check_layouts, check_method, read_architectures
 
 
 def evaluate_models(config: RunConfig) -> None:
@@ -38,7 +39,10 @@ def evaluate_models(config: RunConfig) -> None:
     device = initialize_distributed()
     student, teacher = read_architectures(config)
     check_layouts(config, student, teacher)
-    tokenizer, vocab_size = read_tokenizer(config), min(student.vocab_size, teacher.vocab_size)
+    tokenizers, vocab_size = read_tokenizers(config), min(student.vocab_size, teacher.vocab_size)
+    ends = response_ends(tokenizers, check_method(config).settings.end_tokens, vocab_size=vocab_size)
+    tokenizer = stopping_at(tokenizers[STUDENT], ends.ids)
+    tell_ends(ends, enabled=dist.get_rank() == 0)
     suites, allowed = suites_of(config), config.evaluate.allow_code_execution
     problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
     sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}

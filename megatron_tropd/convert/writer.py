@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -63,6 +63,7 @@ class HFWriter:
         dtype: torch.dtype,
         max_file_bytes: int = 4 << 30,
         resume_from: str | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """Prepares the files.
 
@@ -71,12 +72,13 @@ class HFWriter:
             tensors: everything that will be written, in the order of the files.
             resume_from: identifies the source. Files that an earlier writer of the same source finished before it was
                 killed are kept, and what they hold is in ``done``. None starts over.
+            end_ids: tokens that end a response, for generation_config.json; empty leaves that as it came.
         """
         self._open: dict[str, BufferedRandom] = {}  # by file name
         self.target = settled(directory)
         self._aside = beside(self.target, "partial")
         self._companions_from = Path(companions_from)
-        self._shapes, self._dtype = dict(tensors), dtype
+        self._shapes, self._dtype, self._end_ids = dict(tensors), dtype, list(end_ids)
         self._files = _plan(self._shapes, dtype, max_file_bytes)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         self._prepare(resume_from)
@@ -181,6 +183,7 @@ class HFWriter:
             _name_dtype(self._aside / "config.json", self._dtype)
         check_companions(self._companions_from, self._aside)
         with storage_errors(self.target):
+            _name_ends(self._aside / "generation_config.json", self._end_ids)
             mark_directory(self._aside, kind="Hugging Face model", without=(UNFINISHED,))
             (self._aside / UNFINISHED).unlink()
             replace_directory(self._aside, self.target)
@@ -244,3 +247,10 @@ def _name_dtype(config: Path, dtype: torch.dtype) -> None:
     changed = {key: name for key in ("dtype", "torch_dtype") if settings.get(key, name) != name}
     if changed:
         write_aside(config, json.dumps(settings | changed, indent=2) + "\n")
+
+
+def _name_ends(config: Path, end_ids: list[int]) -> None:
+    """generation_config.json says where generation stops; what else it says is left."""
+    settings = read_json(config) if config.exists() else {}
+    if end_ids and settings.get("eos_token_id") != end_ids:
+        write_aside(config, json.dumps(settings | {"eos_token_id": end_ids}, indent=2) + "\n")

@@ -11,7 +11,7 @@ import torch
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.engine.context import own_predictions, own_valid_positions
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.views import StudentScores, TrainPack, support_of
+from megatron_tropd.engine.views import StudentScores, TrainPack, ends_as_one, support_of
 from megatron_tropd.errors import DataError
 from megatron_tropd.losses.reduce import entropy_threshold, special_token_keep, token_weights
 from megatron_tropd.methods import Method
@@ -122,16 +122,19 @@ def _train_pack(
     facts: BatchFacts,
     model: Model,
 ) -> TrainPack:
-    if score is not None and method.temperature == 1.0:  # one tensor, so that nothing is added and taken off again
+    if (
+        score is not None and method.temperature == 1.0 and not method.end_ids
+    ):  # one tensor, so that nothing is added and taken off again
         score = replace(score, model_logprob_N=score.logprob_N)
     tokens = token_view(pack, rollouts, facts, model)
     return TrainPack(
         pack=pack,
         tokens=tokens,
         weight_N=torch.from_numpy(weight_N).to(model.device),
-        outputs=outputs,
+        outputs=ends_as_one(outputs, tokens.target_T, method.end_ids),
         support=support_of(outputs, tokens.target_T, method),
         old=score,
+        end_ids=method.end_ids,
     )
 
 

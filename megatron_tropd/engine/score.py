@@ -14,36 +14,51 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.step import model_logprob
 from megatron_tropd.engine.views import StudentScores
+from megatron_tropd.losses.end_class import at_ids, class_entropy, with_ends
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
 from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Int64Array, Pack, Rollout, single_turn
 
 
 def score_packs(
-    model: Model, packs: Sequence[Pack], *, vocab_size: int, temperature: float = 1.0, top_k: int = 0
+    model: Model,
+    packs: Sequence[Pack],
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    end_ids: tuple[int, ...] = (),
 ) -> list[StudentScores | None]:
     """Log-prob and entropy of every valid prediction, and its ``top_k`` most likely tokens, at the model's current
-    weights; None off the last stage."""
+    weights; None off the last stage.
+
+    ``end_ids`` count as one token, but for ``model_logprob_N``, which is of the id that was drawn.
+    """
 
     def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> StudentScores:
         pack = packs[number]
         target_N = torch.from_numpy(own_predictions(pack, model.groups).target_N).to(model.device)
-        ids_N1, tp = target_N[:, None], model.groups.tp
+        ids_NJ, tp = with_ends(target_N[:, None], end_ids), model.groups.tp
         plain_N = None
         if temperature != 1.0:
             plain_N = model_logprob(hidden_ND, weight_vD, target_N, group=tp, vocab_size=vocab_size)
-        if not top_k:
-            out = linear_logprobs(
-                hidden_ND, weight_vD, ids_N1, group=tp, vocab_size=vocab_size, temperature=temperature
+        if top_k:
+            top = linear_topk(
+                hidden_ND, weight_vD, top_k, ids_TJ=ids_NJ, group=tp, vocab_size=vocab_size, temperature=temperature
             )
-            logprob_N = out.logprob_TK[:, 0]
-            return StudentScores(logprob_N, out.entropy_T, logprob_N if plain_N is None else plain_N)
-        top = linear_topk(
-            hidden_ND, weight_vD, top_k, ids_TJ=ids_N1, group=tp, vocab_size=vocab_size, temperature=temperature
-        )
-        assert top.picked_logprob_TJ is not None
-        logprob_N = top.picked_logprob_TJ[:, 0]
-        return StudentScores(logprob_N, top.entropy_T, logprob_N if plain_N is None else plain_N, top.ids_TK)
+            assert top.picked_logprob_TJ is not None
+            picked_NJ, entropy_N, topk_NK = top.picked_logprob_TJ, top.entropy_T, top.ids_TK
+        else:
+            out = linear_logprobs(
+                hidden_ND, weight_vD, ids_NJ, group=tp, vocab_size=vocab_size, temperature=temperature
+            )
+            picked_NJ, entropy_N, topk_NK = out.logprob_TK, out.entropy_T, None
+        logprob_N, end_NX = picked_NJ[:, 0], picked_NJ[:, 1:]
+        plain_N = logprob_N if plain_N is None else plain_N
+        if end_ids:
+            logprob_N = at_ids(logprob_N, target_N, end_ids, end_NX)
+            entropy_N = class_entropy(entropy_N, end_NX)
+        return StudentScores(logprob_N, entropy_N, plain_N, topk_NK)
 
     return run_packs(model, packs, last_stage) or [None] * len(packs)
 

@@ -16,10 +16,9 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
-from megatron_tropd.engine.views import StudentRows, TrainPack, views_of
+from megatron_tropd.engine.views import StudentRows, TrainPack, picked_ids, student_rows, views_of
 from megatron_tropd.errors import EngineError
 from megatron_tropd.losses.logprob_mismatch import BUCKETS, MEAN, bucket_of
-from megatron_tropd.losses.support import tail_beside
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
 from megatron_tropd.types import Region, TokenLoss
@@ -168,30 +167,21 @@ class Trainer:
         return model_logprob(hidden_ND, weight_vD, target_N, group=groups.tp, vocab_size=self._vocab_size)
 
     def _student_rows(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> StudentRows:
-        model, support = self.model, item.support.ids_NK
-        target_N1 = item.tokens.target_T[:, None]
-        ids = target_N1 if support is None else torch.cat([target_N1, support], dim=1)
         out = linear_logprobs(
             hidden_ND,
             weight_vD,
-            ids,
-            group=model.groups.tp,
+            picked_ids(item),
+            group=self.model.groups.tp,
             vocab_size=self._vocab_size,
             temperature=self.method.temperature,
-            tail=support is not None and self.method.needs.tail_mass,
+            tail=item.support.ids_NK is not None and self.method.needs.tail_mass,
             cache_bytes=self._keep_bytes,
         )
-        logprob = out.logprob_TK[:, 0]
-        logtail = out.logtail_T
-        if support is not None and logtail is not None:  # so far outside the support and the target
-            logtail = tail_beside(logtail, logprob, (support == target_N1).any(-1))
-        return StudentRows(
-            logprob_N=logprob,
-            entropy_N=out.entropy_T,
-            support_logprob_NK=None if support is None else out.logprob_TK[:, 1:],
-            support_logtail_N=logtail,
-            model_logprob_N=self._model_logprob(item, hidden_ND, weight_vD),
+        return student_rows(
+            out,
+            item,
             divergence=self._divergence(item, hidden_ND, weight_vD),
+            model_logprob_N=self._model_logprob(item, hidden_ND, weight_vD),
         )
 
     def _divergence(

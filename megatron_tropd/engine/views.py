@@ -9,9 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_tropd.losses.end_class import (
+    at_ids,
+    class_divergence,
+    class_entropy,
+    represented,
+    tail_outside,
+    with_ends,
+)
 from megatron_tropd.losses.support import first_of_each, tail_beside
+from megatron_tropd.losses.vocab_parallel.logprobs import LogProbs
 from megatron_tropd.methods import Method
 from megatron_tropd.types import Pack, StudentView, TeacherOutputs, TeacherView, TokenView
+
+Divergence = Callable[[str, float], Tensor]  # (kind, beta) -> loss_T, full vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class TrainPack:
     outputs: TeacherOutputs | None = None  # None when the method needs no teacher (pre-training)
     support: Support = Support()
     old: StudentScores | None = None  # None: the weights of the rollout are the present ones
+    end_ids: tuple[int, ...] = ()  # one token in all of the above, ``tokens`` aside: see ``ends_as_one``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +70,7 @@ class StudentRows:
     support_logprob_NK: Tensor | None = None
     support_logtail_N: Tensor | None = None
     model_logprob_N: Tensor | None = None  # at temperature 1; None: logprob_N is, or the pack's ``old`` knows it
-    divergence: Callable[[str, float], Tensor] | None = None
+    divergence: Divergence | None = None
 
 
 class Views(NamedTuple):
@@ -87,6 +99,7 @@ def views_of(item: TrainPack, rows: StudentRows | None = None) -> Views:
         divergence=rows.divergence,
     )
     tokens = complete_tokens(item.tokens, old_N, old_N if plain_N is None else plain_N)
+    tokens = replace(tokens, target_T=represented(tokens.target_T, item.end_ids))
     return Views(student, _teacher_view(item, present_N), tokens)
 
 
@@ -118,9 +131,81 @@ def complete_tokens(tokens: TokenView, old_N: Tensor, old_model_N: Tensor) -> To
     return replace(tokens, rollout_logprob_T=torch.where(sampled_N.isnan(), old_N, sampled_N))
 
 
+def picked_ids(item: TrainPack) -> Tensor:
+    """List the ids whose log-probs ``student_rows`` needs: target, support, ends of responses; ``[N, 1 + K + X]``."""
+    target_N1, support_NK = item.tokens.target_T[:, None], item.support.ids_NK
+    ids_NK = target_N1 if support_NK is None else torch.cat([target_N1, support_NK], dim=1)
+    return with_ends(ids_NK, item.end_ids)
+
+
+def student_rows(
+    out: LogProbs, item: TrainPack, *, divergence: Divergence | None = None, model_logprob_N: Tensor | None = None
+) -> StudentRows:
+    """Build the student's rows from the log-probs of ``picked_ids``.
+
+    ``divergence`` is over all ids, each by itself; ``model_logprob_N`` the target's at temperature 1, where the
+    method's is another.
+    """
+    target_N, ids_NK, ends = item.tokens.target_T, item.support.ids_NK, item.end_ids
+    columns = out.logprob_TK.shape[1] - len(ends)
+    logprob_N, support_NK, end_NX = out.logprob_TK[:, 0], out.logprob_TK[:, 1:columns], out.logprob_TK[:, columns:]
+    logtail_N, entropy_N = out.logtail_T, out.entropy_T
+    if ids_NK is not None and logtail_N is not None:
+        logtail_N = _outside(logtail_N, logprob_N, target_N, ids_NK, ends, end_NX)
+    if ends:
+        if model_logprob_N is None:  # the sampler speaks of the id that it drew
+            model_logprob_N = logprob_N.detach()
+        logprob_N, entropy_N = at_ids(logprob_N, target_N, ends, end_NX), class_entropy(entropy_N, end_NX)
+        if ids_NK is not None:
+            support_NK = at_ids(support_NK, ids_NK, ends, end_NX)
+        divergence = _of_the_class(divergence, end_NX, item.outputs)
+    return StudentRows(
+        logprob_N=logprob_N,
+        entropy_N=entropy_N,
+        support_logprob_NK=None if ids_NK is None else support_NK,
+        support_logtail_N=logtail_N,
+        model_logprob_N=model_logprob_N,
+        divergence=divergence,
+    )
+
+
+def _of_the_class(
+    divergence: Divergence | None, student_NX: Tensor, outputs: TeacherOutputs | None
+) -> Divergence | None:
+    if divergence is None or outputs is None:
+        return None
+    teacher_NX = _given(outputs.end_logprob_NX)
+    return lambda kind, beta: class_divergence(divergence(kind, beta), student_NX, teacher_NX, kind=kind, beta=beta)
+
+
+def _outside(
+    logtail_N: Tensor, logprob_N: Tensor, target_N: Tensor, ids_NK: Tensor, ends: tuple[int, ...], end_NX: Tensor | None
+) -> Tensor:
+    """Log mass outside the support, from that outside the support, the target and the ends of responses."""
+    if ends:
+        return tail_outside(logtail_N, logprob_N, target_T=target_N, ids_TK=ids_NK, end_ids=ends, end_TX=_given(end_NX))
+    return tail_beside(logtail_N, logprob_N, (ids_NK == target_N[:, None]).any(-1))
+
+
+def ends_as_one(outputs: TeacherOutputs | None, target_N: Tensor, end_ids: tuple[int, ...]) -> TeacherOutputs | None:
+    """Give a target that ends a response the log-prob of all of ``end_ids``, and let entropies count them once."""
+    if outputs is None or not end_ids:
+        return outputs
+    end_NX, base_N, entropy_N = _given(outputs.end_logprob_NX), outputs.base_logprob_N, outputs.entropy_N
+    if base_N is not None:
+        base_N = at_ids(base_N, target_N, end_ids, _given(outputs.base_end_logprob_NX))
+    return replace(
+        outputs,
+        logprob_N=at_ids(outputs.logprob_N, target_N, end_ids, end_NX),
+        entropy_N=None if entropy_N is None else class_entropy(entropy_N, end_NX),
+        base_logprob_N=base_N,
+    )
+
+
 def support_of(outputs: TeacherOutputs | None, target_N: Tensor, method: Method) -> Support:
-    """Put together the support that the method looks at, from the teacher's outputs."""
+    """Put together the support that the method looks at, from the teacher's outputs, in which every id is its own."""
     needs = method.needs
+    ends = needs.end_ids
     if outputs is None or not needs.top_k:
         return Support()
     top, named = (outputs.topk_ids_NK, outputs.topk_logprob_NK), (outputs.query_ids_NJ, outputs.query_logprob_NJ)
@@ -130,15 +215,16 @@ def support_of(outputs: TeacherOutputs | None, target_N: Tensor, method: Method)
         "union": [top, named],
         "teacher_and_sampled": [top, (target_N[:, None], outputs.logprob_N[:, None])],
     }[needs.support]
-    ids_NK = torch.cat([_given(ids) for ids, _ in parts], dim=1)
+    ids_NK = represented(torch.cat([_given(ids) for ids, _ in parts], dim=1), ends)
+    logprob_NK = torch.cat([_given(logprob) for _, logprob in parts], dim=1)
     logtail_N = None
     if needs.tail_mass:
-        inside_N = (ids_NK == target_N[:, None]).any(-1)
-        logtail_N = tail_beside(_given(outputs.logtail_N), outputs.logprob_N, inside_N)
+        end_NX, given_N = outputs.end_logprob_NX, _given(outputs.logtail_N)
+        logtail_N = _outside(given_N, outputs.logprob_N, target_N, ids_NK, ends, end_NX)
     return Support(
         ids_NK=ids_NK,
-        logprob_NK=torch.cat([_given(logprob) for _, logprob in parts], dim=1),
-        mask_NK=first_of_each(ids_NK) if len(parts) > 1 else None,
+        logprob_NK=at_ids(logprob_NK, ids_NK, ends, _given(outputs.end_logprob_NX)) if ends else logprob_NK,
+        mask_NK=first_of_each(ids_NK) if len(parts) > 1 or ends else None,
         logtail_N=logtail_N,
     )
 

@@ -250,6 +250,7 @@ def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "vocab_size": inputs.vocab_size,
         "temperature": inputs.method.temperature,
         "tokenizer": inputs.tokenizer.fingerprint(),
+        "end tokens": list(inputs.method.end_ids),
         **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
     }
     if config.teacher.record is None and config.teacher.recorded_from is None:

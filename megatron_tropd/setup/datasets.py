@@ -18,24 +18,35 @@ from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load
 from megatron_tropd.errors import ConfigError, DataError, TokenizerError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed
 from megatron_tropd.evaluate.rules import CODE
+from megatron_tropd.setup.ends import STUDENT
 from megatron_tropd.setup.references import answer_template, check_problem_answers
 from megatron_tropd.types import Architecture
 
 # --------------------------------------------------------------------------- tokenizers
 
 
-def read_tokenizer(config: RunConfig, *, base: bool = False) -> Tokenizer:
-    """The student's tokenizer; TokenizerError unless the teacher's, and the base model's, gives its ids to the same
-    tokens."""
+def read_tokenizers(config: RunConfig, *, base: bool = False) -> dict[str, Tokenizer]:
+    """Read the tokenizers of all models by role, the student's first.
+
+    Raises:
+        TokenizerError: another model's does not give its ids to the same tokens as the student's.
+    """
     data = config.data
     tokenizer = load_tokenizer(
         config.student.model, chat_template=data.chat_template, template_options=data.template_options
     )
+    found = {STUDENT: tokenizer}
     models = {"teacher": config.teacher.model}
     models |= {f"teacher {teacher.name!r}": teacher.model for teacher in config.teachers}
     for role, model in (models | ({"base model": config.base_model} if base else {})).items():
-        check_same_vocabulary(tokenizer, load_tokenizer(model, chat_template=data.chat_template), role=role)
-    return tokenizer
+        found[role] = load_tokenizer(model, chat_template=data.chat_template)
+        check_same_vocabulary(tokenizer, found[role], role=role)
+    return found
+
+
+def read_tokenizer(config: RunConfig) -> Tokenizer:
+    """Read the student's tokenizer; errors as of ``read_tokenizers``."""
+    return read_tokenizers(config)[STUDENT]
 
 
 def teacher_tokenizer(config: RunConfig, model: Path | None = None) -> Tokenizer:

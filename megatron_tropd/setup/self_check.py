@@ -123,7 +123,14 @@ def _items(
     own = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)
     teacher = TeacherWithBase(own, own)
     mine = packs[groups.replica]
-    scores = score_packs(model, mine, vocab_size=vocab_size, temperature=method.temperature, top_k=spec.queries)
+    scores = score_packs(
+        model,
+        mine,
+        vocab_size=vocab_size,
+        temperature=method.temperature,
+        top_k=spec.queries,
+        end_ids=method.end_ids,
+    )
     threshold = batch_entropy_threshold(scores, method, groups)
     facts = BatchFacts(seed=0, step=0, progress=0.0, entropy_threshold=threshold)
     return train_packs(

@@ -34,10 +34,11 @@ from megatron_tropd.setup.datasets import (
     check_training_lengths,
     data_identity,
     read_problems,
-    read_tokenizer,
+    read_tokenizers,
     read_training_prompts,
     suites_of,
 )
+from megatron_tropd.setup.ends import STUDENT, ResponseEnds, response_ends, stopping_at
 from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.setup.references import check_training_answers
 from megatron_tropd.storage.owned import check_target
@@ -57,7 +58,8 @@ class Inputs:
     teacher: Architecture
     teachers: Mapping[str, Architecture]  # those beside it, by name
     base: Architecture | None  # None unless the method asks for a base model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # the student's, which ends a response wherever the method has one end
+    ends: ResponseEnds
     vocab_size: int  # ids all models know
     prompts: PromptTable
     problems: Mapping[str, PromptTable]  # held out, by suite; empty when nothing is evaluated
@@ -78,18 +80,22 @@ def read_inputs(config: RunConfig) -> Inputs:
     }
     base = _read_architecture("base.model", config.base_model) if method.needs.base_model else None
     found.learn(student=student, teacher=teacher, teachers=teachers, base=base)
-    tokenizer = read_tokenizer(config, base=base is not None)
     models = {"student": student, "teacher": teacher}
     models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
     models |= {} if base is None else {"base model": base}
+    vocab_size = min(model.vocab_size for model in models.values())
+    tokenizers = read_tokenizers(config, base=base is not None)
+    ends = response_ends(tokenizers, method.settings.end_tokens, vocab_size=vocab_size)
+    tokenizer = stopping_at(tokenizers[STUDENT], ends.ids)
     inputs = Inputs(
-        method=method,
+        method=replace(method, end_ids=ends.ids),
         student=student,
         teacher=teacher,
         teachers=teachers,
         base=base,
         tokenizer=tokenizer,
-        vocab_size=min(model.vocab_size for model in models.values()),
+        ends=ends,
+        vocab_size=vocab_size,
         prompts=read_training_prompts(config, tokenizer, guided=guided_per_prompt(config, method) > 0),
         problems=read_problems(
             suites_of(config), config.data, tokenizer, allow_code=config.evaluate.allow_code_execution
@@ -376,6 +382,13 @@ def check_teacher(config: RunConfig, inputs: Inputs) -> None:
         )
     if engine.exact_distribution or config.teacher.whole_vocabulary:
         return
+    if needs.end_ids:
+        raise ConfigError(
+            f"the ends of responses count as one token (method.end_tokens), ids {list(needs.end_ids)}, but {where} "
+            "tells the log-probs of the sampled and the likeliest ids only, so that of all ends is not known. Set "
+            "teacher.whole_vocabulary=true (for small vocabularies), use teacher.engine=megatron, or set "
+            "method.end_tokens=exact, where the student's own end stays what the teacher would hardly write."
+        )
     shared, teacher = inputs.vocab_size, inputs.teacher.vocab_size
     lacking = {
         f"method.support={needs.support} needs the log-probs of ids that the student names": (
@@ -463,7 +476,9 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
         **_fingerprints(config, inputs),
         **data_identity(config.data, inputs.prompts),
-        **{f"method.{key}": value for key, value in config.method.model_dump().items()},
+        # what end_tokens asks for is in the ends themselves
+        **{f"method.{key}": value for key, value in config.method.model_dump().items() if key != "end_tokens"},
+        **({"method.end_ids": list(inputs.method.end_ids)} if inputs.method.end_ids else {}),
         **{
             f"rollout.{key}": getattr(config.rollout, key)
             for key in (

@@ -287,6 +287,7 @@ def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[Studen
         vocab_size=run.vocab_size,
         temperature=run.method.temperature,
         top_k=run.teacher_request.queries,
+        end_ids=run.method.end_ids,
     )
 
 

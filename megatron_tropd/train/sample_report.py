@@ -94,6 +94,7 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[i
         vocab_size=run.vocab_size,
         temperature=run.method.temperature,
         top_k=run.teacher_request.queries,
+        end_ids=run.method.end_ids,
     )
     facts = BatchFacts(
         seed=run.seed,

@@ -42,6 +42,7 @@ from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
+from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import (
     DTYPES,
@@ -102,6 +103,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     if dist.get_rank() == 0:
         check_export(config)
     inputs = read_inputs(config)
+    tell_ends(inputs.ends, enabled=dist.get_rank() == 0)
     check_writable(config)
     facts = _agreed_identity(config, inputs)
     checkpoint = find_start(config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
@@ -263,6 +265,7 @@ def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
             companions_from=companions_from,
             tensors=hf_shapes(run.student.architecture),
             dtype=run.student.dtype,
+            end_ids=run.method.end_ids,
         )
     for name, first, rows in hf_rows(run.student):
         if writer is not None:

@@ -320,7 +320,7 @@ def random_packs(replicas: int) -> list[list[Pack]]:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_an_order_arrives_as_it_was_given(replicas: int):
     packs = random_packs(replicas)
-    spec = TeacherRequest(top_k=5, queries=2, tail_mass=True)
+    spec = TeacherRequest(top_k=5, queries=2, tail_mass=True, end_ids=(3, 1))
     facts = {"vocab_size": 49, "temperature": 0.7}
     found, asked, told = decode_request(encode_request(packs, spec, facts))
     assert asked == spec and told == facts

@@ -1,0 +1,1 @@
+"""Tests of the whole program: commands and training from end to end."""

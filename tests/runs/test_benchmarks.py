@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests.support.run_inputs import make_task
 from typer.testing import CliRunner
 
 from megatron_tropd.benchmarks import loss, step, vllm
 from megatron_tropd.errors import DataError
+from tests.support.run_inputs import make_task
 
 
 def row(**times: float) -> dict[str, float]:

@@ -18,7 +18,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from tests.support.run_inputs import TEACHER, Task, commands, make_task, save_model
 from typer.testing import CliRunner
 
 from megatron_tropd import cli
@@ -27,6 +26,7 @@ from megatron_tropd.config.sections import SuiteConfig
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.suites import Answered, summarise
 from megatron_tropd.methods import PRESETS
+from tests.support.run_inputs import TEACHER, Task, commands, make_task, save_model
 
 CHECK = "check"  # reads and refuses what train does, without a world to fit
 

@@ -14,16 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.distributed import run_on_ranks
-from tests.support.run_inputs import commands
 from safetensors.torch import load_file, save_file
-from tests.support.tiny_families import save_family
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.commands import convert as conversion
 from megatron_tropd.commands.convert import ConversionPlan, hf_to_megatron, megatron_to_hf
+from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.checkpoint import _sharded_state, load_checkpoint, load_model_weights, save_checkpoint
@@ -34,6 +31,9 @@ from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from tests.support.distributed import run_on_ranks
+from tests.support.run_inputs import commands
+from tests.support.tiny_families import save_family
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 ALONE, TP2, PP2, EP2 = Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(expert=2)
@@ -61,7 +61,9 @@ def convert_all(root: str) -> dict[str, Any]:
     said["resumed"] = _killed_and_resumed(folder)
     said["verified"] = _error(lambda: hf_to_megatron(DEMO / "teacher", folder / "demo", _verifying(TP2)))
     said["wrong config"] = _error(
-        lambda: megatron_to_hf(folder / "llama3-tp2-pp2", folder / "never", ConversionPlan(layout=TP2), like=folder / "mistral")
+        lambda: megatron_to_hf(
+            folder / "llama3-tp2-pp2", folder / "never", ConversionPlan(layout=TP2), like=folder / "mistral"
+        )
     )
     said["harmful"] = _harmful(folder)
     said["peak"] = [_export_peak(folder / "llama3", layout) for layout in (TP2, PP2)]

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.layout_cases import VOCAB, Case, assemble, config_of, student_directory, whole_gradients
-from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, relative_error, save_qwen3
 
-from megatron_tropd.train.rollout_queue import score_rollouts
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.data.tokenizer import load_tokenizer
-from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.guidance import make_requests
+from megatron_tropd.train.loop import score_and_pack
+from megatron_tropd.train.rollout_queue import score_rollouts
 from megatron_tropd.types import Prompt, Region, Rollout
+from tests.support.layout_cases import VOCAB, Case, assemble, config_of, student_directory, whole_gradients
+from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, relative_error, save_qwen3
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPT = EXAMPLES / "one_file_opd.py"

@@ -18,8 +18,7 @@ import pytest
 from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.engine import checkpoint
 from megatron_tropd.errors import CheckpointError, ConfigError
-from megatron_tropd.train import preemption
-from megatron_tropd.train import resume
+from megatron_tropd.train import preemption, resume
 
 IDENTITY: dict[str, Any] = {
     "seed": 7,

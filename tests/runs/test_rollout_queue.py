@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics
 
-from megatron_tropd.train import rollout_queue as batches
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
+from megatron_tropd.train import rollout_queue as batches
 from megatron_tropd.types import Rollout, single_turn
+from tests.support.run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics
 
 QUIET = ("evaluate.prompts=null", "report.samples=0", "checkpoint.keep=9")
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")

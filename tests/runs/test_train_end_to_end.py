@@ -7,7 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
-from tests.support.run_inputs import Task, assert_metrics_agree, assert_weights_agree, commands, make_task, steady_metrics, weights_of
+
+from tests.support.run_inputs import (
+    Task,
+    assert_metrics_agree,
+    assert_weights_agree,
+    commands,
+    make_task,
+    steady_metrics,
+    weights_of,
+)
 
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0")
@@ -87,6 +96,7 @@ def test_a_run_leaves_its_report_evaluations_samples_and_tensorboard_events(trai
 
 def test_the_exported_student_answers_in_transformers_as_the_sampler_does(task: Task, trained: Path, tmp_path: Path):
     import torch
+
     from tests.runs.test_commands import compare_with_transformers
 
     before, after = weights_of(task.student), weights_of(trained / "export")

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.run_inputs import POSITIONS, Task, assert_metrics_agree, assert_weights_agree, commands, make_task, steady_metrics
+
+from tests.support.run_inputs import (
+    POSITIONS,
+    Task,
+    assert_metrics_agree,
+    assert_weights_agree,
+    commands,
+    make_task,
+    steady_metrics,
+)
 from tests.support.tiny_families import save_family
 
 QUIET = ("train.steps=3", "checkpoint.every=0", "evaluate.prompts=null", "report.samples=0", "report.html=false")

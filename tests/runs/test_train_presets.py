@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.run_inputs import STUDENT, TEACHER, Job, Task, commands, make_task, save_model, save_nudged, steady_metrics
+
+from tests.support.run_inputs import (
+    STUDENT,
+    TEACHER,
+    Job,
+    Task,
+    commands,
+    make_task,
+    save_model,
+    save_nudged,
+    steady_metrics,
+)
 
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0")
 STEPS = 20

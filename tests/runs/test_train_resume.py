@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from tests.support.run_inputs import (
     Task,
     assert_metrics_agree,
@@ -268,9 +269,9 @@ def test_torn_checkpoints_are_passed_over_with_a_warning_that_names_them(task: T
 
 def refuse(config: str, overrides: list[str], cases: list[tuple[str, str]]) -> None:
     """On the ranks: every override on top of ``overrides`` is refused with its message, before a model is built."""
-    from megatron_tropd.train import session
     from megatron_tropd.config.loading import load_config
     from megatron_tropd.errors import CheckpointError
+    from megatron_tropd.train import session
 
     def build_nothing(*_: Any) -> None:
         raise AssertionError("a model would be built")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from tests.support.run_inputs import Task, commands, make_task, steady_metrics
 
 QUIET = ("report.samples=2", "evaluate.prompts=null", "checkpoint.every=2", "checkpoint.keep=9")

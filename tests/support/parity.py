@@ -12,21 +12,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.engine.views import support_of
+from megatron_tropd.engine.views import (
+    StudentScores,
+    TrainPack,
+    ends_as_one,
+    picked_ids,
+    student_rows,
+    support_of,
+    views_of,
+)
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.losses.support import log_tail, tail_beside
+from megatron_tropd.losses.end_class import at_ids, with_ends
+from megatron_tropd.losses.support import log_tail
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk
 from megatron_tropd.methods import build_method
 from megatron_tropd.methods.base import Method
 from megatron_tropd.parallel.collectives import copy_to_region
-from megatron_tropd.types import Region, StudentView, SupportKind, TeacherOutputs, TeacherView, TokenView
+from megatron_tropd.types import Pack, Region, StudentView, SupportKind, TeacherOutputs, TeacherView, TokenView
 from tests.support import parity_truth as truth
 from tests.support.distributed import run_on_ranks
 from tests.support.parity_cells import CELLS, SUPPORTS
@@ -141,8 +150,9 @@ class Scores:
             "chunk_tokens": problem.chunk_tokens,
         }
         self._teacher = self._given(problem.teacher)
-        self._old_T, self._base_T = (
-            linear_logprobs(*self._given(model), self._target_T1, **self._options).logprob_TK[:, 0]
+        ids_TJ = with_ends(self._target_T1, problem.ends)
+        self._old_TJ, self._base_TJ = (
+            linear_logprobs(*self._given(model), ids_TJ, **self._options).logprob_TK
             for model in (problem.old, problem.base)
         )
 
@@ -150,35 +160,28 @@ class Scores:
         return model[0][self._part].to(self._problem.dtype), shard_of(model[1], self._problem, self._group)
 
     def views(self, support: SupportKind, tail: bool) -> tuple[StudentView, TeacherView]:
-        signal, target_T1 = self._signal(support, tail), self._target_T1
+        outputs, target_T, ends = self._signal(support, tail), self._target_T1[:, 0], self._problem.ends
         term = terms.fkl_topk(k=self._problem.k, support=support, tail="bucket" if tail else "none")
-        known = support_of(signal, target_T1[:, 0], Method(gate=gates.ALL, trusted=term))
-        assert known.ids_NK is not None
-        listed_TK = torch.cat([target_T1, known.ids_NK], dim=1)
-        out = linear_logprobs(*self._student, listed_TK, **self._options, tail=tail)
-        logprob_T, logtail_T = out.logprob_TK[:, 0], out.logtail_T
-        if logtail_T is not None:
-            logtail_T = tail_beside(logtail_T, logprob_T, (known.ids_NK == target_T1).any(-1))
-        student = StudentView(
-            logprob_T=logprob_T,
-            old_logprob_T=self._old_T,
-            support_logprob_TK=out.logprob_TK[:, 1:],
-            support_logtail_T=logtail_T,
-            entropy_T=out.entropy_T,
+        old_T = self._old_TJ[:, 0]
+        if ends:
+            old_T = at_ids(old_T, target_T, ends, self._old_TJ[:, 1:])
+        item = TrainPack(
+            pack=cast(Pack, None),  # no view is of it
+            tokens=tokens_of(self._problem, self._part),
+            weight_N=self._problem.weight_T[self._part],
+            outputs=ends_as_one(outputs, target_T, ends),
+            support=support_of(outputs, target_T, Method(gate=gates.ALL, trusted=term, end_ids=ends)),
+            old=StudentScores(old_T, old_T, old_T),
+            end_ids=ends,
+        )
+        rows = student_rows(
+            linear_logprobs(*self._student, picked_ids(item), **self._options, tail=tail),
+            item,
             divergence=lambda kind, beta: linear_divergence(
                 *self._student, *self._teacher, kind=kind, beta=beta, **self._options
             ),
         )
-        teacher = TeacherView(
-            logprob_T=signal.logprob_N,
-            support_ids_TK=known.ids_NK,
-            support_logprob_TK=known.logprob_NK,
-            support_mask_TK=known.mask_NK,
-            support_logtail_T=known.logtail_N,
-            entropy_T=signal.entropy_N,
-            base_logprob_T=self._base_T,
-        )
-        return student, teacher
+        return views_of(item, rows)[:2]
 
     @torch.no_grad()
     def _signal(self, support: SupportKind, tail: bool) -> TeacherOutputs:
@@ -189,7 +192,8 @@ class Scores:
         if support in ("student", "union"):
             given = support_ids(problem, "student")[self._part] if problem.given_support else None
             query_TJ = linear_topk(*self._student, k, **options).ids_TK if given is None else given
-        listed_TJ = torch.cat([self._target_T1, query_TJ], dim=1)
+        named = 1 + query_TJ.shape[1]
+        listed_TJ = with_ends(torch.cat([self._target_T1, query_TJ], dim=1), problem.ends)
         if own and not problem.given_support:
             top = linear_topk(*self._teacher, k, ids_TJ=listed_TJ, **options, tail=tail)
             ids_TK, logprob_TK, logprob_TJ = top.ids_TK, top.logprob_TK, top.picked_logprob_TJ
@@ -205,9 +209,12 @@ class Scores:
             topk_ids_NK=ids_TK,
             topk_logprob_NK=logprob_TK,
             query_ids_NJ=query_TJ,
-            query_logprob_NJ=logprob_TJ[:, 1:],
+            query_logprob_NJ=logprob_TJ[:, 1:named],
             logtail_N=logtail_T,
             entropy_N=entropy_T,
+            base_logprob_N=self._base_TJ[:, 0],
+            end_logprob_NX=logprob_TJ[:, named:],
+            base_end_logprob_NX=self._base_TJ[:, 1:],
         )
 
 
@@ -321,15 +328,39 @@ def support_ids(problem: Problem, support: SupportKind) -> Tensor:
 
 
 def support_mask(problem: Problem, support: SupportKind | None) -> Tensor:
-    """True on the ids of the support, bool [T, V]."""
+    """True on the categories of the support, bool [T, V]."""
     mask_TV = torch.zeros(problem.tokens, problem.vocab, dtype=torch.bool)
-    return mask_TV if support is None else mask_TV.scatter_(1, support_ids(problem, support), True)
+    if support is not None:
+        mask_TV.scatter_(1, support_ids(problem, support), True)
+    if not problem.ends:
+        return mask_TV
+    return torch.cat([mask_TV[:, others(problem)], mask_TV[:, list(problem.ends)].any(-1, keepdim=True)], dim=1)
+
+
+def others(problem: Problem) -> list[int]:
+    """Ids that are categories of their own."""
+    return [i for i in range(problem.vocab) if i not in problem.ends]
+
+
+def categories(problem: Problem, logprob_TV: Tensor) -> Tensor:
+    """Columns of the ends merged into one, the last."""
+    if not problem.ends:
+        return logprob_TV
+    class_T1 = logprob_TV[:, list(problem.ends)].logsumexp(-1, keepdim=True)
+    return torch.cat([logprob_TV[:, others(problem)], class_T1], dim=1)
+
+
+def target_categories(problem: Problem) -> Tensor:
+    """The column of each target among ``categories``."""
+    column_V = torch.full((problem.vocab,), len(others(problem)))
+    column_V[others(problem)] = torch.arange(len(others(problem)))
+    return column_V[problem.target_T]
 
 
 @cache
 def true_losses(problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, mean size of its terms) of every cell, fp64."""
-    known = {name: logprobs(problem, getattr(problem, name)) for name in ("student", "teacher", "old", "base")}
+    known = {name: categories(problem, logprobs(problem, model)) for name, model in models_of(problem).items()}
     weight_T = problem.weight_T.double()
     losses_NT = torch.stack(
         [
@@ -339,7 +370,7 @@ def true_losses(problem: Problem) -> tuple[Tensor, Tensor]:
                     logp_TV=known["teacher"],
                     logold_TV=known["old"],
                     logbase_TV=known["base"],
-                    target_T=problem.target_T,
+                    target_T=target_categories(problem),
                     in_A_TV=support_mask(problem, cell.support),
                 )
             )
@@ -370,13 +401,13 @@ def models_of(problem: Problem) -> Models:
 def gradients_of(problem: Problem, models: Models, dtype: torch.dtype, shards: int = 1) -> list[tuple[Tensor, Tensor]]:
     """The same of other models; the supports are those of the problem's own."""
     hidden_TD, weight_VD = (x.to(dtype).requires_grad_() for x in models["student"])
-    known = {name: logprobs(problem, models[name], dtype) for name in ("teacher", "old", "base")}
+    known = {name: categories(problem, logprobs(problem, models[name], dtype)) for name in ("teacher", "old", "base")}
     rows = truth.Rows(
-        logq_TV=logprobs(problem, (hidden_TD, weight_VD), dtype, shards),
+        logq_TV=categories(problem, logprobs(problem, (hidden_TD, weight_VD), dtype, shards)),
         logp_TV=known["teacher"],
         logold_TV=known["old"],
         logbase_TV=known["base"],
-        target_T=problem.target_T,
+        target_T=target_categories(problem),
         in_A_TV=support_mask(problem, None),
     )
     weight_T = problem.weight_T.to(rows.logq_TV.dtype)

@@ -37,6 +37,7 @@ class Problem:
     replicas: int = 1
     dtype: torch.dtype = torch.float32
     given_support: bool = False  # the true top k are handed in: in bf16 near ties would make another support
+    ends: tuple[int, ...] = ()  # ids that count as one token
     scale: float = 1.0
     seed: int = 0
 
@@ -157,6 +158,26 @@ LOW_PRECISION = tuple(
 REPLICATED = (
     Problem(name="five packs on two replicas", tokens=21, packs=(5, 9, 3, 1, 3), replicas=2),
     Problem(name="one valid token, none on the other replica", tokens=1, packs=(1,), replicas=2),
+)
+APART, UNLIKELY = (35, 10, 31), -9.0
+ENDS = (
+    Problem(
+        name="ends: one in the teacher's top k, another in the student's, the third on another shard",
+        ends=APART,
+        student_bias=(((31,), 4.0),),
+        teacher_bias=(((35,), 4.0),),
+        targets=(*APART, 0, 7, 22),
+        temperature=0.7,
+        chunk_tokens=3,
+    ),
+    Problem(
+        name="ends: none in a support, all likely samples",
+        ends=(3, 36, 20),
+        student_bias=(((3, 36, 20), UNLIKELY),),
+        teacher_bias=(((3, 36, 20), UNLIKELY),),
+        targets=(3, 36, 20, 11),
+    ),
+    Problem(name="ends: all in every support, K = V", ends=(0, 1, 2), k=37),
 )
 
 

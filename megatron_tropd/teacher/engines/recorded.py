@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_tropd.engine.context import carries_loss, own_valid_positions, valid_positions
 from megatron_tropd.errors import DataError
+from megatron_tropd.losses.end_class import with_ends
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
@@ -345,7 +346,9 @@ def _columns(value: torch.Tensor) -> int:
 def _tail_beyond(found: Mapping[str, torch.Tensor], request: TeacherRequest, target_N: torch.Tensor) -> torch.Tensor:
     """Add to the recorded log tail the mass of what was recorded and is not requested."""
     none_N0 = target_N.new_empty(len(target_N), 0)
-    wanted_ids, other_ids, other_logprobs = [target_N[:, None]], [], [found["logtail"][:, None]]
+    # the ends of responses are those of the recording: they are among its facts
+    wanted_ids, other_ids = [with_ends(target_N[:, None], request.end_ids)], []
+    other_logprobs = [found["logtail"][:, None]]
     for kind, count in (("topk", request.top_k), ("query", request.queries)):
         ids, logprob = found.get(f"{kind}_ids", none_N0), found.get(f"{kind}_logprob", none_N0)
         wanted_ids.append(ids[:, :count])

@@ -1,0 +1,125 @@
+"""A student and a teacher that are one model but for the token that ends answers: the commonest difference of all.
+
+With the ends for one token there is nothing to learn, whatever the objective; told apart, there is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_tropd.rollout.engines.recorded import read_rollouts
+from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics
+
+PAD, EOS = 0, 1  # of the demo's tokenizer: the teacher ends with the one, the student with the other
+QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0", "train.steps=2")
+UNGUIDED = "rollout.guided_per_prompt=0"
+METHODS: dict[str, list[str]] = {
+    "opd": ["method.name=opd"],
+    "tropd": ["method.name=tropd", "method.tail=bucket", UNGUIDED],
+    "reverse KL, full": ["method.name=rkl"],
+    "JSD, tempered": ["method.name=gkd", "method.temperature=0.7", "method.on_policy_fraction=1"],
+    "reverse KL, top k of both": ["method.name=rkl", "method.form=topk", "method.k=6", "method.support=union"],
+}
+Metrics = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    from safetensors.torch import load_file, save_file
+
+    made = make_task(tmp_path_factory.mktemp("task"))
+    save_model(made.student, STUDENT | {"num_hidden_layers": 2}, tied=False, seed=1)
+    weights = made.student / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][[PAD, EOS]] *= 4.0  # ends that are likely somewhere
+    save_file(tensors, weights, metadata={"format": "pt"})
+    shutil.rmtree(made.teacher)
+    shutil.copytree(made.student, made.teacher)
+    tensors["lm_head.weight"][[PAD, EOS]] = tensors["lm_head.weight"][[EOS, PAD]]
+    save_file(tensors, made.teacher / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((made.teacher / "tokenizer_config.json").read_text())
+    (made.teacher / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
+    (made.teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": PAD}))
+    made.config.write_text(made.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", "name: opd"))
+    return made
+
+
+def train_each(config: str, overrides: list[str], cases: dict[str, list[str]]) -> None:
+    """On the ranks: one training per directory."""
+    from megatron_tropd.config.loading import load_config
+    from megatron_tropd.train.session import run_training
+
+    for directory, changes in cases.items():
+        run_training(load_config(config, [*overrides, *changes, f"run_dir={directory}"]))
+
+
+@pytest.fixture(scope="module")
+def trained(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Every method with the ends as one (and by itself), then a replay."""
+    directory = tmp_path_factory.mktemp("trained")
+    cases = {f"{directory}/class/{name}": [*changes] for name, changes in METHODS.items()}
+    cases |= {f"{directory}/exact/{name}": [*changes, "method.end_tokens=exact"] for name, changes in METHODS.items()}
+    cases[f"{directory}/class/opd"] += [f"rollout.record={directory}/rollouts", f"export.hf={directory}/export"]
+    cases[f"{directory}/class/tropd"] += [f"teacher.record={directory}/scores", "teacher.record_values=fp32"]
+    cases[f"{directory}/replay"] = [*METHODS["tropd"], f"teacher.recorded_from={directory}/scores"]
+    outcome = commands().start_call(train_each, task.config, list(QUIET), cases).wait(290).expect_success()
+    return directory, outcome.output
+
+
+def of(trained: tuple[Path, str], mode: str, metric: str) -> dict[str, float]:
+    """At the first step, by method: Adam makes a step of what rounding leaves of a gradient."""
+    return {name: abs(steady_metrics(trained[0] / mode / name)[0][metric]) for name in METHODS}
+
+
+def test_with_one_end_nothing_is_left_to_learn_whatever_the_objective(trained):
+    for metric, rounding in (("reverse_kl", 1e-6), ("loss", 1e-6), ("grad_norm", 2e-5), ("outlier_fraction", 1e-5)):
+        assert {k: v for k, v in of(trained, "class", metric).items() if not v < rounding} == {}, metric
+    # the comparison sees something
+    assert min(of(trained, "exact", "reverse_kl").values()) > 1e-2
+    assert min(of(trained, "exact", "grad_norm").values()) > 1e-2
+
+
+def test_sampling_stops_at_either_end(trained):
+    rollouts = [rollout for step in range(2) for rollout in read_rollouts(trained[0] / "rollouts", step)]
+    last = {int(rollout.token_ids[-1]) for rollout in rollouts if rollout.finished}
+    assert last == {PAD, EOS}
+    for rollout in rollouts:
+        written = rollout.token_ids[-len(rollout.model_logprob) :]
+        assert not np.isin(written[:-1], (PAD, EOS)).any()
+        assert rollout.finished == bool(np.isin(written[-1], (PAD, EOS)))
+
+
+def test_an_export_names_both_ends(trained):
+    assert json.loads((trained[0] / "export" / "generation_config.json").read_text())["eos_token_id"] == [EOS, PAD]
+
+
+def test_the_first_lines_name_both_sets_and_what_is_made_of_them(trained):
+    lines = trained[1].splitlines()
+    student = next(
+        i for i, line in enumerate(lines) if line.startswith("responses end, to the student, with 1 '<eos>'")
+    )
+    assert lines[student + 1].startswith("responses end, to the teacher, with 0 '<pad>'")
+    assert lines[student + 2].startswith("they count as one token")
+    assert trained[1].count("WARNING: they differ") == len(METHODS)  # told apart they are not without a word
+
+
+def test_a_recording_replays_with_the_same_ends_and_with_no_others(trained, task):
+    directory = trained[0]
+    assert steady_metrics(directory / "replay") == steady_metrics(directory / "class" / "tropd")
+    other = ["train", task.config, *QUIET, *METHODS["tropd"], f"teacher.recorded_from={directory}/scores"]
+    outcome = commands().run(*other, "method.end_tokens=exact", f"run_dir={directory}/other")
+    assert outcome.status != 0 and "end tokens" in outcome.output
+
+
+def test_check_prints_both_sets_and_refuses_where_that_is_wanted(task, tmp_path):
+    found = commands().run("check", task.config, f"run_dir={tmp_path}").expect_success().output
+    assert "to the student, with 1 '<eos>'" in found and "to the teacher, with 0 '<pad>'" in found
+    refused = commands().run("check", task.config, f"run_dir={tmp_path}", "method.end_tokens=refuse")
+    assert refused.status != 0 and "method.end_tokens=refuse" in refused.output
+    assert "1 '<eos>'" in refused.output and "0 '<pad>'" in refused.output
