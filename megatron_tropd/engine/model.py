@@ -88,7 +88,7 @@ class Model:
     config: TransformerConfig
     chunks: tuple[HiddenStateGPT, ...]
     device: torch.device
-    weights: OffloadedTensors | None = None  # of a model that is on the device only when asked: see `resting`
+    weights: OffloadedTensors | None = None  # of a model that is on the device only when asked: see `with_offload`
     pending: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
 
     @property
@@ -116,21 +116,21 @@ class Model:
             chunk.requires_grad_(False)
         return self
 
-    def resting(self, moves: OffloadStats | None = None) -> Model:
+    def with_offload(self, offload_stats: OffloadStats | None = None) -> Model:
         """The frozen model with its weights off the device, where they are only within ``present()``.
 
-        To be used in place of this one; ``moves`` counts what that moves.
+        To be used in place of this one; ``offload_stats`` counts what that moves.
         """
         weights = OffloadedTensors(
             "a frozen model",
             lambda: (parameter for chunk in self.chunks for parameter in chunk.parameters()),
             self.device,
             contents="constant",
-            moves=moves,
+            offload_stats=offload_stats,
         )
         for chunk in self.chunks:
             chunk.register_forward_pre_hook(lambda *_: weights.check())
-        weights.leave()
+        weights.offload()
         return replace(self, weights=weights)
 
     def present(self) -> AbstractContextManager[None]:

@@ -51,7 +51,7 @@ class OffloadedTensors:
         device: torch.device,
         *,
         contents: Contents = "changing",
-        moves: OffloadStats | None = None,
+        offload_stats: OffloadStats | None = None,
     ) -> None:
         """``what``: their name in messages. ``tensors``: asked anew every time they leave; what is not on ``device``
         stays where it is.
@@ -63,7 +63,7 @@ class OffloadedTensors:
         self._tensors = tensors
         self._device = device
         self._contents = contents
-        self._moves = moves or OffloadStats()
+        self._stats = offload_stats or OffloadStats()
         self._host = _HostMemory((), pinned=False)
         self._copied = False
         self._gone: list[tuple[torch.UntypedStorage, int]] = []  # with their sizes, in bytes
@@ -77,7 +77,7 @@ class OffloadedTensors:
                 "teacher.offload=false and optimizer.offload=false everything stays on the device."
             )
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Off the device, if they are on it."""
         if self.away:
             return
@@ -91,7 +91,7 @@ class OffloadedTensors:
                     for device_bytes, host_bytes in _paired(storage, pieces):
                         host_bytes.copy_(device_bytes, non_blocking=True)
                 self._copied = True
-                self._moves.to_host += sum(sizes)
+                self._stats.to_host += sum(sizes)
             _wait_for(self._device)  # for kernels that still read them, and for the copies
             for storage in storages:
                 storage.resize_(0)
@@ -111,7 +111,7 @@ class OffloadedTensors:
                     continue
                 for device_bytes, host_bytes in _paired(storage, self._host.pieces[number]):
                     device_bytes.copy_(host_bytes, non_blocking=True)
-                self._moves.to_device += size
+                self._stats.to_device += size
             _wait_for(self._device)
             self._gone, self.away = [], False
 
@@ -124,14 +124,14 @@ class OffloadedTensors:
             yield
         finally:
             if was_away:
-                self.leave()
+                self.offload()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         with torch.no_grad():
             yield
-        self._moves.seconds += time.perf_counter() - started
+        self._stats.seconds += time.perf_counter() - started
 
 
 @dataclass(frozen=True, slots=True)

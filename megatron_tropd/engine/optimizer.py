@@ -66,7 +66,7 @@ class Optimization:
             for own in (own for own in part.optimizer.state.values() if isinstance(own.get("step"), Tensor)):
                 own["step"] = own["step"].clone()
 
-    def rest(self) -> None:
+    def end_step(self) -> None:
         """After the updates of a step: completes what is under way. Collective.
 
         With ``optimizer.offload`` states and gradients then leave the device. States are there only within an update;
@@ -75,8 +75,8 @@ class Optimization:
         if self.overlap is not None:
             self.overlap.settle()
         if self.offload:
-            self.states.leave()
-            self.gradients.leave()
+            self.states.offload()
+            self.gradients.offload()
 
     def set_update(self, update: int) -> float:
         """Sets learning rate and weight decay for the ``update``-th update (from 0); returns the learning rate.
@@ -127,14 +127,14 @@ def optimize(
     *,
     steps: int,
     minibatches: int = 1,
-    moves: OffloadStats | None = None,
+    offload_stats: OffloadStats | None = None,
     bucket_elements: int | None = None,
 ) -> Optimization:
     """Wraps the model's chunks for training. Collective over the world.
 
     Args:
         steps: of the whole run, each of ``minibatches`` updates: the section counts steps, the schedule updates.
-        moves: what is to count the bytes that ``Optimization.rest`` and its undoing move.
+        offload_stats: what is to count the bytes that ``Optimization.end_step`` and its undoing move.
         bucket_elements: gradients that are reduced at once under overlap; None: Megatron's 40 million.
     """
     warmup_updates = settings.warmup_steps * minibatches
@@ -176,9 +176,15 @@ def optimize(
     overlap = Overlap(wrapped, model.config) if settings.overlap else None
     if overlap is not None:
         model.pending.append(overlap.settle)
-    states = OffloadedTensors("an optimizer", lambda: _states(optimizer, wrapped), model.device, moves=moves)
+    states = OffloadedTensors(
+        "an optimizer", lambda: _states(optimizer, wrapped), model.device, offload_stats=offload_stats
+    )
     gradients = OffloadedTensors(
-        "a buffer of gradients", lambda: _gradients(wrapped), model.device, contents="scratch", moves=moves
+        "a buffer of gradients",
+        lambda: _gradients(wrapped),
+        model.device,
+        contents="scratch",
+        offload_stats=offload_stats,
     )
     for module in wrapped:
         module.register_forward_pre_hook(lambda *_: gradients.check())

@@ -117,9 +117,9 @@ class Trainer:
         loss, stats = self._accumulate(packs)
         return StepResult(loss, self._gradient_norm(), 0.0, stats)
 
-    def rest(self) -> None:
+    def end_step(self) -> None:
         """After the updates of a step: weights whole, and what only updates need off the device. Collective."""
-        self.optimization.rest()
+        self.optimization.end_step()
 
     def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
         """Fresh gradients of the packs; their loss and statistics."""

@@ -25,7 +25,7 @@ class MismatchMonitor:
         self._allowed = _ALLOWED[dtype] if allowed is None else allowed
         self._quiet_until = 0
 
-    def look(self, metrics: Mapping[str, float]) -> None:
+    def check(self, metrics: Mapping[str, float]) -> None:
         """Called with the metrics of every step."""
         step, gap = int(metrics["step"]), metrics.get(MEAN)
         # a gap that is not a number is one to warn of

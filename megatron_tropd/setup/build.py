@@ -90,7 +90,7 @@ class World:
     sampler: Groups
     base: Groups | None = None  # None without a base model
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
-    moves: OffloadStats = field(default_factory=OffloadStats)  # between this process's device and host memory
+    offload_stats: OffloadStats = field(default_factory=OffloadStats)  # between this process's device and host memory
     remote: Layout | None = None  # of a teacher that has ranks of its own
 
     @property
@@ -169,7 +169,7 @@ def build_run(
             config.optimizer,
             steps=config.train.steps,
             minibatches=config.train.minibatches,
-            moves=world.moves,
+            offload_stats=world.offload_stats,
         ),
         method,
         vocab_size=inputs.vocab_size,
@@ -344,7 +344,7 @@ def load_teacher(config: RunConfig, world: World) -> Model | None:
 def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
     """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
     model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
-    return model.resting(world.moves) if config.teacher.offload else model
+    return model.with_offload(world.offload_stats) if config.teacher.offload else model
 
 
 def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:

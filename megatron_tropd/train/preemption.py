@@ -25,7 +25,7 @@ from megatron_tropd.parallel.leaving import leave
 from megatron_tropd.parallel.wakeup import hearing
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.loop import save
-from megatron_tropd.train.rollout_queue import Batches
+from megatron_tropd.train.rollout_queue import RolloutQueue
 
 # EX_TEMPFAIL of sysexits.h: not done, worth another try; what job scripts requeue on
 EXIT_PREEMPTED = 75
@@ -126,7 +126,7 @@ def _leave_at_once(heard: signal.Signals) -> None:
     leave(EXIT_PREEMPTED if heard in SIGNALS else 128 + heard)
 
 
-def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *, first_step: int) -> None:
+def leave_if_asked(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int, *, first_step: int) -> None:
     """Where the weights are those of ``steps`` finished steps: saves and raises when any rank was asked to stop.
 
     Collective. ``first_step``: what this session went on from, which needs no checkpoint of its own.
@@ -138,7 +138,7 @@ def leave_if_asked(run: Run, batches: Batches, stop: StopRequest, steps: int, *,
     if heard is None:
         return
     if steps > first_step and not _is_saved(run, steps):
-        save(run, batches, steps)
+        save(run, queue, steps)
     newest = f"the checkpoint is in {run.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
     again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(

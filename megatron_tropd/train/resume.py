@@ -17,7 +17,7 @@ from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.setup.build import Run
 from megatron_tropd.setup.validate import FINGERPRINTS
 from megatron_tropd.train.earlier_run import CHECKPOINTS, set_aside, set_aside_later
-from megatron_tropd.train.rollout_queue import Batches
+from megatron_tropd.train.rollout_queue import RolloutQueue
 
 # of what identifies a run (inputs.identity), what a resumed run may change at its own risk
 _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
@@ -51,12 +51,12 @@ def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_di
     return checkpoint
 
 
-def restore(run: Run, batches: Batches, checkpoint: Path | None) -> int:
+def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     """Puts the run where the checkpoint was written; the number of steps already done. Collective."""
     if checkpoint is None:
         return 0
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
-    batches.restore(checkpoint, steps)
+    queue.restore(checkpoint, steps)
     if run.world.is_first:
         Console().print(f"going on from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
     return steps

@@ -1,6 +1,6 @@
 """The batches of a run in their order, each sampled up to ``rollout.ahead`` steps before it is learnt from.
 
-Batch ``s`` is always sampled with the weights of step ``max(0, s - ahead)``, whatever is ready when. It is begun once
+Batch ``s`` is always sampled with the weights of step ``max(0, s - ahead)``, whatever is ready when. It is started once
 the sampler has those weights and, before they change, waited for and scored by the trainer. So nothing is under way
 while new weights are published, and whatever calls itself old is of the very weights that wrote the batch, in the
 trainer's own arithmetic: a batch that waited is to every method what the later minibatches of a step are.
@@ -9,7 +9,7 @@ trainer's own arithmetic: a batch that waited is to every method what the later 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,21 +27,20 @@ from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import AsyncSampler, GenerationHandle
 from megatron_tropd.setup.build import Run, pack_for
 from megatron_tropd.teacher.protocol import PendingScores, start_scoring
+from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 _FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learnt from
 
-Collected = Callable[[], None]  # called when a batch has been waited for, the longest part of a step
-
 
 @dataclass(frozen=True, slots=True)
 class ScoredRollouts:
-    """A batch's rollouts with what the student said of them at the weights that wrote them, and its grades to come."""
+    """A batch's rollouts, what the student said of them at the weights that wrote them, and scores to come."""
 
     rollouts: Sequence[Rollout]
     packs: Sequence[Sequence[Sequence[Pack]]]  # by minibatch and replica
     scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not asked for
-    grades: Sequence[PendingScores]  # by minibatch: the teacher's of this replica's packs
+    pending_scores: Sequence[PendingScores]  # by minibatch: the teacher's, of this replica's packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,62 +52,61 @@ class Batch:
     scored: ScoredRollouts
 
 
-class Batches:
-    """See the module. Every method is collective."""
+class RolloutQueue:
+    """See the module. Every method is collective; it knows which weights wrote which batch."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._ahead = run.rollout.ahead
-        self._open: dict[int, _Open] = {}
+        self._in_flight: dict[int, _InFlight] = {}
         self._ready: dict[int, Batch] = {}
         self._accounted = 0.0  # time.perf_counter() up to which overlap has been counted
         self._hidden = 0.0
 
-    def begin(self, step: int, *, watch: Stopwatch) -> None:
-        """Starts on all that the present weights, of ``step`` finished steps, are to sample."""
+    def start(self, step: int, *, watch: Stopwatch) -> None:
+        """Start on all that the present weights, of ``step`` finished steps, are to sample."""
         self._ready = {number: batch for number, batch in self._ready.items() if number >= step}
         with watch("rollout"):
             for number in range(step, min(step + self._ahead + 1, self._run.train.steps)):
-                if number not in self._ready and number not in self._open:
-                    self._open[number] = _begin(self._run, number)
+                if number not in self._ready and number not in self._in_flight:
+                    self._in_flight[number] = _start(self._run, number)
 
-    def _settle_written(self, watch: Stopwatch, collected: Collected) -> None:
-        """What the trainer's own processes have written is there: a teacher with ranks of its own need not wait."""
-        for number in sorted(self._open):
-            if isinstance(self._open[number].pending, _Written):
-                self._settle(number, watch, collected)
+    def get(self, step: int, *, watch: Stopwatch, hooks: Hooks) -> Batch:
+        """Wait for the batch of ``step`` and return it.
 
-    def take(self, step: int, *, watch: Stopwatch, collected: Collected) -> Batch:
-        """The batch of ``step``, once it is there."""
-        self._settle_written(watch, collected)
+        What the trainer's own processes have written is there: a teacher with ranks of its own need not wait for it.
+        """
+        for number in sorted(self._in_flight):
+            if isinstance(self._in_flight[number].pending, _Written):
+                self._wait_for(number, step, watch, hooks)
         if step not in self._ready:
-            self._settle(step, watch, collected)
+            self._wait_for(step, step, watch, hooks)
         return self._ready[step]
 
-    def settle(self, *, watch: Stopwatch, collected: Collected) -> None:
-        """Waits for all that was begun: the weights may change then."""
-        for number in sorted(self._open):
-            self._settle(number, watch, collected)
+    def wait_for_all(self, *, step: int, watch: Stopwatch, hooks: Hooks) -> None:
+        """Wait for all that was started, in step ``step``: the weights may change then."""
+        for number in sorted(self._in_flight):
+            self._wait_for(number, step, watch, hooks)
 
     def hidden_seconds(self) -> float:
-        """How long, since last asked, rollouts were written while this program did something else; first rank."""
+        """Say how long, since last asked, rollouts were written while this program did something else; first rank."""
         seconds, self._hidden = self._hidden, 0.0
         return seconds
 
-    def _settle(self, number: int, watch: Stopwatch, collected: Collected) -> None:
-        begun, asked = self._open[number], time.perf_counter()
+    def _wait_for(self, number: int, step: int, watch: Stopwatch, hooks: Hooks) -> None:
+        begun, asked = self._in_flight[number], time.perf_counter()
         with watch("rollout"):
             rollouts = with_teachers(begun.pending.collect(), begun.prompts)
         self._account(begun, asked)
         rollout = self._run.rollout
         if rollout.record is not None and self._run.world.is_first:
             write_rollouts(rollout.record, number, rollouts)
-        collected()
+        hooks.may_leave(step)
         scored = score_rollouts(self._run, rollouts, watch=watch)
         self._ready[number] = Batch(begun.prompts, begun.fraction, scored)
-        del self._open[number]
+        del self._in_flight[number]
 
-    def _account(self, begun: _Open, asked: float) -> None:
+    def _account(self, begun: _InFlight, asked: float) -> None:
         ended = begun.pending.ended_at
         if ended is not None:
             self._hidden += max(0.0, min(ended, asked) - max(begun.at, self._accounted))
@@ -117,7 +115,7 @@ class Batches:
     # ----------------------------------------------------------------- kept with a checkpoint
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Into a checkpoint of ``step`` finished steps: what older weights have sampled for later steps."""
+        """Keep in a checkpoint of ``step`` finished steps what older weights have sampled for later steps."""
         for number in range(step, step + self._ahead):
             if number in self._ready:
                 folder = checkpoint / _FOLDER
@@ -127,7 +125,7 @@ class Batches:
                 self._write_scores(folder, number)
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """What ``save`` has left there; what it has not is sampled anew, with the present weights.
+        """Take up what ``save`` has left there; what it has not is sampled anew, with the present weights.
 
         Raises:
             CheckpointError: scores are missing.
@@ -169,7 +167,7 @@ class Batches:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class _InFlight:
     """A batch that is being written."""
 
     prompts: Sequence[Prompt]
@@ -189,7 +187,7 @@ class _Written:
         return self.rollouts
 
 
-def _begin(run: Run, number: int) -> _Open:
+def _start(run: Run, number: int) -> _InFlight:
     prompts, fraction = _prompts_of(run, number)
     rollout = run.rollout
     guided = rollout.guided_per_prompt if run.method.guided else 0
@@ -202,8 +200,8 @@ def _begin(run: Run, number: int) -> _Open:
     )
     params, seed, at = sampling_params(run), run.seed, time.perf_counter()
     if isinstance(run.sampler, AsyncSampler):
-        return _Open(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
-    return _Open(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
+        return _InFlight(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
+    return _InFlight(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
 
 
 def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
@@ -212,7 +210,7 @@ def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
 
 
 def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """The rollouts, which follow their prompts in equal numbers, with the names of the teachers that grade them."""
+    """The rollouts, which follow their prompts in equal numbers, with the names of the teachers that score them."""
     per_prompt = len(rollouts) // len(prompts)
     teachers = (prompts[number // per_prompt].teacher for number in range(len(rollouts)))
     return [replace(one, teacher=name) if name else one for one, name in zip(rollouts, teachers, strict=True)]
@@ -249,12 +247,12 @@ def scored_rollouts(
     packs: Sequence[Sequence[Sequence[Pack]]],
     scores: Sequence[Sequence[StudentScores | None]],
 ) -> ScoredRollouts:
-    """Has the packs graded, too: a teacher with ranks of its own begins at once, another when it is waited for."""
-    grades = [
+    """Have the packs scored by the teacher, too: one with ranks of its own begins at once, another when waited for."""
+    pending = [
         start_scoring(run.teacher, part, run.teacher_request, query_ids(own))
         for part, own in zip(packs, scores, strict=True)
     ]
-    return ScoredRollouts(rollouts, packs, scores, grades)
+    return ScoredRollouts(rollouts, packs, scores, pending)
 
 
 def packs_of(run: Run, rollouts: Sequence[Rollout]) -> list[list[list[Pack]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -55,9 +55,10 @@ from megatron_tropd.setup.validate import (
 )
 from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
+from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
 from megatron_tropd.train.resume import find_start, restore
-from megatron_tropd.train.rollout_queue import Batches
+from megatron_tropd.train.rollout_queue import RolloutQueue
 from megatron_tropd.train.sample_report import sample_answers
 
 
@@ -110,21 +111,21 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     run = build_run(config, inputs, launch.bridge, known=facts)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
-    batches = Batches(run)
-    first_step = restore(run, batches, checkpoint)
+    queue = RolloutQueue(run)
+    first_step = restore(run, queue, checkpoint)
     if first_step == 0:
         check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
         dump_config(config, config.run_dir / "config.yaml")
-    run.trainer.rest()
+    run.trainer.end_step()
     loop.publish(run, first_step)
     evaluator = Evaluator(run, config)
     if first_step == 0:
         evaluator.before()
     with stop.deferred(), _metrics_writer(config, first_step, enabled=run.world.is_first) as writer:
-        pause = partial(leave_if_asked, run, batches, stop, first_step=first_step)
+        hooks = SessionHooks(evaluator, partial(leave_if_asked, run, queue, stop, first_step=first_step))
         try:
-            loop.train(run, batches, first_step=first_step, writer=writer, after_step=evaluator.during, pause=pause)
+            loop.train(run, queue, first_step=first_step, writer=writer, hooks=hooks)
         except Preempted:
             if launch.bridge is not None:
                 launch.bridge.withdraw()
@@ -254,6 +255,19 @@ class Evaluator:
             samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
             if self._run.world.is_first:
                 record_samples(self._config.run_dir, samples)
+
+
+class SessionHooks(Hooks):
+    """Evaluate after a step where that is due, and leave where the machines are asked for."""
+
+    def __init__(self, evaluator: Evaluator, leave: Callable[[int], None]) -> None:
+        self._evaluator, self._leave = evaluator, leave
+
+    def step_finished(self, step: int) -> None:
+        self._evaluator.during(step)
+
+    def may_leave(self, step: int) -> None:
+        self._leave(step)
 
 
 def export_student(run: Run, target: Path, *, companions_from: Path) -> None:

@@ -31,11 +31,11 @@ def row(step: int, mean: float, largest: float = 0.5, **buckets: float) -> dict[
 def test_a_warning_past_the_threshold_once_in_so_many_steps(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
     watch = MismatchMonitor("fp32", None)
-    watch.look(row(1, 9e-4))
-    watch.look({"step": 2})  # a step without tokens of its own
+    watch.check(row(1, 9e-4))
+    watch.check({"step": 2})  # a step without tokens of its own
     assert not caplog.records
     for step in range(3, 3 + WARN_EVERY + 1):
-        watch.look(row(step, 2e-3))
+        watch.check(row(step, 2e-3))
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 3", f"step {3 + WARN_EVERY}"]
     assert "differ by 2.0e-03 nats on average, at most 5.0e-01 (rollout.gap_warning allows 1e-03)" in caplog.text
     assert "quantization" in caplog.text and "method.mismatch=truncate" in caplog.text
@@ -51,9 +51,9 @@ def test_a_warning_past_the_threshold_once_in_so_many_steps(caplog: pytest.LogCa
     ],
 )
 def test_the_warning_names_what_the_figures_point_to(caplog: pytest.LogCaptureFixture, dtype, found, said):
-    MismatchMonitor("fp32", 0.01).look(row(1, 0.2, _0_63=0.2, _64_255=0.2))
+    MismatchMonitor("fp32", 0.01).check(row(1, 0.2, _0_63=0.2, _64_255=0.2))
     assert said not in caplog.text
-    MismatchMonitor(dtype, 0.01).look(found)
+    MismatchMonitor(dtype, 0.01).check(found)
     assert said in caplog.text
 
 

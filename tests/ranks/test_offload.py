@@ -33,39 +33,43 @@ def leaving(
     flat, half = torch.randn(1001), torch.nn.Parameter(torch.randn(33).bfloat16())
     scalar = torch.tensor(3.0)
     tensors = [flat, flat[10:500].view(7, 70), flat[500:], half, scalar]
-    moves = OffloadStats()
-    return OffloadedTensors("a thing", lambda: tensors, CPU, contents=contents, moves=moves), tensors, moves
+    stats = OffloadStats()
+    return (
+        OffloadedTensors("a thing", lambda: tensors, CPU, contents=contents, offload_stats=stats),
+        tensors,
+        stats,
+    )
 
 
 def test_storages_are_emptied_under_their_views_and_filled_again(monkeypatch):
-    movable, tensors, moves = leaving(monkeypatch, "changing")
+    movable, tensors, stats = leaving(monkeypatch, "changing")
     before = [tensor.detach().clone() for tensor in tensors]
     for turn in (1, 2):
         tensors[0].mul_(turn)
         before[:3] = [tensor.clone() for tensor in tensors[:3]]
         assert device_bytes(tensors) == 4 * 1001 + 2 * 33 + 4
-        movable.leave()
+        movable.offload()
         assert movable.away and device_bytes(tensors) == 0
-        movable.leave()  # twice is once
+        movable.offload()  # twice is once
         movable.onload()
         assert not movable.away and all(map(torch.equal, tensors, before))
-        assert (moves.to_host, moves.to_device) == (turn * 4074, turn * 4074)
+        assert (stats.to_host, stats.to_device) == (turn * 4074, turn * 4074)
     assert tensors[1].data_ptr() == tensors[0].data_ptr() + 40
-    assert moves.take_seconds() > 0 and moves.take_seconds() == 0
+    assert stats.take_seconds() > 0 and stats.take_seconds() == 0
 
 
 def test_what_never_changes_is_copied_once_and_scratch_never(monkeypatch):
     for contents, copied in (("constant", 4074), ("scratch", 0)):
-        movable, tensors, moves = leaving(monkeypatch, contents)
+        movable, tensors, stats = leaving(monkeypatch, contents)
         before = [tensor.detach().clone() for tensor in tensors]
-        movable.leave()
+        movable.offload()
         for _ in range(3):
             with movable.present(), movable.present():  # within a block it is there already
                 assert device_bytes(tensors) == 4074
                 expected = before if contents == "constant" else [torch.zeros_like(tensor) for tensor in before]
                 assert all(map(torch.equal, tensors, expected))
             assert movable.away
-        assert (moves.to_host, moves.to_device) == (copied, 3 * copied)
+        assert (stats.to_host, stats.to_device) == (copied, 3 * copied)
 
 
 def test_what_is_away_is_refused_by_name():
@@ -74,7 +78,7 @@ def test_what_is_away_is_refused_by_name():
     with movable.present():
         pass
     assert not movable.away  # it was not before
-    movable.leave()
+    movable.offload()
     with pytest.raises(EngineError, match="a thing was used while in host memory"):
         movable.check()
 

@@ -88,7 +88,7 @@ def _train(one: Case, models: str, folder: Path, builder: GroupBuilder) -> dict[
             found["loss"].append(result.loss)
             found["grad_norm"].append(result.grad_norm)
         if step % 2:
-            run.trainer.rest()
+            run.trainer.end_step()
     # five steps: the last one has not rested, so that each of these readers would be the first to see the new weights
     packs = pack_alone(random_rollouts(0, vocab_size=VOCAB)[0].token_ids, run.student.groups.layout)[0]
     score = score_packs(run.student, packs, vocab_size=VOCAB)[0]
@@ -113,7 +113,7 @@ def _read_first(run: Any, folder: Path, minibatches: Any) -> list[bool]:
             same.append(all(torch.equal(before[name], after[name]) for name in before))
         else:
             first = score_packs(run.student, packs, vocab_size=VOCAB)[0]
-            run.trainer.rest()
+            run.trainer.end_step()
             second = score_packs(run.student, packs, vocab_size=VOCAB)[0]
             same.append(first is None or torch.equal(first.logprob_N, second.logprob_N))
     return same

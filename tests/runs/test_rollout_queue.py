@@ -14,6 +14,7 @@ import pytest
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
 from megatron_tropd.train import rollout_queue as batches
+from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Rollout, single_turn
 from tests.support.run_inputs import Task, assert_metrics_agree, commands, make_task, steady_metrics
 
@@ -235,12 +236,12 @@ def test_what_is_written_is_handed_to_the_teacher_before_it_is_learnt_from_and_n
     for name in ("make_requests", "sampling_params", "with_teachers"):
         monkeypatch.setattr(batches, name, lambda *_, **__: [])
     monkeypatch.setattr(batches, "score_rollouts", lambda *_, **__: handed.append(len(handed)))
-    watch, ahead = Stopwatch(), batches.Batches(run)
-    ahead.begin(0, watch=watch)
-    batch = ahead.take(0, watch=watch, collected=lambda: None)
+    watch, ahead, hooks = Stopwatch(), batches.RolloutQueue(run), Hooks()
+    ahead.start(0, watch=watch)
+    batch = ahead.get(0, watch=watch, hooks=hooks)
     assert batch.prompts == [0]
     assert handed == scored
     assert collected == ([0] if sampler is Serving else [])
-    ahead.settle(watch=watch, collected=lambda: None)  # before the weights change
+    ahead.wait_for_all(step=0, watch=watch, hooks=hooks)  # before the weights change
     assert handed == [0, 1, 2]
-    assert [ahead.take(n, watch=watch, collected=lambda: None).prompts for n in range(3)] == [[0], [1], [2]]
+    assert [ahead.get(n, watch=watch, hooks=hooks).prompts for n in range(3)] == [[0], [1], [2]]

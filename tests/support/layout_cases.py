@@ -179,7 +179,7 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
         config.optimizer,
         steps=config.train.steps,
         minibatches=config.train.minibatches,
-        moves=world.moves,
+        offload_stats=world.offload_stats,
         bucket_elements=_BUCKET,
     )
     own = MegatronTeacher(teacher, student_groups, vocab_size=VOCAB, temperature=method.temperature)

@@ -35,13 +35,13 @@ def compare(cases: Sequence[Case], models: str, folder: str) -> dict[str, dict[s
         moved, root = replace(case, offload=True), Path(folder) / str(number)
         plain = _train(assemble(config_of(case, Path(models)), builder), range(STEPS))
         run = assemble(config_of(moved, Path(models)), builder)
-        run.trainer.rest()
+        run.trainer.end_step()
         first = _train(run, range(HALFWAY), resting=True)
         checkpoint = save_checkpoint(root, run.student, run.trainer.optimization, step=HALFWAY, state={})
         kept = _bytes_while_resting(run)
         rest = _train(run, range(HALFWAY, STEPS), resting=True)
         resumed = assemble(config_of(moved, Path(models)), builder)
-        resumed.trainer.rest()
+        resumed.trainer.end_step()
         load_checkpoint(checkpoint, resumed.student, resumed.trainer.optimization)
         again = _train(resumed, range(HALFWAY, STEPS), resting=True)
         found[case.name] = {
@@ -51,7 +51,7 @@ def compare(cases: Sequence[Case], models: str, folder: str) -> dict[str, dict[s
             and _same(again["weights"], plain["weights"]),
             "bytes": first["bytes"] + rest["bytes"] + again["bytes"] + [kept],
             "refusals": _refusals(run),
-            "moved": [run.world.moves.to_host, run.world.moves.to_device],
+            "moved": [run.world.offload_stats.to_host, run.world.offload_stats.to_device],
         }
     return found
 
@@ -69,7 +69,7 @@ def _train(run: Run, steps: range, *, resting: bool = False) -> dict[str, Any]:
             found.append((result.loss, result.grad_norm, sorted(result.stats.items())))
             if resting:  # gradients may stay for the next minibatch
                 left.append(device_bytes(frozen(run)) + device_bytes(states(run)))
-        run.trainer.rest()
+        run.trainer.end_step()
         if resting:
             left.append(_bytes_while_resting(run))
     return {"steps": found, "weights": {n: t.clone() for n, t in hf_tensors(run.student)}, "bytes": left}
