@@ -284,7 +284,10 @@ def evaluate(
         list[str] | None, typer.Argument(help="key=value of the configuration; with a model, of every suite.")
     ] = None,
     suite: Annotated[list[Path] | None, typer.Option(help="YAML file of a suite; may be given several times.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With a model: directory for evaluation.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With a model: directory for evaluation.json and every answer.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many problems of every suite.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="With a model: longest answer where a suite does not say.")
     ] = 1024,
@@ -302,11 +305,11 @@ def evaluate(
         if not suite:
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
         suites = [load_suite(file, overrides or []) for file in suite]
-        from megatron_tropd.commands.evaluate import evaluate_model
+        from megatron_tropd.commands.evaluate import evaluate_model, limited
 
         evaluate_model(
             target,
-            suites,
+            limited(suites, limit),
             seed=seed,
             dtype=dtype,
             tensor=tensor,
@@ -326,7 +329,7 @@ def evaluate(
         raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")
     from megatron_tropd.commands.evaluate import evaluate_models
 
-    evaluate_models(settings)
+    evaluate_models(settings, limit=limit)
     _leave()
 
 

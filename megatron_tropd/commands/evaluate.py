@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,12 +12,16 @@ from megatron_tropd.commands.generate import sampler_of
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
 from megatron_tropd.convert.hf import read_architecture
-from megatron_tropd.data.tokenizer import load_tokenizer
+from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.evaluate.suites import answer_suites
+from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.report.progress import Heartbeat
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
 from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.rollout.engines.megatron import MegatronSampler
+from megatron_tropd.rollout.guidance import make_requests
+from megatron_tropd.rollout.protocol import check_finite
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.datasets import (
     check_ids,
@@ -29,12 +33,16 @@ from megatron_tropd.setup.datasets import (
 )
 from megatron_tropd.setup.ends import STUDENT, response_ends, stopping_at, tell_ends
 from megatron_tropd.setup.validate import DTYPES, check_layouts, check_method, read_architectures
+from megatron_tropd.types import Prompt, SamplingParams
 
 
-def evaluate_models(config: RunConfig) -> None:
-    """Grades the student and, with ``evaluate.teacher``, the teacher; prints tables, records accuracies. Collective.
+def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
+    """Grade the student and, with ``evaluate.teacher``, the teacher; print tables, record accuracies. Collective.
 
     In the directory of a training run nothing is recorded: its own results stay as they were measured.
+
+    Args:
+        limit: ask the first so many problems of every suite.
     """
     device = initialize_distributed()
     student, teacher = read_architectures(config)
@@ -43,7 +51,7 @@ def evaluate_models(config: RunConfig) -> None:
     ends = response_ends(tokenizers, check_method(config).settings.end_tokens, vocab_size=vocab_size)
     tokenizer = stopping_at(tokenizers[STUDENT], ends.ids)
     tell_ends(ends, enabled=dist.get_rank() == 0)
-    suites, allowed = suites_of(config), config.evaluate.allow_code_execution
+    suites, allowed = limited(suites_of(config), limit), config.evaluate.allow_code_execution
     problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
     sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
     check_ids({"problem": problems.values()}, tokenizer, vocab_sizes=sizes)
@@ -54,21 +62,63 @@ def evaluate_models(config: RunConfig) -> None:
     asked = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
     if config.evaluate.teacher:
         check_problem_lengths(suites, asked[TEACHER][1], {"teacher": teacher})
+    kept = None if (config.run_dir / "metrics.jsonl").exists() else config.run_dir
+    for name in models:
+        announce(name, suites, asked[name][1])
     groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
     results: list[Evaluation] = []
     for name, path in models.items():
-        sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
         step, (own, posed) = 0 if name == BEFORE else None, asked[name]
+        with Heartbeat(f"loading {path}", enabled=dist.get_rank() == 0):
+            sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
+        check_numbers(sampler, posed, own, name)
         results += answer_suites(
-            sampler, suites, posed, own, model=name, step=step, seed=config.seed, allow_code=allowed
+            sampler,
+            suites,
+            posed,
+            own,
+            model=EvaluatedModel(name=name, step=step, answers_dir=kept),
+            seed=config.seed,
+            allow_code=allowed,
         )
     if dist.get_rank() == 0:
         show_results(results)
-        if (config.run_dir / "metrics.jsonl").exists():
-            kept = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
-            Console().print(kept, highlight=False, soft_wrap=True)
+        if kept is None:
+            left = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
+            Console().print(left, highlight=False, soft_wrap=True)
         else:
-            record_evaluations(config.run_dir, results)
+            record_evaluations(kept, results)
+
+
+def limited(suites: Sequence[SuiteConfig], limit: int | None) -> tuple[SuiteConfig, ...]:
+    """Return the suites with at most so many problems each."""
+    if limit is None:
+        return tuple(suites)
+    return tuple(suite.model_copy(update={"max_problems": min(suite.max_problems or limit, limit)}) for suite in suites)
+
+
+def announce(model: str, suites: Sequence[SuiteConfig], problems: Mapping[str, Sequence[Prompt]]) -> None:
+    """Say how many answers a model is about to give, before it is loaded."""
+    if dist.get_rank():
+        return
+    counts = [len(problems[suite.name]) * suite.samples for suite in suites]
+    longest = max(suite.max_new_tokens or 0 for suite in suites)
+    parts = ", ".join(
+        f"{suite.name}: {len(problems[suite.name]):,} problems x {suite.samples} x {suite.max_new_tokens:,} tokens"
+        for suite in suites
+    )
+    text = f"{model}: {sum(counts):,} answers of at most {longest:,} tokens ({parts})"
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def check_numbers(
+    sampler: MegatronSampler, problems: Mapping[str, Sequence[Prompt]], tokenizer: Tokenizer, model: str
+) -> None:
+    """Have one problem begun: EngineError when the model gives no numbers, before thousands of answers. Collective."""
+    first = [next(iter(problems.values()))[0]]
+    requests = make_requests(first, samples=1, guided=0, fraction=0.0, max_new_tokens=1)
+    params = SamplingParams(max_new_tokens=1, temperature=0.0, stop_token_ids=tuple(tokenizer.eos_ids))
+    check_finite(sampler.generate(requests, params, seed=0, step=0), params, model)
 
 
 def evaluate_model(
@@ -82,11 +132,11 @@ def evaluate_model(
     out: Path | None,
     allow_code: bool,
 ) -> None:
-    """Grades one Hugging Face directory on suites that name their problems; prints a table. Collective.
+    """Grade one Hugging Face directory on suites that name their problems; print a table. Collective.
 
     Args:
         max_new_tokens: for suites that do not say.
-        out: directory for ``evaluation.json``.
+        out: directory for ``evaluation.json`` and the answers.
 
     Raises:
         TropdError: what is wrong with the arguments, the model, or the data.
@@ -106,10 +156,20 @@ def evaluate_model(
     problems = read_problems(whole, data, tokenizer, allow_code=allow_code)
     check_ids({"problem": problems.values()}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
     check_problem_lengths(whole, problems, {"model": architecture})
+    name = model.absolute().name
+    announce(name, whole, problems)
     groups = GroupBuilder().build(Layout(tensor=tensor))
-    sampler = sampler_of(model, groups, dtype=DTYPES[dtype], device=device)
+    with Heartbeat(f"loading {model}", enabled=dist.get_rank() == 0):
+        sampler = sampler_of(model, groups, dtype=DTYPES[dtype], device=device)
+    check_numbers(sampler, problems, tokenizer, str(model))
     results = answer_suites(
-        sampler, whole, problems, tokenizer, model=model.absolute().name, step=None, seed=seed, allow_code=allow_code
+        sampler,
+        whole,
+        problems,
+        tokenizer,
+        model=EvaluatedModel(name=name, answers_dir=out),
+        seed=seed,
+        allow_code=allow_code,
     )
     if dist.get_rank() == 0:
         show_results(results)
@@ -131,6 +191,8 @@ def show_results(results: Sequence[Evaluation]) -> None:
         ]
         if result.timed_out:
             facts.append(f"{result.timed_out} answers took too long to grade and count as wrong")
+        if result.left_out:
+            facts.append(f"{result.left_out} problems left out (too long, or bad rows)")
         console.print(
             f"{result.model}, {result.suite}: {', '.join(facts)}", highlight=False, soft_wrap=True, markup=False
         )

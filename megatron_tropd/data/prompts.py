@@ -84,6 +84,7 @@ def read_sources(
     reading = _Reading(limits=limits, on_bad_row=on_bad_row)
     for source in sources:
         reading.read(source, tokenizer)
+    reading.table.left_out = len(reading.too_long) + len(reading.bad)
     return PromptSet(prompts=reading.table, too_long=tuple(reading.too_long), bad_rows=tuple(reading.bad))
 
 

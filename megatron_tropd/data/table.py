@@ -74,6 +74,7 @@ class PromptTable(Sequence[Prompt]):
     """Prompts in reading order. Rows are added once, by ``data.prompts``; to everyone else a table is a sequence."""
 
     def __init__(self) -> None:
+        self.left_out = 0  # rows of the files that are not in the table: too long, or bad and skipped
         self._token_ids, self._response_ids = Ragged("i"), Ragged("i")
         self._text, self._answer = Ragged("B"), Ragged("B")
         self._has_answer, self._finished = bytearray(), bytearray()

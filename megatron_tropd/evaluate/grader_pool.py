@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 _BOUNDED = ("final_number", "exact", "choice")
 _START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
 _MOST_WORKERS = 8
-_SAY_EVERY_S = 10.0
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 Result = TypeVar("Result")
 
@@ -92,7 +91,7 @@ class GraderPool:
             extracted("", pattern)  # refuses what is no regular expression
         slow = [number for number, item in enumerate(items) if _is_slow(item.rule)]
         grades = {number: _grade_in_place(items[number]) for number in set(range(len(items))) - set(slow)}
-        grades.update(zip(slow, self._map(self._grade_slowly, [items[i] for i in slow], "graded"), strict=True))
+        grades.update(zip(slow, self._map(self._grade_slowly, [items[i] for i in slow]), strict=True))
         return [grades[number] for number in range(len(items))]
 
     def check(self, rule: GradingRule, references: Sequence[str]) -> list[str]:
@@ -107,19 +106,12 @@ class GraderPool:
             check_code_allowed(self._allow_code)
         items = [Item(rule=rule, response="", answer=reference) for reference in references]
         check = self._check_slowly if rule.kind in (CODE, "math", "regex") else _check_in_place
-        return self._map(check, items, "references checked") if check == self._check_slowly else list(map(check, items))
+        return self._map(check, items) if check == self._check_slowly else list(map(check, items))
 
-    def _map(self, function: Callable[[Item], Result], items: Sequence[Item], done: str) -> list[Result]:
-        """Apply a function to items, several at a time; say now and then how far it is."""
-        results: list[Result] = []
-        said = time.monotonic()
+    def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Apply a function to items, several at a time."""
         with ThreadPoolExecutor(max_workers=self._count) as threads:
-            for result in threads.map(function, items):
-                results.append(result)
-                if time.monotonic() - said >= _SAY_EVERY_S:
-                    said = time.monotonic()
-                    logger.info("%d of %d %s", len(results), len(items), done)
-        return results
+            return list(threads.map(function, items))
 
     def close(self) -> None:
         """Ends the workers."""

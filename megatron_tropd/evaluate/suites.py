@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -16,7 +17,8 @@ from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
 from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.evaluate.thinking import opened_thinking
-from megatron_tropd.report.records import Evaluation
+from megatron_tropd.report.progress import Heartbeat
+from megatron_tropd.report.records import AnswerRecord, Evaluation, record_answers
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler, check_finite
 from megatron_tropd.types import LOSS_REGIONS, Prompt, Rollout, SamplingParams
@@ -78,14 +80,15 @@ def grades(
                 f"problem {prompt.index} has no reference answer to grade against. Give data.columns.answer the name "
                 "of the column that holds it."
             )
-        response = opened_thinking(_prompt_end(prompt, tokenizer)) + answer_text(rollout, tokenizer)
+        response = _graded_text(rollout, prompt, tokenizer)
         items.append(Item(rule=rule(prompt), response=response, answer=prompt.answer))
     return _shared_out(items, allow_code=allow_code)
 
 
-def _prompt_end(prompt: Prompt, tokenizer: Tokenizer) -> str:
-    """Return the end of a prompt as text: chat templates may open the thinking there."""
-    return "".join(tokenizer.tokens(prompt.token_ids[-_PROMPT_END:].tolist()))
+def _graded_text(rollout: Rollout, prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """Return a response as text, with the mark before it where the prompt ends in one that opens the thinking."""
+    prompt_end = "".join(tokenizer.tokens(prompt.token_ids[-_PROMPT_END:].tolist()))
+    return opened_thinking(prompt_end) + answer_text(rollout, tokenizer)
 
 
 def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
@@ -122,6 +125,8 @@ class Answered:
     mean_length: float  # tokens per answer
     finished: float = 1.0  # share of answers that ended by themselves
     timed_out: int = 0  # answers whose grading was given up
+    left_out: int = 0  # problems that were not asked
+    answers: tuple[AnswerRecord, ...] = ()
 
     @property
     def solved(self) -> float:
@@ -149,18 +154,49 @@ def answer_suite(
         top_k=suite.top_k,
         stop_token_ids=tuple(tokenizer.eos_ids),
     )
-    rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
+    what = f"{len(requests):,} answers of at most {budget:,} tokens to the suite {suite.name!r}"
+    with Heartbeat(f"sampling {what}", enabled=_is_first()):
+        rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
     check_finite(rollouts, params, f"the model answering the suite {suite.name!r}")
     blocks = "definitions" if suite.code is None else suite.code.blocks
     rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s, blocks=blocks)
-    found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
+    with Heartbeat(f"grading {what}", enabled=_is_first()):
+        found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)
     return Answered(
         right=np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(problems), -1),
         mean_length=float(np.mean([r.response_length for r in rollouts])),
         finished=float(np.mean([rollout.finished for rollout in rollouts])),
         timed_out=sum(grade.timed_out for grade in found),
+        left_out=getattr(problems, "left_out", 0),
+        answers=_answer_records(rollouts, problems, found, tokenizer),
     )
+
+
+def _answer_records(
+    rollouts: Sequence[Rollout], problems: Sequence[Prompt], found: Sequence[Grade], tokenizer: Tokenizer
+) -> tuple[AnswerRecord, ...]:
+    samples = len(rollouts) // len(problems)
+    records = []
+    for number, (rollout, grade) in enumerate(zip(rollouts, found, strict=True)):
+        problem = problems[number // samples]
+        record = AnswerRecord(
+            problem=problem.index,
+            sample=number % samples,
+            prompt=problem.text,
+            reference=problem.answer or "",
+            answer=_graded_text(rollout, problem, tokenizer),
+            correct=grade.correct,
+            note=grade.note,
+            finished=rollout.finished,
+            tokens=rollout.response_length,
+        )
+        records.append(record)
+    return tuple(records)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _warn_of_ungraded(suite: str, found: Sequence[Grade]) -> None:
@@ -169,30 +205,36 @@ def _warn_of_ungraded(suite: str, found: Sequence[Grade]) -> None:
         logger.warning("%s: %d answers count as wrong for want of a reference: %s", suite, len(bad), bad[0])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedModel:
+    """Whose answers are graded, and where they are kept."""
+
+    name: str  # ``Evaluation.model``
+    step: int | None = None  # training steps done
+    answers_dir: Path | None = None  # directory for a file of the answers of each suite; None keeps none
+
+
 def answer_suites(
     sampler: Sampler,
     suites: Sequence[SuiteConfig],
     problems: Mapping[str, Sequence[Prompt]],
     tokenizer: Tokenizer,
     *,
-    model: str,
-    step: int | None,
+    model: EvaluatedModel,
     seed: int,
     allow_code: bool,
 ) -> list[Evaluation]:
-    """Every suite in turn, summarised. Collective."""
-    return [
-        summarise(
-            answer_suite(sampler, suite, problems[suite.name], tokenizer, seed=seed, allow_code=allow_code),
-            suite,
-            model=model,
-            step=step,
-        )
-        for suite in suites
-    ]
+    """Answer and grade every suite in turn, and summarize it. Collective."""
+    results = []
+    for suite in suites:
+        answered = answer_suite(sampler, suite, problems[suite.name], tokenizer, seed=seed, allow_code=allow_code)
+        if model.answers_dir is not None and _is_first():
+            record_answers(model.answers_dir, model=model.name, suite=suite.name, answers=answered.answers)
+        results.append(summarize(answered, suite, model=model.name, step=model.step))
+    return results
 
 
-def summarise(answered: Answered, suite: SuiteConfig, *, model: str, step: int | None = None) -> Evaluation:
+def summarize(answered: Answered, suite: SuiteConfig, *, model: str, step: int | None = None) -> Evaluation:
     """Accuracy, mean over samples, and pass@k of one suite with their 95 % intervals."""
     right = answered.right
     interval = accuracy_interval(right[:, 0] if suite.samples == 1 else right)
@@ -209,4 +251,5 @@ def summarise(answered: Answered, suite: SuiteConfig, *, model: str, step: int |
         pass_at={str(k): list(pass_at_k_interval(right, k)) for k in suite.pass_at},
         finished=answered.finished,
         timed_out=answered.timed_out,
+        left_out=answered.left_out,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -90,3 +91,39 @@ class TrainingProgress:
         if now - self._last_line >= self._seconds_between_lines or self._done == self._total:
             self._last_line = now
             self.say(f"{self._unit} {self._done}/{self._total}  {shown}")
+
+
+class Heartbeat:
+    """Says every now and then that a phase goes on, and since when: for phases that count nothing. Quiet if short.
+
+    Args:
+        what: the phase, such as "sampling 1,319 answers".
+        enabled: True on one rank only.
+        seconds: between two lines, and before the first.
+    """
+
+    def __init__(
+        self, what: str, *, enabled: bool = True, console: Console | None = None, seconds: float = 10.0
+    ) -> None:
+        self._what, self._enabled, self._seconds = what, enabled, seconds
+        self._console = console or Console()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._enabled:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        began = time.monotonic()
+        while not self._over.wait(self._seconds):
+            spent = time.monotonic() - began
+            self._console.print(f"{self._what}: {spent:.0f} s so far", highlight=False, markup=False, soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +35,22 @@ class Evaluation:
     pass_at: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by k: pass@k and its 95 % interval
     finished: float | None = None  # share of answers that ended by themselves, not by their budget
     timed_out: int = 0  # answers whose grading was given up: they count as wrong
+    left_out: int = 0  # problems of the files that were not asked: too long, or bad rows that were skipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerRecord:
+    """One graded answer, a line of ``answers-MODEL-SUITE.jsonl``."""
+
+    problem: int  # row number of the problem in its files
+    sample: int  # which of the problem's answers
+    prompt: str
+    reference: str
+    answer: str  # as it was graded: thinking that the prompt opened begins it
+    correct: bool
+    note: str  # why it could not be graded, or why its program failed
+    finished: bool  # whether it ended by itself
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +80,19 @@ def record_evaluations(run_dir: str | Path, evaluations: Sequence[Evaluation]) -
     kept = {_identity(evaluation): evaluation for evaluation in (*read_evaluations(run_dir), *evaluations)}
     text = json.dumps([asdict(evaluation) for evaluation in kept.values()], indent=1)
     _write(Path(run_dir) / EVALUATION_FILE, text + "\n")
+
+
+def record_answers(run_dir: str | Path, *, model: str, suite: str, answers: Sequence[AnswerRecord]) -> Path:
+    """Write the answers of one model to one suite beside ``evaluation.json``; those of an earlier time are replaced."""
+    path = Path(run_dir) / f"answers-{_file_name(model)}-{_file_name(suite)}.jsonl"
+    _write(path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+    return path
+
+
+def _file_name(name: str) -> str:
+    """A name as part of a file's; with a few digits of its own where it had to be changed."""
+    plain = re.sub(r"[^A-Za-z0-9.=@_]+", "_", name).strip("_.")
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def read_evaluations(run_dir: str | Path) -> list[Evaluation]:

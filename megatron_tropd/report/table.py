@@ -31,6 +31,10 @@ def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     for model in (*named, *others):
         if any((model, suite) in found for suite in suites):
             table.add_row(model, *(_cell(found.get((model, suite))) for suite in suites))
+    left_out = [max((e.left_out for e in evaluations if e.suite == suite), default=0) for suite in suites]
+    if any(left_out):
+        table.add_section()
+        table.add_row("problems left out", *(str(count) for count in left_out))
     closed = [distance_closed(evaluations, suite) for suite in suites]
     if any(share is not None for share in closed):
         table.add_section()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed, shared_pool
 from megatron_tropd.evaluate.rules import CODE, GradingRule
 from megatron_tropd.evaluate.suites import rule_of_source
+from megatron_tropd.report.progress import Heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +127,8 @@ def _unusable(
 ) -> dict[int, str]:
     """Why rows cannot be graded against, by row."""
     answers = [prompts[int(row)].answer or "" for row in rows]
-    reasons = shared_pool(allow_code).check(rule, answers)
+    with Heartbeat(f"checking {len(answers):,} reference answers", enabled=os.environ.get("RANK", "0") == "0"):
+        reasons = shared_pool(allow_code).check(rule, answers)
     return {int(row): reason for row, reason in zip(rows, reasons, strict=True) if reason}
 
 

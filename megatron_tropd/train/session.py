@@ -19,7 +19,7 @@ from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
 from megatron_tropd.errors import EngineError
-from megatron_tropd.evaluate.suites import answer_suites
+from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.parallel.partition import Launch, join_launch
@@ -241,8 +241,7 @@ class Evaluator:
             suites_of(self._config),
             problems or run.problems,
             tokenizer or run.tokenizer,
-            model=model,
-            step=step,
+            model=EvaluatedModel(name=model, step=step),
             seed=run.seed,
             allow_code=run.evaluate.allow_code_execution,
         )

@@ -24,7 +24,7 @@ from megatron_tropd import cli
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.config.sections import SuiteConfig
 from megatron_tropd.errors import ConfigError, DataError
-from megatron_tropd.evaluate.suites import Answered, summarise
+from megatron_tropd.evaluate.suites import Answered, summarize
 from megatron_tropd.methods import PRESETS
 from tests.support.run_inputs import TEACHER, Task, commands, make_task, save_model
 
@@ -152,7 +152,7 @@ def test_a_problem_is_solved_when_one_of_its_answers_is_right():
     answered = Answered(right=right, mean_length=3.0)
     assert answered.solved == pytest.approx(2 / 3)  # pass@2; the mean of 2 is 1/2
     suite = SuiteConfig(name="mean@2", samples=2, temperature=1.0, pass_at=(1, 2))
-    summary = summarise(answered, suite, model="teacher")
+    summary = summarize(answered, suite, model="teacher")
     assert summary.accuracy == summary.pass_at["1"][0] == pytest.approx(1 / 2)
     assert summary.pass_at["2"][0] == pytest.approx(2 / 3)
 

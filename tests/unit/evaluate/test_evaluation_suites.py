@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_tropd.config.sections import DataConfig, SourceConfig, SuiteConfig
+from megatron_tropd.data.table import table_of
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate import suites as evaluation
 from megatron_tropd.evaluate.rules import GradingRule
+from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.train import sample_report as samples
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams, single_turn
 
@@ -149,12 +155,12 @@ def test_the_rule_of_a_training_prompt_is_that_of_its_source():
 
 def test_samples_of_one_problem_are_not_counted_as_independent_and_one_each_is_wilsons():
     each = evaluation.Answered(right=np.array([[1.0], [1.0], [1.0], [0.0], [0.0]]), mean_length=1.0)
-    alone = evaluation.summarise(each, suite(), model="teacher")
+    alone = evaluation.summarize(each, suite(), model="teacher")
     assert (alone.low, alone.high) == (pytest.approx(0.2307, abs=1e-4), pytest.approx(0.8824, abs=1e-4))
     # all samples of a problem agree: worth one each, so the interval is that of 5 draws with their spread (ddof=1),
     # 0.24 / (0.3 / 5) = 4 of them; Wilson's interval of 0.6 with n = 4, by hand
     same = evaluation.Answered(right=np.repeat(each.right, 8, axis=1), mean_length=1.0, finished=0.5, timed_out=3)
-    summary = evaluation.summarise(same, suite(samples=8, temperature=1.0, pass_at=(1, 8)), model="m", step=4)
+    summary = evaluation.summarize(same, suite(samples=8, temperature=1.0, pass_at=(1, 8)), model="m", step=4)
     z, n = 1.959964, 4
     half = z / (1 + z**2 / n) * (0.24 / n + z**2 / (4 * n**2)) ** 0.5
     centre = (0.6 + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -265,3 +271,52 @@ def test_a_token_has_its_own_gate_and_log_ratio_and_a_prefix_no_gate():
     tokens = samples._sample_tokens(run, rollout(request, "bc"), gate)
     assert [token.trusted for token in tokens] == [None, False, True]
     assert [token.log_ratio for token in tokens] == [-0.5, -2.5, 0.25]
+
+
+# --------------------------------------------------------------------------- answers that are kept
+
+
+def test_every_answer_of_a_kept_suite_is_a_line_beside_the_evaluation(tmp_path):
+    model = evaluation.EvaluatedModel(name="m x", step=3, answers_dir=tmp_path)
+    asked = table_of(problems("ab", "cd"))
+    asked.left_out = 5
+    sampler = Says(["ab.", "cd", "ab.", "cd."])
+    (result,) = evaluation.answer_suites(
+        sampler,
+        [suite(samples=2, temperature=1.0)],
+        {"s": asked},
+        Letters(),
+        model=model,
+        seed=0,
+        allow_code=False,
+    )
+    assert (result.accuracy, result.problems, result.left_out, result.step) == (0.5, 2, 5, 3)
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("answers-m_x-") and file.name.endswith("-s.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["problem"], row["sample"], row["answer"], row["correct"]) for row in rows] == [
+        (10, 0, "ab", True), (10, 1, "cd", False), (11, 0, "ab", False), (11, 1, "cd", True),
+    ]  # fmt: skip
+    assert [(row["finished"], row["tokens"]) for row in rows] == [(True, 3), (False, 2), (True, 3), (True, 3)]
+    assert rows[0]["prompt"] == "problem 0" and rows[2]["reference"] == "cd"
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(accuracy_table([result]))
+    assert re.search(r"problems left out +5\b", shown.file.getvalue())
+
+
+def test_an_answer_cut_in_thinking_that_its_prompt_opened_is_wrong():
+    class Thinks(Letters):
+        def tokens(self, ids: Sequence[int]) -> list[str]:
+            return ["<think>" if i == 26 else self.decode([i]) for i in ids]
+
+    found = evaluation.answer_suite(Says(["ab", "ab"]), suite(), problems("ab", "ab"), Thinks(), seed=0)
+    assert found.right.tolist() == [[0], [0]]
+    assert [one.answer for one in found.answers] == ["<think>ab"] * 2 and found.answers[0].note
+
+
+def test_an_answer_to_a_useless_reference_cannot_be_told_in_training():
+    prompts = problems("3", "some")
+    requests = evaluation.make_requests(prompts, samples=1, guided=0, fraction=0.0, max_new_tokens=9)
+    rollouts = Says(["c", "c"]).generate(requests, SamplingParams(max_new_tokens=9), seed=0, step=0)
+    right = evaluation.correctness(rollouts, prompts, Letters(), lambda _: GradingRule(), allow_code=False)
+    np.testing.assert_array_equal(right, [[0], [np.nan]])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_tropd.config.loading import load_config, load_suite
 from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
@@ -160,6 +162,9 @@ def test_a_model_is_graded_on_suites_alone_and_by_two_ranks(task: Task, tmp_path
     alone = commands().run("evaluate", task.student, *suites, *fixed, "--out", tmp_path / "one").expect_success()
     assert "60.0 [23.1, 88.2]" in alone.output  # Wilson's interval of 3 out of 5
     assert "student, found: mean length 11 tokens" in alone.output and "pass@2 100.0 [" in alone.output
+    assert "student: 15 answers of at most 11 tokens (exact: 5 problems x 1 x 11 tokens, found: " in alone.output
+    kept = read_rows(tmp_path / "one" / "answers-student-exact.jsonl")
+    assert sum(row["correct"] for row in kept) == 3 and {row["tokens"] for row in kept} <= set(range(12))
     results = json.loads((tmp_path / "one" / "evaluation.json").read_text())
     assert [(row["model"], row["suite"], row["accuracy"]) for row in results] == [
         ("student", "exact", 0.6), ("student", "found", 1.0),
@@ -170,7 +175,21 @@ def test_a_model_is_graded_on_suites_alone_and_by_two_ranks(task: Task, tmp_path
     assert json.loads((tmp_path / "two" / "evaluation.json").read_text()) == results
 
     # the same suites of a configuration
-    within = commands().run("evaluate", task.config, *suites, f"run_dir={tmp_path}/run").expect_success()
+    within = commands().run("evaluate", task.config, *suites, f"run_dir={tmp_path}/run", "--limit", 2).expect_success()
+    assert "teacher: 6 answers of at most " in within.output
     assert "student before, exact: " in within.output and "teacher, found: " in within.output
     missing = commands().run("evaluate", task.student)
     assert missing.status == 2 and "a model is graded on suites: give --suite" in missing.output
+
+
+def test_a_model_that_gives_no_numbers_is_refused_before_it_is_asked(task: Task, tmp_path: Path):
+    broken = shutil.copytree(task.student, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "suite.yaml").write_text(f"name: a\nprompts: {task.directory}/heldout.jsonl\ngrader: exact\n")
+    outcome = commands().run(
+        "evaluate", broken, "--suite", tmp_path / "suite.yaml", "--max-new-tokens", 3, "--out", tmp_path / "out"
+    )
+    assert outcome.status != 0 and "its weights or its precision are broken" in outcome.output
+    assert not (tmp_path / "out").exists()
