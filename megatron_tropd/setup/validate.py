@@ -25,6 +25,7 @@ from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, build_method
 from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.setup.chat_templates import warn_of_differences, warn_of_unread_options
@@ -42,6 +43,7 @@ from megatron_tropd.setup.ends import STUDENT, ResponseEnds, response_ends, stop
 from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.setup.references import check_training_answers
 from megatron_tropd.storage.owned import check_target
+from megatron_tropd.teacher.engines.checks import check_reported
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
@@ -353,14 +355,12 @@ def check_support(inputs: Inputs) -> None:
 
 def check_sampling(config: RunConfig, inputs: Inputs) -> None:
     """ConfigError when vLLM could not say what the model itself thinks of what it drew."""
-    rollout, exact = config.rollout, ROLLOUT_ENGINES[config.rollout.engine].exact_vocabulary
-    plain = rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0
-    if not exact and not plain and inputs.vocab_size < inputs.student.vocab_size:
-        raise ConfigError(
-            f"the student has {inputs.student.vocab_size} ids, the teacher {inputs.teacher.vocab_size}: with "
-            f"rollout.engine={rollout.engine} training then needs rollout.temperature=1, top_p=1 and top_k=0. "
-            "Set them so, or use rollout.engine=megatron."
-        )
+    check_logprobs(
+        config.rollout,
+        shared_ids=inputs.vocab_size,
+        student_ids=inputs.student.vocab_size,
+        teacher_ids=inputs.teacher.vocab_size,
+    )
 
 
 def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
@@ -373,37 +373,7 @@ def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
 
 def check_teacher(config: RunConfig, inputs: Inputs) -> None:
     """ConfigError when vLLM cannot tell of the teacher what the method needs."""
-    engine, needs = scoring_engine(config.teacher), inputs.method.needs
-    name, where = config.method.name, f"teacher.engine={config.teacher.engine}"
-    if needs.hidden_states and not engine.hidden_states:
-        raise ConfigError(
-            f"method.name={name} with these options compares whole distributions, for which it needs the teacher's "
-            f"hidden states; {where} tells log-probs only. Use teacher.engine=megatron, or a divergence over the top k."
-        )
-    if engine.exact_distribution or config.teacher.whole_vocabulary:
-        return
-    if needs.end_ids:
-        raise ConfigError(
-            f"the ends of responses count as one token (method.end_tokens), ids {list(needs.end_ids)}, but {where} "
-            "tells the log-probs of the sampled and the likeliest ids only, so that of all ends is not known. Set "
-            "teacher.whole_vocabulary=true (for small vocabularies), use teacher.engine=megatron, or set "
-            "method.end_tokens=exact, where the student's own end stays what the teacher would hardly write."
-        )
-    shared, teacher = inputs.vocab_size, inputs.teacher.vocab_size
-    lacking = {
-        f"method.support={needs.support} needs the log-probs of ids that the student names": (
-            needs.top_k > 0 and needs.support in ("student", "union")
-        ),
-        f"method.name={name} with these options needs the teacher's exact entropy": needs.teacher_entropy,
-        f"method.temperature={inputs.method.temperature} is not 1": inputs.method.temperature != 1.0,
-        f"the models share {shared} of the teacher's {teacher} ids, over which its softmax runs": shared < teacher,
-    }
-    for why, stands in lacking.items():
-        if stands:
-            raise ConfigError(
-                f"{why}, but {where} tells the log-probs of the sampled and the likeliest ids at temperature 1 only. "
-                "Set teacher.whole_vocabulary=true (for small vocabularies), or use teacher.engine=megatron."
-            )
+    check_reported(config.teacher, inputs.method, shared_ids=inputs.vocab_size, teacher_ids=inputs.teacher.vocab_size)
 
 
 # --------------------------------------------------------------------------- data

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_tropd.config.sections import RolloutConfig
+from megatron_tropd.errors import ConfigError
 from megatron_tropd.rollout.engines import registry
+from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext
 
 CPU = torch.device("cpu")
@@ -110,3 +112,17 @@ def test_an_engine_that_is_not_installed_is_refused_by_its_row(monkeypatch: pyte
     assert not asked  # its servers may live in another environment
     ROLLOUT_ENGINES[name].check()
     assert asked == [True]
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROLLOUT_ENGINES.items() if not row.exact_vocabulary])
+@pytest.mark.parametrize("shaped", [{"temperature": 0.9}, {"top_p": 0.9}, {"top_k": 9}])
+def test_an_engine_that_knows_its_own_ids_only_samples_plainly_where_the_models_share_fewer(
+    name: str, shaped: dict[str, float]
+):
+    own = {"engine": name, "vllm_server": {"urls": URLS}}
+    section, plain = RolloutConfig.model_validate({**own, **shaped}), RolloutConfig.model_validate(own)
+    with pytest.raises(ConfigError, match=f"the student has 60 ids, the teacher 50: with rollout.engine={name} "):
+        check_logprobs(section, shared_ids=50, student_ids=60, teacher_ids=50)
+    check_logprobs(section, shared_ids=60, student_ids=60, teacher_ids=60)
+    check_logprobs(plain, shared_ids=50, student_ids=60, teacher_ids=50)
+    check_logprobs(RolloutConfig.model_validate(shaped), shared_ids=50, student_ids=60, teacher_ids=50)
