@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from megatron_tropd.config.messages import explain, read_tree
-from megatron_tropd.config.run import PROMPT_FILES, RunConfig, matches
+from megatron_tropd.config.run import PROMPT_FILES, RunConfig, matches, variable_in
 from megatron_tropd.config.sections import SuiteConfig
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.storage.write_aside import write_aside
@@ -104,6 +104,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
         if not prompts.exists() and not matches(prompts):
             raise ConfigError(
                 f"{path}: prompts = '{prompts}': there is nothing at {prompts.absolute()}. {PROMPT_FILES}"
+                f"{variable_in(prompts)}"
             )
     return suite
 

@@ -8,6 +8,7 @@ override).
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,11 @@ def read_tree(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str
     except MissingMandatoryValue as error:
         raise ConfigError(f"{path}: {error.full_key} is '???', which means that you must set it.") from None
     except OmegaConfBaseException as error:
+        if unset := re.search(r"Environment variable '(\w+)' not found", str(error)):
+            raise ConfigError(
+                f"{path}: {error.full_key} needs the environment variable {unset[1]}, which is not set. Set it first: "
+                f"`export {unset[1]}=...`, or give {error.full_key} on the command line."
+            ) from None
         raise ConfigError(
             f"{path}: {error.full_key}: {_first_line(error)}. "
             "An interpolation ${...} sees only keys that are written in the file or an override."

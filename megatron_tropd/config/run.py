@@ -7,6 +7,7 @@ Rules inside one section are in ``config.sections``. Method options are collecte
 from __future__ import annotations
 
 import glob
+import re
 from pathlib import Path
 from typing import Self
 
@@ -210,11 +211,20 @@ class RunConfig(Section):
             if path is not None and not path.exists() and not (fix.startswith(PROMPT_FILES) and matches(path)):
                 raise ConfigError(
                     f"{name} = '{path}': there is nothing at {path.absolute()} "
-                    f"(relative paths are relative to the current directory). {fix}"
+                    f"(relative paths are relative to the current directory). {fix}{variable_in(path)}"
                 )
 
 
 PROMPT_FILES = "Give a JSONL, Parquet or Arrow file, a glob, or a directory of them."
+
+
+def variable_in(path: Path) -> str:
+    """What to do about a shell variable that stands in a path as it was written; empty where there is none."""
+    found = re.search(r"\$\{?(\w+)", str(path))
+    if found is None:
+        return ""
+    name = found[1]
+    return f" Variables of the shell are not filled in: write ${{oc.env:{name}}}, after `export {name}=...`."
 
 
 def matches(pattern: Path) -> bool:

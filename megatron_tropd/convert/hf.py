@@ -15,6 +15,7 @@ from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.name_table import EMBEDDING, OUTPUT, hf_shapes
 from megatron_tropd.models.registry import architecture_of
 from megatron_tropd.models.rules import strips
+from megatron_tropd.storage.kinds import adapter_base, foreign_kind
 from megatron_tropd.types import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -26,8 +27,12 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
+        if adapter := adapter_base(path.parent):
+            raise CheckpointError(f"{path.parent.absolute()} is {adapter}") from error
         raise CheckpointError(f"{path.absolute()} does not exist. Give a Hugging Face model directory.") from error
     except ValueError as error:  # JSONDecodeError, or bytes that are no text
+        if kind := foreign_kind(path):
+            raise CheckpointError(f"{path.absolute()} is {kind}") from error
         raise CheckpointError(f"{path.absolute()} is not valid JSON: {error}.") from error
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.storage.kinds import foreign_kind
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,6 +44,8 @@ class SafetensorsFile:
             length = int.from_bytes(os.pread(self._file, 8, 0), "little")
             header = json.loads(os.pread(self._file, length, 8))
         except (SafetensorError, OSError, ValueError) as error:
+            if kind := foreign_kind(path):
+                raise CheckpointError(f"{path.absolute()} is {kind}") from error
             raise CheckpointError(f"{path.absolute()} is torn or not safetensors: {error}. Copy it again.") from error
         header.pop("__metadata__", None)
         self.tensors = {

@@ -1,21 +1,25 @@
 """Rows of local data files, one at a time: JSON lines, Parquet, Arrow, and directories that ``datasets`` has saved.
 
-Nothing here reaches the network, and no file is ever held whole as Python objects: JSON lines are read line by line,
-Parquet and Arrow in batches of a few hundred rows of the columns that are asked for.
+Nothing here reaches the network, and no file is held whole as Python objects but a JSON array: JSON lines (plain, or
+compressed with gzip) are read line by line, Parquet and Arrow in batches of a few hundred rows of the columns that are
+asked for.
 """
 
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from megatron_tropd.data.cells import is_missing, shortest_double
 from megatron_tropd.errors import DataError
+from megatron_tropd.storage.kinds import GZIP, foreign_rows, head_of
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".arrow")
@@ -81,7 +85,8 @@ def _directory(path: Path) -> list[Path]:
                 f"{', '.join(missing)} is listed in {path}/state.json but missing. Copy the directory anew."
             )
         return files
-    files = sorted(file for file in path.iterdir() if file.suffix in (*JSON_LINES[:2], *TABLES) and file.is_file())
+    readable = (*JSON_LINES[:2], *TABLES, *(f"{suffix}.gz" for suffix in JSON_LINES[:2]))
+    files = sorted(file for file in path.iterdir() if file.name.endswith(readable) and file.is_file())
     if not files:
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise DataError(f"directory {path} has no .jsonl, .parquet or .arrow file in it, but {there}. Name the files.")
@@ -118,16 +123,46 @@ def read_rows(file: Path, *, columns: Collection[str] | None, one_of: Collection
     Raises:
         DataError: the file cannot be read, or is a table without the columns it needs.
     """
+    if kind := foreign_rows(file):
+        raise DataError(f"{file} is {kind}")
     if file.suffix in TABLES:
         return _table_rows(file, columns=columns, one_of=one_of)
     return _json_rows(file)
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield RawRow(number, _parse(line))
+    packed = head_of(file).startswith(GZIP)
+    try:
+        with cast(IO[bytes], gzip.open(file) if packed else file.open("rb")) as stream:
+            listed = _array_in(stream)
+            yield from _lines_in(stream) if listed is None else _listed(listed)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file} is torn, or no gzip file: {error}. Copy it anew.") from None
+
+
+def _array_in(stream: IO[bytes]) -> list[Any] | None:
+    """The rows of a file that is one JSON array, which has to be read whole; None where it is none."""
+    start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    if not start.startswith(b"["):
+        return None
+    try:
+        rows = json.loads(stream.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # lines that are arrays each, which are told one by one
+        rows = None
+    stream.seek(0)
+    return rows if isinstance(rows, list) and any(isinstance(row, dict) for row in rows) else None
+
+
+def _listed(rows: Sequence[Any]) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(number, row if isinstance(row, dict) else _no_object(row))
+
+
+def _lines_in(stream: IO[bytes]) -> Iterator[RawRow]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield RawRow(number, _parse(line))
 
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:
@@ -135,9 +170,11 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow:
         row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
         return BadRow(f"not valid JSON: {error}.")
-    if not isinstance(row, dict):
-        return BadRow(f"holds {type(row).__name__}, expected a JSON object with a prompt.")
-    return row
+    return row if isinstance(row, dict) else _no_object(row)
+
+
+def _no_object(row: Any) -> BadRow:
+    return BadRow(f"holds {type(row).__name__}, expected a JSON object with a prompt.")
 
 
 def _constant(name: str) -> float | None:

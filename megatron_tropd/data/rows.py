@@ -26,6 +26,7 @@ RENDERED_ALREADY = "hold a whole rendered prompt: taken as it stands, without th
 BEGUN_TWICE = "hold a text that begins with the beginning token, which is added anyway: cut there once"
 ENDED_PROMPT = "hold a prompt or message that ends in an end or padding token: cut there"
 TWO_RESPONSES = "end in an assistant message and have a response column: the column is read"
+OTHER_END = "hold a response that ended in a token which does not end the student's: its own stands there"
 EDITED = "hold a response that was changed since `tropd generate` wrote it: tokenized anew"
 OTHER_TOKENIZER = "hold a response that another tokenizer wrote: tokenized anew from its text"
 OTHER_PROMPT = (
@@ -238,7 +239,7 @@ class RowParser:
             message = {"role": "assistant", "content": response}
             if spoken is not None:
                 self._notes.add(TWO_RESPONSES)
-            ids = None if kept is None else self._generated(kept, response, prompt)
+            ids = None if kept is None else self._generated(kept, response, prompt, finished=finished)
             if ids is not None:
                 return ids, finished
         else:
@@ -260,7 +261,7 @@ class RowParser:
             raise BadRow(f"column {name!r} holds {str(finished)[:80]!r}, expected true, or false for a cut response.")
         return reason != "length" if finished is None else finished
 
-    def _generated(self, kept: Any, response: str, prompt: Rendered) -> Int64Array | None:
+    def _generated(self, kept: Any, response: str, prompt: Rendered, *, finished: bool) -> Int64Array | None:
         """The ids that ``tropd generate`` kept, where they still are what the row says."""
         ids = kept.get("ids") if isinstance(kept, Mapping) else None
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
@@ -273,9 +274,13 @@ class RowParser:
             return None
         if kept.get("prompt") != ids_digest(prompt.ids):
             self._notes.add(OTHER_PROMPT)
-        if self._tokenizer.response_text(ids) != response:
+        body = ids[:-1] if finished else ids
+        if self._tokenizer.response_text(body) != response:
             self._notes.add(EDITED)
             return None
+        if finished and ids[-1] not in self._tokenizer.eos_ids:
+            self._notes.add(OTHER_END)
+            ids = [*body, self._tokenizer.turn_end]
         return np.array(ids, dtype=np.int64)
 
 

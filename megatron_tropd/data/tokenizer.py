@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from megatron_tropd.data.chat import ChatTemplate, Message, Tools
 from megatron_tropd.errors import TokenizerError
+from megatron_tropd.storage.kinds import adapter_base, foreign_kind
 
 TOKENIZER, GENERATION, CONFIG = "tokenizer", "generation_config.json", "config.json"  # where end tokens are named
 TEMPLATE = "chat template"
@@ -259,6 +260,11 @@ def _turn_end(tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None
 
 def _open_fast_tokenizer(path: Path) -> Any:
     names = {entry.name for entry in path.iterdir()}
+    for file in sorted(path.glob("*token*")) + sorted(path.glob("*.json")):
+        if file.is_file() and (kind := foreign_kind(file)):
+            raise TokenizerError(f"{file} is {kind}")
+    if adapter := adapter_base(path):
+        raise TokenizerError(f"{path} is {adapter}")
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}:
         raise TokenizerError(
             f"{path} holds no tokenizer: expected tokenizer.json (or tokenizer.model, vocab.json, vocab.txt) among "

@@ -285,6 +285,9 @@ def test_kept_ids_are_read_bit_for_bit_while_they_are_what_the_row_says(loaded, 
     assert asked.response_ids.tolist() == ids
     for said in ("was changed since", "another tokenizer wrote", "wrote to another prompt than is asked here"):
         assert said in caplog.text
+    foreign = {**kept, "ids": [*ids[:-1], tokenizer.vocab["<|im_start|>"]]}  # what ends answers of another model
+    (ended,) = read(tmp_path, tokenizer, {**row, "generated": foreign}).prompts
+    assert ended.response_ids.tolist() == ids and "does not end the student's" in caplog.text
     with pytest.raises(DataError, match="column 'generated' holds"):
         read(tmp_path, tokenizer, {**row, "generated": {"ids": "x"}})
 

@@ -1,0 +1,89 @@
+"""Name files that are not what they are taken for, by their first bytes: pointers, archives, web pages, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+GZIP = b"\x1f\x8b"
+_HEAD = 4096
+_LFS = b"version https://git-lfs.github.com/spec/"
+_ARCHIVES = {
+    GZIP: ("compressed with gzip", "gunzip {path}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd {path}"),
+    b"BZh": ("compressed with bzip2", "bunzip2 {path}"),
+    b"\xfd7zXZ\x00": ("compressed with xz", "unxz {path}"),
+    b"PK\x03\x04": ("a zip archive", "unzip {path}"),
+}
+_TABLES = {b"PAR1": (".parquet", "Parquet"), b"ARROW1": (".arrow", "Arrow")}
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD)
+    except OSError:
+        return b""
+
+
+def foreign_kind(path: Path) -> str | None:
+    """Say what a file is that no reader here reads, and what to do about it; None where nothing stands out.
+
+    The sentence completes "PATH is ".
+    """
+    head = head_of(path)
+    if head.startswith(_LFS):
+        return "a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository, or download it."
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page: the download went wrong, perhaps for want of a login. Download it again."
+    for magic, (what, command) in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"{what}. Unpack it: `{command.format(path=path)}`."
+    return None
+
+
+def foreign_rows(path: Path) -> str | None:
+    """``foreign_kind`` of a file of rows; also tables and texts of other kinds. Gzip is read, so it is none of them."""
+    head = head_of(path)
+    kind = None if head.startswith(GZIP) else foreign_kind(path)
+    if kind is not None:
+        return kind
+    for magic, (suffix, what) in _TABLES.items():
+        if head.startswith(magic) and path.suffix != suffix:
+            return f"a table in {what}'s format. Give it the ending {suffix}."
+    if path.suffix in {suffix for suffix, _ in _TABLES.values()} or head.startswith(GZIP):
+        return None
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:64]:
+        return (
+            "text in UTF-16, or no text at all. Convert it: "
+            f"`iconv -f UTF-16 -t UTF-8 {path} > {path.with_suffix('.utf8.jsonl').name}`."
+        )
+    if path.suffix.lower() in (".csv", ".tsv") or _looks_like_csv(head):
+        separator = ", sep='\\t'" if path.suffix.lower() == ".tsv" or b"\t" in head.split(b"\n")[0] else ""
+        return (
+            'a CSV table, not JSON lines. Convert it: `python -c "import pandas; '
+            f"pandas.read_csv('{path}', dtype=str{separator})"
+            f".to_json('{path.with_suffix('.jsonl').name}', orient='records', lines=True)\"`."
+        )
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"{") and start.split(b"\n", 1)[0].strip() == b"{":
+        return f"JSON over several lines, not one object per line. Convert it: `jq -c . {path} > rows.jsonl`."
+    return None
+
+
+def _looks_like_csv(head: bytes) -> bool:
+    """Two lines with separators and without any JSON."""
+    lines = [line.strip() for line in head.split(b"\n")[:2] if line.strip()]
+    return len(lines) == 2 and all(b"{" not in line and b"[" not in line and b"," in line for line in lines)
+
+
+def adapter_base(directory: Path) -> str | None:
+    """What to do with a directory that holds a LoRA adapter alone; None where it is not one. Completes "PATH is "."""
+    if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
+        return None
+    merge = f"M.from_pretrained('{directory}').merge_and_unload().save_pretrained('merged')"
+    return (
+        'a LoRA adapter, not a whole model. Merge it into its base model first: `python -c "from peft import '
+        f"AutoPeftModelForCausalLM as M; {merge}\"` (and copy the tokenizer's files there)."
+    )
