@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_tropd.config.sections import RolloutConfig
+from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.engine.views import StudentScores
@@ -217,14 +219,18 @@ def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> lis
 
 
 def sampling_params(run: Run) -> SamplingParams:
-    """How training rollouts are drawn."""
-    rollout = run.rollout
+    """Tell how training rollouts are drawn."""
+    return sampling_of(run.rollout, run.tokenizer)
+
+
+def sampling_of(section: RolloutConfig, tokenizer: Tokenizer) -> SamplingParams:
+    """Tell how rollouts are drawn that a section describes."""
     return SamplingParams(
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop_token_ids=tuple(run.tokenizer.eos_ids),
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop_token_ids=tuple(tokenizer.eos_ids),
     )
 
 

@@ -39,6 +39,7 @@ from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.rollout.recording import claim_recording
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
@@ -58,7 +59,7 @@ from megatron_tropd.train import loop
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
 from megatron_tropd.train.resume import find_start, restore
-from megatron_tropd.train.rollout_queue import RolloutQueue
+from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
 
 
@@ -108,6 +109,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     check_writable(config)
     facts = _agreed_identity(config, inputs)
     checkpoint = find_start(config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
+    _claim_recording(config, inputs, facts, resumed=checkpoint is not None)
     run = build_run(config, inputs, launch.bridge, known=facts)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
@@ -147,6 +149,14 @@ def _agreed_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     found: list[dict[str, Any]] = [identity(config, inputs) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def _claim_recording(config: RunConfig, inputs: Inputs, facts: Mapping[str, Any], *, resumed: bool) -> None:
+    """Claim the directory that rollouts are recorded in. Collective."""
+    if config.rollout.record is not None:
+        sampling = sampling_of(config.rollout, inputs.tokenizer)
+        run_dir, directory = config.run_dir, config.rollout.record
+        claim_recording(directory, run_dir=run_dir, identity=facts, sampling=sampling, resumed=resumed)
 
 
 @contextmanager

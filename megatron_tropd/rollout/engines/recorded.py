@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_tropd.data.packing import check_regions
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.dispatch import versions_of
+from megatron_tropd.rollout.recording import check_sampling
 from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.types import Region, Rollout, RolloutRequest, SamplingParams, single_turn
 
@@ -157,8 +158,10 @@ class RecordedSampler:
         """The recorded rollouts of ``step``.
 
         Raises:
-            DataError: they answer other requests than these (other prompts, order, prefixes or number of samples).
+            DataError: they answer other requests than these (other prompts, order, prefixes or number of samples), or
+                were sampled otherwise (other budgets, another temperature).
         """
+        check_sampling(self._directory, params)
         rollouts = read_rollouts(self._directory, step)
         if len(rollouts) != len(requests):
             raise DataError(
@@ -173,6 +176,13 @@ class RecordedSampler:
                     f"{request.sequence_id} is of prompt {rollout.prompt_index} there, of prompt "
                     f"{request.prompt_index} here, or its text has changed. Replay with the seed, prompts, tokenizer "
                     "and guidance of the recording."
+                )
+            written = int(np.count_nonzero(rollout.region_L == Region.CONTINUATION))
+            if written > request.max_new_tokens:  # of recordings that do not say how they were sampled
+                raise DataError(
+                    f"the recording of step {step} in {self._directory.absolute()} has a response of {written} tokens "
+                    f"for a budget of {request.max_new_tokens} (sequence {request.sequence_id}). Replay with the "
+                    "rollout.max_new_tokens of the recording."
                 )
         return rollouts
 
