@@ -362,6 +362,17 @@ def megatron_to_hf(
     _convert("megatron_to_hf", source, target, (tensor, pipeline, expert), dtype, verify, like=like)
 
 
+@convert.command("recording")
+def recording(
+    old: Annotated[Path, typer.Argument(help="Directory of a teacher's scores, written by an earlier version.")],
+    new: Annotated[Path, typer.Argument(help="Directory to write: the same scores as Parquet files.")],
+) -> None:
+    """Write an old recording of a teacher's scores as Parquet. The old one stays as it is."""
+    from megatron_tropd.teacher.old_recordings import convert_recording
+
+    print(f"{convert_recording(old, new):,} scored sequences: {new}")
+
+
 def _convert(
     name: str,
     source: Path,
@@ -428,7 +439,7 @@ def serve(
 
 @app.command()
 def score(config: Config, overrides: Overrides = None) -> None:
-    """Write the teacher's grades of recorded rollouts, or of the responses in the data, to teacher.record.
+    """Write the teacher's scores of recorded rollouts, or of the responses in the data, to teacher.record.
 
     A run with teacher.recorded_from then needs no teacher.
     """

@@ -1,4 +1,4 @@
-"""``tropd score``: the teacher's grades of responses that are there already, written for ``teacher.recorded_from``."""
+"""``tropd score``: the teacher's scores of responses that are there already, written for ``teacher.recorded_from``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 
@@ -18,35 +19,38 @@ from megatron_tropd.rollout.engines.recorded import read_rollouts
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.setup.build import build_teacher, build_world, load_teacher, pack_for
 from megatron_tropd.setup.validate import Inputs, check_writable, read_inputs, teacher_request
+from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.teacher.schema import lacking
 from megatron_tropd.teacher.store import Store, sequence_key
-from megatron_tropd.types import Rollout, SamplingParams
+from megatron_tropd.types import LOSS_REGIONS, Int64Array, Rollout, SamplingParams
 
 
 @dataclass(slots=True)
 class Scored:
-    """What a scoring pass has done, over all ranks."""
+    """Count what a scoring pass has done, over all ranks."""
 
     sequences: int = 0
-    tokens: int = 0  # predictions graded
-    known: int = 0  # sequences that had grades already
+    tokens: int = 0  # predictions scored
+    known: int = 0  # sequences that had all scores already
     seconds: float = 0.0  # spent by the teacher
 
 
 def score(config: RunConfig) -> Scored:
-    """Grades recorded rollouts, or the responses in the data, into ``teacher.record``. Collective.
+    """Score recorded rollouts, or the responses in the data, into ``teacher.record``. Collective.
 
-    Sequences that have grades there are left out: a pass that was killed goes on where it was.
+    What is scored there with all that the method needs is left out: a pass that was killed resumes where it was, and a
+    directory that was made for less is completed.
 
     Raises:
         TropdError: what is wrong with the configuration, the data or the models.
     """
     initialize_distributed(timeout_s=config.collective_timeout_s)
     if config.teacher.ranks:
-        raise ConfigError(f"teacher.ranks={config.teacher.ranks}: here all ranks grade. Set it to 0.")
+        raise ConfigError(f"teacher.ranks={config.teacher.ranks}: here all ranks score. Set it to 0.")
     config.check_world(dist.get_world_size())
     directory = config.teacher.record
     if directory is None:
-        raise ConfigError("teacher.record=null: give the directory to write grades to.")
+        raise ConfigError("teacher.record=null: give the directory to write scores to.")
     inputs = read_inputs(config)
     if inputs.method.needs.support in ("student", "union") and inputs.method.needs.top_k:
         raise ConfigError(
@@ -59,7 +63,7 @@ def score(config: RunConfig) -> Scored:
         size = sum(path.stat().st_size for path in directory.iterdir())
         rate = done.tokens / done.seconds if done.seconds else 0.0
         Console().print(
-            f"{done.sequences:,} sequences graded ({done.known:,} were so before), {done.tokens:,} tokens, "
+            f"{done.sequences:,} sequences scored ({done.known:,} were so before), {done.tokens:,} tokens, "
             f"{rate:,.0f} tokens/s; {directory} holds {size:,} bytes",
             highlight=False,
             soft_wrap=True,
@@ -70,25 +74,19 @@ def score(config: RunConfig) -> Scored:
 def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     device = initialize_distributed()
     world = build_world(config, device, base=inputs.base is not None)
-    spec = teacher_request(config, inputs.method)
+    request = teacher_request(config, inputs.method)
     teacher = build_teacher(config, inputs, load_teacher(config, world), world)
-    store, done = Store(directory), Scored()
-    dist.barrier()  # everyone has seen the same grades
-    seen: set[bytes] = set()
+    known, done = _Known(Store(directory), request), Scored()
+    dist.barrier()  # everyone has seen the same scores
     try:
         for rollouts in _batches(config, inputs):
-            fresh = []
-            for rollout in rollouts:
-                key = sequence_key(rollout.token_ids)
-                if rollout.response_length and key not in seen and key not in store:
-                    fresh.append(rollout)
-                seen.add(key)
+            fresh = [rollout for rollout in rollouts if known.is_new(rollout)]
             done.known += len(rollouts) - len(fresh)
             if not fresh:
                 continue
             packs = pack_for(world, fresh, pack_tokens=config.train.pack_tokens, hidden_size=inputs.student.hidden_size)
             started = time.perf_counter()
-            teacher.score(packs, spec)
+            teacher.score(packs, request)
             done.seconds += time.perf_counter() - started
             done.sequences += len(fresh)
             done.tokens += sum(pack.num_valid for replica in packs for pack in replica)
@@ -98,8 +96,35 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     return done
 
 
+class _Known:
+    """What is scored already: in a store, with all that is requested, or earlier in this pass."""
+
+    def __init__(self, store: Store, request: TeacherRequest) -> None:
+        self._store, self._request = store, request
+        self._seen: dict[bytes, list[Int64Array]] = {}
+
+    def is_new(self, rollout: Rollout) -> bool:
+        """Tell whether a rollout is to be scored, and take it for scored from then on."""
+        position = _loss_positions(rollout)
+        if not len(position):
+            return False
+        key = sequence_key(rollout.token_ids)
+        seen = self._seen.setdefault(key, [])
+        if any(np.isin(position, earlier).all() for earlier in seen):
+            return False
+        seen.append(position)
+        places = self._store.find(key)
+        able = [place for place in places if not lacking(self._store.columns(place), self._request)]
+        return not any(self._store.covers(place, position) for place in able)
+
+
+def _loss_positions(rollout: Rollout) -> Int64Array:
+    """List the predictions of a rollout that carry loss."""
+    return np.flatnonzero(np.isin(rollout.region_L[1:], LOSS_REGIONS))
+
+
 def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
-    """What is to be graded, numbered apart within each batch."""
+    """Iterate over what is to be scored, numbered apart within each batch."""
     if config.rollout.recorded_from is not None:
         for step in range(config.train.steps):
             yield read_rollouts(config.rollout.recorded_from, step)
@@ -108,7 +133,7 @@ def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
     bare = [row for row, length in enumerate(prompts.response_lengths().tolist()) if not length]
     if bare:
         raise DataError(
-            f"{len(bare)} of {len(prompts)} prompts have no response to grade (the first is {prompts.place(bare[0])}). "
+            f"{len(bare)} of {len(prompts)} prompts have no response to score (the first is {prompts.place(bare[0])}). "
             "Let a model write them (`tropd generate`), or give recorded rollouts (rollout.engine=recorded)."
         )
     params = SamplingParams(max_new_tokens=config.rollout.max_new_tokens)

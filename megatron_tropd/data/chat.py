@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +90,11 @@ class ChatTemplate:
             return _around(self.render(turns, generate=False))[2]
         except TokenizerError:
             return ""
+
+    def fingerprint(self) -> str:
+        """Hash the template and its variables (SHA-256, hex)."""
+        text = json.dumps([self._tokenizer.chat_template, dict(self.options)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def source(self) -> str:

@@ -64,7 +64,7 @@ def score_packs(
 
 
 def query_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
-    """The student's own most likely tokens of every pack, for the teacher to grade; None where there are none."""
+    """Take the student's own most likely tokens of every pack, for the teacher to score; None where there are none."""
     return [None if score is None else score.topk_ids_NK for score in scores]
 
 

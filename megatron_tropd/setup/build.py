@@ -249,8 +249,12 @@ def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
         "temperature": inputs.method.temperature,
+        "dtype": config.dtype,
         "tokenizer": inputs.tokenizer.fingerprint(),
-        "end tokens": list(inputs.method.end_ids),
+        "end tokens": sorted(inputs.tokenizer.eos_ids),
+        "ends counted as one": list(inputs.method.end_ids),
+        "chat template": None if inputs.tokenizer.chat is None else inputs.tokenizer.chat.fingerprint(),
+        "budget": {"prompt": config.data.max_prompt_tokens, "response": config.rollout.max_new_tokens},
         **({} if inputs.base is None else {"base model": asdict(inputs.base)}),
     }
     if config.teacher.record is None and config.teacher.recorded_from is None:

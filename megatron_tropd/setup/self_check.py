@@ -117,7 +117,7 @@ def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rol
 def _items(
     model: Model, method: Method, packs: Sequence[Sequence[Pack]], rollouts: Sequence[Rollout], vocab_size: int
 ) -> list[TrainPack]:
-    """This replica's packs, graded by the model itself."""
+    """Make this replica's packs ready, scored by the model itself."""
     groups = model.groups
     spec = TeacherRequest.of(method.needs)
     own = MegatronTeacher(model, groups, vocab_size=vocab_size, temperature=method.temperature)

@@ -1,1 +1,1 @@
-"""Where the grades come from: a teacher model in the same processes, or its recorded answers."""
+"""Score what the student wrote: with a teacher model here or elsewhere, or from its recorded scores."""

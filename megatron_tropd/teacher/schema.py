@@ -116,7 +116,7 @@ SCORE_FIELDS: tuple[Field, ...] = (
         name="query_ids",
         width="queries",
         kind="id",
-        means="the teacher's answer for the student's {n} likeliest tokens",
+        means="the teacher's scores of the student's {n} likeliest tokens",
         wanted=lambda r: r.queries,
         author="student",
     ),

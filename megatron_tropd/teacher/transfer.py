@@ -2,7 +2,7 @@
 rank, without padding, to whoever computes on them. The layouts need nothing in common.
 
 One layout is the student's, whose replica r trains on ``packs[r]``; any other (a teacher's) has all packs of the batch
-dealt to its replicas in turn. Where both agree every pack is worked on by the same ranks and nothing travels.
+assigned to its replicas, round robin. Where both agree every pack is worked on by the same ranks and nothing travels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ReplicaMap:
 
     layout: Layout
     num_replicas: int
-    round_robin: bool  # all packs are dealt to the replicas in turn; else replica r works on packs[r]
+    round_robin: bool  # all packs are assigned to the replicas in turn; else replica r works on packs[r]
     groups: Groups | None  # None where they are ranks of a launch that this one is not among
     first_rank: int = 0  # the number of their first rank, as senders give it
 

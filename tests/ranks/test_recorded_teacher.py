@@ -195,7 +195,7 @@ def source(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("source")
     record = (f"rollout.record={home}/rollouts", f"teacher.record={home}/grades", "teacher.record_values=fp32")
     commands().run("train", task.config, f"run_dir={home}", *QUIET, *record).expect_success()
-    assert len(list((home / "rollouts").iterdir())) == 5
+    assert len(list((home / "rollouts").glob("step-*.npz"))) == 5
     return home
 
 
@@ -252,7 +252,7 @@ def test_a_replay_of_what_the_student_asked_about_has_the_metrics_of_the_run(tas
 
     refusals = [
         # what was recorded for the teacher's candidates alone
-        ((source, f"teacher.recorded_from={source}/grades"), "answer for the student's 7 likeliest tokens (it has 0)"),
+        ((source, f"teacher.recorded_from={source}/grades"), "scores of the student's 7 likeliest tokens (it has 0)"),
         ((tmp_path, grades, f"student.model={task.teacher}"), "was recorded for another student: "),
     ]
     for number, ((home, *changes), message) in enumerate(refusals):
@@ -495,10 +495,10 @@ def assert_refusals(
     # a copy per rank: the other ranks still read the original
     mine = home.with_name(f"{home.name}-{student.replica}-{student.context_rank}-{student.tensor_rank}")
     shutil.copytree(home, mine)
-    for path in mine.glob("*.grades"):
+    for path in mine.glob("*.parquet"):
         path.unlink()
     reading = RecordedTeacher(mine, student, device, facts=facts)
-    with pytest.raises(DataError, match="holds no grades for a sequence of "):
+    with pytest.raises(DataError, match="holds no scores for a sequence of "):
         reading.score(packs, live.spec(top_k=5), asked)
 
 
@@ -507,7 +507,7 @@ def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: 
     """Recorded: the top 7, six more ids (some of them the same) and the mass of all else; expected: a sum over ids."""
     import torch
 
-    from megatron_tropd.teacher.engines.recorded import _fitted
+    from megatron_tropd.teacher.engines.recorded import fitted
     from megatron_tropd.teacher.protocol import TeacherRequest
 
     torch.manual_seed(0)
@@ -529,5 +529,5 @@ def test_candidates_that_are_no_longer_asked_for_become_part_of_the_tail(top_k: 
         "logtail": outside(top.indices, student_NJ),
     }
     spec = TeacherRequest(top_k=top_k, queries=asked, entropy=False, tail_mass=True)
-    found = _fitted(recorded, target_N, spec, Path("grades"))
+    found = fitted(recorded, target_N, spec)
     torch.testing.assert_close(found.logtail_N, outside(top.indices[:, :top_k], student_NJ[:, :asked]))

@@ -270,7 +270,7 @@ def test_commands_that_do_not_divide_the_ranks_say_so_or_use_all(task: Task, tmp
     settings = (f"run_dir={tmp_path}", "teacher.ranks=1", "evaluate.max_problems=1")
     commands().run("evaluate", task.config, *settings).expect_success()
     outcome = commands().run("score", task.config, *settings, f"teacher.record={tmp_path}/grades")
-    assert outcome.status == 2 and "teacher.ranks=1: here all ranks grade. Set it to 0." in outcome.output
+    assert outcome.status == 2 and "teacher.ranks=1: here all ranks score. Set it to 0." in outcome.output
 
 
 # --------------------------------------------------------------------------- what the configuration says

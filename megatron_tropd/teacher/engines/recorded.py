@@ -1,13 +1,11 @@
-"""Teacher signals on disk, by the sequences they grade: written beside a live teacher, read instead of it.
+"""The teacher's scores on disk, by the sequences they are about: written beside a live teacher, read instead of it.
 
-``recording.json`` holds the facts that all of them depend on: what the teacher is, the tokenizer, the temperature, how
-many ids its softmax runs over. How the sequences were packed and laid out is none of them. The files beside it are
-those of ``teacher.store``.
+How the sequences were packed and laid out plays no part. The files are those of ``teacher.store``.
 """
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,39 +21,33 @@ from megatron_tropd.losses.end_class import with_ends
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
-from megatron_tropd.teacher.schema import SCORE_FIELDS, lacking, mapped, outputs_of, present, requested
-from megatron_tropd.teacher.store import FORMAT, Grades, Place, Store, Values, hash64, sequence_key, write_part
+from megatron_tropd.teacher.recording import FILE, check_facts, write_facts
+from megatron_tropd.teacher.schema import lacking, mapped, outputs_of, present, requested
+from megatron_tropd.teacher.store import Place, SequenceScores, Store, Values, hash64, sequence_key, write_part
 from megatron_tropd.types import Int64Array, Pack, TeacherOutputs
 
-_FACTS = "recording.json"
 # Another layout may order two candidates of nearly equal probability the other way; another student has others.
 _STRANGERS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One sequence of a pack: its tokens, and which rows of the pack's signal are about it."""
+    """One sequence of a pack: its tokens, which of its predictions carry loss, and the pack's rows about them."""
 
     token_ids: Int64Array
-    first: int  # its first prediction that carries loss; all later ones do
+    position: Int64Array
     rows: slice
-
-    @property
-    def count(self) -> int:
-        return self.rows.stop - self.rows.start
 
 
 def _pieces(pack: Pack) -> Iterator[_Piece]:
-    """The sequences of a pack that carry loss, in order."""
+    """Iterate over the sequences of a pack that carry loss, in order."""
     valid_T, row = carries_loss(pack), 0
     for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
-        count = int(valid_T[start:end].sum())
-        if count:
-            first = int(np.argmax(valid_T[start:end]))
-            yield _Piece(pack.token_T[start:end], first, slice(row, row + count))
-            row += count
+        position = np.flatnonzero(valid_T[start:end])
+        if len(position):
+            yield _Piece(pack.token_T[start:end], position, slice(row, row + len(position)))
+            row += len(position)
 
 
 def _hash_of(pack: Pack) -> int:
@@ -63,7 +55,7 @@ def _hash_of(pack: Pack) -> int:
 
 
 class RecordingTeacher:
-    """Passes on a live teacher's signals and writes them to a directory."""
+    """Pass on a live teacher's outputs and write them to a directory."""
 
     def __init__(
         self,
@@ -74,26 +66,25 @@ class RecordingTeacher:
         facts: Mapping[str, Any],
         values: Values = "fp16",
     ) -> None:
-        """``facts``: JSON-able; what the signals depend on besides the sequences, ``vocab_size`` among them.
+        """``facts``: JSON-able; what the scores depend on besides the sequences, ``vocab_size`` among them.
 
         ``values``: how log-probs and entropies are stored.
 
         Raises:
-            DataError: the directory holds signals recorded under other facts.
+            DataError: the directory holds scores recorded under other facts.
         """
         self._teacher = teacher
         self._directory = Path(directory)
         self._student = student
         self._values = values
         self._vocab_size = int(facts["vocab_size"])
-        facts = {"format": FORMAT, **facts}
         self._directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        if (self._directory / _FACTS).exists():
-            _check_facts(self._directory, facts, fix="Record into another directory")
+        if (self._directory / FILE).exists():
+            facts = check_facts(self._directory, facts, fix="Record into another directory", adding=True)
         dist.barrier()  # nobody looks any more
         if dist.get_rank() == 0:
-            write_aside(self._directory / _FACTS, json.dumps(facts, indent=2, sort_keys=True))
+            write_facts(self._directory, facts)
 
     def score(
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
@@ -103,46 +94,47 @@ class RecordingTeacher:
     def start(
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> PendingScores:
-        """As ``score``; they are written when they are there."""
+        """Start as ``score``; outputs are written when they are there."""
         pending = start_scoring(self._teacher, packs, request, query_ids)
         return lambda: self._recorded(packs, pending())
 
     def _recorded(
-        self, packs: Sequence[Sequence[Pack]], signals: list[TeacherOutputs | None]
+        self, packs: Sequence[Sequence[Pack]], outputs: list[TeacherOutputs | None]
     ) -> list[TeacherOutputs | None]:
-        found: list[Grades] = []
-        for pack, signal in zip(packs[self._student.replica], signals, strict=True):
-            if signal is not None and self._student.tensor_rank == 0:
-                whole = _whole(signal, pack, self._student)
+        found: list[SequenceScores] = []
+        for pack, output in zip(packs[self._student.replica], outputs, strict=True):
+            if output is not None and self._student.tensor_rank == 0:
+                whole = _whole(output, pack, self._student)
                 if self._student.context_rank == 0:
-                    found += _grades(pack, whole)
+                    found += _by_sequence(pack, whole)
         write_part(self._directory, found, vocab_size=self._vocab_size, values=self._values)
-        return signals
+        return outputs
 
     def close(self) -> None:
         self._teacher.close()
 
 
-def _grades(pack: Pack, signal: TeacherOutputs) -> Iterator[Grades]:
-    """What a signal says of each sequence of its pack."""
-    arrays: dict[str, np.ndarray] = {}
-    for field, value in present(signal):
-        bits = value.dtype == torch.bfloat16
-        array = value.cpu().contiguous()
-        arrays[f"{field.name}.bf16" if bits else field.name] = (array.view(torch.int16) if bits else array).numpy()
+def _by_sequence(pack: Pack, outputs: TeacherOutputs) -> Iterator[SequenceScores]:
+    """Take the outputs of a pack apart by its sequences."""
+    values = {field.name: value.cpu() for field, value in present(outputs) if value.dim() == 1 or value.shape[1]}
     pack_hash = _hash_of(pack)
     for piece in _pieces(pack):
-        fields = {name: array[piece.rows] for name, array in arrays.items()}
-        asked = hash64(fields["query_ids"]) if "query_ids" in fields else 0
-        key = sequence_key(piece.token_ids)
-        yield Grades(key=key, first=piece.first, pack=pack_hash, asked=asked, fields=fields)
+        fields = {name: value[piece.rows] for name, value in values.items()}
+        yield SequenceScores(
+            key=sequence_key(piece.token_ids),
+            position=piece.position,
+            token_ids=piece.token_ids[piece.position + 1],
+            pack=pack_hash,
+            queries=hash64(fields["query_ids"].numpy()) if "query_ids" in fields else 0,
+            fields=fields,
+        )
 
 
-def _whole(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
-    """The signal of all rows of a pack, of which each context-parallel rank has some. Collective over them."""
+def _whole(outputs: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
+    """Gather the outputs of all rows of a pack, of which each context rank has some. Collective over them."""
     ranks = student.layout.context
     if ranks == 1:
-        return signal
+        return outputs
     rows = [valid_positions(pack, rank=rank, ranks=ranks) for rank in range(ranks)]
     order = torch.from_numpy(np.argsort(np.concatenate(rows), kind="stable"))
 
@@ -155,192 +147,203 @@ def _whole(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutput
         parts = [part[: len(own)] for part, own in zip(every, rows, strict=True)]
         return torch.cat(parts)[order.to(value.device)]
 
-    return mapped(signal, joined)
+    return mapped(outputs, joined)
 
 
-def _own(signal: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
-    """The rows of a pack's signal that this context-parallel rank computes."""
+def _own(outputs: TeacherOutputs, pack: Pack, student: Groups) -> TeacherOutputs:
+    """Take the rows of a pack that this context rank computes."""
     if student.layout.context == 1:
-        return signal
+        return outputs
     rows = torch.from_numpy(np.searchsorted(valid_positions(pack), own_valid_positions(pack, student)))
-    return mapped(signal, lambda value: value[rows.to(value.device)])
-
-
-def recorded_facts(directory: str | Path) -> dict[str, Any]:
-    """The facts of a recording; DataError where there is none."""
-    path = Path(directory) / _FACTS
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path.parent.absolute()} is not a recording of a teacher ({_FACTS} is missing or broken). "
-            "Give the directory of a run with teacher.record, or of `tropd score`."
-        ) from error
+    return mapped(outputs, lambda value: value[rows.to(value.device)])
 
 
 class RecordedTeacher:
-    """Implements ``teacher.protocol.Teacher`` from a directory of signals."""
+    """Implement ``teacher.protocol.Teacher`` from a directory of scores."""
 
     def __init__(
         self, directory: str | Path, student: Groups, device: torch.device, *, facts: Mapping[str, Any]
     ) -> None:
-        """Raises DataError unless the signals were recorded under these ``facts``."""
+        """Raises DataError unless the scores were recorded under these ``facts``."""
         self._directory = Path(directory)
         self._student = student
         self._device = device
-        _check_facts(self._directory, {"format": FORMAT, **facts}, fix="Use the models and method of the recording")
+        check_facts(self._directory, facts, fix="Use the models and method of the recording")
         self._store = Store(self._directory)
+        self._readable: dict[TeacherRequest, TeacherRequest] = {}
 
     def score(
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: QueryIds | None = None
     ) -> list[TeacherOutputs | None]:
-        """The recorded signals; the ids in them are those that were asked about then.
+        """Read the recorded outputs; the query ids in them are those of the recording.
 
         Raises:
-            DataError: a sequence was never graded, or was scored with less than ``request`` asks for, or for a student
-                whose own likeliest tokens were others than ``query_ids``.
+            DataError: a sequence was never scored, or was scored with less than is requested, or for a student whose
+                own likeliest tokens were others than ``query_ids``.
         """
         mine = packs[self._student.replica]
         if not self._student.is_last_stage:
             return [None] * len(mine)
-        signals: list[TeacherOutputs | None] = []
+        if request not in self._readable:
+            self._readable[request] = _readable(self._store, request)
+        request = self._readable[request]
+        outputs: list[TeacherOutputs | None] = []
         for pack, ids_NJ in zip(mine, query_ids or [None] * len(mine), strict=True):
-            target_N = torch.from_numpy(pack.target_T[valid_positions(pack)]).to(self._device)
             whole_NJ = None if ids_NJ is None or self._student.layout.context > 1 else ids_NJ
-            found = _Found(self._store, _places(self._store, pack, whole_NJ), self._device)
-            signal = _own(_fitted(found, target_N, request, self._directory), pack, self._student)
-            _check_asked(signal.query_ids_NJ, ids_NJ, self._directory)
-            signals.append(signal)
-        return signals
+            found = _own(_read_pack(self._store, pack, request, whole_NJ), pack, self._student)
+            found = mapped(found, lambda value: value.to(self._device))
+            _check_queries(found.query_ids_NJ, ids_NJ, self._directory)
+            outputs.append(found)
+        return outputs
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Release nothing: there is nothing to release."""
 
 
-def _places(store: Store, pack: Pack, asked_NJ: torch.Tensor | None) -> list[tuple[Place, slice]]:
-    """Where the grades of a pack's sequences lie, and which of the rows there are wanted.
+def _readable(store: Store, request: TeacherRequest) -> TeacherRequest:
+    """Leave out of a request the entropies that no method needs and that only some sequences have.
 
-    A sequence that was graded more than once was so in different packs, with rounding of its own, or for students who
-    asked about different ids: the occasion that is most like this one is taken.
+    A bound stands in for an entropy that is meant for a metric alone. What is then left out is said once.
     """
-    pack_hash, found = _hash_of(pack), []
+    if not request.entropy or request.entropy_needed:
+        return request
+    parts = [columns for columns in store.part_columns() if not lacking(columns, request)]
+    for name, instead in (
+        ("entropy", request),
+        ("entropy_bound", replace(request, entropy=False, entropy_bound=True)),
+    ):
+        if all(name in columns for columns in parts):
+            return instead
+    warnings.warn(
+        f"{store.directory.absolute()} does not hold the teacher's entropy for every sequence: the metric "
+        "teacher_entropy is left out.",
+        stacklevel=2,
+    )
+    return replace(request, entropy=False)
+
+
+def _read_pack(store: Store, pack: Pack, request: TeacherRequest, query_NJ: torch.Tensor | None) -> TeacherOutputs:
+    """Read what is requested of every row of a pack."""
+    pack_hash, parts = _hash_of(pack), []
     for piece in _pieces(pack):
-        places = [p for p in store.find(sequence_key(piece.token_ids)) if p.first <= piece.first]
-        if not places:
-            raise DataError(
-                f"{store.directory.absolute()} holds no grades for a sequence of {len(piece.token_ids)} tokens that "
-                f"begins {piece.token_ids[:8].tolist()}. Record the teacher on the same rollouts or data, or use the "
-                "live teacher."
-            )
-        asked = 0 if asked_NJ is None else hash64(asked_NJ[piece.rows].cpu().numpy())
-        ids = None if asked_NJ is None else asked_NJ[piece.rows].cpu()
-        place = max(places, key=lambda p: (p.asked == asked, p.pack == pack_hash))
-        if ids is not None and len(places) > 1 and place.asked != asked:
-            place = min(places, key=lambda p: _strangers(_tensor(store, p, "query_ids"), ids))
-        found.append((place, slice(piece.first - place.first, piece.first - place.first + piece.count)))
-    if not found and len(store):  # a pack that carries no loss: no rows of some place have the right widths and types
-        found.append((store.first, slice(0, 0)))
-    return found
+        ids_nJ = None if query_NJ is None else query_NJ[piece.rows].cpu()
+        place = _best_place(store, piece, request, ids_nJ, pack_hash)
+        rows = torch.from_numpy(np.searchsorted(store.positions(place), piece.position))
+        target_n = torch.from_numpy(piece.token_ids[piece.position + 1])
+        parts.append(fitted(_Found(store, place, rows), target_n, request))
+    if not parts:  # a pack that carries no loss: no rows of some place have the right widths and types
+        places = (place for place in store.places() if not lacking(store.columns(place), request))
+        none = torch.empty(0, dtype=torch.int64)
+        parts = [fitted(_Found(store, place, none), none, request) for place in (next(places, None),) if place]
+    values = [{field.name: value for field, value in present(part)} for part in parts]
+    return outputs_of({name: torch.cat([one[name] for one in values]) for name in values[0]} if values else _nothing())
 
 
-def _strangers(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor) -> float:
-    """Share of the ids asked about that are not in the recording."""
-    if recorded_NJ is None or not asked_NJ.numel() or len(recorded_NJ) != len(asked_NJ):
+def _nothing() -> dict[str, torch.Tensor]:
+    return {"logprob": torch.empty(0)}
+
+
+def _best_place(
+    store: Store, piece: _Piece, request: TeacherRequest, query_nJ: torch.Tensor | None, pack_hash: int
+) -> Place:
+    """Choose where to read a sequence.
+
+    A sequence that was scored more than once was so in different packs, with rounding of its own, with more or less
+    requested, for more or fewer of its predictions, or for students who named different ids: of the occasions that have
+    what is requested, the one that is most like this one is taken.
+    """
+    places = store.find(sequence_key(piece.token_ids))
+    covering = [place for place in places if store.covers(place, piece.position)]
+    able = [place for place in covering if not lacking(store.columns(place), request)]
+    if not able:
+        raise DataError(_what_is_missing(store, piece, request, places, covering))
+    if query_nJ is None:
+        return max(able, key=lambda place: place.pack == pack_hash)
+    queries = hash64(query_nJ.numpy())
+    place = max(able, key=lambda place: (place.queries == queries, place.pack == pack_hash))
+    if len(able) > 1 and place.queries != queries:
+        place = min(able, key=lambda place: _strangers(_query_ids(store, place, piece), query_nJ))
+    return place
+
+
+def _what_is_missing(
+    store: Store, piece: _Piece, request: TeacherRequest, places: Sequence[Place], covering: Sequence[Place]
+) -> str:
+    where = store.directory.absolute()
+    if covering:
+        # what the fullest of them lacks
+        missing = min((lacking(store.columns(place), request) for place in covering), key=len)
+        fix = "on the same rollouts or data"
+        if request.queries:
+            fix = "while training with this method and this student"
+        return (
+            f"{where} lacks {' and '.join(missing)}, which the method needs. Add the scores that are missing: "
+            + ("`tropd score CONFIG teacher.record=DIR` " if not request.queries else "teacher.record=DIR ")
+            + f"{fix}."
+        )
+    known = "" if not places else f" from position {piece.position[0]} on (it has others of its predictions)"
+    return (
+        f"{where} holds no scores for a sequence of {len(piece.token_ids)} tokens that begins "
+        f"{piece.token_ids[:8].tolist()}{known}. Add them with `tropd score CONFIG teacher.record=DIR` on the same "
+        "rollouts or data, or use the live teacher."
+    )
+
+
+def _query_ids(store: Store, place: Place, piece: _Piece) -> torch.Tensor | None:
+    if "query_ids" not in store.columns(place):
+        return None
+    rows = torch.from_numpy(np.searchsorted(store.positions(place), piece.position))
+    return store.read(place, "query_ids")[rows]
+
+
+def _strangers(recorded_NJ: torch.Tensor | None, query_NJ: torch.Tensor) -> float:
+    """Compute the share of the query ids that are not in the recording."""
+    if recorded_NJ is None or not query_NJ.numel() or len(recorded_NJ) != len(query_NJ):
         return 1.0
-    both_NX = torch.cat([recorded_NJ.long(), asked_NJ], dim=1)
+    both_NX = torch.cat([recorded_NJ.long(), query_NJ], dim=1)
     return first_of_each(both_NX)[:, recorded_NJ.shape[1] :].double().mean().item()
 
 
-def _tensor(store: Store, place: Place, name: str) -> torch.Tensor | None:
-    if store.width(place, name) is None:
-        return None
-    array, bits = store.read(place, name)
-    if bits:
-        return torch.from_numpy(array).view(torch.bfloat16)
-    if name.endswith("_ids"):
-        return torch.from_numpy(array.astype(np.int64))
-    return torch.from_numpy(array if "hidden" in name else array.astype(np.float32))
-
-
 class _Found(Mapping[str, torch.Tensor]):
-    """The recorded fields of one pack, each read when it is looked at."""
+    """Recorded fields of some predictions of one sequence, each read when it is looked at."""
 
-    def __init__(self, store: Store, places: Sequence[tuple[Place, slice]], device: torch.device) -> None:
-        self._store, self._places, self._device = store, places, device
-        self._names = [f.name for f in SCORE_FIELDS if all(store.width(p, f.name) is not None for p, _ in places)]
+    def __init__(self, store: Store, place: Place, rows: torch.Tensor) -> None:
+        self._store, self._place, self._rows = store, place, rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
+        if name not in self._store.columns(self._place):
             raise KeyError(name)
-        parts = []
-        for place, rows in self._places:
-            tensor = _tensor(self._store, place, name)
-            assert tensor is not None
-            parts.append(tensor[rows])
-        if parts and parts[0].dim() == 2:  # parts may be of recordings with different numbers of candidates
-            narrowest = min(part.shape[1] for part in parts)
-            parts = [part[:, :narrowest] for part in parts]
-        return torch.cat(parts).to(self._device) if parts else torch.empty(0, device=self._device)
+        return self._store.read(self._place, name)[self._rows]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._store.columns(self._place))
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._store.columns(self._place))
 
 
-def _check_asked(recorded_NJ: torch.Tensor | None, asked_NJ: torch.Tensor | None, path: Path) -> None:
-    """DataError when too many of the ids asked about are not those of the recording."""
-    if recorded_NJ is None or asked_NJ is None or not asked_NJ.numel():
+def _check_queries(recorded_NJ: torch.Tensor | None, query_NJ: torch.Tensor | None, path: Path) -> None:
+    """Raise DataError when too many of the query ids are not those of the recording."""
+    if recorded_NJ is None or query_NJ is None or not query_NJ.numel():
         return
-    strangers = _strangers(recorded_NJ, asked_NJ)
+    strangers = _strangers(recorded_NJ, query_NJ)
     if strangers > _STRANGERS:
         raise DataError(
             f"{path.absolute()} was recorded for another student: {strangers:.0%} of the present one's likeliest "
-            "tokens were not asked about. Replay with the student and rollouts of the recording, or use the live "
-            "teacher."
+            "tokens were not scored. Replay with the student and rollouts of the recording, or use the live teacher."
         )
 
 
-def _check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str) -> None:
-    recorded = recorded_facts(directory)
-    wanted = json.loads(json.dumps(dict(facts)))
-    changed = [
-        f"with {key} {recorded[key]!r}, not {value!r}" if key in recorded else f"without {key}"
-        for key, value in wanted.items()
-        if recorded.get(key) != value
-    ]
-    if changed:
-        raise DataError(f"{directory.absolute()} was recorded {'; '.join(changed)}. {fix}.")
-
-
-def _fitted(
-    found: Mapping[str, torch.Tensor], target_N: torch.Tensor, request: TeacherRequest, path: Path
-) -> TeacherOutputs:
-    """Cut what is recorded, by the fields' names, to what is requested."""
-    # what is not requested is not read
-    columns = {f.name: _columns(found[f.name]) for f in requested(request) if f.name in found}
-    if request.entropy and not columns.get("entropy") and "entropy_bound" in found:
-        request = replace(request, entropy=request.entropy_needed, entropy_bound=True)
-    missing = lacking(columns, request)
-    if request.entropy and not request.entropy_needed and not columns.get("entropy"):
-        missing += ["entropies"]
-    if missing:
-        raise DataError(
-            f"{path.absolute()} lacks {' and '.join(missing)}, which the method needs. "
-            "Record the teacher again with this method."
-        )
-    values = {field.name: found[field.name] for field in requested(request) if field.name in found}
+def fitted(found: Mapping[str, torch.Tensor], target_N: torch.Tensor, request: TeacherRequest) -> TeacherOutputs:
+    """Cut what is recorded, by the fields' names, to what is requested; nothing else of it is read."""
+    values: dict[str, torch.Tensor] = {}
     for field in requested(request):
-        if field.width in ("top_k", "queries"):
-            values[field.name] = values[field.name][:, : field.columns(request)]
+        if field.name in found:
+            value = found[field.name]
+            values[field.name] = value[:, : field.columns(request)] if field.width in ("top_k", "queries") else value
     if request.has_tail:
         values["logtail"] = _tail_beyond(found, request, target_N)
-    return outputs_of({name: value.long() if name.endswith("_ids") else value for name, value in values.items()})
-
-
-def _columns(value: torch.Tensor) -> int:
-    return value.shape[1] if value.dim() == 2 else 1
+    return outputs_of(values)
 
 
 def _tail_beyond(found: Mapping[str, torch.Tensor], request: TeacherRequest, target_N: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,7 @@ def test_what_is_lacking_is_named_with_what_there_is():
     assert lacking({}, TeacherRequest(top_k=3, tail_mass=True, entropy_needed=True, base=True, queries=2)) == [
         "log-probs",
         "the 3 likeliest tokens (it has 0)",
-        "the teacher's answer for the student's 2 likeliest tokens (it has 0)",
+        "the teacher's scores of the student's 2 likeliest tokens (it has 0)",
         "tail masses",
         "entropies",
         "log-probs of a base model",
