@@ -1,7 +1,10 @@
-"""Grades many responses, several at a time, each within its time: one response that hangs costs its own point only.
+"""Grade many responses, several at a time, each within its time: one response that hangs costs its own point only.
 
 What takes a bounded time is graded in place. Mathematics and regular expressions go to worker processes, which are
 ended and replaced when they exceed their time; programs go to ``evaluate.sandbox``.
+
+Not on pebble's ``ProcessPool``: its workers import the main module of whoever uses it again (a trainer's, seconds and
+hundreds of MiB each time one is replaced), and one that hangs outlives a killed parent (docs/lab-notebook.md).
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class Grade:
 
 
 class GraderPool:
-    """Grades with up to ``workers`` processes, started when first needed and ended by ``close`` or with this process.
+    """Grade with up to ``workers`` processes, started when first needed and ended by ``close`` or with this process.
 
     Args:
         allow_code: programs are run only when whoever started us has said so.
@@ -114,7 +117,7 @@ class GraderPool:
             return list(threads.map(function, items))
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         for _ in range(self._count):
             worker = self._idle.get()
             worker.end()
@@ -147,7 +150,7 @@ class GraderPool:
 
 
 def check_code_allowed(allowed: bool) -> None:
-    """Raises ConfigError unless programs may be run, and can be; warns once of what they are not kept from here."""
+    """Raise ConfigError unless programs may be run, and can be; warns once of what they are not kept from here."""
     if not allowed:
         raise ConfigError(
             "the grader 'code' runs programs that a model wrote, which is not allowed here. To allow it, set "

@@ -1,4 +1,4 @@
-"""How sure can we be of an accuracy? Intervals over problems, and pass@k."""
+"""Bound accuracies: intervals over problems, and pass@k."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a program that nobody has read, such as a model's answer and its tests, where it can do no harm.
+"""Run a program that nobody has read, such as a model's answer and its tests, where it can do no harm.
 
 Every program has a process group, a process tree and a directory of its own, an empty environment, and limits on wall
 time, CPU time, memory, processes, files and output. Where Linux namespaces are to be had (as root, or with unprivileged

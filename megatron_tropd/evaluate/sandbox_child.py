@@ -1,4 +1,4 @@
-"""What becomes of a process before it runs a program nobody has read. Started by ``evaluate.sandbox``, never imported.
+"""Confine a process before it runs a program nobody has read. Started by ``evaluate.sandbox``, never imported.
 
 Only the standard library, because it runs with an empty environment and isolated from every package. In order: a new
 user where that is possible, new namespaces (user, mount, process, network, IPC), a file system that shows the

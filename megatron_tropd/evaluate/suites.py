@@ -1,4 +1,4 @@
-"""Accuracy of a sampler on suites of graded problems, with intervals. Collective: ranks share the grading."""
+"""Measure a sampler on suites of graded problems, with intervals. Collective: ranks share the grading."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def answer_suite(
     seed: int,
     allow_code: bool = False,
 ) -> Answered:
-    """Samples and grades the answers of one complete suite (``reading.complete_suites``). Collective."""
+    """Sample and grade the answers of one complete suite (``reading.complete_suites``). Collective."""
     assert suite.max_new_tokens is not None and suite.grader is not None
     budget = suite.max_new_tokens
     requests = make_requests(problems, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
