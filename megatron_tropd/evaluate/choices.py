@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_LETTER = r"[*_\"'(\[{$]{0,4}([A-J])\b(?![\w'\u2019])"
+_LETTER = r"[*_\"'(\[{$]{0,4}([A-J])\b(?!\w|['\u2019]\w)"
 # "The answer is A lot": A and I are words where a small one follows that begins no reason
 _NOT_A_WORD = r"(?!(?<=[AI]) (?!(?:because|since|as|for|and|or|but|which|with|where|when|while|so|is|was|,)\b)[a-z])"
 _BOX = re.compile(
@@ -15,12 +15,15 @@ _STATED = tuple(
     re.compile(pattern)
     for pattern in (
         r"(?i:\banswer|\bchoice|\boption|\bletter)[*_]{0,2} ?"
-        r"(?:(?i:is|would be|must be|should be)(?: [a-z]{1,9}ly)? ?[:=\uff1a]?|[:=\uff1a])"
+        r"(?:(?i:is|would be|must be|should be)(?: [a-z]{1,9}ly| therefore| thus| hence| then| indeed)? ?[:=\uff1a]?"
+        r"|[:=\uff1a])"
         rf"[*_ ]{{0,3}}(?i:the )?(?i:option |choice |letter )?{_LETTER}{_NOT_A_WORD}",
         rf"{_LETTER}[*_\"')\]$]{{0,4}} is (?i:the )?(?i:most |single |only |best )?"
         r"(?i:correct|right|best|true|answer|appropriate|accurate)\b",
         rf"\b(?i:choose|pick|select|chose|picked|selected|go with|going with)(?i: option| choice| answer)? ?"
         rf"{_LETTER}{_NOT_A_WORD}",
+        rf"<answer> ?{_LETTER}{_NOT_A_WORD}",
+        rf"\b(?i:must be) {_LETTER}{_NOT_A_WORD}",
         rf"(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9|\u9009)(?:\u662f|\u4e3a|\u5e94\u4e3a)? ?[:\uff1a]? ?{_LETTER}",
     )
 )

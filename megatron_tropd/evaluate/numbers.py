@@ -22,7 +22,8 @@ _BEGINS = re.compile(rf"({NUMBER}){_NEXT}")
 _MARKER = re.compile("#{4,}")
 _WORDS = re.compile(
     r"(?:so|thus|therefore|hence)?,? ?(?:the |my )?(?:final |correct )?(?:answer|result|total|solution|value)"
-    r"(?: is| equals)? ?[:=]? ?",
+    r"(?: is| equals)? ?[:=]? ?"
+    r"|(?:about|approximately|roughly) ",
     re.IGNORECASE,
 )
 _DECORATION = (
