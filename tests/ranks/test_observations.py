@@ -19,7 +19,9 @@ from megatron_tropd.errors import DataError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
+from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
+from megatron_tropd.teacher.store import Store
 from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import pack_rollouts, score_rollouts
 from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
@@ -34,6 +36,8 @@ CASES = [
     Case(name="shards", ranks=2, turns=True, student={"tensor": 2, "sequence": True}, teacher={"pipeline": 2}),
 ]
 BATCH = batch_of(CASES[0], 0)
+# stores of format 2 have one stretch per sequence: they are not asked for other predictions than they were given
+KEYED_BY_POSITION = hasattr(Store, "covers")
 
 
 def observed(one: Rollout) -> np.ndarray:
@@ -147,10 +151,35 @@ def test_hidden_states_that_predict_observations_have_a_gradient_of_exactly_0_an
 # --------------------------------------------------------------------------- teachers
 
 
-def scores(case: Case, models: str) -> dict[int, Any]:
+def scores(case: Case, models: str, recording: str) -> dict[str, Any]:
+    """Log-probs by sequence of a live teacher, of its recording, and of that for fewer and for more predictions."""
     run = assemble(config_of(case, Path(models)), GroupBuilder())
+    groups, request, facts = run.world.student, TeacherRequest(top_k=3), {"vocab_size": VOCAB}
     packs = pack_rollouts(run, BATCH)
-    return by_sequence(packs, run.teacher.score(packs, TeacherRequest(top_k=3)), run.world.student)
+    live = RecordingTeacher(run.teacher, recording, groups, facts=facts, values="fp32").score(packs, request)
+    torch.distributed.barrier()
+    recorded = RecordedTeacher(recording, groups, run.world.device, facts=facts)
+    found = {
+        "live": by_sequence(packs, live, groups),
+        "recorded": by_sequence(packs, recorded.score(packs, request), groups),
+    }
+    if KEYED_BY_POSITION:
+        fewer, more = (pack_rollouts(run, [changed(one, to) for one in BATCH]) for to in ("fewer", "more"))
+        found["fewer"] = by_sequence(fewer, recorded.score(fewer, request), groups)
+        # scores of predictions that were never made are not invented
+        with pytest.raises(DataError, match=r"holds no (scores|grades) for a sequence"):
+            recorded.score(more, request)
+    return found
+
+
+def changed(one: Rollout, to: str) -> Rollout:
+    """Every second token that carries loss an observation; or every observation one that carries loss."""
+    region_L = one.region_L.copy()
+    if to == "fewer":
+        region_L[np.flatnonzero(np.isin(region_L, LOSS_REGIONS))[::2]] = Region.OBSERVATION
+    else:
+        region_L[region_L == Region.OBSERVATION] = Region.PREFIX
+    return replace(one, region_L=region_L)
 
 
 def by_sequence(packs: list[list[Pack]], outputs: Any, groups: Groups) -> dict[int, Any]:
@@ -168,19 +197,22 @@ def by_sequence(packs: list[list[Pack]], outputs: Any, groups: Groups) -> dict[i
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
-def test_a_teacher_scores_every_stretch_as_transformers_does(case, models):
-    ranks = run_on_ranks(scores, case, str(models), world_size=case.ranks)
+def test_a_teacher_and_its_recording_score_every_stretch_as_transformers_does(case, models, tmp_path):
+    ranks = run_on_ranks(scores, case, str(models), str(tmp_path / "recording"), world_size=case.ranks)
     teacher = load_hf(models / "teacher")
     for one in BATCH:
         with torch.no_grad():
             logp_LV = hf_logprobs(teacher, one.token_ids, VOCAB)
         target_L1 = torch.from_numpy(one.token_ids[1:, None])
-        position, logprob, top = (torch.cat(part) for part in zip(*(r[one.sequence_id] for r in ranks), strict=True))
-        wanted = np.flatnonzero(np.isin(one.region_L[1:], LOSS_REGIONS))
-        assert sorted(position.tolist()) == wanted.tolist()
-        truth_N = logp_LV.gather(1, target_L1)[position, 0]
-        torch.testing.assert_close(logprob.double(), truth_N, atol=2e-5, rtol=2e-5)
-        torch.testing.assert_close(top.double(), logp_LV[position].topk(3).values, atol=2e-5, rtol=2e-5)
+        for kind in ranks[0]:
+            parts = zip(*(found[kind][one.sequence_id] for found in ranks), strict=True)
+            position, logprob, top = (torch.cat(part) for part in parts)
+            expected = changed(one, "fewer") if kind == "fewer" else one
+            wanted = np.flatnonzero(np.isin(expected.region_L[1:], LOSS_REGIONS))
+            assert sorted(position.tolist()) == wanted.tolist(), kind
+            truth_N = logp_LV.gather(1, target_L1)[position, 0]
+            torch.testing.assert_close(logprob.double(), truth_N, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(top.double(), logp_LV[position].topk(3).values, atol=2e-5, rtol=2e-5)
 
 
 # --------------------------------------------------------------------------- what the sampler said
@@ -210,6 +242,7 @@ def test_the_sampler_s_log_probs_are_those_of_continuation_tokens_wherever_they_
             own = tokens.sequence_T == sequence
             positions, sampled = tokens.position_T[own].tolist(), tokens.rollout_logprob_T[own].numpy()
             np.testing.assert_array_equal(sampled, np.float32([said.get(t, np.nan) for t in positions]))
+            assert positions == np.flatnonzero(np.isin(one.region_L[1:], LOSS_REGIONS)).tolist()
             assert tokens.region_T[own].tolist() == one.region_L[1:][positions].tolist()
             assert tokens.target_T[own].tolist() == one.token_ids[1:][positions].tolist()
 
