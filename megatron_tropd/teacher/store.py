@@ -118,7 +118,8 @@ def _digest(scores: Sequence[SequenceScores], values: Values) -> str:
     for one in scores:
         digest.update(one.key + np.array([one.pack, one.queries], "<u8").tobytes() + one.position.tobytes())
         for name, value in one.fields.items():
-            raw = value.contiguous().flatten().view(torch.uint8).numpy()
+            # a column of one row is contiguous whatever its stride, and cannot be viewed as bytes
+            raw = value.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode() + raw.tobytes())
     return digest.hexdigest()
 

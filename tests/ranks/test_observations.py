@@ -21,7 +21,6 @@ from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
 from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.teacher.store import Store
 from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import pack_rollouts, score_rollouts
 from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
@@ -36,8 +35,6 @@ CASES = [
     Case(name="shards", ranks=2, turns=True, student={"tensor": 2, "sequence": True}, teacher={"pipeline": 2}),
 ]
 BATCH = batch_of(CASES[0], 0)
-# stores of format 2 have one stretch per sequence: they are not asked for other predictions than they were given
-KEYED_BY_POSITION = hasattr(Store, "covers")
 
 
 def observed(one: Rollout) -> np.ndarray:
@@ -163,13 +160,11 @@ def scores(case: Case, models: str, recording: str) -> dict[str, Any]:
         "live": by_sequence(packs, live, groups),
         "recorded": by_sequence(packs, recorded.score(packs, request), groups),
     }
-    if KEYED_BY_POSITION:
-        fewer, more = (pack_rollouts(run, [changed(one, to) for one in BATCH]) for to in ("fewer", "more"))
-        found["fewer"] = by_sequence(fewer, recorded.score(fewer, request), groups)
-        # scores of predictions that were never made are not invented
-        with pytest.raises(DataError, match=r"holds no (scores|grades) for a sequence"):
-            recorded.score(more, request)
-    return found
+    fewer, more = (pack_rollouts(run, [changed(one, to) for one in BATCH]) for to in ("fewer", "more"))
+    # scores of predictions that were never made are not invented
+    with pytest.raises(DataError, match="holds no scores for a sequence"):
+        recorded.score(more, request)
+    return found | {"fewer": by_sequence(fewer, recorded.score(fewer, request), groups)}
 
 
 def changed(one: Rollout, to: str) -> Rollout:

@@ -182,6 +182,15 @@ def test_predictions_need_not_follow_one_another(tmp_path: Path):
         assert store.covers(place, np.array(wanted)) is covered, wanted
 
 
+def test_the_only_prediction_of_a_sequence_is_written_from_a_column_of_many(tmp_path: Path):
+    wire_NX = torch.arange(15.0).view(3, 5).neg()  # as fields come off the wire: columns of one tensor
+    one = replace(scores(0), position=np.array([4]), token_ids=np.array([9]), fields={"logprob": wire_NX[1:2, 2]})
+    write_part(tmp_path, [one], vocab_size=300, values="fp32")
+    store = Store(tmp_path)
+    [place] = store.find(one.key)
+    assert (store.positions(place).tolist(), store.read(place, "logprob").tolist()) == ([4], [-7.0])
+
+
 def test_hashes_tell_sequences_apart():
     assert sequence_key(np.array([1, 2])) != sequence_key(np.array([2, 1])) != sequence_key(np.array([1]))
     assert len(sequence_key(np.array([], np.int64))) == 16
