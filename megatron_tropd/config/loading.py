@@ -25,7 +25,7 @@ from megatron_tropd.storage.write_aside import write_aside
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfig:
-    """Validates a plain tree of keys. Raises ConfigError naming every bad key; ``source`` heads the message."""
+    """Validate a plain tree of keys. Raises ConfigError naming every bad key; ``source`` heads the message."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -35,7 +35,7 @@ def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfi
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, check_paths: bool = True
 ) -> RunConfig:
-    """Reads a YAML file, applies ``key=value`` overrides, resolves interpolations and validates.
+    """Read a YAML file, apply ``key=value`` overrides, resolve interpolations and validate.
 
     Args:
         overrides: such as ``["train.steps=10", "evaluate.suites[0].samples=2"]``; values are YAML.
@@ -59,7 +59,7 @@ def load_config(
 
 
 def read_overrides(path: str | Path) -> list[str]:
-    """The values of a YAML file as the overrides ``key=value`` that set them.
+    """Read a YAML file as the overrides ``key=value`` that set them.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -80,7 +80,7 @@ def read_overrides(path: str | Path) -> list[str]:
 
 
 def _include_suites(tree: dict[str, Any]) -> None:
-    """Puts the keys of ``file`` under those of every suite that names one."""
+    """Put the keys of ``file`` under those of every suite that names one."""
     evaluate = tree.get("evaluate")
     suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
     for i, suite in enumerate(suites if isinstance(suites, list) else ()):
@@ -90,7 +90,7 @@ def _include_suites(tree: dict[str, Any]) -> None:
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Reads a suite of its own file, with ``key=value`` overrides, and checks that its problems exist.
+    """Read a suite of its own file, with ``key=value`` overrides, and check that its problems exist.
 
     Raises:
         ConfigError: for everything that is wrong with the file, an override or a value.
@@ -110,14 +110,16 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
 
 
 def dump_config(config: RunConfig, path: str | Path) -> None:
-    """Writes every key, resolved, as YAML that :func:`load_config` reads back to an equal config. Atomic."""
+    """Write every key, resolved, as YAML that :func:`load_config` reads back to an equal config. Atomic."""
     # OmegaConf's dumper quotes what its own reader would take for a number, such as the text "1e-4"
     text = OmegaConf.to_yaml(OmegaConf.create(_plain(config.model_dump())))
     write_aside(path, text)
 
 
 def _plain(value: Any) -> Any:
-    """As YAML can hold it, with literal ``${`` protected, which OmegaConf would read as an interpolation."""
+    """Turn a value into what YAML can hold, with literal ``${`` protected, which OmegaConf would read as an
+    interpolation.
+    """
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

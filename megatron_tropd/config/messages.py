@@ -1,6 +1,6 @@
 """Reading YAML and turning pydantic's, OmegaConf's and the parser's complaints into messages a user can act on.
 
-Part of the config room; beside it only the options of methods, which are sections too, are explained here. Every
+Part of the config room; besides it only the options of methods, which are sections too, are explained here. Every
 message names the full dotted key, the value seen, the rule, and where the key was written (line of the file, or the
 override).
 """
@@ -35,7 +35,7 @@ from megatron_tropd.errors import ConfigError
 
 
 def read_tree(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The file with overrides applied and interpolations resolved, as plain data, and the file's text."""
+    """Return the file, overrides applied and interpolations resolved, as plain data, and the file's text."""
     text = _read_text(path)
     config = _parse(text, path)
     for override in overrides:
@@ -128,7 +128,7 @@ def explain(
     overrides: Sequence[str] = (),
     whole: str = "the config",
 ) -> str:
-    """One line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice.
+    """Write one line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice.
 
     ``whole``: what the model is called.
     """
@@ -210,7 +210,7 @@ def _where(item: Mapping[str, Any], text: str, overrides: Sequence[str]) -> str:
 
 
 def _line_of(text: str, loc: Loc) -> int | None:
-    """1-based line of the key at ``loc``; None when the file does not hold it (a default, an override)."""
+    """Return the 1-based line of the key at ``loc``; None when the file does not hold it (a default, an override)."""
     node, line = yaml.compose(text, Loader=yaml.SafeLoader), None
     for part in loc:
         if isinstance(node, yaml.MappingNode):

@@ -20,7 +20,7 @@ Model = type[BaseModel]
 
 
 def dotted(loc: Loc) -> str:
-    """``("evaluate", "suites", 0, "name")`` as ``evaluate.suites[0].name``."""
+    """Write ``("evaluate", "suites", 0, "name")`` as ``evaluate.suites[0].name``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
@@ -35,7 +35,7 @@ class ReferenceRow:
 
 
 def reference_rows(model: Model, prefix: str = "") -> Iterator[ReferenceRow]:
-    """Every leaf key, in the order of the tree. Items of a list are shown as ``key[i].name``."""
+    """List every leaf key, in the order of the tree. Items of a list are shown as ``key[i].name``."""
     for name, field in model.model_fields.items():
         section = _model_of(field.annotation)
         is_list = typing.get_origin(field.annotation) is tuple
@@ -48,7 +48,7 @@ def reference_rows(model: Model, prefix: str = "") -> Iterator[ReferenceRow]:
 
 
 def config_reference() -> str:
-    """Every key with type, default and meaning, as a Markdown table."""
+    """Describe every key with type, default and meaning, as a Markdown table."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for row in reference_rows(RunConfig):
         cells = (f"`{row.key}`", row.type, f"`{row.default}`" if row.default else "required", row.meaning)
@@ -62,7 +62,7 @@ class _Target(NamedTuple):
 
 
 def _target(model: Model, loc: Loc) -> _Target:
-    """The field and, where it is one, the section that ``loc`` points to."""
+    """Return the field and, where it is one, the section that ``loc`` points to."""
     field, section = None, model
     for part in loc:
         if isinstance(part, int):
@@ -92,7 +92,7 @@ def choices_at(model: Model, loc: Loc) -> list[str]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """Of a literal, or of the literals of a union such as ``Literal[...] | None``."""
+    """Return the choices of a literal, or of the literals of a union such as ``Literal[...] | None``."""
     if typing.get_origin(annotation) is Literal:
         return [str(choice) for choice in typing.get_args(annotation)]
     return [choice for inner in typing.get_args(annotation) for choice in _choices(inner)]

@@ -102,16 +102,16 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _every_teacher_has_something_to_grade(self) -> Self:
         names = [teacher.name for teacher in self.teachers]
-        asked = [source.teacher for source in self.data.sources]
+        named = [source.teacher for source in self.data.sources]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"teachers holds {names.count(name)} teachers named {name!r}. Give each its own name.")
-            if name not in asked:
+            if name not in named:
                 raise ValueError(
-                    f"teachers holds {name!r}, which no source names and nothing would be graded by. "
+                    f"teachers holds {name!r}, which no source names and nothing would be scored by. "
                     "Give it to one of data.sources, as its teacher, or take it out."
                 )
-        for i, wanted in enumerate(asked):
+        for i, wanted in enumerate(named):
             if wanted is not None and wanted not in names:
                 known = ", ".join(map(repr, names)) or "none"
                 raise ValueError(f"data.sources[{i}].teacher = {wanted!r} is not one of teachers ({known}).")
@@ -123,7 +123,7 @@ class RunConfig(Section):
             return self
         if all(source.teacher is not None for source in self.data.sources):
             raise ValueError(
-                "every source names one of teachers, so that teacher.model would grade nothing. "
+                "every source names one of teachers, so that teacher.model would score nothing. "
                 "Move one of them there, and leave out the name in its sources."
             )
         if self.teacher.ranks:
@@ -141,16 +141,16 @@ class RunConfig(Section):
 
     @property
     def base_model(self) -> Path:
-        """Where the base model's weights are: the student's before training unless another is named."""
+        """Return the path of the base model's weights: the student's before training unless another is named."""
         return self.base.model or self.student.model
 
     @property
     def base_parallel(self) -> ParallelConfig:
-        """How the base model is laid out."""
+        """Return the base model's layout."""
         return self.base.parallel or (self.teacher.parallel if self.base.model else self.student.parallel)
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
+        """Raise ConfigError when student, teacher or sampler cannot be laid out over ``world_size`` ranks."""
         own = self.teacher.ranks
         shared = world_size - own
         if shared < 1:
@@ -180,7 +180,7 @@ class RunConfig(Section):
                 raise ConfigError(f"{role}.parallel: {error}{divided}") from None
 
     def check_paths(self) -> None:
-        """Raises ConfigError when a path that the run reads does not exist."""
+        """Raise ConfigError when a path that the run reads does not exist."""
         resume = self.checkpoint.resume
         model = "Give a Hugging Face checkpoint directory on this machine; hub names are not downloaded."
         for name, path, fix in (
@@ -219,7 +219,7 @@ PROMPT_FILES = "Give a JSONL, Parquet or Arrow file, a glob, or a directory of t
 
 
 def variable_in(path: Path) -> str:
-    """What to do about a shell variable that stands in a path as it was written; empty where there is none."""
+    """Say what to do about a shell variable that stands in a path as it was written; empty where there is none."""
     found = re.search(r"\$\{?(\w+)", str(path))
     if found is None:
         return ""
@@ -228,5 +228,5 @@ def variable_in(path: Path) -> str:
 
 
 def matches(pattern: Path) -> bool:
-    """Whether a pattern such as ``data/*.parquet`` finds anything."""
+    """Say whether a pattern such as ``data/*.parquet`` finds anything."""
     return next(glob.iglob(str(pattern), recursive=True), None) is not None

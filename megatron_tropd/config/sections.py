@@ -35,7 +35,7 @@ def _path(value: object) -> object:
 
 
 def _paths(value: object) -> object:
-    """One path stands for a list of one, null for none."""
+    """Make a list of one of a single path, an empty one of null."""
     if value is None:
         return ()
     return tuple(_path(item) for item in value) if isinstance(value, list | tuple) else (_path(value),)
@@ -56,7 +56,7 @@ TeacherEngine = Literal["megatron", "vllm", "vllm_server"]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
-    """An optional key: its default, its line in the reference and pydantic's bounds (``ge``, ``lt``, ...)."""
+    """Declare an optional key: its default, its line in the reference and pydantic's bounds (``ge``, ``lt``, ...)."""
     return Field(default=default, description=meaning, **bounds)
 
 
@@ -65,7 +65,7 @@ class Section(BaseModel):
 
 
 class ParallelConfig(Section):
-    """How one model is laid out over the ranks. Data parallelism is what is left of the world."""
+    """The layout of one model over the ranks. Data parallelism is what is left of the world."""
 
     tensor: Whole = key(1, "Tensor-parallel ranks: each holds a slice of every matrix.", ge=1)
     pipeline: Whole = key(1, "Pipeline stages: each holds a run of consecutive layers.", ge=1)
@@ -91,16 +91,20 @@ class ParallelConfig(Section):
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that together hold one copy of the model: tensor * pipeline * context."""
+        """Return the number of ranks that together hold one copy of the model: tensor * pipeline * context."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def smallest_world(self) -> int:
-        """The fewest ranks this layout runs on: experts are dealt over the data-parallel and context-parallel ranks."""
+        """Return the fewest ranks this layout runs on: experts are sharded over the data- and context-parallel
+        ranks.
+        """
         return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     def data_size(self, world_size: int) -> int:
-        """Number of data-parallel replicas. Raises ConfigError when the axes do not divide ``world_size``."""
+        """Return the number of data-parallel replicas. Raises ConfigError when the axes do not divide
+        ``world_size``.
+        """
         if world_size % self.model_ranks:
             raise ConfigError(
                 f"world size {world_size} is not a multiple of tensor*pipeline*context = "
@@ -112,14 +116,14 @@ class ParallelConfig(Section):
         if data * self.context % self.expert:
             raise ConfigError(
                 f"expert = {self.expert} does not divide data*context = {data}*{self.context} = {data * self.context}, "
-                f"over whose ranks the experts are dealt. Launch {self.smallest_world} ranks (or a multiple), or lower "
+                f"over whose ranks experts are sharded. Launch {self.smallest_world} ranks (or a multiple), or lower "
                 "expert."
             )
         return data
 
 
 class NamedTeacherConfig(Section):
-    """A teacher beside `teacher`, for the data sources that name it. Never trained."""
+    """A teacher in addition to `teacher`, for the data sources that name it. Never trained."""
 
     name: str = Field(min_length=1, description="Name of the teacher, which `data.sources[i].teacher` gives.")
     model: UserPath = Field(description="A Hugging Face checkpoint directory, with the student's vocabulary.")
@@ -127,7 +131,7 @@ class NamedTeacherConfig(Section):
 
 
 class BaseConfig(Section):
-    """A third model, which only methods that measure the teacher against one ask for (`exopd`). Never trained."""
+    """A third model, which only methods need that measure the teacher against one (`exopd`). Never trained."""
 
     model: UserPath | None = key(
         None,
@@ -167,7 +171,7 @@ class ColumnsConfig(Section):
 
 
 class CodeConfig(Section):
-    """What the grader `code` is told beside the tests."""
+    """Settings of the grader `code` besides the tests."""
 
     entry_point: str | None = key(
         None, "Column with the name of the tested function, for tests that define `check(candidate)` (HumanEval)."
@@ -211,7 +215,7 @@ class SourceConfig(Section):
     grader: Grader | None = key(None, "Rule that grades its responses; null takes data.grader.")
     extract: Pattern = key(None, "Regular expression, as of a suite; null takes data.extract.")
     code: CodeConfig | None = key(None, "For the grader `code`; null takes data.code.")
-    teacher: str | None = key(None, "Name of the one of `teachers` that grades its sequences; null is `teacher`.")
+    teacher: str | None = key(None, "Name of the one of `teachers` that scores its sequences; null is `teacher`.")
 
 
 class DataConfig(Section):
@@ -268,13 +272,13 @@ class DataConfig(Section):
 
 
 class RolloutParallelConfig(Section):
-    """How the sampler's own copy of the student is laid out."""
+    """The layout of the sampler's own copy of the student."""
 
     tensor: Whole = key(1, "Tensor-parallel ranks of the sampler.", ge=1)
 
 
 class VLLMConfig(Section):
-    """How a vLLM engine is set up: in the trainer's processes, or by `tropd serve`."""
+    """Settings of a vLLM engine: in the trainer's processes, or by `tropd serve`."""
 
     max_sequences: Whole = key(256, "Sequences worked on at a time.", ge=1)
     memory_fraction: Real = key(0.4, "Share of the GPU's memory for its weights and cache.", gt=0, lt=1)
@@ -314,7 +318,7 @@ _VLLM_OURS = {
 
 
 class ServersConfig(Section):
-    """vLLM servers, each started by `tropd serve`, and how much is asked of them."""
+    """vLLM servers, each started by `tropd serve`, and the limits of requests to them."""
 
     urls: tuple[str, ...] = key((), "Addresses, a list, such as `[http://127.0.0.1:8100]`.")
     key_variable: str = key(
@@ -343,7 +347,7 @@ class ServersConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The model that grades. Never trained."""
+    """The model that scores. Never trained."""
 
     model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
     engine: TeacherEngine = key(
@@ -351,7 +355,7 @@ class TeacherConfig(Section):
     )
     chat_template: Literal["student", "own"] = key(
         "student",
-        "Under whose chat template the teacher is asked to score, and to answer in `tropd generate CONFIG`: the "
+        "Under whose chat template the teacher scores, and answers in `tropd generate CONFIG`: the "
         "student's, so that it sees the very prompts the student sees, or its `own` (`tropd generate` alone so far). "
         "It is always evaluated under its own template and end tokens.",
     )
@@ -359,7 +363,7 @@ class TeacherConfig(Section):
     ranks: Whole = key(
         0,
         "Ranks that are the teacher's alone: the last ones of the launch, the others are the student's. 0: the teacher "
-        "shares the student's. With rollout.ahead it grades a batch while the student learns from an earlier one.",
+        "shares the student's. With rollout.ahead it scores a batch while the student learns from an earlier one.",
         ge=0,
     )
     attention: Literal["auto", "sdpa", "te"] = key(
@@ -367,30 +371,30 @@ class TeacherConfig(Section):
     )
     whole_vocabulary: bool = key(
         False,
-        "With vLLM: have the log-probs of all ids told, not only the likeliest. For methods that need exact entropies, "
+        "With vLLM: report the log-probs of all ids, not only the likeliest. For methods that need exact entropies, "
         "ids that the student names, a temperature, or models of different vocabulary sizes; for small vocabularies.",
     )
     offload: bool = key(
         False,
-        "Keep the teacher's weights in host memory, pinned on a GPU, and on the device only while it grades; those of "
+        "Keep the teacher's weights in host memory, pinned on a GPU, and on the device only while it scores; those of "
         "`teachers` and of the base model likewise. A teacher on ranks of its own stays on the device, and vLLM's has "
         "teacher.vllm.sleep.",
     )
     vllm: VLLMConfig = VLLMConfig()
     vllm_server: ServersConfig = ServersConfig()
-    record: UserPath | None = key(None, "Directory to record every grade in; null records nothing.")
+    record: UserPath | None = key(None, "Directory to record every score in; null records nothing.")
     record_values: Literal["fp16", "fp32"] = key(
         "fp16", "How recorded log-probs are stored: rounded to 16 bits, or as they are, for replays to the last digit."
     )
     recorded_from: UserPath | None = key(
-        None, "Directory of recorded grades to use instead of the model, of the same sequences in packs of any kind."
+        None, "Directory of recorded scores to use instead of the model, of the same sequences in packs of any kind."
     )
 
     @model_validator(mode="after")
     def _records_or_replays(self) -> Self:
         if self.record is not None and self.recorded_from is not None:
             raise ValueError(
-                f"record = '{self.record}' has nothing to record while the grades come from recorded_from = "
+                f"record = '{self.record}' has nothing to record while the scores come from recorded_from = "
                 f"'{self.recorded_from}'. Set one of the two to null."
             )
         return self
@@ -413,7 +417,7 @@ class TeacherConfig(Section):
                 ) from None
         if self.ranks and self.recorded_from is not None:
             raise ValueError(
-                f"ranks = {self.ranks} would have nothing to do: grades come from recorded_from = "
+                f"ranks = {self.ranks} would have nothing to do: scores come from recorded_from = "
                 f"'{self.recorded_from}'. Set one of the two to its default."
             )
         return self
@@ -473,11 +477,11 @@ class StudentServersConfig(ServersConfig):
 
 
 class RolloutConfig(Section):
-    """How the student writes."""
+    """Generation by the student."""
 
     engine: RolloutEngine = key("megatron", "Who samples: the trainer's own model, vLLM, or a recording.")
     samples_per_prompt: Whole = key(4, "Sequences per prompt written by the student alone.", ge=0)
-    guided_per_prompt: Whole = key(1, "Sequences per prompt that begin with a teacher prefix.", ge=0)
+    guided_per_prompt: Whole = key(1, "Sequences per prompt that start with a teacher prefix.", ge=0)
     max_new_tokens: Whole = key(8192, "Longest response (prefix and continuation), in tokens.", ge=1)
     temperature: Real = key(1.0, "Sampling temperature. On-policy methods are derived for 1.", gt=0)
     top_p: Real = key(1.0, "Nucleus sampling: keep the smallest set with this probability.", gt=0, le=1)
@@ -528,9 +532,9 @@ class RolloutConfig(Section):
 
 
 class MethodConfig(Section):
-    """The objective. Keys beside ``name`` are the method's own options, collected in ``options``."""
+    """The objective. Keys besides ``name`` are the method's own options, collected in ``options``."""
 
-    name: str = key("tropd", "Preset: `tropd`, `opd`, ... Its options are keys beside it.", min_length=1)
+    name: str = key("tropd", "Preset: `tropd`, `opd`, ... Its options are further keys.", min_length=1)
     options: dict[str, Any] = Field(
         default_factory=dict, description="Not written: every key of `method` but `name` is an option of the preset."
     )
@@ -549,9 +553,9 @@ class MethodConfig(Section):
 
 
 class TrainConfig(Section):
-    """How much is learnt from per step."""
+    """The amounts of data per step."""
 
-    steps: Whole = key(200, "Training steps: one batch of prompts sampled, graded and learnt from.", ge=1)
+    steps: Whole = key(200, "Training steps: one batch of prompts sampled, scored and learned from.", ge=1)
     prompts_per_step: Whole = key(128, "Prompts per step, over all ranks.", ge=1)
     pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
     minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
@@ -561,7 +565,7 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How the weights move."""
+    """The optimizer and its schedule."""
 
     name: Literal["adam", "sgd"] = key("adam", "AdamW, or plain SGD (for comparing layouts).")
     lr: Real = key(5e-6, "Peak learning rate.", gt=0)
@@ -577,13 +581,13 @@ class OptimizerConfig(Section):
     distributed: bool = key(False, "Shard optimizer states over data-parallel ranks.")
     overlap: bool = key(
         False,
-        "Reduce gradients over data-parallel ranks while backward goes on, and with `distributed` gather new weights "
-        "while the forward of the step's next minibatch does.",
+        "Reduce gradients over data-parallel ranks as backward produces them, and with `distributed` gather weights "
+        "during the forward of the step's next minibatch.",
     )
     offload: bool = key(
         False,
         "Keep the optimizer's states and fp32 weights in host memory, pinned on a GPU, and on the device only in the "
-        "update; gradients leave it while rollouts are written and graded.",
+        "update; gradients leave it while rollouts are written and scored.",
     )
 
     @model_validator(mode="after")
@@ -603,15 +607,15 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What a killed run goes on from."""
+    """Checkpoints, from which a killed run resumes."""
 
     every: Whole = key(
-        10, "Steps between checkpoints; 0 saves none, unless the run is asked to stop (SIGTERM, SIGUSR1).", ge=0
+        10, "Steps between checkpoints; 0 saves none, unless the run is requested to stop (SIGTERM, SIGUSR1).", ge=0
     )
     keep: Whole = key(2, "Newest checkpoints to keep.", ge=1)
     resume: str = key(
         "auto",
-        "`auto` goes on from the newest in run_dir; `never` starts over and moves what an earlier run left there to "
+        "`auto` resumes from the newest in run_dir; `never` starts over and moves what an earlier run left there to "
         "RUN/earlier-run; or the path of a checkpoint, or of another run.",
         min_length=1,
     )
@@ -706,7 +710,7 @@ class EvaluateConfig(Section):
 
 
 class ReportConfig(Section):
-    """What a run leaves to look at. ``metrics.jsonl`` is always written."""
+    """Reports of a run. ``metrics.jsonl`` is always written."""
 
     html: bool = key(True, "Write RUN/report.html at the end.")
     tensorboard: bool = key(False, "Write TensorBoard events to RUN/tensorboard.")

@@ -1,4 +1,4 @@
-"""What a model directory holds besides weights: config and tokenizer files of whatever kind, for an export to carry.
+"""Files of a model directory besides weights: config and tokenizer files of whatever kind, for an export to carry.
 
 Tokenizers come as tokenizer.json, vocab.txt, spiece.model, merges.txt and whatever their class reads, with templates
 in files and folders of their own. So not names are listed here but what is left behind: weights, code and prose.
@@ -23,7 +23,7 @@ _LARGEST = 256 << 20  # bytes; the largest tokenizers take some tens of megabyte
 
 
 def companions_of(directory: Path) -> dict[str, Path]:
-    """Files to carry along, by their path relative to the model directory, in order."""
+    """List the files to carry along, by their path relative to the model directory, in order."""
     found = {path.name: path for path in _files(directory) if _is_companion(path)}
     for folder in _FOLDERS:
         found |= {f"{folder}/{path.name}": path for path in _files(directory / folder)}

@@ -23,7 +23,7 @@ SINGLE = "model.safetensors"
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file; CheckpointError when it is missing or not JSON."""
+    """Parse a JSON file; CheckpointError when it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_architecture(directory: str | Path) -> Architecture:
-    """The model's sizes from ``config.json``; CheckpointError when missing or unsupported."""
+    """Read the model's sizes from ``config.json``; CheckpointError when missing or unsupported."""
     return architecture_of(read_json(Path(directory) / "config.json"))
 
 
@@ -108,7 +108,7 @@ class HFWeights(Mapping[str, LazyTensor]):
 
 
 def check_weights(weights: HFWeights, architecture: Architecture) -> None:
-    """Compares names, shapes and types with what the architecture needs, from the files' headers alone.
+    """Compare names, shapes and types with what the architecture needs, from the files' headers alone.
 
     Raises:
         CheckpointError: names the directory and the first tensor that is missing, of another shape, quantized, or of
@@ -139,7 +139,7 @@ def check_weights(weights: HFWeights, architecture: Architecture) -> None:
 
 
 def _check_tied(weights: HFWeights, architecture: Architecture) -> None:
-    """A tied model may carry its output layer twice, but not two different ones."""
+    """Refuse a tied model that carries two different output layers; twice the same one is fine."""
     (name,), (source,) = OUTPUT.hf, EMBEDDING.hf
     if not architecture.tied_embeddings or name not in weights:
         return
@@ -161,7 +161,7 @@ _SAMPLE = 1024
 def weights_fingerprint(directory: str | Path) -> str | None:
     """Hash (hex) of names, shapes, types and some values of every tensor, however they are cut into files.
 
-    None where there are no weights. Any training changes all matrices, so their first and last rows tell models apart.
+    None where there are no weights. Any training changes all matrices, so their first and last rows distinguish models.
     """
     try:
         weights = HFWeights(directory)

@@ -58,7 +58,7 @@ class SafetensorsFile:
             os.close(self._file)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills ``buffer`` with the file's bytes from ``offset``."""
+        """Fill ``buffer`` with the file's bytes from ``offset``."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file, [buffer[done:]], offset + done)
@@ -79,7 +79,7 @@ class LazyTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """CheckpointError for anything but a floating-point tensor of 16 bits or more."""
+        """Return the dtype; CheckpointError for anything but a floating-point tensor of 16 bits or more."""
         if self.kind not in _DTYPES:
             raise CheckpointError(
                 f"{self._file.path.absolute()}: {self.name} is of type {self.kind}: quantized weights are not "
@@ -99,7 +99,7 @@ class LazyTensor:
         return out if out.size(1) < width else out.view(len(out), *self.shape[1:])
 
     def _read(self, out: Tensor, start: int, *, stride: int) -> None:
-        """Fills the rows of ``out``, which begin every ``stride`` bytes from ``start``."""
+        """Fill the rows of ``out``, which start every ``stride`` bytes from ``start``."""
         buffer, row_bytes = out.view(-1).view(torch.uint8).numpy().data, out.nbytes // len(out)
         if row_bytes == stride:
             self._file.read_into(buffer, start)

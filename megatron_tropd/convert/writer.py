@@ -65,7 +65,7 @@ class HFWriter:
         resume_from: str | None = None,
         end_ids: Sequence[int] = (),
     ) -> None:
-        """Prepares the files.
+        """Prepare the files.
 
         Args:
             companions_from: a model directory whose config and tokenizer the new one gets.
@@ -104,11 +104,11 @@ class HFWriter:
                 file.missing = dict.fromkeys(file.missing, 0)
 
     def _is_ours(self, name: str) -> bool:
-        """Whether a file is one that a writer of this target leaves."""
+        """Say whether a file is one that a writer of this target leaves."""
         return _OURS.fullmatch(name) is not None or name == MARKER or name in companions_of(self._companions_from)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Writes every tensor to its place, in the writer's dtype.
+        """Write every tensor to its place, in the writer's dtype.
 
         Raises:
             CheckpointError: a tensor that was not announced, or of another shape.
@@ -119,7 +119,7 @@ class HFWriter:
             self.write_rows(name, 0, tensor)
 
     def write_rows(self, name: str, first: int, rows: Tensor) -> None:
-        """Writes some whole rows of a tensor, from row ``first``. Every row must come once; order does not matter.
+        """Write some whole rows of a tensor, from row ``first``. Every row must come once; order does not matter.
 
         Raises:
             CheckpointError: a tensor that was not announced, of another shape, or more rows than it has.
@@ -144,7 +144,7 @@ class HFWriter:
     def _unannounced(self, name: str, shape: Iterable[int], first: int = 0) -> CheckpointError:
         rows = f" from row {first}" if first else ""
         return CheckpointError(
-            f"{self.target.absolute()}: asked to write {name} of shape {list(shape)}{rows}, "
+            f"{self.target.absolute()}: requested to write {name} of shape {list(shape)}{rows}, "
             f"but was announced {list(self._shapes.get(name, ())) or 'no such tensor'}."
         )
 
@@ -152,7 +152,7 @@ class HFWriter:
         return self._aside / (file.name + ".part")
 
     def _handle(self, file: _File) -> BufferedRandom:
-        """The file in the making: a few are open at a time, where a parameter's tensors are in several."""
+        """Open the file in the making: a few are open at a time, where a parameter's tensors are in several."""
         if file.name not in self._open:
             self._open[file.name] = self._part(file).open("w+b")
             self._open[file.name].write(file.header)
@@ -198,7 +198,7 @@ class HFWriter:
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_file_bytes: int) -> list[_File]:
-    """Deals the tensors in order to files of at most that many bytes, or of one tensor."""
+    """Assign the tensors in order to files of at most that many bytes, or of one tensor."""
     groups: list[dict[str, Shape]] = [{}]
     held = 0
     for name, shape in shapes.items():
@@ -224,7 +224,7 @@ def _lay_out(name: str, shapes: Mapping[str, Shape], dtype: torch.dtype) -> _Fil
         offsets[tensor] = at
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin on a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
     start = 8 + len(text)
     return _File(
         name,
@@ -241,7 +241,7 @@ def _begins_with(path: Path, header: bytes) -> bool:
 
 
 def _name_dtype(config: Path, dtype: torch.dtype) -> None:
-    """config.json says in which dtype the weights are; it is otherwise left byte for byte as it came."""
+    """Name the dtype of the weights in config.json; leave it otherwise byte for byte as it came."""
     settings = read_json(config) if config.exists() else {}
     name = str(dtype).removeprefix("torch.")
     changed = {key: name for key in ("dtype", "torch_dtype") if settings.get(key, name) != name}
@@ -250,7 +250,7 @@ def _name_dtype(config: Path, dtype: torch.dtype) -> None:
 
 
 def _name_ends(config: Path, end_ids: list[int]) -> None:
-    """generation_config.json says where generation stops; what else it says is left."""
+    """Name the ends in generation_config.json; leave the rest of it."""
     settings = read_json(config) if config.exists() else {}
     if end_ids and settings.get("eos_token_id") != end_ids:
         write_aside(config, json.dumps(settings | {"eos_token_id": end_ids}, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 ``E`` are the ids, all of them alternatives for one another: ``q(E) = sum_E q_e``. Every other token is a category of
 its own, so the class coarsens both distributions alike and each divergence of theirs stays one. Whatever is needed
-follows from the log-probs of the |E| ids, which are picked beside the others: the same ids for every token, exact under
+follows from the log-probs of the |E| ids, which are picked with the others: the same ids for every token, exact under
 any sharding.
 
 The first id of E stands for the class: ``represented`` writes it in place of the others, so that listing ids once
@@ -22,17 +22,17 @@ from megatron_tropd.errors import ConfigError
 
 
 def is_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
-    """True where an id is of the class, bool of the shape of ``ids``."""
+    """Mark the ids of the class, bool of the shape of ``ids``."""
     return torch.isin(ids, torch.tensor(list(end_ids), dtype=ids.dtype, device=ids.device))
 
 
 def represented(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
-    """The ids with the first of ``end_ids`` in place of every one of them."""
+    """Replace every one of ``end_ids`` by the first of them."""
     return ids.masked_fill(is_end(ids, end_ids), end_ids[0]) if end_ids else ids
 
 
 def with_ends(ids_TK: Tensor, end_ids: Sequence[int]) -> Tensor:
-    """The ids to be picked, those of the class behind the others: ``[T, K + X]``."""
+    """Append the ids of the class to those to be picked: ``[T, K + X]``."""
     if not end_ids:
         return ids_TK
     end_X = torch.tensor(list(end_ids), dtype=ids_TK.dtype, device=ids_TK.device)
@@ -40,12 +40,12 @@ def with_ends(ids_TK: Tensor, end_ids: Sequence[int]) -> Tensor:
 
 
 def class_logprob(end_TX: Tensor) -> Tensor:
-    """``log q(E)``, ``[T]``."""
+    """Return ``log q(E)``, ``[T]``."""
     return end_TX.logsumexp(-1)
 
 
 def at_ids(logprob: Tensor, ids: Tensor, end_ids: Sequence[int], end_TX: Tensor) -> Tensor:
-    """Log-probs at ids, ``[T]`` or ``[T, K]``: ``log q(E)`` in place of that of any id of the class."""
+    """Return log-probs at ids, ``[T]`` or ``[T, K]``: ``log q(E)`` in place of that of any id of the class."""
     class_T = class_logprob(end_TX)
     return torch.where(is_end(ids, end_ids), class_T if logprob.dim() == 1 else class_T[:, None], logprob)
 
@@ -70,13 +70,13 @@ def tail_outside(
 
 
 def class_entropy(entropy_T: Tensor, end_TX: Tensor) -> Tensor:
-    """The entropy with the class for one category: ``H + sum_E q_e log q_e - q(E) log q(E)``, ``[T]``."""
+    """Return the entropy with the class as one category: ``H + sum_E q_e log q_e - q(E) log q(E)``, ``[T]``."""
     class_T = class_logprob(end_TX)
     return entropy_T + (end_TX.exp() * end_TX).sum(-1) - class_T.exp() * class_T
 
 
 def class_divergence(loss_T: Tensor, student_TX: Tensor, teacher_TX: Tensor, *, kind: str, beta: float) -> Tensor:
-    """A full divergence with the class for one category, ``[T]``: the shares of its ids are replaced by its own.
+    """Return a full divergence with the class as one category, ``[T]``: the shares of its ids are replaced by its own.
 
     ``forward_kl``: ``p log(p/q)``; ``reverse_kl``: ``q log(q/p)``; ``jsd``: ``beta p log(p/m) + (1-beta) q log(q/m)``,
     ``m = beta p + (1-beta) q``.
@@ -96,7 +96,7 @@ def class_divergence(loss_T: Tensor, student_TX: Tensor, teacher_TX: Tensor, *, 
 
 
 def _share(logq: Tensor, logp: Tensor, kind: str, beta: float) -> Tensor:
-    """What one category adds to a divergence."""
+    """Return the contribution of one category to a divergence."""
     if kind == "forward_kl":
         return logp.exp() * (logp - logq)
     if kind == "reverse_kl":

@@ -29,7 +29,7 @@ Trust = Callable[[Tensor, StudentView, TeacherView, TokenView], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """How much each token is trusted, and what it takes to know."""
+    """A rule for the trust in each token, and the fields that it needs."""
 
     name: str
     trust: Trust

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MEAN, LARGEST = "logprob_gap_mean", "logprob_gap_max"
-# a bucket of positions in the sequence begins at each; the last has no end
+# a bucket of positions in the sequence starts at each; the last has no end
 STARTS = (0, 64, 256, 1024, 4096, 16384)
 BUCKETS = (*(f"{start}-{end - 1}" for start, end in pairwise(STARTS)), f"{STARTS[-1]}+")
 

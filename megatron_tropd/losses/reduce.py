@@ -33,7 +33,8 @@ def token_weights(
     normalization: Normalization = "token",
     keep_T: BoolArray | None = None,
 ) -> Float32Array:
-    """Weight of every token's loss; sums to N, the number of valid and kept tokens, so that the loss is their sum / N.
+    """Return the weight of every token's loss; sums to N, the number of valid and kept tokens, so that the loss is
+    their sum / N.
 
     token: 1 each. sequence: the mean over sequences of the mean over each sequence's tokens, ``N / (S n_s)``.
     region: the mean over the regions present of each region's mean, ``N / (R n_r)``.
@@ -72,7 +73,7 @@ def special_token_keep(
     special_ids: Iterable[int],
     first_only: bool = False,
 ) -> BoolArray:
-    """False on valid predictions of a special token, True everywhere else.
+    """Mask special tokens: False on their valid predictions, True everywhere else.
 
     With ``first_only`` each special id loses only its first valid occurrence in each sequence (stream order).
     Source: local support matching, arXiv 2603.25562.

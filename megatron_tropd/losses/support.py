@@ -5,7 +5,7 @@ Tails, for a support A with masses ``m_A`` (teacher) and ``q_A`` (student):
     none    the plain partial sum over A. May be negative, and must stay so: a clamp at 0 would drop the token's
             gradient. Does not vanish at p = q.
     bucket  everything outside A becomes one more category: the exact KL of the coarsened distributions, >= 0.
-    renorm  both sides are renormalised on A: an exact KL as well, blind to how much mass A holds.
+    renorm  both sides are renormalized on A: an exact KL as well, blind to how much mass A holds.
 
 All log-probs are full-vocabulary log-softmax values in nats. Columns where ``mask_TK`` is False are ignored.
 """
@@ -31,9 +31,9 @@ _Value = TypeVar("_Value")
 
 
 def required(value: _Value | None, *, field: str, need: str) -> _Value:
-    """Return ``value``, or an EngineError naming the missing view field and the ``Needs`` entry that asks for it."""
+    """Return ``value``, or an EngineError naming the missing view field and the ``Needs`` entry that requests it."""
     if value is None:
-        raise EngineError(f"{field} is None, but the method asks for it through Needs.{need}: provide it in the view.")
+        raise EngineError(f"{field} is None, but the method requests it through Needs.{need}: provide it in the view.")
     return value
 
 

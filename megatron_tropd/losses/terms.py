@@ -1,6 +1,6 @@
 """Loss terms: each maps what student and teacher say about T tokens to one loss per token, in nats.
 
-A term never masks, averages or communicates. Descent on every term moves the student towards the teacher. ``r``
+A term never masks, averages or communicates. Descent on every term moves the student toward the teacher. ``r``
 is the log ratio ``log p(y) - log q(y)`` of teacher p and student q at the sampled token y; its gradient is cut unless
 a term says otherwise. Plain autograd of ``log q(y) - log p(y)`` is not offered: its gradient ignores the teacher.
 """
@@ -104,7 +104,7 @@ K3_BOUND = 3.0
 def k3(*, bound: float | None = K3_BOUND) -> Term:
     """Return ``exp(r) - 1 - r`` with gradient through ``log q(y)``; never negative.
 
-    Its gradient is ``min(rho, exp(bound)) - 1`` times that of ``-log q(y)``: beyond ``bound`` nats the loss goes on
+    Its gradient is ``min(rho, exp(bound)) - 1`` times that of ``-log q(y)``: beyond ``bound`` nats the loss continues
     along its tangent, since one token of r = 30 would outweigh 1e13 others (exp overflows at 89). That is a bias, of
     the tokens with ``p > exp(bound) q`` only; None takes the exponential as it is.
     """
@@ -287,7 +287,7 @@ def merge_needs(*needs: Needs) -> Needs:
     """Merge what all the parts need. Raises ConfigError when two parts want different supports."""
     supports = {n.support for n in needs if n.top_k > 0}
     if len(supports) > 1:
-        raise ConfigError(f"one method can use one support, but its parts ask for {', '.join(sorted(supports))}.")
+        raise ConfigError(f"one method can use one support, but its parts request {', '.join(sorted(supports))}.")
     return Needs(
         top_k=max((n.top_k for n in needs), default=0),
         support=supports.pop() if supports else "teacher",

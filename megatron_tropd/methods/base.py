@@ -1,4 +1,4 @@
-"""What a method is, and the only code that interprets one.
+"""Methods, and the only code that interprets one.
 
 A method says, for every valid token, which loss it gets:
 
@@ -6,7 +6,7 @@ A method says, for every valid token, which loss it gets:
     CONTINUATION  g * trusted + (1 - g) * outlier + extra        g in [0, 1] from the gate
 
 It never communicates, masks, averages or reads config: those wishes (normalization, special tokens, temperature,
-schedule) are plain fields that the trainer honours.
+schedule) are plain fields that the trainer honors.
 """
 
 from __future__ import annotations
@@ -43,43 +43,43 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What the views must contain."""
+        """Return the fields that the views must contain."""
         needs = merge_needs(self.gate.needs, *(term.needs for term in self._terms))
         return replace(needs, end_ids=self.end_ids)
 
     @property
     def guided(self) -> bool:
-        """Whether some sequences start with a teacher-written prefix."""
+        """Say whether some sequences start with a teacher-written prefix."""
         return self.schedule.guided
 
     @property
     def normalization(self) -> Normalization:
-        """What the loss is a mean over: tokens, sequences or regions."""
+        """Say what the loss is a mean over: tokens, sequences or regions."""
         return self.settings.normalization
 
     @property
     def temperature(self) -> float:
-        """Divides student and teacher logits alike, before every log-prob in the views."""
+        """Return the divisor of student and teacher logits, applied before every log-prob in the views."""
         return self.settings.temperature
 
     @property
     def ratio(self) -> RatioSource:
-        """Which student log-prob enters the gate's ratio."""
+        """Say which student log-prob enters the gate's ratio."""
         return self.settings.ratio
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """Whether special tokens keep their loss: see ``losses.reduce.special_token_keep``."""
+        """Say whether special tokens keep their loss: see ``losses.reduce.special_token_keep``."""
         return self.settings.special_tokens
 
     @property
     def vanishes_at_teacher(self) -> bool:
-        """Whether the loss gradient is 0 when student and teacher agree (some objectives are not meant to)."""
+        """Say whether the loss gradient is 0 when student and teacher agree (some objectives are not meant to)."""
         return all(term.vanishes for term in self._terms)
 
     @property
     def on_policy_terms(self) -> tuple[str, ...]:
-        """Terms on the student's own tokens whose gradient takes these for samples of the weights that learn."""
+        """Name the terms whose gradient takes the student's own tokens for samples of the weights that learn."""
         return tuple(dict.fromkeys(t.name for t in (self.trusted, self.outlier, self.extra) if t.on_policy))
 
     @property
@@ -87,7 +87,8 @@ class Method:
         return (self.trusted, self.outlier, self.prefix, self.extra)
 
     def token_loss(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> TokenLoss:
-        """Loss of every valid token, nats, before masks, weights and sums; ``[T]``, differentiable in the student.
+        """Return the loss of every valid token, nats, before masks, weights and sums; ``[T]``, differentiable in the
+        student.
 
         ``weight_T``, when there, is not yet multiplied into ``loss_T``.
         """
@@ -108,7 +109,7 @@ class Method:
 
     @torch.no_grad()
     def gate_weight(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
-        """How much each token is trusted, in [0, 1]; 1 on PREFIX tokens, which no gate judges; ``[T]``."""
+        """Return the trust in each token, in [0, 1]; 1 on PREFIX tokens, which no gate judges; ``[T]``."""
         reference_T = reference_logprob(student, tokens, self.ratio)
         trust_T = self.gate.trust(reference_T, student, teacher, tokens).to(reference_T.dtype)
         return torch.where(tokens.region_T == Region.PREFIX, 1.0, trust_T)
@@ -136,7 +137,9 @@ class Preset:
 
 
 def _merge(shares: tuple[tuple[Term, Tensor], ...]) -> dict[Term, Tensor]:
-    """Weight per distinct term, so that a term used twice (a full-vocabulary one is costly) is computed once."""
+    """Sum the weights per distinct term, so that a term used twice (a full-vocabulary one is costly) is computed
+    once.
+    """
     weights: dict[Term, Tensor] = {}
     for term, weight_T in shares:
         if term is not NONE:
@@ -145,14 +148,18 @@ def _merge(shares: tuple[tuple[Term, Tensor], ...]) -> dict[Term, Tensor]:
 
 
 def _weighted(term: Term, weight_T: Tensor, student: StudentView, teacher: TeacherView) -> Tensor:
-    """``weight * term``, exactly 0 in value and gradient where the weight is 0, even where the term is not finite."""
+    """Return ``weight * term``, exactly 0 in value and gradient where the weight is 0, even where the term is not
+    finite.
+    """
     keep_T = weight_T > 0.0
     loss_T = term.loss(_gradient_only_where(keep_T, student), teacher)
     return torch.where(keep_T, weight_T.detach() * loss_T, torch.zeros_like(loss_T))
 
 
 def _gradient_only_where(keep_T: Tensor, student: StudentView) -> StudentView:
-    """The same values; gradients outside ``keep_T`` are dropped, not multiplied by 0 (0 * inf would be nan)."""
+    """Drop gradients outside ``keep_T`` and keep the values; they are dropped, not multiplied by 0 (0 * inf would be
+    nan).
+    """
     support_TK, logtail_T = student.support_logprob_TK, student.support_logtail_T
     if support_TK is not None:
         support_TK = torch.where(keep_T[:, None], support_TK, support_TK.detach())
@@ -166,7 +173,9 @@ def _gradient_only_where(keep_T: Tensor, student: StudentView) -> StudentView:
 def _stats(
     gate_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView, ratio: RatioSource
 ) -> dict[str, Tensor]:
-    """Per-token values, nats or shares; ``prefix_*`` are meant for PREFIX tokens, all others for CONTINUATION."""
+    """Return per-token values, nats or shares; ``prefix_*`` are meant for PREFIX tokens, all others for
+    CONTINUATION.
+    """
     reference_T = reference_logprob(student, tokens, ratio)
     stats = {
         "trusted_fraction": gate_T,

@@ -16,7 +16,7 @@ class EntropyOpdOptions(MethodOptions):
 
 
 def entropy_opd(options: EntropyOpdOptions) -> Method:
-    """Tokens below the entropy quantile carry no loss but still count in the mean."""
+    """Give tokens below the entropy quantile no loss; they still count in the mean."""
     return Method(gate=gates.entropy_top(options.fraction), trusted=terms.k1_pg(clip=options.ppo_clip))
 
 

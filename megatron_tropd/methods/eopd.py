@@ -20,7 +20,7 @@ class EopdOptions(MethodOptions):
 
 
 def eopd(options: EopdOptions) -> Method:
-    """The forward KL is added to the policy gradient; it does not replace it."""
+    """Add the forward KL to the policy gradient; it does not replace it."""
     forward = terms.fkl_topk(k=options.k, tail=options.tail, support=options.support)
     uncertain = terms.where_teacher_uncertain(forward, entropy=options.entropy)
     return Method(

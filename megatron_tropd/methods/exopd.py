@@ -16,12 +16,12 @@ class ExopdOptions(MethodOptions):
 
 
 def exopd(options: ExopdOptions) -> Method:
-    """The policy gradient of opd with an extrapolated reward."""
+    """Build the policy gradient of opd with an extrapolated reward."""
     return Method(gate=gates.ALL, trusted=terms.extrapolated_pg(lam=options.lam, clip=options.ppo_clip))
 
 
 PRESET = Preset(
-    summary="policy gradient towards an extrapolation from base model through teacher",
+    summary="policy gradient toward an extrapolation from base model through teacher",
     source="arXiv 2602.12125",
     options=ExopdOptions,
     build=exopd,

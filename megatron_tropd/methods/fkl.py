@@ -13,14 +13,14 @@ from megatron_tropd.methods.options import MethodOptions, Support, SupportSize, 
 class DivergenceOptions(MethodOptions):
     """Options of ``fkl`` and ``rkl``."""
 
-    form: Literal["full", "topk"] = key("full", "over the whole vocabulary, or over a support")
+    form: Literal["full", "topk"] = key("full", "over the full vocabulary, or over a support")
     k: SupportSize = 64
     tail: TailKind = "bucket"
     support: Support = "teacher"
 
 
 def fkl(options: DivergenceOptions) -> Method:
-    """KL(teacher || student)."""
+    """Build KL(teacher || student)."""
     if options.form == "full":
         return Method(gate=gates.ALL, trusted=terms.fkl_full())
     term = terms.fkl_topk(k=options.k, tail=options.tail, support=options.support)

@@ -1,4 +1,4 @@
-"""Generalised knowledge distillation: a Jensen-Shannon divergence on own and teacher sequences (arXiv 2306.13649)."""
+"""Generalized knowledge distillation: a Jensen-Shannon divergence on own and teacher sequences (arXiv 2306.13649)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GkdOptions(MethodOptions):
 
 
 def gkd(options: GkdOptions) -> Method:
-    """One term for whoever wrote the token."""
+    """Give every token the same term, whoever wrote it."""
     term = terms.jsd_full(beta=options.beta)
     return Method(
         gate=gates.ALL, trusted=term, prefix=term, schedule=schedule.teacher_batches(options.on_policy_fraction)

@@ -1,6 +1,6 @@
-"""Local support matching: reverse KL on the teacher's top k, both sides renormalised there (arXiv 2603.25562).
+"""Local support matching: reverse KL on the teacher's top k, both sides renormalized there (arXiv 2603.25562).
 
-The paper reports that training without renormalisation collapses early and that k < 5 is unstable.
+The paper reports that training without renormalization collapses early and that k < 5 is unstable.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class LocalSupportOptions(MethodOptions):
 
 
 def local_support(options: LocalSupportOptions) -> Method:
-    """Every sampled position matches the teacher on its support."""
+    """Match the teacher on its support at every sampled position."""
     term = terms.rkl_topk(k=options.k, tail=options.tail, support=options.support)
     return Method(gate=gates.ALL, trusted=term)
 
 
 PRESET = Preset(
-    summary="renormalised reverse KL on the teacher's top k",
+    summary="renormalized reverse KL on the teacher's top k",
     source="arXiv 2603.25562",
     options=LocalSupportOptions,
     build=local_support,

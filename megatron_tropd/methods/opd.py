@@ -19,7 +19,7 @@ class OpdOptions(MethodOptions):
 
 
 def opd(options: OpdOptions) -> Method:
-    """Every sampled token gets the same term."""
+    """Give every sampled token the same term."""
     estimators = {
         "k1_pg": terms.k1_pg(clip=options.ppo_clip),
         "k2": terms.k2(),

@@ -66,7 +66,7 @@ _Options = TypeVar("_Options", bound=MethodOptions)
 
 
 def own_options(options: type[MethodOptions]) -> tuple[str, ...]:
-    """Return the names of the options that a method has beside those of every method."""
+    """Return the names of the options that a method has besides those of every method."""
     return tuple(name for name in options.model_fields if name not in MethodOptions.model_fields)
 
 

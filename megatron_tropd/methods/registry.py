@@ -55,7 +55,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def build_method(name: str, **options: object) -> Method:
-    """The method ``name`` with the given options; everything else at the preset's defaults.
+    """Build the method ``name`` with the given options; everything else at the preset's defaults.
 
     Raises:
         ConfigError: no such method or option, or a value that breaks its rule; the message says what is valid.

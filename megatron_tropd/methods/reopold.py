@@ -21,13 +21,13 @@ class ReopoldOptions(MethodOptions):
         "log(lam)/(1-lam)", "which reading of the floor's formula"
     )
     stages: Whole = key(2, "2: floor first, entropy later; 1: only clip the reward", ge=1, le=2)
-    switch: Real = key(0.5, "share of the run after which stage 2 begins", ge=0, le=1)
+    switch: Real = key(0.5, "share of the run after which stage 2 starts", ge=0, le=1)
     fraction: Real = key(0.2, "stage 2: share of tokens kept, by student entropy", gt=0, lt=1)
     ppo_clip: PpoClip = None
 
 
 def reward_floor(lam: float, *, reading: str) -> float:
-    """The least reward, nats: negative, or it would reward tokens that the teacher dislikes."""
+    """Return the least reward, nats: negative, or it would reward tokens that the teacher dislikes."""
     floor = math.log(lam) / (1.0 - lam) if reading == "log(lam)/(1-lam)" else math.log(lam / (1.0 - lam))
     if floor >= 0.0:
         raise ConfigError(
@@ -38,7 +38,7 @@ def reward_floor(lam: float, *, reading: str) -> float:
 
 
 def reopold(options: ReopoldOptions) -> Method:
-    """Tokens that a stage leaves out carry no loss."""
+    """Give tokens that a stage leaves out no loss."""
     floor = reward_floor(options.lam, reading=options.floor_reading)
     return Method(gate=_gate(options, floor), trusted=terms.k1_pg(clip=options.ppo_clip, floor=floor))
 

@@ -8,7 +8,7 @@ from megatron_tropd.methods.fkl import DivergenceOptions
 
 
 def rkl(options: DivergenceOptions) -> Method:
-    """KL(student || teacher)."""
+    """Build KL(student || teacher)."""
     if options.form == "full":
         return Method(gate=gates.ALL, trusted=terms.rkl_full())
     term = terms.rkl_topk(k=options.k, tail=options.tail, support=options.support)

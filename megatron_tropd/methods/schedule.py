@@ -1,4 +1,4 @@
-"""How much of the teacher's response a guided sequence starts with, over the course of training."""
+"""Schedules of the share of the teacher's response that a guided sequence starts with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrefixSchedule:
     guided: bool = True
 
     def fraction(self, step: int, total_steps: int) -> float:
-        """``alpha`` at ``step`` (from 0) of ``total_steps``.
+        """Return ``alpha`` at ``step`` (from 0) of ``total_steps``.
 
         Raises:
             ConfigError: the step lies outside the run.
@@ -29,29 +29,30 @@ class PrefixSchedule:
 
 
 def cosine() -> PrefixSchedule:
-    """``(1 + cos(pi t/N)) / 2``: from the whole response to none (TrOPD, arXiv 2606.01249)."""
+    """Return ``(1 + cos(pi t/N)) / 2``: from the whole response to none (TrOPD, arXiv 2606.01249)."""
     return PrefixSchedule(name="cosine", alpha=lambda t, n: (1.0 + math.cos(math.pi * t / n)) / 2.0)
 
 
 def linear() -> PrefixSchedule:
-    """``1 - t/N``."""
+    """Return ``1 - t/N``."""
     return PrefixSchedule(name="linear", alpha=lambda t, n: 1.0 - t / n)
 
 
 def constant(fraction: float) -> PrefixSchedule:
-    """The same share of the response at every step."""
+    """Return the same share of the response at every step."""
     if not 0.0 <= fraction <= 1.0:
         raise ConfigError(f"constant prefix fraction must lie in [0, 1], got {fraction}.")
     return PrefixSchedule(name="constant", alpha=lambda t, n: fraction)
 
 
 def unguided() -> PrefixSchedule:
-    """No teacher prefix: every sequence is the student's own."""
+    """Schedule no teacher prefix: every sequence is the student's own."""
     return PrefixSchedule(name="none", alpha=lambda t, n: 0.0, guided=False)
 
 
 def teacher_batches(on_policy_fraction: float) -> PrefixSchedule:
-    """Whole batches of one kind: a share ``on_policy_fraction`` by the student, the others the teacher's responses.
+    """Schedule whole batches of one kind: a share ``on_policy_fraction`` by the student, the others the teacher's
+    responses.
 
     Spaced evenly instead of drawn, so that a resumed run needs no memory of past draws (GKD, arXiv 2306.13649).
     """

@@ -13,7 +13,7 @@ class SftOptions(MethodOptions):
 
 
 def sft(options: SftOptions) -> Method:
-    """All sequences are the teacher's; should one be continued, its continuation carries no loss."""
+    """Learn the teacher's sequences; should one be continued, its continuation carries no loss."""
     return Method(gate=gates.NOTHING, trusted=terms.NONE, prefix=terms.nll(), schedule=schedule.constant(1.0))
 
 

@@ -2,7 +2,7 @@
 
 Sampled tokens pass the acceptance test of speculative decoding or count as outliers. Trusted ones get the reverse-KL
 policy gradient, outliers a forward KL that shows the teacher's alternatives; guided sequences start with a
-teacher-written prefix, learnt by a little imitation.
+teacher-written prefix, learned by a little imitation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TrustedTerm = Literal["k1_pg", "k2", "k3", "rkl_full", "fkl_full", "jsd_full", "
 
 
 def _as_list(value: object) -> object:
-    """One name stands for a list of one."""
+    """Make a list of one of a single name."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -79,7 +79,7 @@ class TropdOptions(MethodOptions):
 
 
 def tropd(options: TropdOptions) -> Method:
-    """The method of the given parts. A gate that is constant drops the term it never selects."""
+    """Build the method of the given parts. A gate that is constant drops the term it never selects."""
     gate = reduce(gates.both, (_gate(name, options) for name in options.gate))
     prefix_schedule = _schedule(options)
     return Method(
@@ -103,7 +103,7 @@ def _gate(name: str, options: TropdOptions) -> Gate:
             return gates.probability_gap(options.gate_gap)
         case "teacher_topk":
             if options.gate_k > options.k:
-                raise ConfigError(f"gate_k={options.gate_k} exceeds k={options.k}, the ids asked for: raise k.")
+                raise ConfigError(f"gate_k={options.gate_k} exceeds k={options.k}, the ids requested: raise k.")
             return gates.teacher_topk(options.gate_k, support=options.support)
         case "teacher_topp":
             return gates.teacher_topp(options.gate_p, k=options.k, support=options.support)

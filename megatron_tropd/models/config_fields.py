@@ -21,7 +21,7 @@ _ROPE_NEEDS = {
 
 
 def refuse(config: Config, **expected: Any) -> None:
-    """Options this family has but this package does not carry are refused by name, before anything is read."""
+    """Refuse, by name, options that this family has but this package does not carry, before anything is read."""
     for option, value in expected.items():
         if config.get(option, value) not in (value, None):
             raise CheckpointError(
@@ -31,7 +31,8 @@ def refuse(config: Config, **expected: Any) -> None:
 
 
 def common(config: Config, *, window: int | None = None, theta: float = 1e4) -> dict[str, Any]:
-    """What all families write alike. ``window``: tokens that a layer looks back. ``theta``: where the config has none.
+    """Read the fields that all families write alike. ``window``: tokens that a layer looks back. ``theta``: where
+    the config has none.
 
     Up to ``window`` tokens a windowed layer is plainly causal, so longer sequences alone are beyond such a model.
     """
@@ -59,10 +60,10 @@ def common(config: Config, *, window: int | None = None, theta: float = 1e4) -> 
 
 
 def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float | str] | None]:
-    """Base, and what a scaled RoPE is made of, read from where transformers 5 reads them.
+    """Read the base and the parameters of a scaled RoPE from where transformers 5 reads them.
 
-    It keeps both in ``rope_parameters``, earlier versions apart; ``rope_scaling`` beside it takes its place, base and
-    all (``RotaryEmbeddingConfigMixin.convert_rope_params_to_dict``).
+    It keeps both in ``rope_parameters``, earlier versions separately; a ``rope_scaling`` also there takes its
+    place, base and all (``RotaryEmbeddingConfigMixin.convert_rope_params_to_dict``).
     """
     table = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = float(table.get("rope_theta") or config.get("rope_theta") or default_theta)
@@ -71,7 +72,7 @@ def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float |
     kind = nested or table.get("rope_type", table.get("type", "default"))
     if nested or kind not in _ROPE_NEEDS:
         raise CheckpointError(
-            f"config.json asks for RoPE of type {kind!r}, which is not supported, only {', '.join(_ROPE_NEEDS)} are."
+            f"config.json requests RoPE of type {kind!r}, which is not supported, only {', '.join(_ROPE_NEEDS)} are."
         )
     refuse(table, partial_rotary_factor=1.0)
     _say_if_replaced(config, theta)
@@ -85,19 +86,19 @@ def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float |
 
 
 def _say_if_replaced(config: Config, theta: float) -> None:
-    """A base that is written down and does not count is said: it is easily lost with the table that holds it."""
-    beside = config.get("rope_parameters") or {}
-    lost = beside.get("rope_theta") if config.get("rope_scaling") and isinstance(beside, Mapping) else None
+    """Warn of a base that is written down and does not count: it is easily lost with the table that holds it."""
+    table = config.get("rope_parameters") or {}
+    lost = table.get("rope_theta") if config.get("rope_scaling") and isinstance(table, Mapping) else None
     if lost is not None and float(lost) != theta:
         warnings.warn(
-            f"config.json has rope_scaling beside rope_parameters: as in transformers 5 the former counts alone, with "
+            f"config.json has both rope_scaling and rope_parameters: as in transformers 5 only the former counts, with "
             f"rope_theta={theta:g}, and rope_theta={lost} of the latter does not. Write one table with all values.",
             stacklevel=2,
         )
 
 
 def window(config: Config, *, used: bool, default: int | None = 4096) -> int | None:
-    """Tokens that some layer looks back; None where every layer looks back all the way."""
+    """Return the tokens that some layer looks back; None where every layer looks back all the way."""
     kinds = config.get("layer_types") or []
     strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if strange:
@@ -107,7 +108,9 @@ def window(config: Config, *, used: bool, default: int | None = 4096) -> int | N
 
 
 def qwen_window(config: Config) -> int | None:
-    """Of a dense Qwen, whose first ``max_window_layers`` layers look back all the way unless ``layer_types`` says."""
+    """Return the window of a dense Qwen, whose first ``max_window_layers`` layers look back all the way unless
+    ``layer_types`` says.
+    """
     some = config.get("layer_types") is None and config.get("max_window_layers", 28) < config["num_hidden_layers"]
     return window(config, used=some and bool(config.get("use_sliding_window", False)))
 

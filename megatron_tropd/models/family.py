@@ -1,4 +1,4 @@
-"""What a model family is: how its ``config.json`` is read, and the rows of one of its layers.
+"""Model families: the reader of a ``config.json``, and the rows of one layer.
 
 A row is one Megatron parameter, the Hugging Face tensors it is made of with their shapes, and the rule
 (``models.rules``) that cuts and joins them under tensor parallelism.
@@ -86,7 +86,9 @@ DENSE_MLP = (
 
 
 def expert_rows(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """The mixture of experts of a layer, by the family's names for the router, an expert and its three matrices."""
+    """Return the rows of a layer's mixture of experts, by the family's names for the router, an expert and its three
+    matrices.
+    """
     fc1 = {f"{expert}.{gate}.weight": "FD", f"{expert}.{up}.weight": "FD"}
     return (
         layer_row("mlp.router.weight", {f"{router}.weight": "ED"}, "whole"),

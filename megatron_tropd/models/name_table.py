@@ -1,4 +1,4 @@
-"""What each tensor of a Hugging Face checkpoint becomes in Megatron: the families' rows, filled in.
+"""The Megatron parameter of each tensor of a Hugging Face checkpoint: the families' rows, filled in.
 
 ``entries`` fills in the numbers of layers and experts.
 """
@@ -30,7 +30,7 @@ _TIED_OUTPUT = Row(OUTPUT.megatron, EMBEDDING.hf, OUTPUT.rule)
 
 
 def layer_entries(architecture: Architecture, layer: int) -> list[Entry]:
-    """The table of one layer, experts in turn."""
+    """Return the table of one layer, experts in turn."""
     sizes, table = _sizes(architecture), []
     rows = FAMILIES[architecture.family].layer
     table += [row.entry(sizes, layer) for row in rows if "{e}" not in row.megatron]
@@ -40,17 +40,17 @@ def layer_entries(architecture: Architecture, layer: int) -> list[Entry]:
 
 
 def embedding_entry(architecture: Architecture) -> Entry:
-    """The input embedding."""
+    """Return the row of the input embedding."""
     return EMBEDDING.entry(_sizes(architecture))
 
 
 def output_entry(architecture: Architecture) -> Entry:
-    """The output layer, which a tied model makes of its embedding."""
+    """Return the row of the output layer, which a tied model makes of its embedding."""
     return (_TIED_OUTPUT if architecture.tied_embeddings else OUTPUT).entry(_sizes(architecture))
 
 
 def entries(architecture: Architecture, layers: range, *, embedding: bool, output: bool) -> list[Entry]:
-    """The table of one model chunk, with all experts.
+    """Return the table of one model chunk, with all experts.
 
     ``embedding`` and ``output``: whether the chunk holds the first and the last end of the model. A tied model's last
     stage, when it is not also the first, keeps its own copy of the embedding under the output layer's name.
@@ -66,6 +66,8 @@ def entries(architecture: Architecture, layers: range, *, embedding: bool, outpu
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, Shape]:
-    """Every tensor of the model's checkpoint by name, in the order in which the table walks them."""
+    """Return the shape of every tensor of the model's checkpoint by name, in the order in which the table walks
+    them.
+    """
     table = entries(architecture, range(architecture.num_layers), embedding=True, output=True)
     return {name: shape for entry in table for name, shape in zip(entry.hf, entry.shapes, strict=True)}

@@ -25,7 +25,7 @@ _REFUSED = {
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The ``Architecture`` of an HF ``config.json``.
+    """Read the ``Architecture`` of an HF ``config.json``.
 
     Raises:
         CheckpointError: the architecture, or an option of it, is not supported; a required key is missing.

@@ -14,7 +14,7 @@ Options = Mapping[str, float | str]
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:
-    """``[head_dim / 2]`` fp32: radians per position, fastest first."""
+    """Return ``[head_dim / 2]`` fp32: radians per position, fastest first."""
     exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
     frequencies = 1.0 / architecture.rope_theta**exponents
     scaling = architecture.rope_scaling
@@ -22,12 +22,12 @@ def rotary_frequencies(architecture: Architecture) -> Tensor:
 
 
 def _linear(frequencies: Tensor, options: Options) -> Tensor:
-    """Positions count for 1 / factor."""
+    """Scale positions by 1 / factor."""
     return frequencies / float(options["factor"])
 
 
 def _llama3(frequencies: Tensor, options: Options) -> Tensor:
-    """Slow rotations are slowed by ``factor``, fast ones kept, those between are blended (Llama 3.1).
+    """Slow down slow rotations by ``factor``, keep fast ones, blend those between (Llama 3.1).
 
     A rotation is slow when it turns less than ``low_freq_factor`` times over the positions of pre-training, fast when
     more than ``high_freq_factor`` times.

@@ -1,4 +1,4 @@
-"""How tensors are cut for, and joined from, tensor-parallel ranks. Pure tensor algebra.
+"""Rules that split tensors for tensor-parallel ranks and join them again. Pure tensor algebra.
 
 A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``RowRange``). That one list is
 read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``runs``
@@ -44,7 +44,7 @@ class TensorShard:
     padded_vocab: int
 
     def span(self, total: int) -> slice:
-        """This rank's even share of ``total`` rows."""
+        """Return this rank's even share of ``total`` rows."""
         share = total // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -89,7 +89,7 @@ def _vocabulary(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
 
 
 def _qkv(shapes: Sequence[Shape], cut: TensorShard) -> list[RowRange]:
-    """Megatron interleaves per key/value group: its query heads, its key head, its value head."""
+    """Interleave per key/value group as Megatron does: its query heads, its key head, its value head."""
     groups = cut.architecture.num_kv_heads
     per_group = [shape[0] // groups for shape in shapes]
     mine = cut.span(groups)
@@ -117,7 +117,7 @@ RULES: dict[str, Rule] = {
 def fill(
     rule: str, parameter: Tensor, parts: Mapping[int, Sliceable], shapes: Sequence[Shape], cut: TensorShard
 ) -> None:
-    """Copies this rank's rows of the HF tensors into its ``parameter``, in the parameter's dtype.
+    """Copy this rank's rows of the HF tensors into its ``parameter``, in the parameter's dtype.
 
     Args:
         parts: the HF tensors by their place in the table's entry; those missing are left for another call.
@@ -136,7 +136,7 @@ def fill(
 
 
 def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: TensorShard) -> list[Tensor]:
-    """The whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
+    """Join the whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
     whole = [shards[0].new_empty(shape) for shape in shapes]
     for part, row, rows in runs(rule, shards, 0, shapes, cut):
         whole[part][row : row + len(rows)].copy_(rows)
@@ -146,7 +146,7 @@ def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: Tens
 def runs(
     rule: str, shards: Sequence[Tensor], first: int, shapes: Sequence[Shape], cut: TensorShard
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """The same rows of all ranks' parameters as whole rows of HF tensors: ``(part, its first row, rows)``.
+    """Join the same rows of all ranks' parameters to whole rows of HF tensors: ``(part, its first row, rows)``.
 
     Every row comes once. Rows that are cut by columns are put together; all others are views.
 
@@ -170,7 +170,7 @@ def runs(
 
 
 def strips(shape: Sequence[int], itemsize: int) -> Iterator[slice]:
-    """The rows of a tensor in runs of bounded size."""
+    """Yield the rows of a tensor in runs of bounded size."""
     rows = max(_STRIP_BYTES // max(math.prod(shape[1:]) * itemsize, 1), 1)
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))

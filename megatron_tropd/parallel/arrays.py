@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def all_gather_arrays(array: np.ndarray, group: dist.ProcessGroup | None) -> list[np.ndarray]:
-    """Every rank's one-dimensional array (same dtype, any lengths), in rank order, on every rank."""
+    """Gather every rank's one-dimensional array (same dtype, any lengths), in rank order, on every rank."""
     if group is None or dist.get_world_size(group) == 1:
         return [array]
     ranks = dist.get_world_size(group)
@@ -26,7 +26,9 @@ def all_gather_arrays(array: np.ndarray, group: dist.ProcessGroup | None) -> lis
 
 
 def broadcast_arrays(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype]) -> list[np.ndarray]:
-    """The first rank's one-dimensional arrays, of these dtypes, on every rank; elsewhere ``arrays`` is not read."""
+    """Send the first rank's one-dimensional arrays, of these dtypes, to every rank; elsewhere ``arrays`` is not
+    read.
+    """
     lengths = torch.tensor([len(array) for array in arrays] if dist.get_rank() == 0 else [0] * len(dtypes))
     dist.broadcast(lengths, src=0)
     received = []

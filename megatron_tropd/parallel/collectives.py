@@ -25,22 +25,22 @@ _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or di
 
 
 def group_rank(group: Group) -> int:
-    """This process's rank within ``group``; 0 when it is None."""
+    """Return this process's rank within ``group``; 0 when it is None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def group_size(group: Group) -> int:
-    """Number of ranks in ``group``; 1 when it is None."""
+    """Return the number of ranks in ``group``; 1 when it is None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum of ``x`` over the ranks of ``group``, in place when ``x`` is contiguous; returns the result. No autograd."""
+    """Sum ``x`` over the ranks of ``group``, in place when ``x`` is contiguous; return the result. No autograd."""
     return _all_reduce(x, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(x: Tensor, group: Group) -> Tensor:
-    """Elementwise maximum over the ranks of ``group``, in place when ``x`` is contiguous. No autograd."""
+    """Take the elementwise maximum over the ranks of ``group``, in place when ``x`` is contiguous. No autograd."""
     return _all_reduce(x, dist.ReduceOp.MAX, group)
 
 
@@ -53,7 +53,7 @@ def _all_reduce(x: Tensor, op: Any, group: Group) -> Tensor:
 
 
 def all_gather_stack(x: Tensor, group: Group) -> Tensor:
-    """Every rank's ``x`` (same shape everywhere), stacked in rank order: ``[ranks, *x.shape]``. No autograd."""
+    """Gather every rank's ``x`` (same shape everywhere), stacked in rank order: ``[ranks, *x.shape]``. No autograd."""
     if group is None:
         return x.unsqueeze(0)
     gathered = x.new_empty((group_size(group), *x.shape))
@@ -62,12 +62,12 @@ def all_gather_stack(x: Tensor, group: Group) -> Tensor:
 
 
 def all_gather_rows(x_tD: Tensor, group: Group) -> Tensor:
-    """Every rank's rows (same number everywhere), concatenated on dim 0 in rank order. No autograd."""
+    """Gather every rank's rows (same number everywhere), concatenated on dim 0 in rank order. No autograd."""
     return x_tD if group is None else all_gather_stack(x_tD, group).flatten(0, 1)
 
 
 def reduce_scatter_rows(x_TD: Tensor, group: Group) -> Tensor:
-    """Sum over ranks, of which this rank keeps its equal share of the rows (dim 0). No autograd.
+    """Sum over ranks and keep this rank's equal share of the rows (dim 0). No autograd.
 
     Raises:
         ConfigError: the number of rows is not a multiple of the number of ranks.

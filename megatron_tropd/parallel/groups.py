@@ -24,7 +24,7 @@ from megatron_tropd.parallel.wakeup import interruptible
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How one model is cut. Data parallel size is what is left of the world."""
+    """The parallel sizes of one model. Data parallel size is what is left of the world."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -34,7 +34,7 @@ class Layout:
     sequence: bool = False
 
     def replicas(self, world_size: int) -> int:
-        """Number of model replicas; ConfigError when the world is not a whole number of them."""
+        """Return the number of model replicas; raise ConfigError when the world is not a whole number of them."""
         model = self.tensor * self.pipeline * self.context
         if world_size % model:
             raise ConfigError(
@@ -45,7 +45,7 @@ class Layout:
         return world_size // model
 
     def rank_at(self, *, replica: int, replicas: int, stage: int, tensor: int = 0, context: int = 0) -> int:
-        """Rank at the given coordinates of a world that holds so many replicas."""
+        """Return the rank at the given coordinates of a world that holds so many replicas."""
         return ((stage * replicas + replica) * self.context + context) * self.tensor + tensor
 
 
@@ -80,11 +80,11 @@ class Groups:
 
     @property
     def tp(self) -> dist.ProcessGroup | None:
-        """The tensor-parallel group, None when it has one rank (what the losses expect)."""
+        """Return the tensor-parallel group, None when it has one rank (what the losses expect)."""
         return self.pg.tp if self.layout.tensor > 1 else None
 
     def global_rank(self, *, replica: int, stage: int, tensor: int = 0, context: int = 0) -> int:
-        """World rank at the given coordinates."""
+        """Return the world rank at the given coordinates."""
         return self.layout.rank_at(
             replica=replica, replicas=self.num_replicas, stage=stage, tensor=tensor, context=context
         )
@@ -97,7 +97,7 @@ JOIN_TIMEOUT_S = 1800.0
 def initialize_distributed(
     *, timeout_s: float = JOIN_TIMEOUT_S, place: tuple[Any, int, int] | None = None
 ) -> torch.device:
-    """Joins torchrun's world, or makes a world of one. Returns this rank's device.
+    """Join torchrun's world, or make a world of one. Return this rank's device.
 
     Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere. Joining may take as long as it takes; from
     then on a collective over all ranks that lasts longer than ``timeout_s`` is an error. ``place``: (store to meet at,
@@ -132,12 +132,12 @@ class GroupBuilder:
     """
 
     def __init__(self, *, timeout_s: float = JOIN_TIMEOUT_S) -> None:
-        """``timeout_s``: a collective or message within a group that takes longer is an error."""
+        """Keep the groups. ``timeout_s``: a collective or message within a group that takes longer is an error."""
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def build(self, layout: Layout) -> Groups:
-        """Groups of ``layout`` over the whole world."""
+        """Make the groups of ``layout`` over the whole world."""
         world = dist.get_world_size()
         replicas = layout.replicas(world)
         grid = np.arange(world).reshape(layout.pipeline, replicas, layout.context, layout.tensor)
@@ -166,7 +166,7 @@ class GroupBuilder:
         return Groups(layout=layout, pg=pg, num_replicas=replicas, replica=int(replica))
 
     def mine(self, partitions: list[list[int]]) -> dist.ProcessGroup | None:
-        """This rank's group among ``partitions``, all of which are made; None when it is in none of them."""
+        """Return this rank's group among ``partitions``, all of which are made; None when it is in none of them."""
         mine: dist.ProcessGroup | None = None
         for ranks in partitions:
             key = tuple(ranks)
@@ -178,17 +178,17 @@ class GroupBuilder:
 
 
 def _subgrids(grid: np.ndarray, axes: list[int]) -> list[list[int]]:
-    """Every set of ranks that differ only along ``axes``, in rank order."""
-    rest = [axis for axis in range(grid.ndim) if axis not in axes]
+    """List every set of ranks that differ only along ``axes``, in rank order."""
+    others = [axis for axis in range(grid.ndim) if axis not in axes]
     size = int(np.prod([grid.shape[axis] for axis in axes]))
-    flat: list[list[int]] = grid.transpose(*rest, *sorted(axes)).reshape(-1, size).tolist()
+    flat: list[list[int]] = grid.transpose(*others, *sorted(axes)).reshape(-1, size).tolist()
     return flat
 
 
 def _fill_expert_groups(
     pg: ProcessGroupCollection, builder: GroupBuilder, grid: np.ndarray, layout: Layout, replicas: int
 ) -> None:
-    """Expert layout: tensor parallel kept, experts dealt over the data x context ranks.
+    """Make the expert groups: tensor parallelism is kept, experts are sharded over the data x context ranks.
 
     Megatron reads absent fields from its global state or the world, silently: so every field is set.
     """

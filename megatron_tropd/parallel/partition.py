@@ -37,15 +37,15 @@ class PointToPoint:
 
     @property
     def rank(self) -> int:
-        """This rank's number, as senders give it."""
+        """Return this rank's number, as senders give it."""
         return dist.get_rank()
 
     def receives_on(self, device: torch.device) -> torch.device:
-        """Where a rank whose device is ``device`` is to have room for what it receives."""
+        """Return the device of the receive buffers of a rank whose device is ``device``."""
         return device
 
     def exchange(self, messages: Sequence[Transfer]) -> Callable[[], None]:
-        """Starts on all messages and returns what waits for them, which is to be kept until then: a message that nobody
+        """Start all messages and return what waits for them, which is to be kept until then: a message that nobody
         can wait for any more may never be sent. Between two ranks they keep their order.
         """
         operations = [dist.P2POp(dist.isend if m.sent else dist.irecv, m.tensor, m.peer) for m in messages]
@@ -65,7 +65,7 @@ class CrossWorldLink(PointToPoint):
     """
 
     def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
-        """Meets the others. ``timeout_s``: of one message, from when it is waited for."""
+        """Meet the others. ``timeout_s``: of one message, from when it is waited for."""
         join, self._timeout = datetime.timedelta(seconds=JOIN_TIMEOUT_S), datetime.timedelta(seconds=timeout_s)
         self._rank = rank
         self._gloo: Any = ProcessGroupGloo(store, rank, size, join)  # torch's own type stub lacks its messages
@@ -89,25 +89,25 @@ class CrossWorldLink(PointToPoint):
         return wait
 
     def wait_for(self, tensor: Tensor, peer: int) -> None:
-        """Receives into a host tensor, however long it takes. EngineError when the other side is gone."""
+        """Receive into a host tensor, however long it takes. EngineError when the other side is lost."""
         with _talking_to(peer):
             self._gloo.recv([tensor], peer, 0).wait(datetime.timedelta(days=365))
 
     def withdraw(self) -> None:
-        """Leaves word that the student stops before it is done, and wants no more of what it has ordered."""
+        """Announce that the student stops before it is done, and wants no more of what it has requested."""
         self._store.set(_WITHDRAWN, "yes")
 
     def is_withdrawn(self) -> bool:
-        """Whether there is that word."""
+        """Say whether that was announced."""
         with _talking_to(0):
             return bool(self._store.check([_WITHDRAWN]))
 
     def ask_to_stop(self, signal: int) -> None:
-        """Leaves word that this rank has heard ``signal``."""
+        """Announce that this rank has received ``signal``."""
         self._store.set(_STOP, str(int(signal)))
 
     def asked_to_stop(self) -> int:
-        """The signal that some rank has left word of; 0 when none has."""
+        """Return the signal that some rank has announced; 0 when none has."""
         return int(self._store.get(_STOP)) if self._store.check([_STOP]) else 0
 
     def _begin(self, message: Transfer) -> Any:
@@ -123,12 +123,12 @@ _STOP, _WITHDRAWN = "asked to stop", "withdrawn"  # in a bridge's store
 
 @contextmanager
 def _talking_to(peer: int) -> Iterator[None]:
-    """Turns what gloo says of a lost or late message into an EngineError that names the other side."""
+    """Turn gloo's error about a lost or late message into an EngineError that names the other side."""
     try:
         yield
     except RuntimeError as error:
         raise EngineError(
-            f"rank {peer} of the launch is gone or too slow: {str(error).splitlines()[0]}. The first error of any "
+            f"rank {peer} of the launch is lost or too slow: {str(error).splitlines()[0]}. The first error of any "
             "rank says why; collective_timeout_s is how long ranks wait for one another."
         ) from error
 
@@ -144,12 +144,12 @@ class Launch:
 
     @property
     def is_teachers(self) -> bool:
-        """Whether this rank is one of the teacher's own."""
+        """Say whether this rank is one of the teacher's own."""
         return self.bridge is not None and self.bridge.rank >= self.student_ranks
 
 
 def join_launch(*, teacher_ranks: int, timeout_s: float) -> Launch:
-    """Joins the world of this rank's part: the last ``teacher_ranks`` are the teacher's. Collective over the launch.
+    """Join the world of this rank's part: the last ``teacher_ranks`` are the teacher's. Collective over the launch.
 
     Args:
         teacher_ranks: 0 makes one world of all ranks; else fewer than there are.

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def hearing(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, call ``on_signal`` with the number of every signal that has a Python handler.
+    """Call ``on_signal``, within the block, with the number of every signal that has a Python handler.
 
-    It is called from a thread, beside the handler. Outside the main thread nothing is heard.
+    It is called from a thread, in addition to the handler. Outside the main thread no signal is received.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +45,7 @@ def _read(pipe: int, on_signal: Callable[[int], None]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block Ctrl-C ends the process at once, as it does where nothing waits in a library."""
+    """Let Ctrl-C end the process at once within the block, as it does where nothing waits in a library."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

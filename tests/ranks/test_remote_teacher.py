@@ -384,7 +384,7 @@ def _too_late() -> str:
         store.wait(["told"])
         return ""
     wait = bridge.exchange([Transfer(torch.zeros(3), 1, sent=False)])
-    with pytest.raises(EngineError, match="rank 1 of the launch is gone or too slow") as caught:
+    with pytest.raises(EngineError, match="rank 1 of the launch is lost or too slow") as caught:
         wait()
     store.set("told", "yes")
     return str(caught.value)

@@ -51,7 +51,7 @@ def entrants(logits_Rw: Tensor, best_RK: Tensor, *, first_id: int) -> Tensor:
 
 
 def _first_entrants(logits_Rw: Tensor, k: int, *, first_id: int) -> Tensor:
-    """Find ``[R, k]``, the best of the tile alone, from a beginning that doubles."""
+    """Find ``[R, k]``, the best of the tile alone, searching a head of the row that doubles."""
     width, known = logits_Rw.shape[1], min(4 * k, logits_Rw.shape[1])
     best_RK = _best_of_tile(logits_Rw[:, :known], k, first_id=first_id)
     while known < width:

@@ -43,7 +43,7 @@ class LogProbs:
     logprob_TK: Tensor  # log q at the given ids
     entropy_T: Tensor  # -sum q log q over the true vocabulary
     logsumexp_T: Tensor  # of the logits already divided by the temperature
-    logtail_T: Tensor | None = None  # log of the mass on ids that are not listed; -inf when all are; when asked for
+    logtail_T: Tensor | None = None  # log of the mass on ids that are not listed; -inf when all are; when requested
 
 
 def linear_logprobs(

@@ -2,7 +2,7 @@
 
 Every product of low-precision factors has an **fp32 result**, logits and gradients alike: a bf16 result would put 1e-2
 nats of noise on a log-probability, as much as a trained student's whole divergence. A GPU's matrix units add in fp32
-anyway and leave it so when asked (``out_dtype``); torch has no such product on a CPU, where the factors of one tile at
+anyway and leave it so on request (``out_dtype``); torch has no such product on a CPU, where the factors of one tile at
 a time are widened instead. fp32 and fp64 inputs are multiplied as they are.
 """
 
@@ -37,7 +37,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, *, scale: float) -> N
     """Add ``scale * left @ right`` to a total that may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)
-    else:  # the product's own fp32 accumulator goes on from the total
+    else:  # the product's own fp32 accumulator continues from the total
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)
 
 
@@ -51,11 +51,11 @@ class Factors:
         self._held: list[tuple[slice, Tensor] | None] = [None, None]
 
     def hidden(self, rows: slice) -> Tensor:
-        """Return ``[R, D]`` hidden states, valid until other rows are asked for."""
+        """Return ``[R, D]`` hidden states, valid until other rows are requested."""
         return self._part(0, rows)
 
     def weight(self, columns: slice) -> Tensor:
-        """Return ``[w, D]`` rows of the weight, valid until others are asked for."""
+        """Return ``[w, D]`` rows of the weight, valid until others are requested."""
         return self._part(1, columns)
 
     def _part(self, which: int, part: slice) -> Tensor:
@@ -89,7 +89,9 @@ class Projection:
         cache_bytes: int = 0,
         cached_tiles: Sequence[Tensor] = (),
     ) -> None:
-        """``cached_tiles``: those that another projection of the same tensors cached, in their order."""
+        """Prepare the tiles. ``cached_tiles``: those that another projection of the same tensors cached, in their
+        order.
+        """
         self._factors, self._left = factors, cache_bytes
         self.tiles, self.dtype, self.device = tiles, factors.product_dtype, factors.device
         self.scale = 1.0 / temperature  # of the logits, still to be applied to a product
@@ -99,7 +101,7 @@ class Projection:
 
     @property
     def cached_tiles(self) -> list[Tensor]:
-        """The tiles held, in the order of ``Tiles``."""
+        """Return the tiles held, in the order of ``Tiles``."""
         return list(self._cache.values())
 
     def product(self, tile: Tile) -> Tensor:
@@ -193,7 +195,7 @@ class ProjectionGradient:
             grad_wD.copy_(sum_wD)
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return (hidden, weight) gradients in the dtypes of the inputs; None where not asked for."""
+        """Return (hidden, weight) gradients in the dtypes of the inputs; None where not requested."""
         grad_TD = self._grad_hidden_TD
         return None if grad_TD is None else grad_TD.to(self._factors.matrices[0].dtype), self._grad_weight_vD
 

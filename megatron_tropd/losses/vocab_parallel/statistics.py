@@ -1,6 +1,6 @@
 """Softmax statistics of logits that arrive in tiles and lie on several ranks; shared by the drivers and both backends.
 
-All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small beside the maximum.
+All exponentials are relative to a running maximum, so nothing overflows and ``log s`` stays small against the maximum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOG2_E = 1.0 / math.log(2.0)
 
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """What makes probabilities of logits l: ``q = exp(l - m) / s`` for each token."""
+    """The normalizer that makes probabilities of logits l: ``q = exp(l - m) / s`` for each token."""
 
     max_T: Tensor  # m = max l
     sumexp_T: Tensor  # s = sum exp(l - m)
@@ -66,22 +66,22 @@ class Statistics:
 
     @property
     def normalizer(self) -> Normalizer:
-        """The part that turns logits into probabilities."""
+        """Return the part that turns logits into probabilities."""
         return Normalizer(self.max_T, self.sumexp_T)
 
     @property
     def log_sumexp_T(self) -> Tensor:
-        """log s: what is to be subtracted from ``l - m`` to make a log-probability."""
+        """Return log s, which is to be subtracted from ``l - m`` to make a log-probability."""
         return self.sumexp_T.log()
 
     @property
     def logsumexp_T(self) -> Tensor:
-        """log sum exp l, nats."""
+        """Return log sum exp l, nats."""
         return self.max_T + self.log_sumexp_T
 
     @property
     def entropy_T(self) -> Tensor:
-        """-sum q log q, nats."""
+        """Return -sum q log q, nats."""
         return self.log_sumexp_T - self.weighted_T / self.sumexp_T
 
     def logprob_(self, logits_TK: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def chunk_statistics(logits_Rw: Tensor, scratch_Rw: Tensor) -> Statistics:
 
 @dataclass(frozen=True, slots=True)
 class KlStatistics:
-    """What ``KL(first || second)`` needs of two models' logits a, b, over some set of columns.
+    """The statistics of ``KL(first || second)`` of two models' logits a, b, over some set of columns.
 
     ``KL = sum softmax(a) (a - b) - logsumexp(a) + logsumexp(b)``: one pass, no log-probabilities. Mutated by merging.
     """
@@ -165,12 +165,12 @@ class KlStatistics:
 
     @property
     def mean_gap_T(self) -> Tensor:
-        """Mean of a - b under softmax(a)."""
+        """Return the mean of a - b under softmax(a)."""
         return self.gap_T / self.first.sumexp_T
 
     @property
     def kl_T(self) -> Tensor:
-        """KL(first || second), nats."""
+        """Return KL(first || second), nats."""
         offset_T = (self.first.max_T - self.second.max_T) + (self.first.log_sumexp_T - self.second.log_sumexp_T)
         return self.mean_gap_T - offset_T
 

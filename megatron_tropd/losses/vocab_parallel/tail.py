@@ -1,5 +1,5 @@
 """The mass outside a support of listed ids, summed over the columns that hold it: never ``1 - sum``, which keeps no
-digit of a tail that is small beside 1.
+digit of a tail that is small against 1.
 
 Listed columns are masked in a tile (their logit becomes MASKED_LOGIT, whose exponential is 0) before its statistics are
 taken, so these are of the columns *outside*. The statistics of the full vocabulary are those and the few listed logits

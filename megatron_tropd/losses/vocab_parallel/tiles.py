@@ -2,7 +2,7 @@
 
 The logits ``[T, v]`` never exist at once. They are visited in tiles of R tokens by w columns, each made by one matrix
 product and dropped before the next. Columns are the outer loop: then a tile row of the weight's gradient is finished
-before the next begins and needs no fp32 copy of the full weight, while the hidden states' gradient ``[T, D]``, the
+before the next starts and needs no fp32 copy of the full weight, while the hidden states' gradient ``[T, D]``, the
 smaller one, is what accumulates.
 
 Additional dimension names: ``R`` tokens of one tile, ``w`` vocabulary columns of one tile.

@@ -28,7 +28,7 @@ class TopK:
     """The k most likely tokens per position, nats, fp32, no gradient; identical on every rank."""
 
     ids_TK: Tensor  # global ids, int64: by log-probability descending, equal ones by id ascending
-    logprob_TK: Tensor  # under the full (true) vocabulary, not renormalised
+    logprob_TK: Tensor  # under the full (true) vocabulary, not renormalized
     entropy_T: Tensor  # -sum q log q over the true vocabulary
     picked_logprob_TJ: Tensor | None = None  # log-probabilities of the query ids
     logtail_T: Tensor | None = None  # log of the mass on all but ids_TK and the query ids; -inf: there is none

@@ -224,7 +224,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
                 "data.sources=[{name: a, prompts: x, teacher: t}]",
                 "teachers=[{name: t, model: teacher}]",
             ],
-            "every source names one of teachers, so that teacher.model would grade nothing.",
+            "every source names one of teachers, so that teacher.model would score nothing.",
         ),
         ([*TWO_TEACHERS, "teachers[0].model=gone"], "teachers[0].model = 'gone': there is nothing at "),
         ([*TWO_TEACHERS, "teachers[0].parallel.tensor=0"], "teachers[0].parallel.tensor"),

@@ -210,7 +210,7 @@ ROPE_TABLES: list[Any] = [
 
 
 @pytest.mark.parametrize("beside", [{}, {"rope_theta": 2e4}, {"original_max_position_embeddings": 48}], ids=repr)
-@pytest.mark.filterwarnings("ignore:config.json has rope_scaling beside rope_parameters")
+@pytest.mark.filterwarnings("ignore:config.json has both rope_scaling and rope_parameters")
 def test_rope_is_read_from_where_transformers_reads_it(beside, healthy):
     from transformers import LlamaConfig
 
@@ -760,7 +760,7 @@ def test_rows_in_any_order_are_the_tensor(max_file_bytes, healthy, tmp_path):
     ("first", "rows"), [(40, torch.ones(11, 10)), (0, torch.ones(5, 9))], ids=["beyond the end", "narrow"]
 )
 def test_rows_that_the_tensor_does_not_have_are_refused(first, rows, healthy, tmp_path):
-    with pytest.raises(CheckpointError, match="asked to write large"):
+    with pytest.raises(CheckpointError, match="requested to write large"):
         writer_of(tmp_path / "out", healthy).write_rows("large", first, rows)
 
 

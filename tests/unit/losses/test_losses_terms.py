@@ -501,5 +501,5 @@ def test_wrong_parameters_are_refused_with_value_and_rule():
         terms.rkl_topk(k=0)
     with pytest.raises(ConfigError, match=r"beta in \[0, 1\], got 1.5"):
         terms.jsd_full(beta=1.5)
-    with pytest.raises(ConfigError, match=r"one support, but its parts ask for teacher, union"):
+    with pytest.raises(ConfigError, match=r"one support, but its parts request teacher, union"):
         terms.merge_needs(terms.fkl_topk(k=3).needs, terms.rkl_topk(k=3, support="union").needs)

@@ -446,7 +446,7 @@ def test_needs_ask_for_nothing_more_than_the_parts():
             {"k": 0, "tial": 1},
             r"method 'tropd': 2 problems\n  - k = 0: .*\n  - tial is not a key. Did you mean tail",
         ),
-        ("tropd", {"gate": "teacher_topk", "gate_k": 65}, r"gate_k=65 exceeds k=64, the ids asked for: raise k"),
+        ("tropd", {"gate": "teacher_topk", "gate_k": 65}, r"gate_k=65 exceeds k=64, the ids requested: raise k"),
         ("tropd", {"gate": "teacher_topp", "support": "student"}, r"support='student' lacks: use 'union'"),
         ("opd", {"ppo_clip": 1.0}, r"ppo_clip = 1.0: must be less than 1"),
         ("opd", {"temperature": 0}, r"temperature = 0: must be greater than 0"),

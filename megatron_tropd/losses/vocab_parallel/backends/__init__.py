@@ -13,7 +13,7 @@ def choose_backend(*hidden: Tensor, ids: int = 0, k: int = 0) -> Backend:
     """Choose who works on tensors of this kind, with so many listed ids and candidates per token.
 
     Raises:
-        ConfigError: the switch ``MEGATRON_TROPD_KERNELS`` holds something else, or asks for what cannot be had.
+        ConfigError: the switch ``MEGATRON_TROPD_KERNELS`` holds something else, or requests what cannot be had.
     """
     if not all(kernels.serve(x.device, x.dtype, ids=ids, k=k) for x in hidden):
         return TorchBackend()

@@ -1,4 +1,4 @@
-"""What a backend does with the tiles of one pass. The drivers own the loops, the collectives and the maths around them.
+"""The work of a backend on the tiles of one pass. The drivers own the loops, the collectives and the maths around them.
 
 A pass over tiles is an ``Accumulator``; a backward is a source of ``GradientTiles``. Both get the tiles in the order of
 ``Tiles``, every one once.
@@ -46,7 +46,7 @@ class SoftmaxGradient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceGradient:
-    """What a divergence's gradient with respect to the student's logits takes beside both models' logits."""
+    """The inputs of a divergence's gradient with respect to the student's logits, besides both models' logits."""
 
     kind: Kind
     beta: float  # of the jsd

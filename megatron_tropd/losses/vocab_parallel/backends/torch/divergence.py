@@ -38,7 +38,7 @@ class TileSoftmax:
 
 
 def chunk_kl(a_Rw: Tensor, b_Rw: Tensor, scratch_Rw: Tensor) -> KlStatistics:
-    """Take the statistics of one tile (``weighted`` stays 0: nobody asks for entropies here)."""
+    """Take the statistics of one tile (``weighted`` stays 0: no entropies are requested here)."""
     torch.sub(a_Rw, b_Rw, out=scratch_Rw)
     first, second = _exponentiate_(a_Rw), _exponentiate_(b_Rw)
     return KlStatistics(first, second, scratch_Rw.mul_(a_Rw).sum(-1))

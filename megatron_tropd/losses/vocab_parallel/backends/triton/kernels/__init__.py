@@ -34,7 +34,7 @@ def serve(device: torch.device, dtype: torch.dtype, *, ids: int = 0, k: int = 0)
     """Say whether kernels do the work on tiles of this kind, for so many picked ids and candidates per token.
 
     Raises:
-        ConfigError: the switch holds something else, or asks for an interpreter that cannot be had.
+        ConfigError: the switch holds something else, or requests an interpreter that cannot be had.
     """
     chosen = mode()
     if chosen == "off" or dtype not in _DTYPES or ids > MOST_IDS or k > MOST_K:

@@ -1,4 +1,4 @@
-"""What the kernels share. Each program owns one row of the tile and walks it in blocks of columns.
+"""Helpers that the kernels share. Each program owns one row of the tile and walks it in blocks of columns.
 
 Owning the row makes everything deterministic without atomics, and lets picked entries be read before, and written
 after, the row is overwritten. Sums run in fp32 whatever the tile holds. Needs Triton: other rooms go through
@@ -22,11 +22,11 @@ _MOST_IDS = 256
 
 @dataclass(frozen=True, slots=True)
 class RowLaunch:
-    """How a row is walked.
+    """The launch parameters of a walk over rows.
 
     On Hopper a block of 4,096 fp32 columns over 8 warps gives every thread four 16-byte loads in flight, and several
     such programs fit a multiprocessor: more than 64 KB in flight on each, several times what its share of the memory's
-    latency times bandwidth asks for.
+    latency times bandwidth requires.
     """
 
     block: int
