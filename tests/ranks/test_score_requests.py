@@ -182,7 +182,8 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
     spec = TeacherRequest(top_k=4, entropy=False, entropy_bound=True, tail_mass=True)
     told_signals = VLLMTeacher(Table(), groups, groups, device, **options).score(packs, spec)
     asked = [torch.from_numpy(rng.integers(0, VOCAB, (item.num_valid, 3))) for item in packs[0]]
-    spec = TeacherRequest(top_k=4, queries=3, tail_mass=True)
+    ends = (5, 2)
+    spec = TeacherRequest(top_k=4, queries=3, tail_mass=True, end_ids=ends)
     whole = VLLMTeacher(Table(), groups, groups, device, temperature=0.5, whole=True, **options)
     all_signals = whole.score(packs, spec, asked)
     for item, ids_NJ, a, b in zip(packs[0], asked, told_signals, all_signals, strict=True):
@@ -204,7 +205,9 @@ def signals_of_a_model_that_looks_at_one_token() -> None:
                     b.query_logprob_NJ, np.take_along_axis(logp_NV, ids_NJ.numpy(), 1), rtol=1e-5
                 )
                 np.testing.assert_allclose(b.entropy_N, scipy.special.entr(np.exp(logp_NV)).sum(1), rtol=1e-5)
-                listed_NX = np.concatenate([listed_NX, ids_NJ.numpy()], axis=1)
+                np.testing.assert_allclose(b.end_logprob_NX, logp_NV[:, list(ends)], rtol=1e-5)
+                end_NX = np.tile(ends, (len(seen), 1))
+                listed_NX = np.concatenate([listed_NX, ids_NJ.numpy(), end_NX], axis=1)
             outside = np.exp(logp_NV)
             np.put_along_axis(outside, listed_NX, 0.0, axis=1)
             np.testing.assert_allclose(np.exp(signal.logtail_N), outside.sum(1), rtol=1e-4, atol=1e-6)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from megatron_tropd.config.sections import TeacherConfig
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.methods import build_method
 from megatron_tropd.setup.ends import response_ends, stopping_at
+from megatron_tropd.setup.validate import check_teacher
 from tests.support.chat_families import save_byte_tokenizer
 
 CHATML = (
@@ -93,6 +98,22 @@ def test_an_end_that_some_model_does_not_know_is_left_out_and_named(pair):
     several = {**pair, "teacher": stopping_at(pair["teacher"], (1, 2))}
     ends = response_ends(several, None, vocab_size=2)
     assert ends.ids == (0, 1) and ends.lines[-1] == "not among them, since some model has no such id: [2]"
+
+
+def test_a_teacher_that_tells_its_likeliest_ids_only_is_refused_by_name():
+    method = replace(build_method("opd"), end_ids=(7, 9))
+    inputs = SimpleNamespace(method=method, vocab_size=20, teacher=SimpleNamespace(vocab_size=20))
+
+    def config(**more: Any) -> Any:
+        return SimpleNamespace(
+            teacher=TeacherConfig(model=Path("unread"), engine="vllm", **more), method=SimpleNamespace(name="opd")
+        )
+
+    with pytest.raises(ConfigError, match=r"ids \[7, 9\], but teacher.engine=vllm tells.*method.end_tokens=exact"):
+        check_teacher(config(), cast(Any, inputs))
+    check_teacher(config(whole_vocabulary=True), cast(Any, inputs))
+    inputs.method = replace(method, end_ids=())
+    check_teacher(config(), cast(Any, inputs))
 
 
 def test_sampling_stops_at_all_of_them_the_own_end_first(pair):
