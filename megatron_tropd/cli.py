@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import yaml
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError
+from megatron_tropd.parallel.launch import check_launcher, check_variables
 from megatron_tropd.parallel.leaving import leave
 
 if TYPE_CHECKING:
@@ -58,14 +60,17 @@ def main() -> None:
     warnings.showwarning = _show_warning if first else _show_nothing
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
     try:
+        check_variables(os.environ)
         app()
-    except TropdError as error:
+    except (TropdError, OSError) as error:
+        if not isinstance(error, TropdError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         _report(error, first)
         # other ranks may wait in a collective for this one: leave without joining them
         leave(2)
 
 
-def _report(error: TropdError, first: bool) -> None:
+def _report(error: TropdError | OSError, first: bool) -> None:
     """One message for all ranks, whichever of them failed."""
     rank = ""
     if not first:
@@ -128,6 +133,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     """
     from megatron_tropd.config.loading import load_config
 
+    check_launcher(os.environ)
     settings = load_config(config, overrides or [], world_size=_world_size())
     from megatron_tropd.train.preemption import Preempted
     from megatron_tropd.train.session import run_training
@@ -198,6 +204,7 @@ def generate(
 
     With a configuration, the teacher answers the very prompts that training asks. Killed, it goes on where it was.
     """
+    check_launcher(os.environ)
     given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -299,6 +306,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
+    check_launcher(os.environ)
     from megatron_tropd.config.loading import load_config, load_suite
 
     if target.is_dir():
@@ -383,6 +391,7 @@ def _convert(
     **options: Any,
 ) -> None:
     """Converts here when there are as many ranks as the layout needs, else in as many new processes."""
+    check_launcher(os.environ)
     tensor, pipeline, expert = sizes
     ranks = tensor * pipeline * expert
     if ranks > 1 and "RANK" not in os.environ:
@@ -443,6 +452,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
     A run with teacher.recorded_from then needs no teacher.
     """
+    check_launcher(os.environ)
     from megatron_tropd.config.loading import load_config
 
     settings = load_config(config, overrides or [])
@@ -471,6 +481,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Train the demo's student: a few minutes on two CPU cores."""
+    check_launcher(os.environ)
     root = Path(__file__).resolve().parent.parent
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
+from megatron_tropd.convert.lazy import LazyTensor
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
@@ -31,6 +32,7 @@ from megatron_tropd.engine.score import pack_alone
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.models.name_table import hf_shapes
+from megatron_tropd.parallel.arrays import largest_or_infinite
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.storage.owned import beside, check_target, overlaps, settled
 from megatron_tropd.types import Architecture
@@ -38,6 +40,8 @@ from megatron_tropd.types import Architecture
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of the largest logit; both models in fp32
 _TOLERANCE = 1e-4
+# in the dtype of the result: of what transformers itself rounds there, and at least
+_TIMES, _LEAST_ROUNDING = 4.0, 1e-3
 
 Item = TypeVar("Item")
 
@@ -77,12 +81,13 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
             _say("an earlier conversion was killed: starting over")
         model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
         load_weights(model, weights, watch=_progress("reading"))
+        _check_finite(model, source, weights)
         _say("writing")
         state = {**facts, "architecture": asdict(architecture)}
         save_model(settled(target), model, state=state, companions=companions_of(source))
     _say(f"Megatron checkpoint: {target}")
     if plan.texts:
-        _verify(source, target, architecture, groups, device=device, texts=plan.texts)
+        _verify(source, target, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:
@@ -110,6 +115,7 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     groups = GroupBuilder().build(plan.layout)
     model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
     load_model_weights(source, model)
+    _check_finite(model, source)
     shapes = hf_shapes(architecture)
     writer, done = None, [frozenset[str]()]
     if dist.get_rank() == 0:
@@ -137,7 +143,7 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     del model
     _say(f"Hugging Face directory: {target}")
     if plan.texts:
-        _verify(target, source, architecture, groups, device=device, texts=plan.texts)
+        _verify(target, source, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 def _check_apart(target: Path, protected: Mapping[str, Path]) -> None:
@@ -162,8 +168,10 @@ def _companions(source: Path, like: Path | None) -> Path:
 
 
 def _saved_dtype(state: dict[str, Any]) -> torch.dtype:
-    name = str(state.get("dtype", "")).removeprefix("torch.")
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    # a conversion says it of the checkpoint, training of its run
+    said = state.get("dtype") or dict(state.get("run") or {}).get("dtype", "")
+    name = str(said).removeprefix("torch.")
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, **DTYPES}
     if name not in names:
         raise ConfigError("the checkpoint does not say in which dtype it is. Give --dtype fp32, bf16 or fp16.")
     return names[name]
@@ -203,47 +211,127 @@ def _say(text: str) -> None:
 # --------------------------------------------------------------------------- comparing
 
 
+def _check_finite(model: Model, source: Path, weights: Mapping[str, LazyTensor] | None = None) -> None:
+    """Make sure that every weight is a number that the model's dtype can hold. Collective.
+
+    Raises:
+        CheckpointError: names the parameter, and whether it came so or became so by the conversion.
+    """
+    bad = next(
+        (
+            name
+            for chunk in model.chunks
+            for name, parameter in chunk.named_parameters()
+            if not bool(parameter.isfinite().all())
+        ),
+        None,
+    )
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, bad)
+    name = next((name for name in found if name is not None), None)
+    if name is None:
+        return
+    came_so = weights is None or any(not bool(weights[key][:].isfinite().all()) for key in weights)
+    why = (
+        "holds weights that are infinite or not a number"
+        if came_so
+        else f"has weights beyond the largest number of {model.dtype}. Convert with --dtype bf16 or fp32"
+    )
+    raise CheckpointError(f"{source.absolute()} {why} (they are in {name}). Nothing was written.")
+
+
 def _verify(
     hf: Path,
     checkpoint: Path,
     architecture: Architecture,
     groups: Groups,
     *,
-    device: torch.device,
+    dtype: torch.dtype,
     texts: Sequence[str],
 ) -> None:
-    """Compares the checkpoint's logits with those of `transformers`, both in fp32. Collective.
+    """Compares the checkpoint's logits with those of `transformers`: in fp32, and in ``dtype``, of the result.
+
+    In the latter both round, each its own way: ours may be as far from fp32 as a few times theirs. Collective.
 
     Raises:
-        CheckpointError: they differ by more than rounding.
+        CheckpointError: they differ by more than rounding, or are not finite; it says whose are not.
     """
     tokenizer = load_tokenizer(hf)
     sequences = [np.array(tokenizer.encode(text), dtype=np.int64)[: architecture.max_positions] for text in texts]
-    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False).freeze()
+    device = initialize_distributed()
+    truths = _transformers_logits(hf, sequences, architecture, torch.float32)
+    worst = _worst(checkpoint, architecture, groups, torch.float32, sequences, truths)
+    _check_difference(worst, _TOLERANCE, hf, checkpoint, torch.float32)
+    said = f"{worst:.1e}"
+    if dtype != torch.float32:
+        theirs = _transformers_logits(hf, sequences, architecture, dtype)
+        shares = [_share((a - b).abs(), b) for a, b in zip(theirs, truths, strict=True)]
+        rounding = largest_or_infinite(torch.tensor(shares, device=device))
+        allowed = max(_TIMES * rounding, _LEAST_ROUNDING)
+        if not math.isfinite(rounding):
+            raise CheckpointError(
+                f"{hf.absolute()} in transformers gives logits in {dtype} that are infinite or not a number, "
+                "though finite ones in fp32: the model does not fit the dtype. Convert with --dtype bf16 or fp32."
+            )
+        rounded = _worst(checkpoint, architecture, groups, dtype, sequences, truths)
+        _check_difference(rounded, allowed, hf, checkpoint, dtype)
+        said += f" in fp32, and by {rounded:.1e} in {dtype} (theirs there: {rounding:.1e})"
+    _say(f"logits differ from transformers' by {said} of the largest, over {len(texts)} texts")
+
+
+def _worst(
+    checkpoint: Path,
+    architecture: Architecture,
+    groups: Groups,
+    dtype: torch.dtype,
+    sequences: Sequence[np.ndarray],
+    truths: Sequence[Tensor],
+) -> float:
+    """Largest difference of a logit over all sequences, as a share of the largest logit. Collective."""
+    device = truths[0].device
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False).freeze()
     load_model_weights(checkpoint, model)
-    worst = 0.0
-    for sequence, truth_LV in zip(sequences, _transformers_logits(hf, sequences, architecture, device), strict=True):
-        dist.broadcast(truth_LV, src=0)
-        worst = max(worst, _difference(model, sequence, truth_LV))
-    _say(f"logits differ from transformers' by {worst:.1e} of the largest, over {len(texts)} texts")
-    if not worst < _TOLERANCE:
+    found = [_difference(model, sequence, truth) for sequence, truth in zip(sequences, truths, strict=True)]
+    return largest_or_infinite(torch.tensor(found))
+
+
+def _check_difference(worst: float, allowed: float, hf: Path, checkpoint: Path, dtype: torch.dtype) -> None:
+    if not math.isfinite(worst):
         raise CheckpointError(
-            f"{checkpoint.absolute()} gives other logits than {hf.absolute()} in transformers: they differ by "
-            f"{worst:.1e} of the largest one, and rounding leaves less than {_TOLERANCE:.0e}. Do not use the result."
+            f"{checkpoint.absolute()} gives logits in {dtype} that are infinite or not a number, where those of "
+            f"{hf.absolute()} in transformers are finite. Do not use the result; convert with --dtype bf16 or fp32."
+        )
+    if not worst <= allowed:
+        raise CheckpointError(
+            f"{checkpoint.absolute()} gives other logits than {hf.absolute()} in transformers: they differ in {dtype} "
+            f"by {worst:.1e} of the largest one, and rounding leaves less than {allowed:.0e}. Do not use the result."
         )
 
 
 def _transformers_logits(
-    hf: Path, sequences: Sequence[np.ndarray], architecture: Architecture, device: torch.device
+    hf: Path, sequences: Sequence[np.ndarray], architecture: Architecture, dtype: torch.dtype
 ) -> list[Tensor]:
-    """``[L, V]`` per sequence on the first rank, which holds the whole model for it; room for them on the others."""
-    if dist.get_rank() != 0:
-        return [torch.empty(len(tokens), architecture.vocab_size, device=device) for tokens in sequences]
-    from transformers import AutoModelForCausalLM
+    """``[L, V]`` per sequence, fp32, on every rank; the first one holds the whole model for it. Collective.
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return [model(torch.from_numpy(tokens)[None]).logits[0].to(device) for tokens in sequences]
+    Raises:
+        CheckpointError: fp32 logits are not finite.
+    """
+    device = initialize_distributed()
+    found = [torch.empty(len(tokens), architecture.vocab_size, device=device) for tokens in sequences]
+    if dist.get_rank() == 0:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).eval()
+        with torch.no_grad():
+            found = [model(torch.from_numpy(tokens)[None]).logits[0].float().to(device) for tokens in sequences]
+    for logits_LV in found:
+        dist.broadcast(logits_LV, src=0)
+        if dtype == torch.float32 and not bool(logits_LV.isfinite().all()):
+            raise CheckpointError(
+                f"{hf.absolute()} in transformers gives logits that are infinite or not a number: the source itself "
+                "is broken, and nothing can be compared with it."
+            )
+    return found
 
 
 def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
@@ -254,9 +342,15 @@ def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
     def last_stage(number: int, hidden_ND: Tensor, weight_vD: Tensor) -> float:
         first = groups.tensor_rank * len(weight_vD)
         wanted_Nv = truth_LV[:-1, first : first + len(weight_vD)]
-        found_Nv = F.linear(hidden_ND, weight_vD)[:, : wanted_Nv.size(1)]
-        return float((found_Nv - wanted_Nv).abs().max()) if wanted_Nv.numel() else 0.0
+        found_Nv = F.linear(hidden_ND, weight_vD)[:, : wanted_Nv.size(1)].float()
+        return largest_or_infinite((found_Nv - wanted_Nv).abs())
 
     found = torch.tensor(max(run_packs(model, packs, last_stage) or [0.0]), device=model.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return float(found / truth_LV.abs().max())
+    return _share(found, truth_LV)
+
+
+def _share(difference: Tensor, truth_LV: Tensor) -> float:
+    """A largest difference relative to the largest logit; 0 where both are."""
+    largest = float(truth_LV.abs().max()) if truth_LV.numel() else 0.0
+    return largest_or_infinite(difference) / max(largest, torch.finfo(torch.float32).tiny)

@@ -575,7 +575,8 @@ class OptimizerConfig(Section):
     weight_decay: Real = key(0.0, "Decoupled weight decay; norms and biases are exempt.", ge=0)
     beta1: Real = key(0.9, "Adam: decay of the mean of gradients.", ge=0, lt=1)
     beta2: Real = key(0.999, "Adam: decay of the mean of squared gradients.", ge=0, lt=1)
-    eps: Real = key(1e-8, "Adam: added to the root of the mean square.", gt=0)
+    # the smallest normal number of fp32: of less nothing is left, and Adam divides 0 by 0
+    eps: Real = key(1e-8, "Adam: added to the root of the mean square.", ge=2**-126)
     momentum: Real = key(0.0, "SGD: momentum.", ge=0, lt=1)
     clip_grad: Real = key(1.0, "Largest global gradient norm; 0 is off.", ge=0)
     distributed: bool = key(False, "Shard optimizer states over data-parallel ranks.")
@@ -594,6 +595,22 @@ class OptimizerConfig(Section):
     def _decays_downward(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}. Lower min_lr, or raise lr.")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_that_is_set_is_read(self) -> Self:
+        unread = ["momentum"] if self.name == "adam" else ["beta1", "beta2", "eps"]
+        for name in unread:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name} = {value} is not read with name = {self.name}. Leave it out, or name the other."
+                )
+        if self.schedule == "constant" and self.min_lr:
+            raise ValueError(
+                f"min_lr = {self.min_lr} is not read with schedule = constant. Leave it out, or set schedule to linear "
+                "or cosine."
+            )
         return self
 
     @model_validator(mode="after")

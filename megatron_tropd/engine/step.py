@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -18,7 +19,7 @@ from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.views import StudentRows, TrainPack, picked_ids, student_rows, views_of
 from megatron_tropd.errors import EngineError
-from megatron_tropd.losses.logprob_mismatch import BUCKETS, MEAN, bucket_of
+from megatron_tropd.losses.logprob_mismatch import BUCKETS, LARGEST, MEAN, bucket_of
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs
 from megatron_tropd.methods import Method
 from megatron_tropd.types import Region, TokenLoss
@@ -49,6 +50,23 @@ class StepResult:
     lr: float
     stats: Mapping[str, float]
     optimizer_seconds: float = 0.0  # gradient norm and update, of the step's wall time
+    weight: float = 0.0  # sum of the weights that the loss is a mean under
+    counts: Mapping[str, float] = field(default_factory=dict)  # tokens that each statistic is a mean of
+
+
+def means_over_tokens(results: Sequence[StepResult]) -> tuple[float, dict[str, float]]:
+    """Loss and statistics of several minibatches together: means over their tokens, not over minibatches."""
+    total = sum(result.weight for result in results)
+    loss = sum(result.loss * result.weight for result in results) / total if total > 0 else 0.0
+    stats: dict[str, float] = {}
+    for name in sorted(set().union(*(result.stats for result in results))):
+        having = [result for result in results if name in result.stats]
+        if name == LARGEST:
+            stats[name] = float(np.max([result.stats[name] for result in having]))
+            continue
+        tokens = sum(result.counts[name] for result in having)
+        stats[name] = sum(result.stats[name] * result.counts[name] for result in having) / tokens
+    return loss, stats
 
 
 class Trainer:
@@ -92,12 +110,10 @@ class Trainer:
         """
         optimization = self.optimization
         lr = optimization.set_update(update)
-        loss, stats = self._accumulate(packs)
+        sums = self._accumulate(packs)
+        loss = sums.loss
         if not math.isfinite(loss):
-            raise EngineError(
-                f"the loss of update {update} is {loss}. No weight was changed. "
-                "Lower optimizer.lr, or check the models with `tropd check`."
-            )
+            raise EngineError(f"the loss of update {update} is {loss}. {self._blame(update)}")
         if before_update is not None:
             before_update()
         started = time.perf_counter()
@@ -110,19 +126,29 @@ class Trainer:
             optimization.optimizer.step()
         if optimization.overlap is not None:
             optimization.overlap.updated()
-        return StepResult(loss, grad_norm, lr, stats, time.perf_counter() - started)
+        return replace(sums, grad_norm=grad_norm, lr=lr, optimizer_seconds=time.perf_counter() - started)
 
     def probe(self, packs: Sequence[TrainPack]) -> StepResult:
         """Loss and gradient norm of the packs without an update; the gradients stay in ``main_grad``. Collective."""
-        loss, stats = self._accumulate(packs)
-        return StepResult(loss, self._gradient_norm(), 0.0, stats)
+        sums = self._accumulate(packs)
+        return replace(sums, grad_norm=self._gradient_norm())
+
+    def _blame(self, update: int) -> str:
+        """Whether the weights were whole before an update that failed, as far as this rank holds them."""
+        if all(bool(p.isfinite().all()) for chunk in self.model.chunks for p in chunk.parameters()):
+            return "No weight was changed. Lower optimizer.lr, or check the models with `tropd check`."
+        before = "as they were loaded" if update == 0 else "since an update before this one"
+        return (
+            f"Weights are infinite or not a number {before}, and no later checkpoint is of use. Go on from an earlier "
+            "one with a lower optimizer.lr or a larger optimizer.eps."
+        )
 
     def end_step(self) -> None:
         """After the updates of a step: weights whole, and what only updates need off the device. Collective."""
         self.optimization.end_step()
 
-    def _accumulate(self, packs: Sequence[TrainPack]) -> tuple[float, dict[str, float]]:
-        """Fresh gradients of the packs; their loss and statistics."""
+    def _accumulate(self, packs: Sequence[TrainPack]) -> StepResult:
+        """Fresh gradients of the packs; their loss and statistics, without norm and learning rate."""
         self.optimization.gradients.onload()
         for module in self.optimization.wrapped:
             module.zero_grad_buffer()
@@ -238,7 +264,7 @@ class Trainer:
             for module in modules:
                 module.scale_gradients((1.0 / denominator).item())
 
-    def _reduce_sums(self) -> tuple[float, dict[str, float]]:
+    def _reduce_sums(self) -> StepResult:
         """Global loss and means of statistics, on every rank. The denominator is already global."""
         sums, groups = self._sums, self.model.groups
         names = self._names_of_stats()
@@ -255,15 +281,16 @@ class Trainer:
             last = dist.get_global_rank(groups.pg.pp, groups.layout.pipeline - 1)
             dist.broadcast(flat, src=last, group=groups.pg.pp)
         total, gap_max, *pairs = flat.tolist()
-        means = {
-            name: value / count for name, value, count in zip(names, pairs[::2], pairs[1::2], strict=True) if count > 0
-        }
-        if "logprob_gap" in means:
-            means["logprob_gap_max"] = gap_max
-            for name in [name for name in means if name.split("/")[0] == "logprob_gap"]:
-                means[name.replace("logprob_gap", MEAN)] = means.pop(name)
+        counts = {name: count for name, count in zip(names, pairs[1::2], strict=True) if count > 0}
+        means = {name: value / counts[name] for name, value in zip(names, pairs[::2], strict=True) if name in counts}
+        for name in [name for name in means if name.split("/")[0] == "logprob_gap"]:
+            published = name.replace("logprob_gap", MEAN)
+            means[published], counts[published] = means.pop(name), counts.pop(name)
+        if MEAN in means:
+            means[LARGEST] = gap_max
         denominator = float(sums.denominator)
-        return total / denominator if denominator > 0 else 0.0, means
+        loss = total / denominator if denominator > 0 else 0.0
+        return StepResult(loss, 0.0, 0.0, means, weight=denominator, counts=counts)
 
     def _names_of_stats(self) -> list[str]:
         """Names of the statistics in a fixed order; other stages learn them once from the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,3 +39,11 @@ def broadcast_arrays(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype]) -
         dist.broadcast(whole, src=0)
         received.append(whole.numpy())
     return received
+
+
+def largest_or_infinite(values: torch.Tensor) -> float:
+    """The largest value, infinite where one is not a number; 0 of none.
+
+    Comparisons with nan are false, Python's ``max`` and the collectives' drop it: a check must not pass by that.
+    """
+    return float(torch.nan_to_num(values.float(), nan=math.inf, posinf=math.inf).max()) if values.numel() else 0.0

@@ -103,7 +103,7 @@ def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Delete it and evaluate again.") from None
+        raise DataError(f"{path} is not valid JSON ({error}). Move it away and evaluate again.") from None
     return [_build(Evaluation, row, path) for row in rows]
 
 

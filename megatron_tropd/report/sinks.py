@@ -69,6 +69,9 @@ class MetricsWriter:
         """Keeps the lines with ``step`` or less, for going on from a checkpoint; ``-1`` empties the file. Atomic."""
         self._file.close()
         rows, _ = read_jsonl(self.path)
+        stepless = sum(not isinstance(row.get("step"), int) for row in rows)
+        if stepless:
+            raise DataError(f"{self.path}: {stepless} line(s) have no step. Mend them, or move the file away.")
         _replace(self.path, [json.dumps(row) for row in rows if row["step"] <= step])
         self._file = self.path.open("a", encoding="utf-8")
         for sink in self.sinks:
@@ -96,7 +99,10 @@ def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
         DataError: a line before the last is not a JSON object.
     """
     rows: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text file ({error}). Move it away, or name another directory.") from None
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -107,18 +113,20 @@ def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
         except ValueError as error:
             if number == len(lines):  # no line break after it: its writer was killed
                 return rows, True
-            raise DataError(f"{path}:{number}: not a JSON object ({error}). Delete that line.") from None
+            raise DataError(
+                f"{path}:{number}: not a JSON object ({error}). Mend that line, or move the file away."
+            ) from None
         rows.append(row)
     return rows, False
 
 
 def _mend(path: Path) -> None:
     """Drops a line torn by a killed writer, so that the next one does not continue it."""
-    if not path.exists() or (text := path.read_text(encoding="utf-8")) == "" or text.endswith("\n"):
+    if not path.exists() or (content := path.read_bytes()) == b"" or content.endswith(b"\n"):
         return
     rows, torn = read_jsonl(path)
     if torn:
-        logger.warning("%s ends in a torn line, dropped: %s", path, text.rsplit("\n", 1)[-1][:80])
+        logger.warning("%s ends in a torn line, dropped: %s", path, content.rsplit(b"\n", 1)[-1][:80].decode())
     _replace(path, (json.dumps(row) for row in rows))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from megatron_tropd.engine.step import StepResult
+from megatron_tropd.engine.step import StepResult, means_over_tokens
 from megatron_tropd.evaluate.suites import correctness, training_rule
 from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.stopwatch import Stopwatch
@@ -36,11 +36,12 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
     prompts, rollouts = batch.prompts, batch.scored.rollouts
     responses = [r.response_length for r in rollouts]
     prefixes, observed = ([r.count(region) for r in rollouts] for region in (Region.PREFIX, Region.OBSERVATION))
+    loss, stats = means_over_tokens(results)
     metrics: dict[str, float] = {
         "step": step + 1,
         "sequences": len(rollouts),
         "tokens": sum(responses),
-        "loss": float(np.mean([result.loss for result in results])),
+        "loss": loss,
         "grad_norm": float(np.mean([result.grad_norm for result in results])),
         "lr": results[-1].lr,
         "response_length": float(np.mean(responses)),
@@ -49,8 +50,7 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
     }
     if any(observed):
         metrics["observation_length"] = float(np.mean(observed))
-    names = set().union(*(result.stats for result in results))
-    metrics |= {n: float(np.mean([r.stats[n] for r in results if n in r.stats])) for n in sorted(names)}
+    metrics |= stats
     if run.method.guided and run.rollout.guided_per_prompt:
         guided = run.rollout.guided_per_prompt
         metrics["prefix_fraction"] = batch.fraction

@@ -21,6 +21,8 @@ from megatron_tropd.train.rollout_queue import RolloutQueue
 
 # of what identifies a run (inputs.identity), what a resumed run may change at its own risk
 _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
+# prompts are walked through in steps of that many: with another number some would be skipped, or come twice
+_NOT_THESE = ("train.prompts_per_step",)
 # what no insisting helps with: the states of a checkpoint do not fit
 _MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
 
@@ -168,7 +170,7 @@ def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, ins
 
 
 def _is_tolerated(key: str) -> bool:
-    return key.startswith(_MAY_CHANGE) and key not in _MUST_AGREE
+    return key.startswith(_MAY_CHANGE) and key not in (*_MUST_AGREE, *_NOT_THESE)
 
 
 def _differences(changed: dict[str, tuple[Any, Any]], keys: list[str]) -> str:

@@ -336,8 +336,8 @@ class _Stored:
         at = np.searchsorted(keys, wanted)
         if len(keys) == 0 or not np.array_equal(keys[at.clip(max=len(keys) - 1)], wanted):
             raise CheckpointError(
-                f"{self._folder.absolute()} lacks scores of batch {self._number}: it is of other rollouts. Delete the "
-                "checkpoint, or name another with checkpoint.resume=PATH."
+                f"{self._folder.absolute()} lacks scores of batch {self._number}: it is of other rollouts. Name "
+                "another with checkpoint.resume=PATH."
             )
         found = {
             name: torch.from_numpy(column[self._order[at]]).to(device)

@@ -59,6 +59,11 @@ def convert_all(root: str) -> dict[str, Any]:
         lambda: hf_to_megatron(folder / "mistral", folder / "llama3-tp2-pp2", ConversionPlan(layout=TP2))
     )
     said["resumed"] = _killed_and_resumed(folder)
+    said["verified in bf16"] = _error(
+        lambda: hf_to_megatron(DEMO / "teacher", folder / "demo16", replace(_verifying(TP2), dtype="bf16"))
+    )
+    said["beyond fp16"] = _error(lambda: hf_to_megatron(folder / "far", folder / "far16", _in_fp16()))
+    said["over something"] = _error(lambda: megatron_to_hf(folder / "demo16", folder / "kept", _verifying(ALONE)))
     said["verified"] = _error(lambda: hf_to_megatron(DEMO / "teacher", folder / "demo", _verifying(TP2)))
     said["wrong config"] = _error(
         lambda: megatron_to_hf(
@@ -74,6 +79,10 @@ def convert_all(root: str) -> dict[str, Any]:
 def _verifying(layout: Layout) -> ConversionPlan:
     row = json.loads((DEMO / "data" / "heldout.jsonl").read_text().splitlines()[0])
     return ConversionPlan(layout=layout, texts=(row["prompt"],))
+
+
+def _in_fp16() -> ConversionPlan:
+    return ConversionPlan(layout=TP2, dtype="fp16")
 
 
 def _error(convert: Any) -> str:
@@ -212,6 +221,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("llama3", "qwen2-tied", "mixtral", "qwen3-moe-raw", "mistral"):
         save_family(root / family, family)
         shutil.copy(DEMO / "teacher" / "tokenizer.json", root / family)
+    far = shutil.copytree(root / "llama3", root / "far")
+    tensors = load_file(far / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e8  # beyond 65,504
+    save_file(tensors, far / "model.safetensors")
+    (root / "kept").mkdir()
+    (root / "kept" / "precious.txt").write_text("mine")
     return root
 
 
@@ -246,6 +261,20 @@ def test_a_killed_export_goes_on_after_its_last_whole_file(said, root):
 
 def test_converted_logits_are_compared_with_transformers(said):
     assert all(rank["verified"] == "" for rank in said)
+
+
+def test_logits_are_compared_in_the_dtype_of_the_result_too(said):
+    assert all(rank["verified in bf16"] == "" for rank in said)
+
+
+def test_weights_that_overflow_in_the_dtype_asked_for_are_refused_and_nothing_written(said, root):
+    assert all("weights beyond the largest number of torch.float16" in rank["beyond fp16"] for rank in said)
+    assert not (root / "far16").exists()
+
+
+def test_a_target_that_holds_anything_else_is_left_as_it_is(said, root):
+    assert all("holds what this program did not write (precious.txt)" in rank["over something"] for rank in said)
+    assert (root / "kept" / "precious.txt").read_text() == "mine"
 
 
 def test_a_config_of_another_model_is_refused_and_nothing_written(said, root):
@@ -326,7 +355,19 @@ def _change_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def with_a_nan(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, directory / "model.safetensors")
+
+
+def of_a_pointer(directory: Path) -> None:
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
 HOSTILE = [
+    (with_a_nan, "holds weights that are infinite or not a number (they are in decoder.final_layernorm.weight)"),
+    (of_a_pointer, "model.safetensors is a Git LFS pointer"),
     (torn, "model.safetensors is torn or not safetensors"),
     (of_other_shapes, "but the model of config.json needs"),
     (without_a_shard, "names part-1.safetensors, which is not there. Copy the shard too."),

@@ -125,10 +125,17 @@ def test_a_setting_that_was_dropped_is_a_difference_too(tmp_path):
 
 
 def test_other_settings_of_the_same_run_are_a_warning(tmp_path):
-    newest = left(tmp_path, 4)
-    with pytest.warns(UserWarning, match=r"train.prompts_per_step was 5, is 6") as found:
-        assert start(tmp_path, IDENTITY | {"train.prompts_per_step": 6, "optimizer.lr": 2e-4}) == newest
+    there = IDENTITY | {"train.steps": 5}
+    newest = left(tmp_path, 5, there)
+    with pytest.warns(UserWarning, match=r"train.steps was 5, is 6") as found:
+        assert start(tmp_path, there | {"train.steps": 6, "optimizer.lr": 2e-4}) == newest
     assert "optimizer.lr was 0.0001, is 0.0002; train" in str(found[0].message) and "seed" not in str(found[0].message)
+
+
+def test_another_number_of_prompts_per_step_would_skip_some_or_repeat_them_and_is_refused(tmp_path):
+    left(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"train.prompts_per_step was 5, is 6"):
+        start(tmp_path, IDENTITY | {"train.prompts_per_step": 6})
 
 
 def results(run_dir: Path) -> list[Path]:

@@ -62,7 +62,13 @@ def test_a_batch_is_written_by_the_weights_of_so_many_steps_before_it(task: Task
     assert [row["staleness_max"] for row in rows] == [0, 1, 2, 2, 2, 2]
 
     # a run that does not learn is at step 0 for ever: its rollouts are what the first weights write
-    frozen = ("optimizer.name=sgd", "optimizer.lr=1.0e-30", "train.steps=4", "method.ppo_clip=0.2")
+    frozen = (
+        "optimizer.name=sgd",
+        "optimizer.eps=1e-8",
+        "optimizer.lr=1.0e-30",
+        "train.steps=4",
+        "method.ppo_clip=0.2",
+    )
     train(task, tmp_path / "frozen", *frozen)
     for step in range(3):
         assert tokens_of(unbroken, step) == tokens_of(tmp_path / "frozen", step)

@@ -264,6 +264,7 @@ def test_a_student_that_is_its_own_teacher_learns_nothing(task: Task, tmp_path: 
     same = (
         f"teacher.model={task.student}",
         "optimizer.name=sgd",
+        "optimizer.eps=1e-8",
         "optimizer.lr=1e-3",
         "train.steps=2",
         "train.prompts_per_step=2",

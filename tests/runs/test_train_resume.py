@@ -297,7 +297,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_value(task: Task, un
         (f"student.model={wider}", "ffn_size of student.model was 50, is 58"),
         (f"teacher.model={task.student}", "hidden_size of teacher.model was 44, is 36"),
         (f"student.model={twin}", f"{newest} is of another run: student.weights are others of the same kind"),
-        ("optimizer.name=sgd", "optimizer.name was 'adam', is 'sgd'"),
+        ("optimizer.name=sgd optimizer.eps=1e-8", "optimizer.name was 'adam', is 'sgd'"),
         ("train.steps=6", f"{newest} has 7 steps behind it, train.steps=6 asks for fewer"),
         (f"checkpoint.resume={unbroken}/export", f"{unbroken}/export is not a whole checkpoint"),
         # a directory of checkpoints stands for the newest of them

@@ -28,9 +28,11 @@ def install() -> None:
         return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as mcore_random
 
+    clip_grads.l2_norm_impl = _norm_in_fp64
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
     mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -42,6 +44,14 @@ def install() -> None:
         _even["reduce_scatter"] = mappings._reduce_scatter_along_first_dim
         mappings._gather_along_first_dim = _gather_uneven
         mappings._reduce_scatter_along_first_dim = _reduce_scatter_uneven
+
+
+def _norm_in_fp64(
+    chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *args: Any
+) -> tuple[Tensor, None]:
+    """Norm of all tensors together, summed in fp64: torch's own sums the squares of a large CPU tensor in fp32."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 
 
 def _splits_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:

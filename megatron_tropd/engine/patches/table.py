@@ -39,6 +39,13 @@ PATCHES = (
         ends=_CPU_TESTS,
     ),
     ForeignPatch(
+        target="megatron.core.optimizer.clip_grads.l2_norm_impl",
+        file="engine/patches/cuda_calls.py",
+        reason="torch.norm sums a large CPU tensor in fp32: a gradient norm of 124 million numbers is 1.4 % too small",
+        upstream="",
+        ends="when torch sums it in fp64; unit/engine/test_gradient_norm.py without the patch",
+    ),
+    ForeignPatch(
         target="megatron.core.tensor_parallel.random._get_cuda_rng_state",
         file="engine/patches/cuda_calls.py",
         reason="recompute saves the CUDA RNG state; there is no dropout, so there is nothing to save",

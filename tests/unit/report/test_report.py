@@ -146,7 +146,9 @@ def test_a_last_line_that_lacks_only_its_line_break_is_kept(tmp_path: Path):
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, bad: str):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{bad}\n{{"step": 2}}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a JSON object .* Delete that line\."):
+    with pytest.raises(
+        DataError, match=r"metrics\.jsonl:2: not a JSON object .* Mend that line, or move the file away\."
+    ):
         read_jsonl(path)
 
 
