@@ -125,7 +125,7 @@ def _as_rollout(number: int, prompt: list[int], response: list[int]) -> Rollout:
     )
 
 
-def initialise(model: Model) -> None:
+def initialize(model: Model) -> None:
     """Small embeddings and residual branches that start small: what trains quickly at this size."""
     torch.manual_seed(0)
     architecture = model.architecture
@@ -221,7 +221,7 @@ def make_model(name: str, *, steps_scale: float) -> None:
         write_config(Path(scratch), SIZES[name], tokenizer)
         architecture = read_architecture(scratch)
         model = build_model(architecture, groups, dtype=torch.bfloat16, device=device)
-        initialise(model)
+        initialize(model)
         for stage in STAGES[name]:
             train(model, Stage(**{**vars(stage), "steps": max(2, int(stage.steps * steps_scale))}), tokenizer)
         writer = HFWriter(target, companions_from=scratch, tensors=hf_shapes(architecture), dtype=torch.bfloat16)

@@ -79,7 +79,7 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
         check_target(target, name="the target", protected={})
         if beside(settled(target), "partial").exists():
             _say("an earlier conversion was killed: starting over")
-        model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
+        model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False)
         load_weights(model, weights, watch=_progress("reading"))
         _check_finite(model, source, weights)
         _say("writing")
@@ -113,7 +113,7 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     check_divisible(architecture, plan.layout)
     dtype = DTYPES[plan.dtype] if plan.dtype != "auto" else _saved_dtype(state)
     groups = GroupBuilder().build(plan.layout)
-    model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False)
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False)
     load_model_weights(source, model)
     _check_finite(model, source)
     shapes = hf_shapes(architecture)
@@ -289,7 +289,7 @@ def _worst(
 ) -> float:
     """Largest difference of a logit over all sequences, as a share of the largest logit. Collective."""
     device = truths[0].device
-    model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False).freeze()
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False).freeze()
     load_model_weights(checkpoint, model)
     found = [_difference(model, sequence, truth) for sequence, truth in zip(sequences, truths, strict=True)]
     return largest_or_infinite(torch.tensor(found))

@@ -1,4 +1,4 @@
-"""Core attention that runs on CPU and GPU without Transformer Engine, told by a plan which tokens see which.
+"""Core attention that runs on CPU and GPU without Transformer Engine, by a plan of which tokens see which.
 
 A plan travels to every layer in Megatron's ``packed_seq_params`` argument. Queries, keys and values arrive with
 rotary embedding already applied at the plan's positions, so packing, prefill and cached decoding differ only in
@@ -24,16 +24,18 @@ class Plan(Protocol):
 
     @property
     def qkv_format(self) -> str:
-        """Anything but "thd", which Megatron would treat itself."""
+        """Return anything but "thd", which Megatron would treat itself."""
         ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Causal attention of one layer, ``[s, b, heads, d]`` each and back; there may be fewer key heads."""
+        """Compute causal attention of one layer, ``[s, b, heads, d]`` each and back; there may be fewer key heads."""
         ...
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """``[n, heads, l, d]`` each; grouped key heads are shared by consecutive query heads."""
+    """Compute causal attention over ``[n, heads, l, d]`` each; grouped key heads are shared by consecutive query
+    heads.
+    """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _causal_products(query, key, value, scale)
     grouped = query.size(1) != key.size(1)
@@ -41,7 +43,9 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 def _causal_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same by plain products: bf16 SDPA on CPU takes four times as long (57 ms against 14 ms at l=90, d=32)."""
+    """Compute the same by plain products: bf16 SDPA on CPU takes four times as long (57 ms against 14 ms at l=90,
+    d=32).
+    """
     n, kv_heads, length, dim = key.shape
     q = query.reshape(n, kv_heads, -1, dim)
     scores = (q @ key.transpose(-1, -2)).view(n, kv_heads, -1, length, length) * scale
@@ -87,7 +91,7 @@ class PackedPlan:
 def groups_of(
     starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], device: torch.device
 ) -> tuple[_Group, ...]:
-    """Sequences by where they start and how long they are, in groups of similar length."""
+    """Group sequences of similar length, given by where they start and how long they are."""
     order = np.argsort(-lengths, kind="stable")
     groups = []
     first = 0
@@ -101,7 +105,7 @@ def groups_of(
 
 
 def attend_groups(groups: tuple[_Group, ...], query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[Tensor]:
-    """``[n, 1, heads, d]`` of each group's real steps, in the order of its ``restore``."""
+    """Return ``[n, 1, heads, d]`` of each group's real steps, in the order of its ``restore``."""
     return [_attend_group(group, query, key, value, scale) for group in groups]
 
 
@@ -138,14 +142,14 @@ class KeyValueCache:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's buffers, made on first use with the heads and dtype of ``like`` ``[s, b, heads, d]``."""
+        """Return the layer's buffers, made on first use with the heads and dtype of ``like`` ``[s, b, heads, d]``."""
         if layer not in self.keys:
             shape = (self.batch_size, like.size(2), self.max_length, like.size(3))
             self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self.keys[layer], self.values[layer]
 
     def keep(self, rows: Tensor) -> None:
-        """Drops every row but ``rows`` (finished sequences leave the batch)."""
+        """Drop every row but ``rows`` (finished sequences leave the batch)."""
         for buffers in (self.keys, self.values):
             for layer, buffer in buffers.items():
                 buffers[layer] = buffer[rows]
@@ -207,7 +211,7 @@ class PlannedAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Tensor:
-        """``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; needs a Plan as ``packed_seq_params``."""
+        """Attend: ``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; needs a Plan as ``packed_seq_params``."""
         plan: Plan = options["packed_seq_params"]
         out = plan.attend(self.layer_number, query, key, value, self.scale)
         return out.reshape(*out.shape[:2], -1)

@@ -22,7 +22,7 @@ from megatron_tropd.types import Pack, Region, Rollout, TeacherOutputs, TokenVie
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFacts:
-    """What every rank knows of the step the batch belongs to."""
+    """The facts that every rank knows of the step the batch belongs to."""
 
     seed: int
     step: int
@@ -34,7 +34,7 @@ class BatchFacts:
 def batch_weights(
     packs: Sequence[Sequence[Pack]], method: Method, facts: BatchFacts, groups: Groups
 ) -> list[np.ndarray]:
-    """``[N]`` normalisation weights of this rank's packs, computed over all replicas' packs at once."""
+    """Return ``[N]`` normalization weights of this rank's packs, computed over all replicas' packs at once."""
     flat = [pack for replica in packs for pack in replica]
     region, sequence, target = (
         np.concatenate([getattr(pack, name) for pack in flat]) for name in ("region_T", "sequence_T", "target_T")
@@ -57,7 +57,7 @@ def batch_weights(
 
 
 def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, model: Model) -> TokenView:
-    """The facts about the valid predictions of a pack that this rank computes. ``rollouts`` by sequence id."""
+    """Build the facts about the valid predictions of a pack that this rank computes. ``rollouts`` by sequence id."""
     predictions, device = own_predictions(pack, model.groups), model.device
     read_N = predictions.read_N
     uniform, sampled = _per_token(pack, rollouts, facts)
@@ -74,7 +74,7 @@ def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, m
 
 
 def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -> tuple[np.ndarray, np.ndarray]:
-    """``[T]`` gate uniforms and the sampler's log-probs (nan where it has none), aligned to predictions."""
+    """Return ``[T]`` gate uniforms and the sampler's log-probs (nan where it has none), aligned to predictions."""
     uniform = np.zeros(len(pack.token_T), dtype=np.float32)
     sampled = np.full(len(pack.token_T), np.nan, dtype=np.float32)
     for start, sequence_id in zip(pack.cu_seqlens[:-1].tolist(), pack.sequence_ids.tolist(), strict=False):

@@ -1,6 +1,6 @@
 """Checkpoints that appear whole or not at all.
 
-Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may go on under another layout.
+Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may resume under another layout.
 A checkpoint is written aside, synced, renamed into place, and only then named by the ``latest`` file. Its last file,
 ``complete.json``, lists every other one with its size and SHA-256. The loader trusts what ``latest`` names if it is
 whole, and otherwise falls back to the newest whole one, saying so. Nothing is removed but files of the names that a
@@ -37,7 +37,7 @@ from megatron_tropd.storage.write_aside import rename_directory, storage_errors,
 
 _LATEST = "latest"
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
-_COMPLETE = "complete.json"  # written last inside the directory, so its presence means the rest was there
+_COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there
 _NAME = re.compile(r"step-\d{8,}")
 _OUR_FILES = re.compile(
     rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|{_COMPLETE}(\..*\.partial)?"
@@ -73,10 +73,10 @@ def save_checkpoint(
     keep: int = 0,
     beside_it: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Saves after ``step`` finished steps. Collective.
+    """Save after ``step`` finished steps. Collective.
 
     Args:
-        state: small JSON-able facts of the run (seed, method, what else must agree to go on).
+        state: small JSON-able facts of the run (seed, method, what else must agree to resume).
         beside_it: called on every rank with a directory, to write more files of the checkpoint into.
         keep: how many checkpoints to leave on disk, this one and those of earlier steps; 0 keeps all.
 
@@ -99,7 +99,7 @@ def save_checkpoint(
 def save_model(
     target: Path, model: Model, *, state: Mapping[str, Any], companions: Mapping[str, Path] | None = None
 ) -> None:
-    """Saves a model that is not being trained as the checkpoint ``target``, of step 0. Collective.
+    """Save a model that is not being trained as the checkpoint ``target``, of step 0. Collective.
 
     Args:
         companions: config and tokenizer files by their names in its directory ``hf``.
@@ -117,7 +117,7 @@ def _write_whole(
     companions: Mapping[str, Path] | None = None,
     beside_it: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes aside, then the list of what was written, then puts it in place. Collective."""
+    """Write aside, then the list of what was written, then put it in place. Collective."""
     aside = beside(target, "partial")
     if dist.get_rank() == 0:
         _make_way(aside)
@@ -147,7 +147,7 @@ def _write_whole(
 
 @contextmanager
 def _saying_why(target: Path) -> Iterator[None]:
-    """A full disk, whatever a library within the block has made of it, is a StorageError."""
+    """Raise StorageError for a full disk, whatever a library within the block has made of it."""
     with storage_errors(target):
         try:
             yield
@@ -167,7 +167,7 @@ def _existing(path: Path) -> Path:
 
 
 def _record_all(directory: Path) -> dict[str, FileRecord]:
-    """Sizes and checksums of all files of a directory, each read by one of the ranks. Collective."""
+    """Record sizes and checksums of all files of a directory, each read by one of the ranks. Collective."""
     names: list[list[str]] = [list(files_below(directory))]
     dist.broadcast_object_list(names, src=0)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -179,12 +179,12 @@ def _record_all(directory: Path) -> dict[str, FileRecord]:
 
 
 def _strange_files(directory: Path) -> list[str]:
-    """Files that no checkpoint has."""
+    """List files that no checkpoint has."""
     return [name for name in files_below(directory) if _OUR_FILES.fullmatch(name) is None]
 
 
 def _make_way(directory: Path) -> None:
-    """Frees a name that this program writes to: what an earlier run left half-done goes, all else is moved aside."""
+    """Free a name that this program writes to: remove what an earlier run left half-done, move all else aside."""
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_symlink() and directory.is_dir() and not _strange_files(directory):
@@ -196,7 +196,7 @@ def _make_way(directory: Path) -> None:
 
 
 def find_checkpoint(root: str | Path, *, without: Collection[Path] = ()) -> Path | None:
-    """The newest whole checkpoint under ``root``, or None. Warns about every torn one it passes over.
+    """Return the newest whole checkpoint under ``root``, or None. Warn about every torn one it passes over.
 
     Args:
         without: those that were found to be torn by their content.
@@ -220,7 +220,7 @@ def find_checkpoint(root: str | Path, *, without: Collection[Path] = ()) -> Path
 
 
 def _latest(root: Path, candidates: Collection[Path]) -> Path | None:
-    """The checkpoint that ``latest`` names; None, with a warning where it should name one, when it does not."""
+    """Return the checkpoint that ``latest`` names; None, with a warning where it should name one, when it does not."""
     named = root / _LATEST
     if not named.exists():
         return None
@@ -236,7 +236,7 @@ def _latest(root: Path, candidates: Collection[Path]) -> Path | None:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The run state saved with a checkpoint.
+    """Read the run state saved with a checkpoint.
 
     Raises:
         CheckpointError: it is not a checkpoint, or a file of it is missing or of another size than was written.
@@ -261,7 +261,8 @@ def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord
 
 
 def content_fault(checkpoint: str | Path) -> str | None:
-    """The first file whose checksum is not the recorded one; None when all are. Each is read by one rank. Collective.
+    """Return the first file whose checksum is not the recorded one; None when all are. Each is read by one rank.
+    Collective.
 
     Raises:
         CheckpointError: it is not a checkpoint.
@@ -275,7 +276,7 @@ def content_fault(checkpoint: str | Path) -> str | None:
 
 
 def check_contents(checkpoint: str | Path) -> None:
-    """Raises CheckpointError when a file of the checkpoint has other content than was written. Collective."""
+    """Raise CheckpointError when a file of the checkpoint has other content than was written. Collective."""
     fault = content_fault(checkpoint)
     if fault is not None:
         raise _torn(checkpoint, fault)
@@ -286,7 +287,7 @@ def _torn(checkpoint: str | Path, fault: str) -> CheckpointError:
 
 
 def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimization) -> dict[str, Any]:
-    """Restores weights and the optimizer's states; returns the run state. Collective.
+    """Restore weights and the optimizer's states; return the run state. Collective.
 
     Learning rate, schedule, weight decay and Adam's constants are those that the optimizer was made with, whatever they
     were in the run that saved.
@@ -314,7 +315,7 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
 
 
 def load_model_weights(checkpoint: str | Path, model: Model) -> None:
-    """Fills the model from a checkpoint of training or of ``save_model``, written under any layout. Collective.
+    """Fill the model from a checkpoint of training or of ``save_model``, written under any layout. Collective.
 
     Raises:
         CheckpointError: torn, or of another model.
@@ -359,7 +360,7 @@ def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -
     state = _sharded_model(model)
     if loading:
         optimization.init_optimizer_state()
-    # the chunks' own names collide (each counts its layers from 0): they stay apart, under the chunk's key
+    # the chunks' own names collide (each counts its layers from 0): they stay separate, under the chunk's key
     state["optimizer"] = optimization.optimizer.sharded_state_dict(
         # of the distributed optimizer: its default is refused by the same version's checkpoints
         dict(state),

@@ -3,7 +3,7 @@
 A stream of T tokens is cut into twice as many equal blocks as there are ranks; rank r holds blocks r and 2n-1-r, so
 that under causal attention every rank has equal work even when the stream is one long sequence. Blocks cut through
 sequences. What of a sequence begins inside a block finds all its keys there; only the first piece of a block may
-continue a sequence begun elsewhere, and only such pieces look at the keys that the ranks gather from each other.
+continue a sequence started elsewhere, and only such pieces look at the keys that the ranks gather from each other.
 
 Additional dimension names: ``t`` tokens of this rank (T / ranks), in stream order.
 """
@@ -29,7 +29,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def held_tokens(num_tokens: int, *, rank: int, ranks: int) -> Int64Array:
-    """``[t]`` stream positions of the tokens that context rank ``rank`` holds, ascending.
+    """Return ``[t]`` stream positions of the tokens that context rank ``rank`` holds, ascending.
 
     Raises:
         EngineError: the tokens do not divide into ``2 * ranks`` blocks.
@@ -57,18 +57,20 @@ class Predictions:
 
 
 def carries_loss(pack: Pack) -> npt.NDArray[np.bool_]:
-    """``[T]`` True where a prediction is of a token that a model wrote. Such tokens may lie in many stretches."""
+    """Return ``[T]``, True where a prediction is of a token that a model wrote. Such tokens may lie in many
+    stretches.
+    """
     return (pack.region_T == Region.PREFIX) | (pack.region_T == Region.CONTINUATION)
 
 
 def valid_positions(pack: Pack, *, rank: int = 0, ranks: int = 1) -> Int64Array:
-    """``[N]`` stream positions whose prediction carries loss and that context rank ``rank`` holds, ascending."""
+    """Return ``[N]`` stream positions whose prediction carries loss and that context rank ``rank`` holds, ascending."""
     held_t = held_tokens(len(pack.token_T), rank=rank, ranks=ranks)
     return held_t[carries_loss(pack)[held_t]]
 
 
 def own_valid_positions(pack: Pack, groups: Groups) -> Int64Array:
-    """``valid_positions`` of this process under ``groups``: the rows that its last stage computes, in order."""
+    """Return ``valid_positions`` of this process under ``groups``: the rows that its last stage computes, in order."""
     return valid_positions(pack, rank=groups.context_rank, ranks=groups.layout.context)
 
 
@@ -90,7 +92,7 @@ class _Continued:
 class ContextPlan:
     """Attention of one context rank's share of a packed stream. Implements ``attention.Plan``. Collective."""
 
-    begun: PackedPlan  # pieces that begin a sequence, over the rank's own stream
+    started: PackedPlan  # pieces that start a sequence, over the rank's own stream
     continued: tuple[_Continued, ...]  # at most one per block
     stream_order_T: Tensor  # row of the gathered keys at which each stream position lies
     group: Group
@@ -98,22 +100,22 @@ class ContextPlan:
 
     @staticmethod
     def build(cu_seqlens: npt.NDArray[np.int32], group: Group, device: torch.device) -> ContextPlan:
-        """``cu_seqlens``: boundaries of the whole stream, padding included."""
+        """Build the plan. ``cu_seqlens``: boundaries of the whole stream, padding included."""
         rank, ranks = group_rank(group), group_size(group)
         total = int(cu_seqlens[-1])
         held = [held_tokens(total, rank=r, ranks=ranks) for r in range(ranks)]
         starts, lengths, continued = _pieces(cu_seqlens.astype(np.int64), held[rank])
         return ContextPlan(
-            begun=PackedPlan(groups_of(starts, lengths, device)),
+            started=PackedPlan(groups_of(starts, lengths, device)),
             continued=tuple(continued),
             stream_order_T=torch.from_numpy(np.argsort(np.concatenate(held), kind="stable")).to(device),
             group=group,
         )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``[t, 1, heads, d]`` of this rank's tokens; keys and values of all ranks are gathered within."""
-        outputs = attend_groups(self.begun.groups, query, key, value, scale)
-        rows = [group.restore for group in self.begun.groups]
+        """Attend: ``[t, 1, heads, d]`` of this rank's tokens; keys and values of all ranks are gathered within."""
+        outputs = attend_groups(self.started.groups, query, key, value, scale)
+        rows = [group.restore for group in self.started.groups]
         key_T, value_T = self._whole_stream(key, value)
         if not self.continued:
             # no row needs the gathered keys, yet their backward is a collective this rank must take part in
@@ -129,7 +131,7 @@ class ContextPlan:
 
 
 def _pieces(cu_seqlens: Int64Array, held_t: Int64Array) -> tuple[Int64Array, Int64Array, list[_Continued]]:
-    """(rows, lengths) of the pieces that begin a sequence, and the others."""
+    """Return (rows, lengths) of the pieces that start a sequence, and of the others."""
     sequence_t = np.searchsorted(cu_seqlens, held_t, side="right") - 1
     first_t = np.flatnonzero(np.diff(sequence_t, prepend=-1) | (np.diff(held_t, prepend=held_t[0] - 1) != 1))
     starts, lengths, continued = [], [], []
@@ -144,7 +146,7 @@ def _pieces(cu_seqlens: Int64Array, held_t: Int64Array) -> tuple[Int64Array, Int
 
 
 def _attend_continued(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The last rows of a causal square: ``[n, 1, heads, d]`` over ``[m, 1, key heads, d]``, m > n."""
+    """Compute the last rows of a causal square: ``[n, 1, heads, d]`` over ``[m, 1, key heads, d]``, m > n."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     mask = causal_lower_right(q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

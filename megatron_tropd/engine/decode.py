@@ -22,7 +22,7 @@ _COMPACT_BELOW = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What was sampled after one context."""
+    """Tokens sampled after one context."""
 
     token_ids: Int64Array  # [L] includes the stop token
     sampling_logprob: Float32Array  # [L]
@@ -49,14 +49,14 @@ class _Batch:
         self._contexts = torch.from_numpy(padded).to(device)
 
     def prefill(self) -> Tensor:
-        """Caches the contexts; ``[B, D]`` hidden states of their last tokens."""
+        """Cache the contexts; return ``[B, D]`` hidden states of their last tokens."""
         positions = torch.arange(self.longest, device=self._contexts.device).expand_as(self._contexts)
         plan = PrefillPlan(self.cache)
         hidden = self.model.chunks[0](self._contexts, positions, None, packed_seq_params=plan)
         return hidden[self.position_B - 1, self.index_B]
 
     def advance(self, token_B: Tensor) -> Tensor:
-        """Appends one token per row; ``[B, D]`` hidden states."""
+        """Append one token per row; return ``[B, D]`` hidden states."""
         self.longest += 1
         plan = DecodePlan(self.cache, self.position_B, self.longest)
         hidden = self.model.chunks[0](token_B[:, None], self.position_B[:, None], None, packed_seq_params=plan)
@@ -65,7 +65,7 @@ class _Batch:
         return hidden[0]
 
     def drop_finished(self, token_B: Tensor, alive: int) -> Tensor:
-        """Leaves only living rows once they are few; returns their part of ``token_B``."""
+        """Keep only living rows once they are few; return their part of ``token_B``."""
         if alive >= _COMPACT_BELOW * len(token_B):
             return token_B
         keep = self.alive_B.nonzero()[:, 0]
@@ -85,7 +85,7 @@ def decode_batch(
     *,
     vocab_size: int,
 ) -> list[Continuation]:
-    """Continues every context by at most its budget (>= 1) tokens with ids below ``vocab_size``.
+    """Continue every context by at most its budget (>= 1) tokens with ids below ``vocab_size``.
 
     Args:
         contexts: token ids, one array per row, at least one token each.
@@ -154,7 +154,7 @@ class Drawn:
 def sample(
     logits_BV: Tensor, uniform_B: Tensor, params: SamplingParams, *, stops: Tensor | None = None, step: int = 0
 ) -> Drawn:
-    """Draws one token per row by inverting the cumulative distribution at ``uniform_B``.
+    """Draw one token per row by inverting the cumulative distribution at ``uniform_B``.
 
     Temperature 0 takes the most likely token (probability 1 under the sampling distribution). Top-k keeps the k most
     likely tokens; top-p then keeps the smallest set that reaches p, always with the most likely token in it.

@@ -28,7 +28,7 @@ class BalancingRouter(TopKRouter):
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
     ) -> Tensor:
-        """Attaches ``coefficient * tokens * E * sum_e f_e p_e`` to the backward pass, this rank's share of it.
+        """Attach ``coefficient * tokens * E * sum_e f_e p_e`` to the backward pass, this rank's share of it.
 
         ``f_e`` is the fraction of choices that fell on expert e and ``p_e`` the mean probability it was given, over the
         pack's unmasked tokens on all tensor- and context-parallel ranks (Switch Transformer, eq. 4, for top-k). The
@@ -46,7 +46,7 @@ class BalancingRouter(TopKRouter):
 
 
 def expert_options(architecture: Architecture, *, balance: float) -> dict[str, Any]:
-    """The part of Megatron's ``TransformerConfig`` that is about experts; empty for a dense model."""
+    """Return the part of Megatron's ``TransformerConfig`` that is about experts; empty for a dense model."""
     if not architecture.num_experts:
         return {}
     return {
@@ -62,7 +62,7 @@ def expert_options(architecture: Architecture, *, balance: float) -> dict[str, A
 
 @contextmanager
 def without_balancing(config: Any) -> Iterator[None]:
-    """Within the block the load-balancing loss is off: gradients are those of the method alone."""
+    """Switch the load-balancing loss off within the block: gradients are those of the method alone."""
     before, config.moe_aux_loss_coeff = config.moe_aux_loss_coeff, 0.0
     try:
         yield
@@ -71,5 +71,5 @@ def without_balancing(config: Any) -> Iterator[None]:
 
 
 def use_balancing_router(mlp: ModuleSpec) -> None:
-    """Swaps the router in the spec of a MoE layer."""
+    """Swap the router in the spec of a MoE layer."""
     mlp.submodules.router = BalancingRouter

@@ -62,7 +62,7 @@ def run_packs(
     wrapped: Sequence[torch.nn.Module] | None = None,
     backward: bool = False,
 ) -> list[Any]:
-    """Sends ``packs`` through the model, one microbatch each, and collects what ``last_stage`` returns.
+    """Send ``packs`` through the model, one microbatch each, and collect what ``last_stage`` returns.
 
     Every rank of the model's replica must pass the same packs. Without ``backward`` the result (on last-stage ranks;
     others get an empty list) holds one value per pack. With it, ``last_stage`` returns ``(loss, info)``, gradients are
@@ -105,7 +105,7 @@ def run_packs(
 
 
 def _fillers(count: int, layout: Layout) -> list[Pack]:
-    """Packs of padding: interleaved stages take microbatches by the whole round of the pipeline."""
+    """Make packs of padding: interleaved stages take microbatches by the whole round of the pipeline."""
     if layout.virtual_pipeline == 1:
         return []
     length = layout.tensor * layout.context * 2
@@ -132,7 +132,7 @@ def _finish(
     model: Model,
     last_stage: LastStage,
 ) -> Any:
-    """What the schedule calls on the last stage."""
+    """Return the function that the schedule calls on the last stage."""
     chunk = unwrap(module)
     result = last_stage(batch.number, _read_hidden(hidden, batch.read_N, model), chunk.output_weight())
     if non_loss_data:
@@ -143,7 +143,7 @@ def _finish(
 
 
 def _read_hidden(hidden: Tensor, read_N: Tensor, model: Model) -> Tensor:
-    """``[T / tp or T, 1, D]`` -> ``[N, D]`` rows that predictions read, whole on every tensor rank.
+    """Pick, of ``[T / tp or T, 1, D]``, the ``[N, D]`` rows that predictions read, whole on every tensor rank.
 
     Backward adds up the tensor ranks' partial gradients (the losses return one per vocabulary shard).
     """
@@ -154,7 +154,7 @@ def _read_hidden(hidden: Tensor, read_N: Tensor, model: Model) -> Tensor:
 
 
 def unwrap(module: torch.nn.Module) -> HiddenStateGPT:
-    """The model inside DDP."""
+    """Return the model inside DDP."""
     inner = module.module if hasattr(module, "module") else module
     assert isinstance(inner, HiddenStateGPT)
     return inner

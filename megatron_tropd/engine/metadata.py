@@ -49,7 +49,7 @@ class _TableReader(pickle.Unpickler):
 
 
 def check_metadata(checkpoint: Path) -> None:
-    """Raises CheckpointError when the checkpoint's table is torn, or is a pickle of anything but tables of tensors."""
+    """Raise CheckpointError when the checkpoint's table is torn, or is a pickle of anything but tables of tensors."""
     path = checkpoint / ".metadata"
     try:
         with path.open("rb") as file:
@@ -63,7 +63,7 @@ def check_metadata(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def only_plain_objects(checkpoint: Path) -> Iterator[None]:
-    """Within the block, objects of a checkpoint are loaded only when they are numbers, text, tensors or bytes.
+    """Load objects of a checkpoint, within the block, only when they are numbers, text, tensors or bytes.
 
     Raises:
         CheckpointError: an object is anything else. It was not built.
@@ -95,7 +95,7 @@ def only_plain_objects(checkpoint: Path) -> Iterator[None]:
 
 
 def _refused(error: BaseException | None) -> str | None:
-    """What was not loaded, here or on another rank, whose errors arrive as text."""
+    """Return what was not loaded, here or on another rank, whose errors arrive as text."""
     while error is not None:
         if found := re.search(_REFUSED + r" ([\w./]+)", str(error)):
             return f"object {found[1]}"

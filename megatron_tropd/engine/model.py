@@ -1,7 +1,7 @@
 """Builds Megatron-Core GPT models that stop at the final hidden states.
 
 The output layer's weight is there (it registers with DDP and checkpoints as usual), but its product with the hidden
-states is left to the vocabulary-parallel losses, so logits are never materialised.
+states is left to the vocabulary-parallel losses, so logits are never materialized.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _VOCAB_MULTIPLE = 64
 class HiddenStateGPT(GPTModel):
     """A GPTModel whose last stage answers with final hidden states ``[s, b, D]`` (normed), not logits.
 
-    ``position_ids`` are honoured token by token (Megatron's own RoPE counts from the start of the tensor), which is
+    ``position_ids`` are honored token by token (Megatron's own RoPE counts from the start of the tensor), which is
     what packed streams and cached decoding with rows of different lengths need.
     """
 
@@ -71,7 +71,7 @@ class HiddenStateGPT(GPTModel):
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """``[v, D]``: this rank's shard of the output embedding (the input embedding when tied)."""
+        """Return ``[v, D]``: this rank's shard of the output embedding (the input embedding when tied)."""
         if self.share_embeddings_and_output_weights:
             weight: Tensor = self.shared_embedding_or_output_weight()
             return weight
@@ -88,7 +88,7 @@ class Model:
     config: TransformerConfig
     chunks: tuple[HiddenStateGPT, ...]
     device: torch.device
-    weights: OffloadedTensors | None = None  # of a model that is on the device only when asked: see `with_offload`
+    weights: OffloadedTensors | None = None  # of a model that is on the device only while in use: see `with_offload`
     pending: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
 
     @property
@@ -97,27 +97,27 @@ class Model:
         return dtype
 
     def layer_offsets(self) -> list[int]:
-        """Global number of the first layer of each chunk."""
+        """Return the global number of the first layer of each chunk."""
         return [
             get_transformer_layer_offset(self.config, self._vp_stage(i), pp_rank=self.groups.stage)
             for i in range(len(self.chunks))
         ]
 
     def local_experts(self) -> range:
-        """Numbers of the experts of each layer that this rank holds; empty in a dense model."""
+        """List the numbers of the experts of each layer that this rank holds; empty in a dense model."""
         share = self.architecture.num_experts // self.groups.layout.expert
         first = self.groups.pg.ep.rank() * share
         return range(first, first + share)
 
     def freeze(self) -> Model:
-        """Makes the model one that is only asked, never trained."""
+        """Freeze the model for inference: it is never trained."""
         for chunk in self.chunks:
             chunk.eval()
             chunk.requires_grad_(False)
         return self
 
     def with_offload(self, offload_stats: OffloadStats | None = None) -> Model:
-        """The frozen model with its weights off the device, where they are only within ``present()``.
+        """Offload the weights of the frozen model: they are on the device only within ``present()``.
 
         To be used in place of this one; ``offload_stats`` counts what that moves.
         """
@@ -134,11 +134,11 @@ class Model:
         return replace(self, weights=weights)
 
     def present(self) -> AbstractContextManager[None]:
-        """Within the block the weights are on the device."""
+        """Keep the weights on the device within the block."""
         return nullcontext() if self.weights is None else self.weights.present()
 
     def ready(self) -> None:
-        """For whoever reads the weights. Collective where an update has left them under way.
+        """Prepare the weights for reading. Collective where an update has left them under way.
 
         Raises:
             EngineError: they are off the device.
@@ -153,7 +153,7 @@ class Model:
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding over all shards: the next multiple of 64 x tensor-parallel size."""
+    """Return the rows of the embedding over all shards: the next multiple of 64 x tensor-parallel size."""
     multiple = _VOCAB_MULTIPLE * tensor
     return -(-vocab_size // multiple) * multiple
 
@@ -166,14 +166,14 @@ def build_model(
     device: torch.device,
     recompute: str = "none",
     balance: float = 0.0,
-    initialise: bool = True,
+    initialize: bool = True,
     seed: int = 0,
 ) -> Model:
-    """Builds this rank's chunks with random weights (``seed`` is layout-dependent: load weights to compare layouts).
+    """Build this rank's chunks with random weights (``seed`` is layout-dependent: load weights to compare layouts).
 
     Args:
         balance: coefficient of the load-balancing loss of a mixture of experts.
-        initialise: False leaves the weights as memory happens to be, for a model that is about to be loaded: Megatron
+        initialize: False leaves the weights as memory happens to be, for a model that is about to be loaded: Megatron
             would make every tensor-parallel matrix whole before it cuts it.
     """
     cuda_calls.install()
@@ -182,22 +182,22 @@ def build_model(
     )
     torch.manual_seed(seed + 1000 * groups.stage + groups.tensor_rank)
     config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute, balance=balance)
-    config.perform_initialization = initialise
+    config.perform_initialization = initialize
     virtual = groups.layout.virtual_pipeline
     with use_parallel_state(groups):
         chunks = tuple(
             _build_chunk(architecture, groups, config, stage if virtual > 1 else None).to(device)
             for stage in range(virtual)
         )
-    if not initialise:
+    if not initialize:
         _mark_shards(chunks)
     return Model(architecture=architecture, groups=groups, config=config, chunks=chunks, device=device)
 
 
 def _mark_shards(chunks: Iterable[torch.nn.Module]) -> None:
-    """Says of every weight how it is cut, by which the gradient norm counts it once or once per rank.
+    """Mark every weight with its sharding, by which the gradient norm counts it once or once per rank.
 
-    Megatron does so only where it initialises a weight.
+    Megatron does so only where it initializes a weight.
     """
     cuts = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for chunk in chunks:
@@ -208,7 +208,7 @@ def _mark_shards(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def check_divisible(architecture: Architecture, layout: Layout) -> None:
-    """Refuses layouts this architecture cannot be cut into, naming the sizes that work."""
+    """Refuse layouts this architecture cannot be cut into, naming the sizes that work."""
     for what, size in (("query heads", architecture.num_heads), ("key/value heads", architecture.num_kv_heads)):
         if size % layout.tensor:
             raise ConfigError(
@@ -232,16 +232,16 @@ def check_divisible(architecture: Architecture, layout: Layout) -> None:
         even = [(p, v) for p, v in pairs if architecture.num_layers % (p * v) == 0]
         pipeline, virtual = _nearest((layout.pipeline, layout.virtual_pipeline), even)
         raise ConfigError(
-            f"{architecture.num_layers} layers cannot be dealt evenly to {stages} interleaved stages. "
+            f"{architecture.num_layers} layers cannot be split evenly over {stages} interleaved stages. "
             f"The nearest that can: pipeline={pipeline}, virtual_pipeline={virtual}."
         )
     if layout.virtual_pipeline == 1 and architecture.num_layers % layout.pipeline:
         uneven_stages(architecture.num_layers, layout.pipeline)
 
 
-def _nearest(asked: tuple[int, int], pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """By the ranks it takes first."""
-    return min(pairs, key=lambda pair: (abs(pair[0] - asked[0]), abs(pair[1] - asked[1])), default=(1, 1))
+def _nearest(requested: tuple[int, int], pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the pair nearest to the requested one, by the ranks it takes first."""
+    return min(pairs, key=lambda pair: (abs(pair[0] - requested[0]), abs(pair[1] - requested[1])), default=(1, 1))
 
 
 def _check_experts(architecture: Architecture, layout: Layout) -> None:
@@ -255,7 +255,7 @@ def _check_experts(architecture: Architecture, layout: Layout) -> None:
 
 
 def check_trainable(architecture: Architecture, layout: Layout) -> None:
-    """Refuses layouts in which this architecture can be asked, but not trained."""
+    """Refuse layouts that serve this architecture for inference only."""
     if architecture.num_experts and layout.tensor > 1 and not layout.sequence:
         raise ConfigError(
             f"tensor parallel size {layout.tensor} without sequence parallelism: every tensor rank would send the same "
@@ -266,7 +266,7 @@ def check_trainable(architecture: Architecture, layout: Layout) -> None:
 def transformer_config(
     architecture: Architecture, groups: Groups, *, dtype: torch.dtype, recompute: str = "none", balance: float = 0.0
 ) -> TransformerConfig:
-    """Megatron's description of the model under this layout."""
+    """Build Megatron's description of the model under this layout."""
     layout = groups.layout
     check_divisible(architecture, layout)
     options = expert_options(architecture, balance=balance)
@@ -303,7 +303,7 @@ def transformer_config(
         expert_model_parallel_size=layout.expert,
         sequence_parallel=layout.sequence and layout.tensor > 1,
         calculate_per_token_loss=True,
-        # packs differ in length, so every stage is told the shape first
+        # packs differ in length, so every stage receives the shape first
         variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths
         # batched point-to-point is silently wrong with interleaved stages (gradients off 40-93x on gloo)
@@ -322,20 +322,20 @@ def transformer_config(
 
 
 def uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:
-    """Fewer layers on the last stage, which also carries the loss; the rest share evenly."""
+    """Put fewer layers on the last stage, which also carries the loss; the others share evenly."""
     last_stage = _last_stage(num_layers, pipeline)
     if last_stage:
         return {"num_layers_in_last_pipeline_stage": last_stage}
     works = [size for size in range(1, num_layers + 1) if num_layers % size == 0 or _last_stage(num_layers, size)]
     below, above = (max(s for s in works if s < pipeline), min((s for s in works if s > pipeline), default=0))
     raise ConfigError(
-        f"{num_layers} layers cannot be dealt to {pipeline} stages with only the last one shorter. "
+        f"{num_layers} layers cannot be split over {pipeline} stages with only the last one shorter. "
         f"The nearest pipeline sizes that can: {below}{f' and {above}' if above else ''}."
     )
 
 
 def _last_stage(num_layers: int, pipeline: int) -> int:
-    """Layers of a last stage that is shorter than the others, which are equal; 0 when there is none such."""
+    """Return the layers of a last stage that is shorter than the others, which are equal; 0 when there is none such."""
     lengths = range(num_layers // pipeline, 0, -1)
     return next((last for last in lengths if pipeline > 1 and (num_layers - last) % (pipeline - 1) == 0), 0)
 

@@ -29,14 +29,14 @@ Contents = Literal["changing", "constant", "scratch"]
 
 @dataclass(slots=True)
 class OffloadStats:
-    """What has been moved on this rank so far."""
+    """Bytes and seconds of moves on this rank so far."""
 
     seconds: float = 0.0
     to_host: int = 0  # bytes
     to_device: int = 0
 
     def take_seconds(self) -> float:
-        """Since last asked."""
+        """Return the seconds since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -53,8 +53,8 @@ class OffloadedTensors:
         contents: Contents = "changing",
         offload_stats: OffloadStats | None = None,
     ) -> None:
-        """``what``: their name in messages. ``tensors``: asked anew every time they leave; what is not on ``device``
-        stays where it is.
+        """Keep the tensors. ``what``: their name in messages. ``tensors``: called anew for every offload; what is
+        not on ``device`` stays where it is.
 
         ``contents``: ``constant`` never changes, so that it is copied to the host once; ``scratch`` is not copied and
         comes back as zeros.
@@ -70,7 +70,7 @@ class OffloadedTensors:
         self.away = False  # whether they are off the device, or will be as soon as there are any
 
     def check(self) -> None:
-        """Raises EngineError when they are off the device: there is nothing to compute with."""
+        """Raise EngineError when they are off the device: there is nothing to compute with."""
         if self.away:
             raise EngineError(
                 f"{self._what} was used while in host memory. Only what runs within `present()` may use it; with "
@@ -78,7 +78,7 @@ class OffloadedTensors:
             )
 
     def offload(self) -> None:
-        """Off the device, if they are on it."""
+        """Move them off the device, if they are on it."""
         if self.away:
             return
         with self._timed():
@@ -100,7 +100,7 @@ class OffloadedTensors:
                 torch.cuda.empty_cache()  # others than torch's allocator may want the room: vLLM, NCCL
 
     def onload(self) -> None:
-        """Onto the device, if they are off it."""
+        """Move them onto the device, if they are off it."""
         if not self.away:
             return
         with self._timed():
@@ -117,7 +117,7 @@ class OffloadedTensors:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """On the device within the block; afterwards off it again if they were before."""
+        """Keep them on the device within the block; afterwards off it again if they were before."""
         was_away = self.away
         self.onload()
         try:
@@ -164,7 +164,7 @@ class _HostMemory:
 
 
 def _pieces(slabs: Sequence[Tensor], start: int, size: int) -> Iterator[_Piece]:
-    """Of the bytes from ``start`` of all slabs taken together."""
+    """Cut the bytes from ``start`` of all slabs taken together into pieces."""
     done = 0
     while done < size:
         slab, at = divmod(start + done, _SLAB_BYTES)
@@ -174,7 +174,7 @@ def _pieces(slabs: Sequence[Tensor], start: int, size: int) -> Iterator[_Piece]:
 
 
 def _paired(storage: torch.UntypedStorage, pieces: Iterable[_Piece]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The bytes of every piece, on the device and on the host."""
+    """Pair the bytes of every piece, on the device and on the host."""
     whole = _bytes_of(storage)
     for piece in pieces:
         yield whole[piece.start : piece.start + len(piece.host)], piece.host
@@ -185,7 +185,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> list[torch.UntypedStorage]:
-    """Each once, however many tensors are views of it."""
+    """List each storage once, however many tensors are views of it."""
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -195,7 +195,7 @@ def _storages(tensors: Iterable[Tensor], device: torch.device) -> list[torch.Unt
 
 
 def device_bytes(tensors: Iterable[Tensor]) -> int:
-    """What the storages of these tensors take on their devices."""
+    """Return the bytes that the storages of these tensors take on their devices."""
     unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(unique.values())
 

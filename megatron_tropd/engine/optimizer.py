@@ -40,11 +40,11 @@ class Optimization:
     overlap: Overlap | None = None
 
     def training(self) -> AbstractContextManager[None]:
-        """For the forward and backward of an update, or of a probe."""
+        """Prepare for the forward and backward of an update, or of a probe."""
         return nullcontext() if self.overlap is None else self.overlap.training()
 
     def init_optimizer_state(self) -> None:
-        """Gives a distributed torch Adam the states it has after a step: Megatron loads into nothing less."""
+        """Give a distributed torch Adam the states it has after a step: Megatron loads into nothing less."""
         for part in filter(_is_distributed_torch, _parts(self.optimizer)):
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -67,7 +67,7 @@ class Optimization:
                 own["step"] = own["step"].clone()
 
     def end_step(self) -> None:
-        """After the updates of a step: completes what is under way. Collective.
+        """Complete what is under way after the updates of a step. Collective.
 
         With ``optimizer.offload`` states and gradients then leave the device. States are there only within an update;
         gradients come back, as zeros, when there are new ones to sum.
@@ -79,7 +79,7 @@ class Optimization:
             self.gradients.offload()
 
     def set_update(self, update: int) -> float:
-        """Sets learning rate and weight decay for the ``update``-th update (from 0); returns the learning rate.
+        """Set learning rate and weight decay for the ``update``-th update (from 0); return the learning rate.
 
         The rate is that of ``update + 1``: the first update of a warm-up must not be at rate 0.
         """
@@ -89,20 +89,20 @@ class Optimization:
 
 
 def _give_momentum(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
-    """Makes the state that SGD has after a step, for a checkpoint to be loaded into."""
+    """Make the state that SGD has after a step, for a checkpoint to be loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers that have parameters: another one for experts."""
+    """List Megatron's optimizers that have parameters: another one for experts."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
 def _states(optimizer: Any, wrapped: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    """What the optimizer keeps beside the model's weights, of which its parameters may be views."""
+    """List the tensors that the optimizer keeps besides the model's weights, of which its parameters may be views."""
     weights = {p.untyped_storage().data_ptr() for module in wrapped for p in module.parameters()}
     for part in _parts(optimizer):
         inner = part.optimizer
@@ -117,7 +117,7 @@ def _gradients(wrapped: Sequence[DistributedDataParallel]) -> Iterator[Tensor]:
 
 
 def _is_distributed_torch(part: Any) -> bool:
-    """Whether it shards the states of torch's Adam, for want of Apex and Transformer Engine."""
+    """Say whether it shards the states of torch's Adam, for want of Apex and Transformer Engine."""
     return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
 
 
@@ -130,7 +130,7 @@ def optimize(
     offload_stats: OffloadStats | None = None,
     bucket_elements: int | None = None,
 ) -> Optimization:
-    """Wraps the model's chunks for training. Collective over the world.
+    """Wrap the model's chunks for training. Collective over the world.
 
     Args:
         steps: of the whole run, each of ``minibatches`` updates: the section counts steps, the schedule updates.

@@ -1,4 +1,4 @@
-"""Sums of gradients go between ranks while backward goes on; new weights while the next forward begins.
+"""Communication during compute: sums of gradients while backward runs, new weights while the next forward starts.
 
 Megatron's hooks do the work: on parameters, which reduce a bucket once all of its gradients are there, and on modules,
 which wait for the weights they are about to use. The latter are in place only for the forward of an update that
@@ -17,10 +17,10 @@ from megatron.core.transformer import TransformerConfig
 
 
 class Overlap:
-    """What is under way between the ranks that share the weights of one model."""
+    """Communication under way between the ranks that share the weights of one model."""
 
     def __init__(self, wrapped: Sequence[DistributedDataParallel], config: TransformerConfig) -> None:
-        """``config``: the model's, whose schedule is told when to begin."""
+        """Hook into the schedule. ``config``: the model's, whose schedule starts the communication."""
         self._wrapped = wrapped
         self._config = config
         self._gathers = wrapped[0].use_forward_hook
@@ -31,7 +31,7 @@ class Overlap:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within the block the schedule runs forward and backward of one update."""
+        """Let the schedule, within the block, run forward and backward of one update."""
         config, behind = self._config, self._behind
         config.no_sync_func = self._of_each("no_sync")
         # later stages, which end first, start together with the first one
@@ -55,11 +55,11 @@ class Overlap:
         self._behind = False
 
     def updated(self) -> None:
-        """Told after an update: with the distributed optimizer each rank now has its own share of the new weights."""
+        """Note an update: with the distributed optimizer each rank now has its own share of the new weights."""
         self._behind = self._gathers
 
     def settle(self) -> None:
-        """Makes the weights whole on every rank. Collective, where they are not."""
+        """Make the weights whole on every rank. Collective, where they are not."""
         if self._behind and not self._training:
             for module in self._wrapped:
                 module.start_param_sync(force_sync=True)
@@ -70,12 +70,14 @@ class Overlap:
         return bool(self._wrapped[0].ddp_config.align_param_gather)
 
     def _of_each(self, name: str) -> Callable[..., Any] | list[Callable[..., Any]]:
-        """The schedules take a function, and of several chunks a list."""
+        """Return one function, or a list of them for several chunks, as the schedules take it."""
         found = [getattr(module, name) for module in self._wrapped]
         return found[0] if len(found) == 1 else found
 
 
 def _finish_gathering(module: DistributedDataParallel, *_: Any) -> None:
-    """After a chunk's forward: of the output layer the loss uses the weight alone, so no hook has waited for it."""
+    """Finish gathering after a chunk's forward: the loss uses only the output layer's weight, so no hook waited for
+    it.
+    """
     for group in (*module.bucket_groups, *module.expert_parallel_bucket_groups):
         group.finish_param_sync(skip_next_bucket_dispatch=True)

@@ -1,4 +1,4 @@
-"""What a model says about packs without learning from them."""
+"""Scores of packs by a model that does not learn from them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def score_packs(
     top_k: int = 0,
     end_ids: tuple[int, ...] = (),
 ) -> list[StudentScores | None]:
-    """Log-prob and entropy of every valid prediction, and its ``top_k`` most likely tokens, at the model's current
-    weights; None off the last stage.
+    """Return log-prob and entropy of every valid prediction, and its ``top_k`` most likely tokens, at the model's
+    current weights; None off the last stage.
 
     ``end_ids`` count as one token, but for ``model_logprob_N``, which is of the id that was drawn.
     """
@@ -69,7 +69,7 @@ def query_ids(scores: Sequence[StudentScores | None]) -> list[Tensor | None]:
 
 
 def pack_alone(token_ids: Int64Array, layout: Layout) -> list[list[Pack]]:
-    """One sequence in a pack of its own, by replica; every token after the first counts."""
+    """Put one sequence in a pack of its own, by replica; every token after the first counts."""
     empty = np.empty(0, np.float32)
     sequence = Rollout(
         sequence_id=0,

@@ -55,7 +55,7 @@ class StepResult:
 
 
 def means_over_tokens(results: Sequence[StepResult]) -> tuple[float, dict[str, float]]:
-    """Loss and statistics of several minibatches together: means over their tokens, not over minibatches."""
+    """Return the loss and statistics of several minibatches together: means over their tokens, not over minibatches."""
     total = sum(result.weight for result in results)
     loss = sum(result.loss * result.weight for result in results) / total if total > 0 else 0.0
     stats: dict[str, float] = {}
@@ -82,7 +82,7 @@ class Trainer:
         teacher_weight_vE: Tensor | None = None,
         keep_logits_bytes: int = 0,
     ) -> None:
-        """``vocab_size``: ids both models know (default: all of the student's).
+        """Prepare the step. ``vocab_size``: ids both models know (default: all of the student's).
 
         ``teacher_weight_vE``: the teacher's output weight under the student's vocabulary partition, for methods that
         need full-vocabulary divergences; only read on the last stage.
@@ -101,7 +101,7 @@ class Trainer:
     def step(
         self, packs: Sequence[TrainPack], *, update: int, before_update: Callable[[], None] | None = None
     ) -> StepResult:
-        """One update from this replica's packs. Collective.
+        """Make one update from this replica's packs. Collective.
 
         ``before_update`` is called when gradients are there and the weights are still those that made them.
 
@@ -129,12 +129,14 @@ class Trainer:
         return replace(sums, grad_norm=grad_norm, lr=lr, optimizer_seconds=time.perf_counter() - started)
 
     def probe(self, packs: Sequence[TrainPack]) -> StepResult:
-        """Loss and gradient norm of the packs without an update; the gradients stay in ``main_grad``. Collective."""
+        """Return loss and gradient norm of the packs without an update; the gradients stay in ``main_grad``.
+        Collective.
+        """
         sums = self._accumulate(packs)
         return replace(sums, grad_norm=self._gradient_norm())
 
     def _blame(self, update: int) -> str:
-        """Whether the weights were whole before an update that failed, as far as this rank holds them."""
+        """Say whether the weights were whole before an update that failed, as far as this rank holds them."""
         if all(bool(p.isfinite().all()) for chunk in self.model.chunks for p in chunk.parameters()):
             return "No weight was changed. Lower optimizer.lr, or check the models with `tropd check`."
         before = "as they were loaded" if update == 0 else "since an update before this one"
@@ -144,11 +146,11 @@ class Trainer:
         )
 
     def end_step(self) -> None:
-        """After the updates of a step: weights whole, and what only updates need off the device. Collective."""
+        """Complete the weights after the updates of a step, and offload what only updates need. Collective."""
         self.optimization.end_step()
 
     def _accumulate(self, packs: Sequence[TrainPack]) -> StepResult:
-        """Fresh gradients of the packs; their loss and statistics, without norm and learning rate."""
+        """Compute fresh gradients of the packs; return their loss and statistics, without norm and learning rate."""
         self.optimization.gradients.onload()
         for module in self.optimization.wrapped:
             module.zero_grad_buffer()
@@ -175,7 +177,7 @@ class Trainer:
         return _Sums(zero.clone(), zero.clone(), zero.clone())
 
     def _pack_loss(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
-        """Sum of one pack's weighted token losses."""
+        """Sum one pack's weighted token losses."""
         views = views_of(item, self._student_rows(item, hidden_ND, weight_vD))
         answer: TokenLoss = self.method.token_loss(*views)
         weight_N = item.weight_N if answer.weight_T is None else item.weight_N * answer.weight_T
@@ -186,7 +188,7 @@ class Trainer:
         return loss
 
     def _model_logprob(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor | None:
-        """``[N]`` log-prob at temperature 1, where only another one of the method's takes a pass for it."""
+        """Return ``[N]`` log-prob at temperature 1, where only another one of the method's takes a pass for it."""
         if self.method.temperature == 1.0 or item.old is not None:
             return None
         target_N, groups = item.tokens.target_T, self.model.groups
@@ -251,7 +253,7 @@ class Trainer:
     def _finalize_gradients(
         self, modules: Sequence[DistributedDataParallel], num_tokens: Tensor | None = None, **options: object
     ) -> None:
-        """Megatron's gradient synchronisation, then one division by the global sum of weights."""
+        """Run Megatron's gradient synchronization, then divide once by the global sum of weights."""
         del num_tokens
         finalize_model_grads(list(modules), None, **options)
         groups = self.model.groups
@@ -265,7 +267,7 @@ class Trainer:
                 module.scale_gradients((1.0 / denominator).item())
 
     def _reduce_sums(self) -> StepResult:
-        """Global loss and means of statistics, on every rank. The denominator is already global."""
+        """Return global loss and means of statistics, on every rank. The denominator is already global."""
         sums, groups = self._sums, self.model.groups
         names = self._names_of_stats()
         flat = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.model.device)
@@ -293,7 +295,7 @@ class Trainer:
         return StepResult(loss, 0.0, 0.0, means, weight=denominator, counts=counts)
 
     def _names_of_stats(self) -> list[str]:
-        """Names of the statistics in a fixed order; other stages learn them once from the last."""
+        """Return the names of the statistics in a fixed order; other stages learn them once from the last."""
         if self._stat_names is None:
             groups = self.model.groups
             names = [sorted(self._sums.stats)]
@@ -308,6 +310,6 @@ class Trainer:
 def model_logprob(
     hidden_ND: Tensor, weight_vD: Tensor, target_N: Tensor, *, group: dist.ProcessGroup | None, vocab_size: int
 ) -> Tensor:
-    """``[N]`` log-prob of each target under the model itself (temperature 1), nats, no gradient."""
+    """Return ``[N]`` log-prob of each target under the model itself (temperature 1), nats, no gradient."""
     out = linear_logprobs(hidden_ND, weight_vD, target_N[:, None], group=group, vocab_size=vocab_size)
     return out.logprob_TK[:, 0]

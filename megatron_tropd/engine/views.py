@@ -1,4 +1,4 @@
-"""What a method sees of a pack, built in one place: for the training step, for sampled answers, for the self check."""
+"""Views of a pack for methods, built in one place: for the training step, for sampled answers, for the self check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Divergence = Callable[[str, float], Tensor]  # (kind, beta) -> loss_T, full voca
 
 @dataclass(frozen=True, slots=True)
 class StudentScores:
-    """What the student said of one pack at the weights of the rollout."""
+    """The student's scores of one pack at the weights of the rollout."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -37,7 +37,7 @@ class StudentScores:
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """The candidates of each token and the teacher's log-probs of them and of the rest; mask: False on duplicates."""
+    """The candidates of each token and the teacher's log-probs of them and of the tail; mask: False on duplicates."""
 
     ids_NK: Tensor | None = None
     logprob_NK: Tensor | None = None
@@ -54,7 +54,7 @@ class TrainPack:
 
     pack: Pack
     tokens: TokenView
-    weight_N: Tensor  # normalisation weight, sums to the number of valid predictions over the global minibatch
+    weight_N: Tensor  # normalization weight, sums to the number of valid predictions over the global minibatch
     outputs: TeacherOutputs | None = None  # None when the method needs no teacher (pre-training)
     support: Support = Support()
     old: StudentScores | None = None  # None: the weights of the rollout are the present ones
@@ -63,7 +63,7 @@ class TrainPack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentRows:
-    """What the student says of a pack's N valid predictions at its present weights, with gradient where it learns."""
+    """The student's scores of a pack's N valid predictions at its present weights, with gradient where it learns."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -84,7 +84,7 @@ class Views(NamedTuple):
 def views_of(item: TrainPack, rows: StudentRows | None = None) -> Views:
     """Build the views of a pack; without ``rows`` the student is as it was when it wrote the rollouts."""
     if rows is None:
-        assert item.old is not None  # whoever asks for that has had the student score the pack
+        assert item.old is not None  # whoever requests that has had the student score the pack
         rows = StudentRows(logprob_N=item.old.logprob_N, entropy_N=item.old.entropy_N)
     present_N = rows.logprob_N.detach()
     old_N = present_N if item.old is None else item.old.logprob_N
@@ -230,5 +230,5 @@ def support_of(outputs: TeacherOutputs | None, target_N: Tensor, method: Method)
 
 
 def _given(value: Tensor | None) -> Tensor:
-    assert value is not None  # the teacher was asked for it: TeacherRequest.of
+    assert value is not None  # requested of the teacher: TeacherRequest.of
     return value

@@ -46,7 +46,7 @@ class _Chunk:
 
 
 def _chunks(model: Model) -> list[_Chunk]:
-    """Every chunk of the model in layer order, the same on every rank, without asking any of them."""
+    """List every chunk of the model in layer order, the same on every rank, without communication."""
     layout, config, found = model.groups.layout, model.config, []
     for chunk in range(layout.virtual_pipeline):
         virtual = chunk if layout.virtual_pipeline > 1 else None
@@ -63,7 +63,7 @@ def _chunks(model: Model) -> list[_Chunk]:
 
 
 def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
-    """Every table entry this rank holds, with its parameter."""
+    """List every table entry this rank holds, with its parameter."""
     model.ready()
     tables = [chunk.table for chunk in _chunks(model) if chunk.stage == model.groups.stage]
     found = []
@@ -79,7 +79,9 @@ def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
 
 
 def _global_name(name: str, first_layer: int, first_expert: int) -> str:
-    """Megatron counts layers from the chunk's first and experts from the rank's first; the table over the model."""
+    """Translate a name: Megatron counts layers from the chunk's first, experts from the rank's; the table over the
+    model.
+    """
     parts = name.split(".")
     for kind, first in (("layers", first_layer), ("local_experts", first_expert)):
         if kind in parts:
@@ -93,7 +95,7 @@ def _global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 @torch.no_grad()
 def load_weights(model: Model, source: HFWeights, *, watch: Watch = iter) -> None:
-    """Fills this rank's parameters from a Hugging Face directory, reading only this rank's slices.
+    """Fill this rank's parameters from a Hugging Face directory, reading only this rank's slices.
 
     ``watch`` passes the parameters on as they are filled: a progress bar.
 
@@ -109,7 +111,7 @@ def load_weights(model: Model, source: HFWeights, *, watch: Watch = iter) -> Non
 
 @torch.no_grad()
 def load_stream(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Fills this rank's parameters from a stream of whole HF-named tensors in any order, holding none of them.
+    """Fill this rank's parameters from a stream of whole HF-named tensors in any order, holding none of them.
 
     Raises:
         CheckpointError: the stream ended before every parameter was filled, or a shape is wrong.
@@ -160,8 +162,8 @@ class _Rows:
 
 
 def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, int, Tensor]]:
-    """Yields ``(HF name, first row, rows)`` until every row of every tensor has come once, on every rank, in a fixed
-    order and the model's dtype. The rows are gone when the next are drawn: copy what is to be kept.
+    """Yield ``(HF name, first row, rows)`` until every row of every tensor has come once, on every rank, in a fixed
+    order and the model's dtype. The rows are lost when the next are drawn: copy what is to be kept.
 
     Shards are gathered over tensor ranks, experts over expert ranks too, and handed from the pipeline stage that holds
     them to the others, 16 MiB at a time, whatever the size of a tensor. Collective: every rank must run the iterator
@@ -185,7 +187,7 @@ def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, 
 
 
 def hf_tensors(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yields ``(HF name, whole tensor)``: what ``hf_rows`` brings, put together. Collective.
+    """Yield ``(HF name, whole tensor)``: what ``hf_rows`` brings, put together. Collective.
 
     Beyond the rows under way a rank holds the tensors of one parameter, or those of one expert from each expert rank.
     """
@@ -202,7 +204,7 @@ def hf_tensors(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[st
 
 
 def _without_repeats(chunks: list[_Chunk]) -> Iterator[_Chunk]:
-    """A tied model's last stage repeats the embedding: once is enough."""
+    """Drop the embedding that a tied model's last stage repeats."""
     seen: set[str] = set()
     for one in chunks:
         yield _Chunk(one.stage, [entry for entry in one.table if not seen & set(entry.hf)])
@@ -210,12 +212,12 @@ def _without_repeats(chunks: list[_Chunk]) -> Iterator[_Chunk]:
 
 
 def _pieces(model: Model, table: list[Entry], skip: set[str]) -> Iterator[_Piece]:
-    """Dense parameters one by one, then the experts of each layer."""
+    """Yield dense parameters one by one, then the experts of each layer."""
     ranks = model.groups.layout.expert
     per_rank = model.architecture.num_experts // ranks
     together: dict[tuple[int | None, int, str], list[Entry]] = defaultdict(list)
     for number, entry in enumerate(table):
-        # entries of one rank stand apart; so do the matrices of an expert
+        # entries of one rank are separate; so are the matrices of an expert
         key = (None, number, "") if entry.expert is None else (entry.layer, entry.expert % per_rank, entry.rule)
         together[key].append(entry)
     cut = _cut_of(model)
@@ -244,7 +246,7 @@ def _buckets(pieces: Iterable[_Piece], model: Model) -> Iterator[list[_Rows]]:
 
 
 def _numel(bucket: list[_Rows]) -> int:
-    """Numbers that each holder has of a bucket."""
+    """Return the number of elements that each holder has of a bucket."""
     return sum(torch.Size(rows.shape).numel() for rows in bucket)
 
 
@@ -255,7 +257,7 @@ def _holders(model: Model, bucket: list[_Rows]) -> dist.ProcessGroup:
 def _gather(
     model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, Tensor], buffer: Tensor
 ) -> list[list[Tensor]]:
-    """For each of the bucket's rows, those of all holders, by expert and tensor rank, on every rank of the pipeline.
+    """Gather each of the bucket's rows from all holders, by expert and tensor rank, on every rank of the pipeline.
 
     They are views of ``buffer``: one that is used over and over, or the C library keeps much of what it is given back.
     """

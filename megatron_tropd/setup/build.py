@@ -333,7 +333,7 @@ def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hid
 
 def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
     """A model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
-    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialise=False, **options)
+    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialize=False, **options)
     load_weights(model, HFWeights(path))
     return model
 

@@ -131,7 +131,7 @@ def carry(
 
     Args:
         held: what this rank has under the layout ``source``; every pack it works on, on last-stage ranks.
-        blank: tensors of the kinds that are held, uninitialised, with so many rows.
+        blank: tensors of the kinds that are held, uninitialized, with so many rows.
 
     Returns:
         What waits until all has been sent and received, and then gives what this rank needs under the layout

@@ -88,10 +88,10 @@ class WeightUpdates:
         self, peer: Peer, update: Update, mode: str, timeout_s: float, started: asyncio.Future[bool]
     ) -> None:
         """Take one server through an update."""
-        queue, version, begun = update.feeds[peer], update.version, False
+        queue, version, ready = update.feeds[peer], update.version, False
         try:
             await _begin(peer.server, mode)
-            begun = True
+            ready = True
             started.set_result(True)
             while (item := await queue.get()) is not None:
                 kind, value = item
@@ -102,7 +102,7 @@ class WeightUpdates:
             await peer.server.finish(version)
             peer.current = True
         except ServingError as error:
-            if not begun:
+            if not ready:
                 self._lose(peer, error)
                 return
             # where a broadcast broke off because of one server, the others have failed too, and are well
@@ -138,11 +138,11 @@ class Update:
         for peer in self.feeds:
             self._put(peer, ("bucket", bucket))
 
-    def begun(self) -> bool:
+    def wait_ready(self) -> bool:
         """Waits until every server is ready for weights, or has failed; whether none has."""
-        return all(self._run(self._begun()))
+        return all(self._run(self._wait_all()))
 
-    async def _begun(self) -> list[bool]:
+    async def _wait_all(self) -> list[bool]:
         return await asyncio.gather(*self.started)
 
     @property

@@ -31,7 +31,7 @@ class Slot(NamedTuple):
 
 
 def in_buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors, together at most ``max_bytes`` where no single one is larger."""
+    """Group consecutive tensors, together at most ``max_bytes`` where no single one is larger."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -45,7 +45,7 @@ def in_buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterato
 
 
 def packed(bucket: Sequence[tuple[str, Tensor]]) -> tuple[Tensor, list[Slot]]:
-    """The tensors in one new ``[bytes]`` of uint8 on their device, and where each lies."""
+    """Pack the tensors in one new ``[bytes]`` of uint8 on their device, and where each lies."""
     slots, size = [], 0
     for name, tensor in bucket:
         slots.append(Slot(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
@@ -58,7 +58,7 @@ def packed(bucket: Sequence[tuple[str, Tensor]]) -> tuple[Tensor, list[Slot]]:
 
 
 def unpacked(flat: Tensor, slots: Iterable[Slot]) -> Iterator[tuple[str, Tensor]]:
-    """``(name, tensor)`` as views of ``flat``."""
+    """Return ``(name, tensor)`` as views of ``flat``."""
     for slot in slots:
         part = flat[slot.offset : slot.offset + slot.nbytes]
         yield slot.name, part.view(slot.torch_dtype).view(list(slot.shape))

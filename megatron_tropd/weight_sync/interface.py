@@ -10,8 +10,8 @@ from megatron_tropd.types import Float32Array, Int64Array
 
 @runtime_checkable
 class ProbeableSampler(Protocol):
-    """A sampler whose engines can be asked whether new weights have arrived."""
+    """A sampler whose engines can be probed for the arrival of new weights."""
 
     def probe(self, token_ids: Int64Array) -> Mapping[str, Float32Array]:
-        """``[L - 1]`` log-prob of every token after the first, nats, by every engine this rank speaks for."""
+        """Return ``[L - 1]`` log-prob of every token after the first, nats, by every engine this rank speaks for."""
         ...

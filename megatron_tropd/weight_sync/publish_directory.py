@@ -1,7 +1,7 @@
-"""Where published weights lie for servers on this host: a directory of this process's own, gone when it is.
+"""Where published weights lie for servers on this host: a directory of this process's own, removed when it ends.
 
 A lock says whose a directory is. The kernel releases it when its holder ends, however that ends, so the next run can
-tell what a killed one has left behind (whole weights in shared memory) from what another run is using.
+distinguish what a killed one has left behind (whole weights in shared memory) from what another run is using.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def remove_abandoned(parent: Path) -> list[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock in it. Without a lock file it is somebody's who has just made it, or not ours."""
+    """Say whether nobody holds the lock in it. Without a lock file it is somebody's who has just made it, or not
+    ours.
+    """
     try:
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -60,7 +60,9 @@ class WeightStream:
 
 
 def probe_logprobs(model: Model, token_ids: Int64Array) -> Float32Array:
-    """``[L - 1]`` log-prob of every token after the first by the trainer's weights, nats, on every rank. Collective."""
+    """Return ``[L - 1]`` log-prob of every token after the first by the trainer's weights, nats, on every rank.
+    Collective.
+    """
     groups = model.groups
     packs = pack_alone(token_ids, groups.layout)[0]
     scores = score_packs(model, packs, vocab_size=model.architecture.vocab_size)[0]
@@ -76,11 +78,11 @@ class Publisher(Protocol):
     """Brings weights to servers. Collective: every rank calls, the first one holds the pool of servers."""
 
     def publish(self, tensors: Stream, *, version: int, keep: bool) -> None:
-        """``keep``: what is being written is continued with the new weights, not dropped."""
+        """Publish the weights. ``keep``: what is being written is continued with the new weights, not dropped."""
         ...
 
     def close(self) -> None:
-        """Lets go of what it holds."""
+        """Release what it holds."""
         ...
 
 
@@ -88,7 +90,8 @@ class FilePublisher:
     """Weights as files that the servers' workers read; a server that comes back reads them again by itself."""
 
     def __init__(self, pool: Pool | None, directory: Path, *, bucket_bytes: int, transfer_s: float) -> None:
-        """``pool``: on the first rank, None elsewhere. ``directory``: weights go to a new directory in it.
+        """Keep the servers. ``pool``: on the first rank, None elsewhere. ``directory``: weights go to a new
+        directory in it.
 
         ``transfer_s``: longest time for a bucket to arrive.
         """
@@ -148,7 +151,8 @@ class BroadcastPublisher:
     def __init__(
         self, pool: Pool | None, *, address: str, bucket_bytes: int, transfer_s: float, device: torch.device
     ) -> None:
-        """``pool``: on the first rank, None elsewhere. ``address``: of the first rank's host, as servers reach it.
+        """Keep the servers. ``pool``: on the first rank, None elsewhere. ``address``: of the first rank's host, as
+        servers reach it.
 
         ``transfer_s``: longest time for a bucket to arrive.
         """
@@ -179,12 +183,12 @@ class BroadcastPublisher:
         self._group = None
 
     def _leave_group(self) -> None:
-        """Makes the next update meet anew. A broadcast that is stuck is left to its thread until its time is over."""
+        """Make the next update meet anew. A broadcast that is stuck is left to its thread until its time is over."""
         self._sender.shutdown(wait=False, cancel_futures=True)
         self._sender, self._group, self._members = _new_sender(), None, []
 
     def _send(self, tensors: Stream, version: int, keep: bool) -> int:
-        """1 when all servers that are alive in the end have the weights, 0 when it broke off."""
+        """Return 1 when all servers that are alive in the end have the weights, 0 when it broke off."""
         if self._pool is None:
             for _ in tensors:
                 pass
@@ -192,7 +196,7 @@ class BroadcastPublisher:
         update = self._pool.begin_update(version, keep=keep, timeout_s=self._transfer_s)
         under_way: list[Future[None]] = []
         # who is not ready would be waited for in the meeting
-        broken = not (update.begun() and self._meet(update))
+        broken = not (update.wait_ready() and self._meet(update))
         for bucket in in_buckets(tensors, self._bucket_bytes):
             if broken or self._group is None:
                 continue  # the stream is collective: it is drawn to its end
@@ -210,7 +214,7 @@ class BroadcastPublisher:
         return int(not broken and len(reached) == update.left)
 
     def _meet(self, update: Update) -> bool:
-        """Makes a group with the servers of this update, unless there is one."""
+        """Make a group with the servers of this update, unless there is one."""
         if not update.urls or (self._group is not None and self._members == update.urls):
             return True
         self._group, self._members, self._groups_made = None, update.urls, self._groups_made + 1
@@ -235,7 +239,7 @@ def _new_sender() -> ThreadPoolExecutor:
 
 
 def _failed(future: Future[None], update: Update) -> bool:
-    """Waits for one broadcast; whether a member of the group was gone or too late, or is known to be lost."""
+    """Wait for one broadcast; return whether a member of the group was lost or too late, or is known to be lost."""
     while True:
         try:
             future.result(timeout=_LOOK_S)
@@ -251,7 +255,7 @@ def _failed(future: Future[None], update: Update) -> bool:
 
 
 def _agreed(value: int) -> int:
-    """The first rank's value, on every rank."""
+    """Return the first rank's value, on every rank."""
     flag = torch.tensor([value])
     dist.broadcast(flag, src=0)
     return int(flag)

@@ -1,4 +1,4 @@
-"""A process group beside the default one, joined by processes that share nothing else: trainer and engine workers.
+"""A process group besides the default one, joined by processes that share nothing else: trainer and engine workers.
 
 The same code on both sides: gloo for CPU tensors, NCCL for CUDA ones. The first member holds the meeting point; it, and
 gloo's connections, use the address given and no other interface.
@@ -25,25 +25,27 @@ class SideGroup:
     timeout: timedelta  # of one broadcast
 
     def broadcast(self, tensor: Tensor) -> None:
-        """The first member's contiguous ``tensor``, into everyone's. RuntimeError when a member is gone or too late."""
+        """Broadcast the first member's contiguous ``tensor`` into everyone's. RuntimeError when a member is lost or
+        too late.
+        """
         options = BroadcastOptions()
         options.timeout = self.timeout
         options.rootRank = options.rootTensor = 0
         self.backend.broadcast([tensor], options).wait()
 
 
-# longest time to meet: nothing is sent yet, so who takes longer is gone
+# longest time to meet: nothing is sent yet, so who takes longer is lost
 _MEETING_S = 120.0
 
 
 def listen(address: str) -> socket.socket:
-    """A socket on a free port of ``address``, for ``first_member``: bound before anyone is told the port."""
+    """Open a socket on a free port of ``address``, for ``first_member``: bound before anyone learns the port."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, 0), family=family)
 
 
 def first_member(listener: socket.socket, *, name: str, size: int, device: torch.device, timeout_s: float) -> SideGroup:
-    """Holds the meeting point and waits for the others. Blocks until all ``size`` are there.
+    """Hold the meeting point and wait for the others. Blocks until all ``size`` are there.
 
     ``timeout_s``: of one broadcast.
 
@@ -66,7 +68,7 @@ def first_member(listener: socket.socket, *, name: str, size: int, device: torch
 def other_member(
     address: str, port: int, *, name: str, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> SideGroup:
-    """Joins the group whose first member listens at ``address`` and ``port``; RuntimeError when that fails."""
+    """Join the group whose first member listens at ``address`` and ``port``; RuntimeError when that fails."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_to_meet(timeout))
     own = _own_address(address, port)
@@ -95,7 +97,7 @@ def _to_meet(timeout: timedelta) -> timedelta:
 
 
 def _own_address(address: str, port: int) -> str:
-    """This host's address on the way to another (nothing is sent)."""
+    """Return this host's address on the way to another (nothing is sent)."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))

@@ -1,4 +1,4 @@
-"""Whether the engines that sample have the weights they were sent."""
+"""Verification that the engines that sample have the weights they were sent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.1}
 
 
 def probe_of(prompt: Prompt, longest: int) -> Int64Array:
-    """A text like those trained on: the start of a prompt and its response, of 2 to ``longest`` tokens."""
+    """Build a text like those trained on: the start of a prompt and its response, of 2 to ``longest`` tokens."""
     whole = prompt.token_ids if prompt.response_ids is None else np.concatenate([prompt.token_ids, prompt.response_ids])
     return np.resize(whole, max(2, min(len(whole), _PROBE_TOKENS, longest)))
 
 
 def verify_publish(model: Model, sampler: ProbeableSampler, probe: Int64Array, tolerance: float | None) -> None:
-    """Compares the log-probs of the probe's tokens, trainer against every engine. Collective.
+    """Compare the log-probs of the probe's tokens, trainer against every engine. Collective.
 
     Raises:
         EngineError: they differ by more than ``tolerance`` on average, nats (None: what rounding allows the dtype).

@@ -57,7 +57,7 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc]
     _group: SideGroup | None = None
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
-        self._group = None  # an older group, if any, is of a trainer or of servers that are gone
+        self._group = None  # an older group, if any, is of a trainer or of servers that are lost
         self._group = other_member(
             init_info.address,
             init_info.port,
@@ -105,7 +105,7 @@ class Extension:
     """Mixed into vLLM's workers."""
 
     def close_open_update(self) -> None:
-        """Ends an update that a trainer began and never finished, or that failed on another worker only."""
+        """End an update that a trainer began and never finished, or that failed on another worker only."""
         with contextlib.suppress(RuntimeError):  # vLLM's answer when there is none
             self.finish_weight_update()  # type: ignore[attr-defined]
 

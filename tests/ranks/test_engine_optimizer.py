@@ -31,7 +31,7 @@ def continued(root: str) -> dict[str, bool]:
 
     def fresh(kind: str) -> tuple[Model, Optimization]:
         architecture = read_architecture(Path(root) / "model")
-        model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+        model = build_model(architecture, groups, dtype=torch.float32, device=device, initialize=False)
         for parameter in model.chunks[0].parameters():
             parameter.data.fill_(1.0)
         settings = OptimizerConfig(lr=1e-2, weight_decay=0.0, clip_grad=0.0, **KINDS[kind])
@@ -63,7 +63,7 @@ def resumed_otherwise(root: str) -> dict[str, dict[str, set[float]]]:
     architecture = read_architecture(Path(root) / "model")
 
     def fresh(kind: str, *, steps: int, **settings: Any) -> tuple[Model, Optimization]:
-        model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+        model = build_model(architecture, groups, dtype=torch.float32, device=device, initialize=False)
         return model, optimize(model, OptimizerConfig(**KINDS[kind], **settings), steps=steps)
 
     found = {}

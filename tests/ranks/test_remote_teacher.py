@@ -217,7 +217,7 @@ def _left_alone() -> None:
     time.sleep(1.0)
     launch.bridge.exchange([Transfer(torch.ones(1), 1, sent=True)])()
     teacher = lone_teacher(launch)
-    with pytest.raises(EngineError, match="rank 1 of the launch is gone"):
+    with pytest.raises(EngineError, match="rank 1 of the launch is lost"):
         for _ in range(100):  # the first ones may still be on their way to nobody
             teacher.start(random_packs(1), TeacherRequest())
             time.sleep(0.05)

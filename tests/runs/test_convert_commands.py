@@ -127,7 +127,7 @@ def _bytes_read(source: Path, layout: Layout) -> tuple[int, int]:
     """Bytes this rank asks the kernel for while it fills its parameters, and the bytes that these hold."""
     groups = GroupBuilder().build(layout)
     model = build_model(
-        read_architecture(source), groups, dtype=torch.float32, device=initialize_distributed(), initialise=False
+        read_architecture(source), groups, dtype=torch.float32, device=initialize_distributed(), initialize=False
     )
     weights = HFWeights(source)
     before = _read_so_far()
@@ -142,7 +142,7 @@ def _harmful(folder: Path) -> dict[str, str]:
     """
     groups, device = GroupBuilder().build(ALONE), initialize_distributed()
     architecture = read_architecture(folder / "llama3")
-    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialize=False)
     optimization = optimize(model, OptimizerConfig(lr=1e-3), steps=1)
     with use_parallel_state(groups):
         _sharded_state(model, optimization, loading=True)  # gives it the state of one that has taken a step
@@ -192,7 +192,7 @@ def _export_peak(source: Path, layout: Layout) -> float:
     """MB that drawing every row of a model takes above the model; one of its tensors has 160 MB."""
     architecture = replace(read_architecture(source), vocab_size=(160 << 20) // 4 // 64, tied_embeddings=True)
     groups, device = GroupBuilder().build(layout), initialize_distributed()
-    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialise=False)
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialize=False)
     for chunk in model.chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(1.0)

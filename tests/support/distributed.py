@@ -39,7 +39,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, time
     """Call ``function(*args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
     Args:
-        function: a module-level function; the default (gloo) process group is initialised when it is called, and
+        function: a module-level function; the default (gloo) process group is initialized when it is called, and
             ``dist.group.WORLD`` is the group to hand to code under test.
         args: anything that pickles. Tensors too, but large ones are better made on the ranks from a seed.
         timeout_s: wall-clock limit for all ranks together; what is still running then is killed.

@@ -55,7 +55,7 @@ def _norm_in_fp64(
 
 
 def _splits_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
-    """What Megatron's token dispatcher copies from the device on a stream of its own is already on the CPU."""
+    """Return the splits as lists: what Megatron's token dispatcher copies from the device is already on the CPU."""
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits"):
             splits = getattr(dispatcher, name)
@@ -114,7 +114,7 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_names_mean_cpu() -> Iterator[None]:
-    """Context in which Megatron-Core's CUDA literals mean the CPU (nothing happens where CUDA exists)."""
+    """Let Megatron-Core's CUDA literals mean the CPU within the block (nothing happens where CUDA exists)."""
     if torch.cuda.is_available():
         yield
         return

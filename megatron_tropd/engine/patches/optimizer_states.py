@@ -1,4 +1,4 @@
-"""Let the distributed optimizer load states over torch's Adam, whose ``step`` Megatron leaves out and then asks for."""
+"""Let the distributed optimizer load states over torch's Adam, whose ``step`` Megatron leaves out and then requires."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ PATCHES = (
     ForeignPatch(
         target="megatron.core.transformer.moe.moe_utils.te_general_gemm",
         file="engine/patches/router_gemm.py",
-        reason="the router asks whether it is None, but it is defined only beside Transformer Engine",
+        reason="the router checks whether it is None, but it is defined only with Transformer Engine",
         upstream="",
         ends="when moe_utils defines it always; the expert rows of ranks/test_families.py",
     ),

@@ -36,7 +36,7 @@ class MegatronSampler:
         vocab_size: int | None = None,
     ) -> None:
         """``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""
-        self.model: Model = build_model(architecture, groups, dtype=dtype, device=device, initialise=False).freeze()
+        self.model: Model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False).freeze()
         self.batch_size = batch_size
         self._vocab_size = vocab_size or architecture.vocab_size
         self.version = 0

@@ -190,13 +190,13 @@ def test_weights_of_which_a_part_was_not_sent_are_nobodys(world: World):
 
 def test_an_update_does_not_wait_for_a_server_that_cannot_begin(world: World):
     pool = world.pool()
-    assert pool.begin_update(1, keep=False, timeout_s=60).begun()
+    assert pool.begin_update(1, keep=False, timeout_s=60).wait_ready()
     world.down = {BAD}
     update = pool.begin_update(2, keep=False, timeout_s=60)
-    assert not update.begun()
+    assert not update.wait_ready()
     assert update.end(complete=False) == [] and update.left == 1
     again = pool.begin_update(2, keep=False, timeout_s=60)
-    assert again.urls == [GOOD] and again.begun() and again.end() == [GOOD]
+    assert again.urls == [GOOD] and again.wait_ready() and again.end() == [GOOD]
 
 
 def test_a_probe_is_asked_for_again_and_then_done_without(world: World):
