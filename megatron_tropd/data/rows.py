@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tropd.data.cells import cell_text, is_missing
-from megatron_tropd.data.chat import Frame, Message, Tools, first_tag
+from megatron_tropd.data.chat import ChatTemplate, Frame, Message, Tools, first_tag
 from megatron_tropd.data.files import BadRow, column_of
 from megatron_tropd.data.notes import Notes
 from megatron_tropd.data.responses import SPOKEN_FIELDS, Rendered, ResponseReader
@@ -25,6 +25,7 @@ from megatron_tropd.types import Int64Array, Prompt
 RENDERED_ALREADY = "hold a whole rendered prompt: taken as it stands, without the chat template around it once more"
 BEGUN_TWICE = "hold a text that begins with the beginning token, which is added anyway: cut there once"
 ENDED_PROMPT = "hold a prompt or message that ends in an end or padding token: cut there"
+SYSTEM_LEFT_OUT = "have a system message (their own, or data.system), which the chat template does not write"
 TWO_RESPONSES = "end in an assistant message and have a response column: the column is read"
 OTHER_END = "hold a response that ended in a token which does not end the student's: its own stands there"
 EDITED = "hold a response that was changed since `tropd generate` wrote it: tokenized anew"
@@ -96,6 +97,8 @@ class RowParser:
         names, used = source.columns, [t.columns for t in (self._template, self._answer_template) if t]
         self._template_columns = frozenset().union(*used) - {"prompt", "answer"}
         self._seen: set[str] = set()
+        self._unread: dict[str, str] = {}  # what is said of a column, by its name
+        self._system_is_written = False
         own = {names.prompt, names.messages, names.response, names.answer, names.tools}
         self._used = frozenset(own | {names.finished, names.generated, "finish_reason"}.union(*used))
         self.columns = self._used | frozenset(_FOREIGN)
@@ -132,11 +135,18 @@ class RowParser:
             if name in self._used:
                 self._seen.add(name)
                 continue
-            singular = name.casefold().rstrip("s")
-            if name in _FOREIGN:
-                self._notes.add(f"have a column {name!r}, which nothing reads; {_FOREIGN[name]}")
-            elif ours := [used for used in self._used if used.casefold().rstrip("s") == singular]:
-                self._notes.add(f"have a column {name!r}, which nothing reads; {ours[0]!r} is the name that is read")
+            if name not in self._unread:
+                self._unread[name] = self._why_unread(name)
+            if sentence := self._unread[name]:
+                self._notes.add(sentence)
+
+    def _why_unread(self, name: str) -> str:
+        """What is to be said of a column that nothing reads; empty where that is as it should be."""
+        said, singular = f"have a column {name!r}, which nothing reads", name.casefold().rstrip("s")
+        if name in _FOREIGN:
+            return f"{said}; {_FOREIGN[name]}"
+        ours = sorted(used for used in self._used if used.casefold().rstrip("s") == singular)
+        return f"{said}; {ours[0]!r} is the name that is read" if ours else ""
 
     # ----------------------------------------------------------------------- the prompt
 
@@ -204,10 +214,19 @@ class RowParser:
             return Rendered(ids=_encoded(self._tokenizer.render_prompt, messages), text="")
         try:
             text = chat.render(messages, tools=tools)
+            self._look_for_system(chat, messages, tools, text)
             _refuse_unwritten(chat.render, messages, tools, text)
         except TokenizerError as error:
             raise BadRow(f"{error}") from error
         return Rendered(ids=_encoded(self._tokenizer.encode, text), text=text, messages=tuple(messages), tools=tools)
+
+    def _look_for_system(self, chat: ChatTemplate, messages: Sequence[Message], tools: Tools | None, text: str) -> None:
+        """Note a system message that the template leaves out; one that it writes shows that it writes them."""
+        if self._system_is_written or messages[0]["role"] != "system" or len(messages) < 2:
+            return
+        self._system_is_written = chat.render(messages[1:], tools=tools) != text
+        if not self._system_is_written:
+            self._notes.add(SYSTEM_LEFT_OUT)
 
     # ----------------------------------------------------------------------- answer and response
 

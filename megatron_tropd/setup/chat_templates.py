@@ -98,8 +98,6 @@ def warn_of_differences(config: RunConfig, student: Tokenizer) -> None:
                 "under its own",
                 *(one.role, len(one.prompts), one.compared, ours[-80:], theirs[-80:]),
             )
-        if one.ends[0] != one.ends[1]:
-            logger.warning("the student ends answers with %s, the %s with %s", one.ends[0], one.role, one.ends[1])
 
 
 def difference_table(found: Sequence[Difference]) -> Table:

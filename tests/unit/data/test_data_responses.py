@@ -144,6 +144,8 @@ def test_a_whole_rendered_prompt_is_not_rendered_again(loaded: dict[str, Tokeniz
     found = read(tmp_path, tokenizer, *rows).prompts
     assert [p.token_ids.tolist() for p in found[1:3]] == [found[0].token_ids.tolist()] * 2
     assert found[3].token_ids.tolist() == tokenizer.encode(multi)
+    (answered,) = read(tmp_path, tokenizer, {"prompt": plain, "response": "No."}).prompts
+    assert both(tokenizer, answered) == f"{plain}No.{FAMILIES[name].end}"
     assert "3 rows hold a whole rendered prompt" in caplog.text
 
 
@@ -305,6 +307,15 @@ def test_columns_that_nothing_reads_are_named(loaded, tmp_path: Path, caplog):
     caplog.clear()
     read_sources([source], loaded["chatml"])
     assert "the template reads 'hint', which no row has" in caplog.text and "'system'" not in caplog.text
+
+
+def test_a_system_message_that_the_template_drops_is_said(loaded, tmp_path: Path, caplog):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    source = Source(paths=(tmp_path / "rows.jsonl",), system="S")
+    read_sources([source], loaded["llama3"])
+    assert not caplog.text
+    read_sources([source], loaded["r1"])
+    assert "2 rows have a system message (their own, or data.system), which the chat template does not" in caplog.text
 
 
 def test_every_family_differs_where_it_should():
