@@ -1,4 +1,4 @@
-"""Every exception a user can meet. A message says what is wrong, the value seen, and what to do about it."""
+"""The exceptions a user can meet. A message says what is wrong, the value seen, and what to do about it."""
 
 
 class TropdError(Exception):
@@ -10,7 +10,7 @@ class ConfigError(TropdError, ValueError):
 
 
 class DataError(TropdError, ValueError):
-    """A prompt file, recorded rollout or teacher signal on disk cannot be used."""
+    """A prompt file, recorded rollout or recorded score on disk cannot be used."""
 
 
 class TokenizerError(TropdError, ValueError):
@@ -26,7 +26,7 @@ class SelfCheckError(TropdError, RuntimeError):
 
 
 class EngineError(TropdError, RuntimeError):
-    """Training cannot go on: a loss or gradient is not finite, a rank disagrees."""
+    """Training cannot continue: a loss or gradient is not finite, a rank disagrees."""
 
 
 class ServingError(TropdError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The nouns that travel between rooms. Everything here is frozen and has (nearly) no behaviour.
+"""The nouns that travel between rooms. Everything here is frozen and has (nearly) no behavior.
 
 Dimension legend, used as name suffixes everywhere in the package:
 
@@ -45,12 +45,12 @@ LOSS_REGIONS = (Region.PREFIX, Region.CONTINUATION)
 
 
 def regions_of(*stretches: tuple[Region, int]) -> UInt8Array:
-    """``[L]`` regions of a sequence from its stretches, in order, each ``(region, tokens)``."""
+    """Return the ``[L]`` regions of a sequence from its stretches, in order, each ``(region, tokens)``."""
     return np.repeat(*np.array(stretches, dtype=np.int64).reshape(-1, 2).T).astype(np.uint8)
 
 
 def single_turn(*, prompt: int, prefix: int = 0, continuation: int = 0) -> UInt8Array:
-    """``[L]`` regions of a sequence of so many tokens of each kind, in that order."""
+    """Return the ``[L]`` regions of a sequence of so many tokens of each kind, in that order."""
     return regions_of((Region.PROMPT, prompt), (Region.PREFIX, prefix), (Region.CONTINUATION, continuation))
 
 
@@ -68,12 +68,12 @@ class Prompt:
     response_ids: Int64Array | None = None  # [L] one teacher response, for guidance
     response_finished: bool = True  # False: it was cut off, has no end token and may be continued
     source: str = ""  # name of the data source, empty where there is only one
-    teacher: str = ""  # name of the teacher that grades it, empty where there is only one
+    teacher: str = ""  # name of the teacher that scores it, empty where there is only one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a sampler turns logits into tokens. ``temperature=0`` is greedy."""
+    """The settings by which a sampler turns logits into tokens. ``temperature=0`` is greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -107,28 +107,28 @@ class Rollout:
     token_ids: Int64Array  # [L]
     region_L: UInt8Array  # Region of every token; which orders are legal: Region
     sampling_logprob: Float32Array  # [C] log-prob under the distribution sampled from (T, top-p, top-k)
-    model_logprob: Float32Array  # [C] log-prob under the model itself (temperature 1), nats; nan: not asked
+    model_logprob: Float32Array  # [C] log-prob under the model itself (temperature 1), nats; nan: not requested
     finished: bool  # True when a stop token ended it, False when the budget did
     weight_version: int = 0  # training step whose weights wrote the continuation
     token_versions: Int64Array | None = None  # [C] the same token by token; None: weight_version for all
-    teacher: str = ""  # name of the teacher that grades it, as of its prompt
+    teacher: str = ""  # name of the teacher that scores it, as of its prompt
 
     def count(self, *regions: Region) -> int:
-        """Number of tokens in any of ``regions``."""
+        """Count the tokens in any of ``regions``."""
         return sum(int(np.count_nonzero(self.region_L == region)) for region in regions)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt: the response begins there."""
+        """Count the tokens of the prompt: the response begins there."""
         return self.count(Region.PROMPT)
 
     @property
     def response_length(self) -> int:
-        """Tokens that a model wrote and that carry loss, PREFIX and CONTINUATION."""
+        """Count the tokens that a model wrote and that carry loss, PREFIX and CONTINUATION."""
         return self.count(*LOSS_REGIONS)
 
 
-# --------------------------------------------------------------------------- packs and signals
+# --------------------------------------------------------------------------- packs and scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +147,12 @@ class Pack:
     cu_seqlens: npt.NDArray[np.int32]  # [S+1] (+1 more when padded), starts at 0, ends at T
     sequence_ids: Int64Array  # [S] in stream order
     num_valid: int  # predictions in PREFIX or CONTINUATION
-    teacher: str = ""  # name of the one teacher that grades all of its sequences
+    teacher: str = ""  # name of the one teacher that scores all of its sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherOutputs:
-    """Hold what the teacher says of a pack's valid predictions (N = ``pack.num_valid`` rows, stream order).
+    """The teacher's scores of a pack's valid predictions (N = ``pack.num_valid`` rows, stream order).
 
     ``teacher/schema.py`` has a row for every attribute: which request it answers, how it travels and is recorded.
     """
@@ -164,7 +164,7 @@ class TeacherOutputs:
     query_logprob_NJ: Tensor | None = None  # fp32, nats
     logtail_N: Tensor | None = None  # log mass on all but top k, query ids and target, nats; -inf: none
     entropy_N: Tensor | None = None  # full-vocabulary entropy, nats
-    entropy_bound_N: Tensor | None = None  # the entropy is at most that, nats: of teachers that tell their top k alone
+    entropy_bound_N: Tensor | None = None  # upper bound of the entropy, nats, of teachers that report their top k alone
     base_logprob_N: Tensor | None = None  # log-prob of the target under a base model, nats
     end_logprob_NX: Tensor | None = None  # of each id that ends a response (``Needs.end_ids``), nats
     base_end_logprob_NX: Tensor | None = None  # the same under the base model
@@ -176,7 +176,7 @@ class TeacherOutputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentView:
-    """What the student says about the tokens it is being trained on. T counts *valid* predictions only."""
+    """The student's side of the tokens it is being trained on. T counts *valid* predictions only."""
 
     logprob_T: Tensor  # log q(y), nats, carries gradient
     old_logprob_T: Tensor  # the same at the weights of the rollout, no gradient (= logprob_T.detach() when on-policy)
@@ -189,7 +189,7 @@ class StudentView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherView:
-    """What the teacher says about the same tokens. Finite everywhere (but for an empty tail), no gradient."""
+    """The teacher's side of the same tokens. Finite everywhere (but for an empty tail), no gradient."""
 
     logprob_T: Tensor  # log p(y), nats
     support_ids_TK: Tensor | None = None
@@ -213,7 +213,7 @@ class TokenView:
     target_T: Tensor  # the token y itself
     rollout_logprob_T: Tensor  # the sampler's own log q(y): old_logprob and what the two engines differ by at
     #                            temperature 1; = old_logprob on PREFIX tokens
-    entropy_threshold: float = 0.0  # global batch quantile of old_entropy_T, when Needs.entropy_top asks for it
+    entropy_threshold: float = 0.0  # global batch quantile of old_entropy_T, when Needs.entropy_top requests it
     progress: float = 0.0  # step / total steps, in [0, 1)
 
 
@@ -232,7 +232,7 @@ SupportKind = Literal["teacher", "student", "union", "teacher_and_sampled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a method must be given. ``setup/build.py`` provides exactly this and nothing more."""
+    """The inputs that a method requires. ``setup/build.py`` provides exactly this and nothing more."""
 
     top_k: int = 0  # support size; 0: no support
     support: SupportKind = "teacher"

@@ -50,7 +50,7 @@ class CodeReference:
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """Programs that must not pass: an empty one, and one of the two whose functions do nothing."""
+        """Return programs that must not pass: an empty one, and one of the two whose functions do nothing."""
         if self.cases:
             return ()
         names = "".join(f"{name} = _Name()\n" for name in sorted(self.wanted))
@@ -72,7 +72,7 @@ def read_code_reference(reference: str) -> CodeReference:
 
 
 def program_for(response: str, reference: CodeReference, *, rule: BlockRule = "definitions") -> str | None:
-    """Return the program of a response, which may go on where the prelude ends; None where there is none."""
+    """Return the program of a response, which may continue where the prelude ends; None where there is none."""
     if reference.prelude:
         continued = _continued(reference.prelude, response, reference.wanted)
         if continued is not None:
@@ -81,7 +81,7 @@ def program_for(response: str, reference: CodeReference, *, rule: BlockRule = "d
 
 
 def _continued(prelude: str, response: str, wanted: frozenset[str]) -> str | None:
-    """Return prelude and response as one program where the response goes on within a function of the prelude."""
+    """Return prelude and response as one program where the response continues within a function of the prelude."""
     lines = response.lstrip("\n").split("\n")
     if not lines[0][:1].isspace():
         return None
@@ -160,7 +160,7 @@ def _case_tests(rows: Sequence[Mapping[str, Any]], entry_point: str) -> CodeRefe
 
 
 def _as_arguments(given: Any) -> list[Any]:
-    """A list of arguments, or text with the JSON of one per line (LiveCodeBench)."""
+    """Return a list of arguments: as given, or from text with the JSON of one per line (LiveCodeBench)."""
     if isinstance(given, list):
         return given
     return [_as_value(line) for line in given.split("\n")] if isinstance(given, str) else [given]
@@ -181,7 +181,7 @@ def _printing_tests(pairs: Sequence[tuple[Any, Any]]) -> CodeReference:
 
 
 def _as_lines(content: Any) -> str:
-    """Text, or a list of lines."""
+    """Join a list of lines; text stays as it is."""
     return "\n".join(map(_as_lines, content)) if isinstance(content, list) else str(content)
 
 
@@ -245,7 +245,7 @@ _RUNNERS = ("unittest.main", "pytest.main", "absltest.main")
 
 
 class _Runners(ast.NodeTransformer):
-    """Removes ``unittest.main()`` and ``pytest.main()``, which would end the process: their tests are called by us."""
+    """Remove ``unittest.main()`` and ``pytest.main()``, which would end the process: their tests are called by us."""
 
     removed = 0
 

@@ -161,14 +161,14 @@ def check_code_allowed(allowed: bool) -> None:
 
 @lru_cache(maxsize=2)
 def shared_pool(allow_code: bool = False) -> GraderPool:
-    """The pool of this process; its workers end with it."""
+    """Return the pool of this process; its workers end with it."""
     pool = GraderPool(allow_code=allow_code)
     atexit.register(pool.close)
     return pool
 
 
 def _workers() -> int:
-    """One per core, shared with the other ranks of this machine."""
+    """Count the workers to start: one per core, shared with the other ranks of this machine."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
@@ -274,7 +274,7 @@ class _Worker:
         return reply
 
     def end(self) -> None:
-        """Kills the process, if there is one."""
+        """Kill the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -287,7 +287,7 @@ class _Worker:
         return self._process is not None and self._process.poll() is None
 
     def _ask(self, task: bytes, seconds: float) -> dict[str, Any] | None:
-        """The reply, or None when there is none in time."""
+        """Send a task and return the reply; None when there is none in time."""
         if not self._is_running():
             self.end()
             self._process = _start_worker()

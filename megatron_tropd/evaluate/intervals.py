@@ -23,7 +23,7 @@ class Accuracy(NamedTuple):
 
 
 def accuracy_interval(correct_per_problem: npt.ArrayLike) -> Accuracy:
-    """95 % interval of the accuracy on problems like these.
+    """Return the mean accuracy with its 95 % interval on problems like these.
 
     One sample per problem: Wilson's interval. Several (mean@n): samples of one problem are alike, so the *problems*
     are the independent draws; the standard error of their means gives an effective number of independent samples,
@@ -44,7 +44,7 @@ def accuracy_interval(correct_per_problem: npt.ArrayLike) -> Accuracy:
 
 
 def pass_at_k_interval(correct_PN: npt.ArrayLike, k: int) -> Accuracy:
-    """Mean of ``pass_at_k`` over problems, with the 95 % interval on problems like these.
+    """Return the mean of ``pass_at_k`` over problems, with the 95 % interval on problems like these.
 
     The problems' estimates are independent draws in [0, 1]: as in ``accuracy_interval`` their spread says how many
     yes-or-no draws they are worth, and Wilson's formula does the rest, also where all or none are solved.
@@ -76,13 +76,13 @@ def _effective_samples(correct_PN: npt.NDArray[np.float64], mean: float) -> floa
 
 def _wilson(mean: float, count: float) -> tuple[float, float]:
     shrink = 1 + _Z95**2 / count
-    centre = (mean + _Z95**2 / (2 * count)) / shrink
+    center = (mean + _Z95**2 / (2 * count)) / shrink
     half = _Z95 / shrink * math.sqrt(mean * (1 - mean) / count + _Z95**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that at least one of ``k`` samples is right, from ``n`` samples of which ``c`` are.
+    """Estimate without bias the chance that of ``k`` samples one or more are right, from ``n`` of which ``c`` are.
 
     ``1 - C(n-c, k) / C(n, k)`` in exact integers (Chen et al. 2021, arXiv 2107.03374, equation 1).
 

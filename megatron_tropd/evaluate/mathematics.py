@@ -131,7 +131,7 @@ def _bare(text: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """``(start, end, content)`` of every outermost balanced box, in one pass over the text."""
+    """List ``(start, end, content)`` of every outermost balanced box, in one pass over the text."""
     found: list[tuple[int, int, str]] = []
     open_at: list[tuple[int, int] | None] = []  # None for a brace that is no box's
     for piece in _BOX_PIECES.finditer(text):
@@ -214,7 +214,7 @@ def _seconds() -> int | None:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Say whether two expressions are seen to differ: False also where that cannot be told."""
+    """Say whether two expressions are seen to differ: False also where that cannot be decided."""
     import sympy  # type: ignore[import-untyped,unused-ignore]
 
     one, other = _value(one), _value(other)

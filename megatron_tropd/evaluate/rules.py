@@ -21,7 +21,7 @@ NO_PROGRAM = "the answer holds no program"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradingRule:
-    """How the responses of one data set are graded."""
+    """The rule by which the responses of one data set are graded."""
 
     kind: str = "final_number"
     extract: str | None = None  # regular expression; its last match that is not empty (group 1 if any) is graded

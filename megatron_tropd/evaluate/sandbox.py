@@ -40,7 +40,7 @@ _PROBE_SHARE = 0.25  # of the time, for each of the programs that tests must not
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxLimits:
-    """What one program may use. Memory counts all its processes together, and each of them alone."""
+    """The resources one program may use. Memory counts all its processes together, and each of them alone."""
 
     seconds: float = 10.0  # wall time
     cpu_seconds: int = 10
@@ -53,14 +53,14 @@ class SandboxLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Isolation:
-    """What stands between a program and this machine."""
+    """The barriers between a program and this machine."""
 
     namespaces: bool  # no network, own processes, own files
     user: Literal["unique", "nobody", "same"]  # whom it runs as
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What is not guarded here, in words."""
+        """Name in words what is not guarded here."""
         if self.namespaces:
             return ()
         files = "read and write what this user can" if self.user == "same" else "read what everyone can"
@@ -69,7 +69,7 @@ class Isolation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a program ended: ``ok`` when every line of it ran; else ``reason`` says in one line why not."""
+    """The end of a program: ``ok`` when every line of it ran; else ``reason`` says in one line why not."""
 
     ok: bool
     reason: str = ""
@@ -110,7 +110,7 @@ def run_program(
 
 @lru_cache(maxsize=1)
 def detect_isolation() -> Isolation:
-    """The strongest isolation that works here, found by trying.
+    """Return the strongest isolation that works here, found by trying.
 
     Raises:
         ConfigError: there is none.
@@ -184,7 +184,7 @@ class _Run:
         )
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str:
-        """Reads output until the program ends; why it must be ended, where it does not by itself."""
+        """Read output until the program ends; return why it must be ended, empty where it ends by itself."""
         assert process.stdout is not None
         deadline, look = time.monotonic() + self._limits.seconds, time.monotonic() + _LOOK_EVERY_S
         ended = os.pidfd_open(process.pid)
@@ -203,7 +203,7 @@ class _Run:
                             return f"used more than {self._limits.memory_bytes >> 20} MiB of memory"
                     ready = [key.fileobj for key, _ in selector.select(timeout=min(deadline, look) - now)]
                     if process.stdout in ready and not self._take(process.stdout):
-                        selector.unregister(process.stdout)  # it closed its output and goes on
+                        selector.unregister(process.stdout)  # it closed its output and continues
                     if len(self._output) > self._limits.output_bytes:
                         return f"printed more than {self._limits.output_bytes >> 10} KiB"
         finally:
@@ -212,13 +212,13 @@ class _Run:
         return ""
 
     def _take(self, stream: IO[bytes]) -> bool:
-        """Takes what there is; False at the end of the stream."""
+        """Take what there is; return False at the end of the stream."""
         part = _read(stream.fileno())
         self._output += part or b""
         return part != b""
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Ends whatever is left: in namespaces all of it dies with its first process, elsewhere one by one."""
+        """End whatever is left: in namespaces all of it dies with its first process, elsewhere one by one."""
         if process.poll() is None:
             _stop(process.pid)
             if self._isolation.namespaces:
@@ -251,13 +251,13 @@ class _Run:
 
 
 def _first_line(text: str, *, backwards: bool = False) -> str:
-    """The first line, or the last, that is not blank; empty where there is none."""
+    """Return the first line, or the last, that is not blank; empty where there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1 if backwards else 0] if lines else ""
 
 
 def _read(fd: int) -> bytes | None:
-    """What a pipe holds, up to 64 KiB; empty at its end, None where there is nothing yet."""
+    """Read what a pipe holds, up to 64 KiB; empty at its end, None where there is nothing yet."""
     try:
         return os.read(fd, 1 << 16)
     except BlockingIOError:
@@ -265,7 +265,7 @@ def _read(fd: int) -> bytes | None:
 
 
 def _memory_of(pid: int) -> int:
-    """Bytes in the memory of a process and all its descendants."""
+    """Count the bytes in the memory of a process and all its descendants."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(pid).children(recursive=True):
@@ -275,13 +275,13 @@ def _memory_of(pid: int) -> int:
 
 
 def _stop(pid: int) -> None:
-    """Stops a child of ours and waits until it is stopped, or has ended: from then on it starts no other process."""
+    """Stop a child of ours and wait until it is stopped, or has ended: from then on it starts no other process."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def _end_world(outside: int) -> None:
-    """Ends the first process of new namespaces, whose parent is ``outside``, stopped, which then ends by itself.
+    """End the first process of new namespaces, whose parent is ``outside``, stopped, which then ends by itself.
 
     The kernel lets the first process of a namespace end only after all others in it; the one outside waits for it.
     """
@@ -293,7 +293,7 @@ def _end_world(outside: int) -> None:
 
 
 def _end_descendants(pid: int) -> None:
-    """Stops all of them before the first is ended, so that none can start another meanwhile."""
+    """End all descendants of a process; all are stopped before the first is ended, so none can start another."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         while found := [process for process in root.children(recursive=True) if _is_running(process)]:

@@ -58,7 +58,7 @@ def _check(result: int, what: str) -> None:
 
 
 def _enter_namespaces(config: dict[str, Any]) -> None:
-    """Returns in process 1 of a new world; the one that called waits for it and ends as it ended."""
+    """Return in process 1 of a new world; the one that called waits for it and ends as it ended."""
     user, group = os.getuid(), os.getgid()
     kinds = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
     # root needs no user namespace to make the others, and leaves being root once they are made
@@ -77,7 +77,7 @@ def _enter_namespaces(config: dict[str, Any]) -> None:
 
 
 def _make_root(root: str, config: dict[str, Any]) -> None:
-    """A file system of its own: the system's libraries and the interpreter, read-only, and one empty directory."""
+    """Make a file system of its own: the system's libraries and the interpreter, read-only, and one empty directory."""
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID, "size=1m,mode=755")
     for path in (*_SYSTEM, *_DEVICES, *_interpreter()):
@@ -102,7 +102,7 @@ def _make_root(root: str, config: dict[str, Any]) -> None:
 
 
 def _interpreter() -> list[str]:
-    """Directories this very interpreter is made of: its prefixes, and whatever else it has mapped."""
+    """List the directories this very interpreter is made of: its prefixes, and whatever else it has mapped."""
     with open("/proc/self/maps") as maps:
         mapped = {line.split(maxsplit=5)[5].strip() for line in maps if len(line.split(maxsplit=5)) == 6}
     libraries = {os.path.dirname(path) for path in mapped if path.startswith("/") and os.path.exists(path)}
@@ -143,7 +143,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _become(config: dict[str, Any], work: str) -> None:
-    """A user that owns nothing but the working directory, where whoever started us can become one."""
+    """Become a user that owns nothing but the working directory, where whoever started us can."""
     if os.getuid() == 0 and config["user"]:
         os.chown(work, config["user"], config["user"])
         os.setgroups([])
@@ -156,7 +156,7 @@ def _become(config: dict[str, Any], work: str) -> None:
 
 
 def _run(program: bytes, config: dict[str, Any], work: str) -> None:
-    """Runs the program in a child, so that what it leaves running has a parent to end it."""
+    """Run the program in a child, so that what it leaves running has a parent to end it."""
     os.chdir(work)
     with open("task.json", "wb") as file:
         file.write(program)
@@ -204,7 +204,7 @@ def _wait_for(child: int) -> int:
 
 
 def _end_descendants() -> None:
-    """Ends what the program left behind. Orphans come to us (we are their subreaper), so in the end none is missed."""
+    """End what the program left behind. Orphans come to us (we are their subreaper), so in the end none is missed."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             left = [int(pid) for pid in children.read().split()]

@@ -150,7 +150,7 @@ def in_child(function: Callable[..., None], *arguments: Any) -> int:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """White space at the ends of lines aside, the same lines; or the same words, numbers by their value."""
+    """Say whether lines are the same, white space at their ends aside; or words are, numbers by their value."""
     lines = [[line.strip() for line in text.strip().splitlines()] for text in (printed, expected)]
     if lines[0] == lines[1]:
         return True

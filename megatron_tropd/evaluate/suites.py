@@ -31,7 +31,7 @@ _PROMPT_END = 16  # tokens: as many as a mark of thinking may have
 
 
 def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
-    """What the models wrote as text, turn by turn up to its end: an answer that a tool gave is not one of theirs.
+    """Return what the models wrote as text, turn by turn up to its end: a tool's answer is not one of theirs.
 
     Special tokens (``<think>``, ``[TOOL_CALLS]``) are part of it.
     """
@@ -41,7 +41,7 @@ def answer_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
 
 
 def training_rule(data: DataConfig, prompt: Prompt) -> GradingRule:
-    """The rule that grades responses to a training prompt: its source's own, or that of all."""
+    """Return the rule that grades responses to a training prompt: its source's own, or that of all."""
     return rule_of_source(data, prompt.source)
 
 
@@ -64,7 +64,7 @@ def grades(
     *,
     allow_code: bool,
 ) -> list[Grade]:
-    """One grade per rollout, of which every prompt has as many as the others, in order. Collective.
+    """Grade every rollout, in order; every prompt has as many of them as the others. Collective.
 
     An answer cut off by the budget is graded as it stands.
 
@@ -92,7 +92,7 @@ def _graded_text(rollout: Rollout, prompt: Prompt, tokenizer: Tokenizer) -> str:
 
 
 def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
-    """Every rank grades its part of what takes long, so that all know the same and none does the work of others."""
+    """Grade this rank's part of what takes long and exchange it: all know the same, none does the work of others."""
     pool = shared_pool(allow_code)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return pool.grade(items)
@@ -111,7 +111,7 @@ def correctness(
     *,
     allow_code: bool,
 ) -> np.ndarray:
-    """``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
+    """Return ``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
     found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
     marks = [np.nan if grade.bad_reference else float(grade.correct) for grade in found]
     return np.array(marks, dtype=np.float64).reshape(len(prompts), -1)
@@ -125,12 +125,12 @@ class Answered:
     mean_length: float  # tokens per answer
     finished: float = 1.0  # share of answers that ended by themselves
     timed_out: int = 0  # answers whose grading was given up
-    left_out: int = 0  # problems that were not asked
+    left_out: int = 0  # problems that were not posed
     answers: tuple[AnswerRecord, ...] = ()
 
     @property
     def solved(self) -> float:
-        """Share of problems with at least one right answer: pass@n of n samples."""
+        """Return the share of problems with at least one right answer: pass@n of n samples."""
         return float((self.right.max(axis=1) > 0).mean())
 
 
@@ -143,7 +143,7 @@ def answer_suite(
     seed: int,
     allow_code: bool = False,
 ) -> Answered:
-    """Sample and grade the answers of one complete suite (``reading.complete_suites``). Collective."""
+    """Sample and grade the answers of one complete suite (``setup.datasets.complete_suites``). Collective."""
     assert suite.max_new_tokens is not None and suite.grader is not None
     budget = suite.max_new_tokens
     requests = make_requests(problems, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
@@ -235,7 +235,7 @@ def answer_suites(
 
 
 def summarize(answered: Answered, suite: SuiteConfig, *, model: str, step: int | None = None) -> Evaluation:
-    """Accuracy, mean over samples, and pass@k of one suite with their 95 % intervals."""
+    """Return accuracy, mean over samples, and pass@k of one suite with their 95 % intervals."""
     right = answered.right
     interval = accuracy_interval(right[:, 0] if suite.samples == 1 else right)
     return Evaluation(

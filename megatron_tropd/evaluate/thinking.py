@@ -1,4 +1,4 @@
-"""Set a model's thinking apart from its answer: what stands before the last ``</think>`` is never graded."""
+"""Separate a model's thinking from its answer: what stands before the last ``</think>`` is never graded."""
 
 from __future__ import annotations
 

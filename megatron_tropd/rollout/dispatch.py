@@ -1,4 +1,4 @@
-"""Requests dealt to a sampler's replicas, and their continuations put together again on every rank."""
+"""Requests assigned to a sampler's replicas, and their continuations put together again on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tropd.types import Int64Array, Rollout, RolloutRequest, SamplingPa
 
 
 def contexts_of(requests: Sequence[RolloutRequest], max_positions: int) -> list[Int64Array]:
-    """Prompt and prefix of every request; ConfigError when one has no room for its continuation."""
+    """Return prompt and prefix of every request; ConfigError when one has no room for its continuation."""
     contexts = [np.concatenate([request.prompt_ids, request.prefix_ids]) for request in requests]
     for request, context in zip(requests, contexts, strict=True):
         if len(context) + request.max_new_tokens > max_positions:
@@ -28,7 +28,7 @@ def contexts_of(requests: Sequence[RolloutRequest], max_positions: int) -> list[
 
 
 def assigned_to(groups: Groups, costs: Sequence[float]) -> list[int]:
-    """Numbers of the pieces of work this replica does: the costliest first, each to the least loaded replica."""
+    """Number the pieces of work that this replica does: the costliest first, each to the least loaded replica."""
     loads = [0.0] * groups.num_replicas
     mine = []
     for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
@@ -40,7 +40,7 @@ def assigned_to(groups: Groups, costs: Sequence[float]) -> list[int]:
 
 
 def exchange(done: Mapping[int, Continuation], group: dist.ProcessGroup | None) -> dict[int, Continuation]:
-    """Every rank's continuations, on every rank."""
+    """Gather every rank's continuations on every rank."""
     order = sorted(done)
     header = np.array([[i, len(done[i].token_ids), done[i].finished] for i in order], dtype=np.int64)
     ids = np.concatenate([header.reshape(-1), *(done[i].token_ids for i in order)])
@@ -80,7 +80,7 @@ def to_rollout(
     version: int,
     token_versions: Int64Array | None = None,
 ) -> Rollout:
-    """The finished sequence; without a continuation the prefix is the whole response."""
+    """Build the finished sequence; without a continuation the prefix is the whole response."""
     if continuation is None:
         empty = np.empty(0, np.float32)
         finished = len(context) > 0 and int(context[-1]) in params.stop_token_ids
@@ -103,7 +103,7 @@ def to_rollout(
 
 
 def versions_of(rollout: Rollout) -> Int64Array:
-    """``[continuation]`` the step whose weights wrote each token."""
+    """Return ``[continuation]`` the step whose weights wrote each token."""
     if rollout.token_versions is not None:
         return rollout.token_versions
     return np.full(len(rollout.model_logprob), rollout.weight_version, dtype=np.int64)

@@ -15,14 +15,14 @@ _EMPTY = np.empty(0, dtype=np.int64)
 def make_requests(
     prompts: Sequence[Prompt], *, samples: int, guided: int, fraction: float, max_new_tokens: int
 ) -> list[RolloutRequest]:
-    """``samples`` on-policy requests and ``guided`` guided ones per prompt, numbered prompt by prompt.
+    """Build ``samples`` on-policy requests and ``guided`` guided ones per prompt, numbered prompt by prompt.
 
     A guided request starts with the first ``floor(fraction * L)`` tokens of the prompt's teacher response of length L
     (methods.md, "Off-policy guidance"), capped by the response budget; the student continues within what is left of
     the budget. When the whole response is taken there is nothing to continue, unless it was cut off.
 
     Raises:
-        DataError: guidance is asked for and a prompt has no teacher response.
+        DataError: guidance is requested and a prompt has no teacher response.
     """
     requests = []
     per_prompt = samples + guided

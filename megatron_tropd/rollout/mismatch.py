@@ -1,4 +1,4 @@
-"""What it may come from when the sampler's log-probs are far from the trainer's."""
+"""Watch how far the sampler's log-probs are from the trainer's, and name likely causes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _OUTLIERS = 100.0  # times the mean
 
 
 class MismatchMonitor:
-    """Warns of a mean gap that rounding does not explain, once in ``WARN_EVERY`` steps."""
+    """Warn of a mean gap that rounding does not explain, once in ``WARN_EVERY`` steps."""
 
     def __init__(self, dtype: str, allowed: float | None) -> None:
-        """``dtype``: fp32 or bf16. ``allowed``: mean gap in nats; None: what rounding may give in the dtype."""
+        """Take ``dtype``: fp32 or bf16. ``allowed``: mean gap in nats; None: what rounding may give in the dtype."""
         self._dtype = dtype
         self._allowed = _ALLOWED[dtype] if allowed is None else allowed
         self._quiet_until = 0
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Called with the metrics of every step."""
+        """Check the metrics of a step; to be called with those of every step."""
         step, gap = int(metrics["step"]), metrics.get(MEAN)
         # a gap that is not a number is one to warn of
         if gap is None or gap <= self._allowed or step < self._quiet_until:

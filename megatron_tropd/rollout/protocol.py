@@ -1,4 +1,4 @@
-"""What every source of rollouts must do."""
+"""The protocols of a source of rollouts."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams
 
 
 class Sampler(Protocol):
-    """Continues sequences with the newest weights it was given. Collective: every rank calls, every rank gets all."""
+    """Continue sequences with the newest weights it was given. Collective: every rank calls, every rank gets all."""
 
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> list[Rollout]:
-        """One rollout per request, in the order of the requests.
+        """Write one rollout per request, in the order of the requests.
 
         The random numbers of a sequence depend on ``(seed, step, sequence_id)`` alone.
         """
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Takes whole tensors under Hugging Face names; later rollouts carry ``version``.
+        """Take whole tensors under Hugging Face names; later rollouts carry ``version``.
 
-        ``tensors`` may be iterated over again, later: a server that comes back asks for them. Iterating is collective.
+        ``tensors`` may be iterated over again, later: a server that comes back needs them. Iterating is collective.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of engines and connections it holds. Collective."""
+        """Release the engines and connections it holds. Collective."""
         ...
 
 
@@ -41,11 +41,11 @@ class GenerationHandle(Protocol):
 
     @property
     def ended_at(self) -> float | None:
-        """``time.perf_counter()`` when the last of them was there; None where that is not known."""
+        """Return ``time.perf_counter()`` when the last of them was there; None where that is not known."""
         ...
 
     def collect(self) -> list[Rollout]:
-        """Waits for all of them: what ``generate`` returns. Collective."""
+        """Wait for all of them: what ``generate`` returns. Collective."""
         ...
 
 
@@ -56,7 +56,7 @@ class AsyncSampler(Protocol):
     def begin(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> GenerationHandle:
-        """Starts what ``generate`` does. Weights must not change before all that was begun is collected."""
+        """Start what ``generate`` does. Weights must not change before all that was begun is collected."""
         ...
 
 

@@ -58,9 +58,9 @@ def convert_recording(old: Path, new: Path) -> int:
     parts = [_read_part(path) for path in sorted(old.glob(f"*{SUFFIX}"))]
     new.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        halves = any(field["dtype"] == "<f2" for field in part.fields.values())
+        has_fp16 = any(field["dtype"] == "<f2" for field in part.fields.values())
         scores = list(_scores(part))
-        write_part(new, scores, vocab_size=int(facts["vocab_size"]), values="fp16" if halves else "fp32")
+        write_part(new, scores, vocab_size=int(facts["vocab_size"]), values="fp16" if has_fp16 else "fp32")
     unknown = [name for name in _NOT_WRITTEN if name not in facts]
     write_facts(new, facts | {UNKNOWN: unknown})  # at last: without it, the directory is no recording
     return sum(len(part.index) for part in parts)

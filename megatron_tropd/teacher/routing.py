@@ -16,7 +16,7 @@ class RoutedTeacher:
     """
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
-        """``teachers``: by name; the empty one is that of packs that name none."""
+        """Take ``teachers`` by name; the empty one is that of packs that name none."""
         self._teachers = dict(teachers)
 
     def score(

@@ -26,7 +26,7 @@ _ABOVE_ZERO = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRequest:
-    """What to request of the teacher for each valid prediction, besides the log-prob of the target."""
+    """The quantities requested of the teacher for each valid prediction, besides the log-prob of the target."""
 
     top_k: int = 0
     queries: int = 0  # ids that the caller names, for their log-probs
@@ -40,7 +40,7 @@ class TeacherRequest:
 
     @property
     def has_tail(self) -> bool:
-        """Whether there are tails in the outputs."""
+        """Say whether there are tails in the outputs."""
         return self.tail_mass and self.top_k + self.queries > 0
 
     def bytes_per_row(self, *, hidden_bytes: int) -> int:
@@ -53,7 +53,7 @@ class TeacherRequest:
 
     @property
     def query_bytes_per_row(self) -> int:
-        """Size of the ids of one prediction on their way to the teacher."""
+        """Count the bytes of the ids of one prediction on their way to the teacher."""
         return _BYTES_PER_VALUE * sum(field.columns(self) for field in SCORE_FIELDS if field.author == "student")
 
     @staticmethod
@@ -84,12 +84,12 @@ class Field:
 
     @property
     def attribute(self) -> str:
-        """Its name in ``TeacherOutputs``, which ends in its dimensions."""
+        """Return its name in ``TeacherOutputs``, which ends in its dimensions."""
         return f"{self.name}_N{_AXES.get(str(self.width), '')}"
 
     @property
     def is_id(self) -> bool:
-        """Whether its values are token ids: int64 in ``TeacherOutputs``, int32 on the wire."""
+        """Say whether its values are token ids: int64 in ``TeacherOutputs``, int32 on the wire."""
         return self.kind == "id"
 
     def columns(self, request: TeacherRequest) -> int:

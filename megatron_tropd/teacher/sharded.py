@@ -33,7 +33,7 @@ class ShardedTeacher(ABC):
         *,
         post: PointToPoint | None = None,
     ) -> None:
-        """``own``: who scores; ``student``: whom outputs are delivered to; ``post``: who carries them (default:
+        """Take ``own``: who scores; ``student``: whom outputs are delivered to; ``post``: who carries them (default:
         both are the same world, which does)."""
         self._own = own
         self._student = student

@@ -52,7 +52,7 @@ _INDEX = np.dtype(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceScores:
-    """What is known of some predictions of one sequence."""
+    """The scores of some predictions of one sequence."""
 
     key: bytes  # sequence_key of its tokens
     position: Int64Array  # [rows] ascending
@@ -182,7 +182,7 @@ def _footer(index: np.ndarray, fields: Mapping[str, Tensor]) -> dict[bytes, str]
 
 
 def _write_tables(file: Any, tables: Sequence[pa.Table], footer: Mapping[bytes, str]) -> None:
-    # bytes of equal significance together: sign and exponent of neighbours are alike
+    # bytes of equal significance together: sign and exponent of neighbors are alike
     split = {
         f"{column.name}.list.element" if pa.types.is_fixed_size_list(column.type) else column.name: "BYTE_STREAM_SPLIT"
         for column in tables[0].schema
@@ -213,7 +213,7 @@ class Store:
     """The scores in a directory: an index of the sequences in memory, all else read when looked at."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises DataError for a torn part."""
+        """Raise DataError for a torn part."""
         self.directory = directory
         self._parts = [_read_part(path) for path in sorted(directory.glob(f"*{SUFFIX}"))]
         self._cache: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
@@ -263,13 +263,13 @@ class Store:
         return self._parts[place.part].path
 
     def positions(self, place: Place) -> Int64Array:
-        """``[rows]`` Tell which predictions a place is about, ascending."""
+        """Return the ``[rows]`` positions of the predictions a place is about, ascending."""
         if place.last - place.first + 1 == place.rows:
             return np.arange(place.first, place.last + 1)
         return self.read(place, "position").numpy()
 
     def covers(self, place: Place, position: Int64Array) -> bool:
-        """Tell whether all of these predictions are scored at a place."""
+        """Say whether all of these predictions are scored at a place."""
         if place.first > position[0] or place.last < position[-1]:
             return False
         return bool(np.isin(position, self.positions(place)).all())

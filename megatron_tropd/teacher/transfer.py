@@ -35,7 +35,7 @@ class ReplicaMap:
 
     @staticmethod
     def local(groups: Groups, *, round_robin: bool, first_rank: int = 0) -> ReplicaMap:
-        """This rank and the others of its world."""
+        """Map this rank and the others of its world."""
         return ReplicaMap(
             layout=groups.layout,
             num_replicas=groups.num_replicas,
@@ -46,7 +46,7 @@ class ReplicaMap:
 
     @staticmethod
     def remote(layout: Layout, *, ranks: int, round_robin: bool, first_rank: int = 0) -> ReplicaMap:
-        """The ``ranks`` of another part of the launch."""
+        """Map the ``ranks`` of another part of the launch."""
         replicas = layout.replicas(ranks)
         return ReplicaMap(
             layout=layout, num_replicas=replicas, round_robin=round_robin, groups=None, first_rank=first_rank
@@ -54,28 +54,28 @@ class ReplicaMap:
 
     @property
     def compute(self) -> bool:
-        """Whether this rank is one of them, on the last stage."""
+        """Say whether this rank is one of them, on the last stage."""
         return self.groups is not None and self.groups.is_last_stage
 
     def replica(self, packs: Sequence[Sequence[Pack]], key: Key) -> int:
-        """The replica that works on pack ``key``."""
+        """Return the replica that works on pack ``key``."""
         replica, number = key
         return (number * len(packs) + replica) % self.num_replicas if self.round_robin else replica
 
     def mine(self, packs: Sequence[Sequence[Pack]]) -> list[Key]:
-        """The packs this rank's replica works on; none where it is not one of them."""
+        """List the packs this rank's replica works on; none where it is not one of them."""
         if self.groups is None:
             return []
         return [key for key in _keys(packs) if self.replica(packs, key) == self.groups.replica]
 
     def rank(self, replica: int, *, tensor: int, context: int) -> int:
-        """Number of a rank on the last stage, as senders give it."""
+        """Return the number of a rank on the last stage, as senders give it."""
         at = {"replica": replica, "replicas": self.num_replicas, "stage": self.layout.pipeline - 1}
         return self.first_rank + self.layout.rank_at(**at, tensor=tensor, context=context)
 
 
 def _keys(packs: Sequence[Sequence[Pack]]) -> list[Key]:
-    """Every pack of the batch, by number and then by replica; all replicas have the same number of packs."""
+    """List every pack of the batch, by number and then by replica; all replicas have the same number of packs."""
     return [(replica, number) for number in range(len(packs[0])) for replica in range(len(packs))]
 
 
@@ -91,7 +91,7 @@ class _Parcel:
 
 
 def _parcels(packs: Sequence[Sequence[Pack]], source: ReplicaMap, target: ReplicaMap) -> Iterator[_Parcel]:
-    """Everything that is to be carried, in one order on every rank.
+    """Yield everything that is to be carried, in one order on every rank.
 
     Tensor ranks have the same rows and get them from one each, themselves where they can; context ranks have different
     ones.
@@ -127,7 +127,7 @@ def carry(
     blank: Callable[[int], Wire],
     post: PointToPoint,
 ) -> Callable[[], dict[Key, Wire]]:
-    """Starts on carrying what ``target`` needs. Collective over both.
+    """Start to carry what ``target`` needs. Collective over both.
 
     Args:
         held: what this rank has under the layout ``source``; every pack it works on, on last-stage ranks.
@@ -166,7 +166,7 @@ def _rows(wire: Wire, rows: Int64Array) -> Wire:
 
 
 def _joined(parts: Sequence[tuple[Int64Array, Wire]]) -> Wire:
-    """The rows of all parcels of a pack in the pack's order."""
+    """Join the rows of all parcels of a pack in the pack's order."""
     if len(parts) == 1:
         return parts[0][1]
     order = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in parts]), kind="stable"))

@@ -1,4 +1,4 @@
-"""What a teacher says of the rows of a pack as few tensors, for the way from its ranks to the student's."""
+"""The teacher's scores of the rows of a pack as few tensors, for the way from its ranks to the student's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_tropd.types import TeacherOutputs
 
 @dataclass(frozen=True, slots=True)
 class HiddenKind:
-    """What the hidden states of a teacher are made of."""
+    """Size and type of the hidden states of a teacher."""
 
     size: int
     dtype: torch.dtype
@@ -31,7 +31,7 @@ def to_wire(outputs: TeacherOutputs, request: TeacherRequest) -> Wire:
 
 
 def from_wire(wire: Wire, request: TeacherRequest) -> TeacherOutputs:
-    """Take apart what ``to_wire`` has joined."""
+    """Split what ``to_wire`` has joined."""
     values: dict[str, Tensor] = {}
     for tensor, fields in zip(wire, _tensors(request), strict=True):
         if fields[0].width == "hidden_size":

@@ -94,7 +94,7 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
 
     with stop.deferred():  # a student that is asked to stop may still need grades
         try:
-            if serve_score_requests(model, rank_split(config, launch.student_ranks), bridge, at_order=pass_on):
+            if serve_score_requests(model, rank_split(config, launch.student_ranks), bridge, on_request=pass_on):
                 raise Preempted("stopped with the student")
         except EngineError:
             stop.leave_if_heard()  # as the student's ranks did

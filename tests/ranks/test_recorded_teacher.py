@@ -166,7 +166,7 @@ def test_a_recording_that_answers_other_requests_is_refused(tmp_path: Path, reco
     asked = [request_of(rollout) for rollout in recorded]
     assert_same(sampler.generate(asked, PARAMS, seed=0, step=0), recorded)
 
-    with pytest.raises(DataError, match="holds 5 sequences, but 4 are asked for"):
+    with pytest.raises(DataError, match="holds 5 sequences, but 4 are requested"):
         sampler.generate(asked[:-1], PARAMS, seed=0, step=0)
 
     changes: list[dict[str, Any]] = [
@@ -302,7 +302,7 @@ def test_the_base_model_s_grades_are_recorded_beside_the_teacher_s(task: Task, t
 def test_a_replay_that_does_not_fit_is_one_error_naming_what_to_change(task: Task, source: Path, tmp_path: Path):
     cases = [
         (("seed=8",), "answers other prompts: sequence "),
-        (("rollout.samples_per_prompt=3",), "holds 9 sequences, but 12 are asked for"),
+        (("rollout.samples_per_prompt=3",), "holds 9 sequences, but 12 are requested"),
         (("method.prefix_schedule=linear",), "answers other prompts"),
         (("train.steps=6",), "step-00000005.npz was not recorded (the directory holds step-00000000 to step-00000004)"),
         ((f"teacher.recorded_from={source}/grades", "method.k=8"), "lacks the 8 likeliest tokens (it has 7), which"),

@@ -250,7 +250,7 @@ def _withdrawn() -> None:
     if launch.is_teachers:
         apart.MegatronTeacher = _Counting  # type: ignore[assignment,misc]
         model: Any = partial(bridge.ask_to_stop, 1)
-        assert apart.serve_score_requests(model, HALVES, bridge, at_order=lambda: None)
+        assert apart.serve_score_requests(model, HALVES, bridge, on_request=lambda: None)
         assert _Counting.graded == 1
         os._exit(0)
     teacher = lone_teacher(launch)

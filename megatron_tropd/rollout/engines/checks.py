@@ -1,4 +1,4 @@
-"""Whether the engine that samples can report the log-probs that training needs. Said before a model is built."""
+"""Check before a model is built that the engine that samples can report the log-probs that training needs."""
 
 from __future__ import annotations
 

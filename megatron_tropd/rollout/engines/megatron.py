@@ -1,7 +1,7 @@
 """The embedded sampler: a second copy of the model in the same processes, generating data-parallel.
 
 Decoding over tensor-parallel ranks pays a collective per layer and token (1-2 ms each over gloo), so each rank holds
-the whole model when it fits (``tensor=1``), and batches of sequences are dealt to ranks. Batches are cut by the
+the whole model when it fits (``tensor=1``), and batches of sequences are assigned to ranks. Batches are cut by the
 sequences' lengths alone, never by the number of ranks: every layout generates the same rollouts.
 """
 
@@ -23,7 +23,7 @@ from megatron_tropd.types import Architecture, Rollout, RolloutRequest, Sampling
 
 
 class MegatronSampler:
-    """Implements ``rollout.sampler.Sampler``. Its layout must have one pipeline stage and no sequence parallelism."""
+    """Implement ``rollout.protocol.Sampler``. Its layout must have one pipeline stage and no sequence parallelism."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class MegatronSampler:
         batch_size: int,
         vocab_size: int | None = None,
     ) -> None:
-        """``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""
+        """Take ``vocab_size``: ids that may be drawn (default: all). ``batch_size``: sequences decoded together."""
         self.model: Model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False).freeze()
         self.batch_size = batch_size
         self._vocab_size = vocab_size or architecture.vocab_size
@@ -46,7 +46,7 @@ class MegatronSampler:
         self.version = version
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Release nothing: there is nothing to release."""
 
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
@@ -83,6 +83,6 @@ class MegatronSampler:
 
 
 def _cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Batches of sequences of similar context length, so that little of a batch is padding."""
+    """Cut batches of sequences of similar context length, so that little of a batch is padding."""
     order = sorted(indices, key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

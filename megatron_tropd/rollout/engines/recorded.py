@@ -30,7 +30,7 @@ def _file(directory: Path, step: int) -> Path:
 
 
 def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
-    """Writes one step's rollouts; the file appears whole or not at all."""
+    """Write one step's rollouts; the file appears whole or not at all."""
     path = _file(Path(directory), step)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[getattr(rollout, name) for name in _COLUMNS] for rollout in rollouts]
@@ -55,7 +55,7 @@ def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
-    """One step's rollouts as they were recorded.
+    """Read one step's rollouts as they were recorded.
 
     Raises:
         DataError: nothing was recorded for the step, or the file is torn, or of a format that is not known here.
@@ -77,7 +77,7 @@ def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
 
 
 def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:
-    """DataError when one of the steps was not recorded."""
+    """Raise DataError when one of the steps was not recorded."""
     for step in steps:
         path = _file(Path(directory), step)
         if not path.exists():
@@ -120,7 +120,7 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> list[Rollout]:
 
 
 def _three_stretches(rows: list[dict[str, int]], lengths: np.ndarray) -> list[np.ndarray]:
-    """Regions of sequences of format 1, whose rows lose the lengths they follow from."""
+    """Return the regions of sequences of format 1, whose rows lose the lengths they follow from."""
     regions = []
     for row, length in zip(rows, lengths.tolist(), strict=True):
         prompt, prefix = row.pop("prompt_length"), row.pop("prefix_length")
@@ -139,7 +139,7 @@ def _parts(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 class RecordedSampler:
-    """Implements ``rollout.sampler.Sampler`` by replaying a recording; weights are ignored."""
+    """Implement ``rollout.protocol.Sampler`` by replaying a recording; weights are ignored."""
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
@@ -150,12 +150,12 @@ class RecordedSampler:
             pass
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Release nothing: there is nothing to release."""
 
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> list[Rollout]:
-        """The recorded rollouts of ``step``.
+        """Return the recorded rollouts of ``step``.
 
         Raises:
             DataError: they answer other requests than these (other prompts, order, prefixes or number of samples), or
@@ -166,7 +166,7 @@ class RecordedSampler:
         if len(rollouts) != len(requests):
             raise DataError(
                 f"the recording of step {step} in {self._directory.absolute()} holds {len(rollouts)} sequences, but "
-                f"{len(requests)} are asked for. Replay with the prompts_per_step, samples_per_prompt and "
+                f"{len(requests)} are requested. Replay with the prompts_per_step, samples_per_prompt and "
                 "guided_per_prompt of the recording."
             )
         for request, rollout in zip(requests, rollouts, strict=True):
@@ -188,7 +188,7 @@ class RecordedSampler:
 
 
 def _answers(rollout: Rollout, request: RolloutRequest) -> bool:
-    """Whether the recorded sequence starts with exactly what is asked to be continued."""
+    """Say whether the recorded sequence starts with exactly what is to be continued."""
     context = np.concatenate([request.prompt_ids, request.prefix_ids])
     regions = single_turn(prompt=len(request.prompt_ids), prefix=len(request.prefix_ids))
     given = np.isin(rollout.region_L, (Region.PROMPT, Region.PREFIX))

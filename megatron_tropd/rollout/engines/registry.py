@@ -95,7 +95,7 @@ def _build_vllm(context: SamplerContext) -> VLLMSampler:
 
 
 def _build_servers(context: SamplerContext) -> ServerSampler:
-    """Build a sampler that asks servers, which the first rank talks to."""
+    """Build a sampler over servers, which the first rank talks to."""
     servers = context.section.vllm_server
     needs: dict[str, Any] = {
         "dtype": str(context.dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ from megatron_tropd.vllm_bridge.requests import Task, Written, derived_seed, is_
 
 
 class VLLMSampler:
-    """Implements ``rollout.sampler.Sampler``.
+    """Implement ``rollout.protocol.Sampler``.
 
     A sequence's random numbers depend on its seed alone; what is drawn with them may differ where the engine's
     rounding, which depends on what else is in the batch, tips a draw that was close.
@@ -38,7 +38,7 @@ class VLLMSampler:
         vocab_size: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """``model``: only its ``config.json`` is read. ``max_tokens``: the longest sequence there will be.
+        """Take ``model``: only its ``config.json`` is read. ``max_tokens``: the longest sequence there will be.
 
         ``vocab_size``: ids that may be drawn (default: all). ``options``: more arguments of ``vllm.LLM``.
         """
@@ -68,7 +68,7 @@ class VLLMSampler:
             )
             for number, (request, context) in enumerate(zip(requests, contexts, strict=True))
         ]
-        mine = self._dealt(tasks, requests)
+        mine = self._assigned(tasks, requests)
         done = dict(zip([task.number for task in mine], self._continue(mine, params), strict=True))
         everything = exchange(done, self._groups.pg.dp)
         self._engine.sleep()
@@ -78,15 +78,15 @@ class VLLMSampler:
         ]
 
     def probe(self, token_ids: Int64Array) -> dict[str, Float32Array]:
-        """``[L - 1]`` log-prob of every token after the first, by this rank's engine."""
+        """Return the ``[L - 1]`` log-prob of every token after the first, by this rank's engine."""
         return {f"replica {self._groups.replica}": self._engine.grade([token_ids])[0].logprob}
 
     def close(self) -> None:
-        """Ends this rank's engine."""
+        """End this rank's engine."""
         self._engine.close()
 
-    def _dealt(self, tasks: Sequence[Task], requests: Sequence[RolloutRequest]) -> list[Task]:
-        """This replica's tasks. Those of one prompt stay together: its cache serves them all."""
+    def _assigned(self, tasks: Sequence[Task], requests: Sequence[RolloutRequest]) -> list[Task]:
+        """List this replica's tasks. Those of one prompt stay together: its cache serves them all."""
         together: dict[int, list[Task]] = {}
         for task, request in zip(tasks, requests, strict=True):
             if request.max_new_tokens > 0:
@@ -117,6 +117,6 @@ class VLLMSampler:
 
 
 def continuation_of(written: Written, model_logprob: Float32Array, params: SamplingParams) -> Continuation:
-    """A continuation with both log-probs; a greedy draw is certain under the distribution it was drawn from."""
+    """Build a continuation with both log-probs; a greedy draw is certain under the distribution it was drawn from."""
     sampling = np.zeros_like(written.logprob_n) if params.temperature == 0 else written.logprob_n
     return Continuation(written.token_ids, sampling, model_logprob.astype(np.float32), written.finished)

@@ -1,4 +1,4 @@
-"""Sampling with vLLM servers: the first rank asks, every rank gets the answers."""
+"""Sampling with vLLM servers: the first rank sends the requests, every rank gets the answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Answer:
 
 
 class ServerSampler:
-    """Implements ``rollout.sampler.Sampler``. The same remark on random numbers as for ``rollout.vllm`` holds."""
+    """Implement ``rollout.protocol.Sampler``. Random numbers are as in ``rollout.engines.vllm``."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ServerSampler:
         timeout_s: float,
         vocab_size: int | None = None,
     ) -> None:
-        """``pool``: on the first rank, None elsewhere. ``max_tokens``: the longest sequence there will be.
+        """Take ``pool``: on the first rank, None elsewhere. ``max_tokens``: the longest sequence there will be.
 
         ``timeout_s``: for one answer. ``vocab_size``: ids that may be drawn (default: all).
         """
@@ -70,8 +70,8 @@ class ServerSampler:
     ) -> list[Rollout]:
         return self.begin(requests, params, seed=seed, step=step).collect()
 
-    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Pending:
-        """Sends the requests off; see ``rollout.sampler.AsyncSampler``."""
+    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Handle:
+        """Send the requests off; see ``rollout.protocol.AsyncSampler``."""
         contexts = contexts_of(requests, self._max_tokens)
         tasks = [
             Task(
@@ -84,17 +84,17 @@ class ServerSampler:
             if request.max_new_tokens > 0
         ]
         batch = None if self._pool is None else self._pool.submit([self._job(task, params) for task in tasks])
-        return _Pending(self, requests, contexts, params, [task.number for task in tasks], batch)
+        return _Handle(self, requests, contexts, params, [task.number for task in tasks], batch)
 
     def probe(self, token_ids: Int64Array) -> dict[str, Float32Array]:
-        """``[L - 1]`` log-prob of every token after the first, by every server; on the first rank."""
+        """Return the ``[L - 1]`` log-prob of every token after the first, by every server; on the first rank."""
         if self._pool is None:
             return {}
         grade = partial(Server.grade, token_ids=token_ids, timeout_s=self._timeout_s)
         return {url: graded.logprob for url, graded in self._pool.on_every(grade).items()}
 
     def close(self) -> None:
-        """Leaves the servers, which go on."""
+        """Leave the servers, which continue."""
         self._publisher.close()
         if self._pool is not None:
             self._pool.close()
@@ -123,7 +123,7 @@ class ServerSampler:
         return graded.logprob[-len(written.token_ids) :]
 
     def collected(self, batch: JobBatch | None) -> list[_Answer]:
-        """The answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile.
+        """Return the answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile.
 
         Raises:
             ServingError: on every rank, when there will be no answers.
@@ -152,14 +152,14 @@ class ServerSampler:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
-    """Implements ``rollout.sampler.Pending``."""
+class _Handle:
+    """Implement ``rollout.protocol.GenerationHandle``."""
 
     sampler: ServerSampler
     requests: Sequence[RolloutRequest]
     contexts: Sequence[Int64Array]
     params: SamplingParams
-    asked: Sequence[int]  # positions of the requests that servers have something to write for
+    posed: Sequence[int]  # positions of the requests that servers have something to write for
     batch: JobBatch | None  # on the first rank
 
     @property
@@ -167,7 +167,7 @@ class _Pending:
         return None if self.batch is None else self.batch.ended_at
 
     def collect(self) -> list[Rollout]:
-        answers = dict(zip(self.asked, self.sampler.collected(self.batch), strict=True))
+        answers = dict(zip(self.posed, self.sampler.collected(self.batch), strict=True))
         return [
             to_rollout(
                 request,
@@ -186,7 +186,7 @@ def _if_mixed(version_n: Int64Array) -> Int64Array | None:
 
 
 def _everywhere(answers: Sequence[_Answer]) -> list[_Answer]:
-    """The first rank's answers on every rank."""
+    """Broadcast the first rank's answers: they are then on every rank."""
     parts = [a.continuation for a in answers]
     lengths = np.array([[len(c.token_ids), c.finished] for c in parts], dtype=np.int64).reshape(-1)
     ids, versions = _joined([c.token_ids for c in parts], np.int64), _joined([a.version_n for a in answers], np.int64)

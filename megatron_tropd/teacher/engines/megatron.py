@@ -37,7 +37,7 @@ class MegatronTeacher(ShardedTeacher):
         first_rank: int = 0,
         post: PointToPoint | None = None,
     ) -> None:
-        """``model`` is not changed, nor its gradients.
+        """Take a ``model``, which is not changed, nor its gradients.
 
         ``student``: the layout outputs are delivered to; where that is of another part of the launch, ``post`` carries
         them, and ``first_rank`` is the launch's number for the first rank of the model. ``vocab_size``: ids all models
@@ -111,7 +111,7 @@ class MegatronTeacher(ShardedTeacher):
 def _outputs(
     request: TeacherRequest, picked_NJ: Tensor, entropy_N: Tensor, logtail_N: Tensor | None, hidden_NE: Tensor
 ) -> TeacherOutputs:
-    """``picked_NJ``: log-probs of the target, then of the query ids, then of the ends of responses."""
+    """Build outputs from ``picked_NJ``: log-probs of the target, of the query ids, then of the ends of responses."""
     ends = picked_NJ.shape[1] - len(request.end_ids)
     return TeacherOutputs(
         logprob_N=picked_NJ[:, 0],

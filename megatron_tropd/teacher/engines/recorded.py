@@ -66,7 +66,7 @@ class RecordingTeacher:
         facts: Mapping[str, Any],
         values: Values = "fp16",
     ) -> None:
-        """``facts``: JSON-able; what the scores depend on besides the sequences, ``vocab_size`` among them.
+        """Take ``facts``: JSON-able; what the scores depend on besides the sequences, ``vocab_size`` among them.
 
         ``values``: how log-probs and entropies are stored.
 
@@ -115,7 +115,7 @@ class RecordingTeacher:
 
 
 def _by_sequence(pack: Pack, outputs: TeacherOutputs) -> Iterator[SequenceScores]:
-    """Take the outputs of a pack apart by its sequences."""
+    """Split the outputs of a pack by its sequences."""
     values = {field.name: value.cpu() for field, value in present(outputs) if value.dim() == 1 or value.shape[1]}
     pack_hash = _hash_of(pack)
     for piece in _pieces(pack):
@@ -164,7 +164,7 @@ class RecordedTeacher:
     def __init__(
         self, directory: str | Path, student: Groups, device: torch.device, *, facts: Mapping[str, Any]
     ) -> None:
-        """Raises DataError unless the scores were recorded under these ``facts``."""
+        """Raise DataError unless the scores were recorded under these ``facts``."""
         self._directory = Path(directory)
         self._student = student
         self._device = device

@@ -42,7 +42,7 @@ class TeacherContext:
     vocab_size: int  # ids that all models know
     temperature: float
     max_tokens: int  # of the longest sequence that is scored
-    top_k: int  # the most alternatives of a token that are asked for
+    top_k: int  # the most alternatives of a token that are requested
     groups: Groups | None  # the teacher's layout over the student's ranks; None where it has ranks of its own
     model: Model | None = None  # of an engine that ``loads_model``
     link: CrossWorldLink | None = None  # to the teacher's own ranks, and how the launch is divided
@@ -102,7 +102,7 @@ def _build_vllm(context: TeacherContext) -> VLLMTeacher:
 
 
 def _build_servers(context: TeacherContext) -> VLLMTeacher:
-    """Build a teacher of servers that every rank asks for the packs assigned to it."""
+    """Build a teacher of servers to which every rank sends the packs assigned to it."""
     section = context.section
     needs: dict[str, Any] = {
         "dtype": str(context.dtype).removeprefix("torch."),

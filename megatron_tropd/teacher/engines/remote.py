@@ -1,7 +1,7 @@
 """A Megatron teacher on ranks of its own, which scores one batch while the student learns from another.
 
-The student's first rank sends the teacher's what to score: packs and what is requested of them, as one order; outputs
-come back from rank to rank (``teacher.transfer``). Orders are answered one after another; all of them have been sent
+The student's first rank sends the teacher's what to score: packs and what is requested of them, as one request; outputs
+come back from rank to rank (``teacher.transfer``). Requests are answered one after another; all of them have been sent
 before the first outputs of a later one are waited for, so nobody waits for somebody who waits for them.
 """
 
@@ -31,13 +31,13 @@ from megatron_tropd.teacher.wire import HiddenKind
 from megatron_tropd.types import Pack, TeacherOutputs
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
-_OVER, _WITHDRAWN = 0, -1  # in place of an order's length: there will be no more
+_OVER, _WITHDRAWN = 0, -1  # in place of a request's length: there will be no more
 _FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "sequence_ids": "sequences"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSplit:
-    """How a launch is divided between student and teacher."""
+    """The division of a launch between student and teacher."""
 
     student: Layout
     student_ranks: int
@@ -59,7 +59,7 @@ class RemoteTeacher(ShardedTeacher):
         temperature: float,
         hidden: HiddenKind,
     ) -> None:
-        """``vocab_size``: ids all models know; ``hidden``: the teacher's hidden states."""
+        """Take ``vocab_size``: ids all models know; ``hidden``: the teacher's hidden states."""
         teacher = ReplicaMap.remote(
             rank_split.teacher, ranks=rank_split.teacher_ranks, round_robin=True, first_rank=rank_split.student_ranks
         )
@@ -116,14 +116,14 @@ def _nothing() -> None:
 
 
 def serve_score_requests(
-    model: Model, rank_split: RankSplit, bridge: CrossWorldLink, *, at_order: Callable[[], None]
+    model: Model, rank_split: RankSplit, bridge: CrossWorldLink, *, on_request: Callable[[], None]
 ) -> bool:
-    """Score what the student orders until it orders no more, on the teacher's ranks. Collective over them.
+    """Score what the student requests until it requests no more, on the teacher's ranks. Collective over them.
 
-    ``at_order`` is called when an order has come, before it is scored.
+    ``on_request`` is called when a request has come, before it is scored.
 
     Returns:
-        Whether the student was asked to stop before it was done.
+        True where the student stops before it was done.
 
     Raises:
         EngineError: the student's ranks are lost.
@@ -137,14 +137,14 @@ def serve_score_requests(
         body = _receive_request(bridge, int(length))
         if body is None:
             return True
-        at_order()
+        on_request()
         packs, request, facts = decode_request(body)
         teacher = MegatronTeacher(model, student, first_rank=rank_split.student_ranks, post=bridge, **facts)
         teacher.score(packs, request)
 
 
 def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
-    """Receive an order of so many bytes on all of the teacher's ranks; None when the student wants no more scores."""
+    """Receive a request of so many bytes on all of the teacher's ranks; None when the student wants no more scores."""
     body = torch.empty(length + 1, dtype=torch.uint8)
     if dist.get_rank() == 0:
         bridge.wait_for(body[:length], 0)
@@ -153,7 +153,7 @@ def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
     return None if body[length] else body[:length].numpy().tobytes()
 
 
-# --------------------------------------------------------------------------- orders as bytes
+# --------------------------------------------------------------------------- requests as bytes
 
 
 def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, facts: Mapping[str, Any]) -> bytes:
@@ -161,7 +161,7 @@ def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, fac
     flat = [pack for replica in packs for pack in replica]
     text = json.dumps({"replicas": len(packs), "request": asdict(request), "facts": dict(facts)})
     arrays: dict[str, np.ndarray] = {
-        "order": np.frombuffer(text.encode(), np.uint8),
+        "header": np.frombuffer(text.encode(), np.uint8),
         "tokens": np.array([len(pack.token_T) for pack in flat], np.int64),
         "bounds": np.array([len(pack.cu_seqlens) for pack in flat], np.int64),
         "sequences": np.array([len(pack.sequence_ids) for pack in flat], np.int64),
@@ -173,13 +173,13 @@ def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, fac
 def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[str, Any]]:
     """Decode what ``encode_request`` was given."""
     arrays = load(body)
-    order = json.loads(arrays["order"].tobytes())
+    header = json.loads(arrays["header"].tobytes())
     columns = {name: np.split(arrays[name], np.cumsum(arrays[of])[:-1]) for name, of in _FIELDS.items()}
     flat = []
     for number, valid in enumerate(arrays["num_valid"].tolist()):
         fields: dict[str, Any] = {name: column[number] for name, column in columns.items()}
         flat.append(Pack(num_valid=valid, **fields))
-    each = len(flat) // order["replicas"]
+    each = len(flat) // header["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
-    request = order["request"]
-    return packs, TeacherRequest(**request | {"end_ids": tuple(request["end_ids"])}), order["facts"]
+    request = header["request"]
+    return packs, TeacherRequest(**request | {"end_ids": tuple(request["end_ids"])}), header["facts"]

@@ -63,10 +63,10 @@ class LocalScorer:
 
 
 class ServerScorer:
-    """Score with servers that this rank asks by itself."""
+    """Score with servers to which this rank sends requests by itself."""
 
     def __init__(self, pool: Pool, *, timeout_s: float) -> None:
-        """``timeout_s``: for one answer."""
+        """Take ``timeout_s``: for one answer."""
         self._pool = pool
         self._timeout_s = timeout_s
 
@@ -106,7 +106,7 @@ class VLLMTeacher(ShardedTeacher):
         temperature: float = 1.0,
         whole: bool = False,
     ) -> None:
-        """``own``: which ranks make up a replica of the teacher; ``student``: the layout outputs are delivered to.
+        """Take ``own``: the ranks of a replica of the teacher; ``student``: the layout outputs are delivered to.
 
         ``vocab_size``: ids that the softmax runs over; without ``whole`` all of the teacher's, at temperature 1.
         """
