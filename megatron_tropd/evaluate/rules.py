@@ -53,7 +53,17 @@ def grade(kind: str, response: str, answer: str, *, extract: str | None = None) 
 def graded_part(response: str, extract: str | None = None) -> str | None:
     """Return what of a response is graded: what follows its thinking, cut down by ``extract``; None without any."""
     answer = final_part(response)
-    return None if answer is None else extracted(answer, extract)
+    if answer is None:
+        return None
+    cut = extracted(answer, extract)
+    if cut or extract is None or not response.endswith(answer):
+        return cut
+    # a pattern may name the mark that ends the thinking, as in `</think>(.*)`: what it finds must still stand behind
+    begin, found = len(response) - len(answer), ""
+    for match in re.finditer(extract, response):
+        part = next((i for i, group in enumerate(match.groups(), start=1) if group is not None), 0)
+        found = match.group(part) if match.group() and match.start(part) >= begin else found
+    return found
 
 
 def extracted(response: str, pattern: str | None) -> str:
