@@ -38,7 +38,7 @@ _UNREAD = "\0"  # responses and answers that the file may have are copied, not r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a model is asked, whoever it is."""
+    """Settings by which a model is asked, whoever it is."""
 
     params: SamplingParams  # without stop tokens: those are the tokenizer's
     samples: int = 1
@@ -262,7 +262,7 @@ def _written(
 
 
 def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[str, Any]:
-    """What shapes the rows of a file."""
+    """Name what shapes the rows of a file."""
     return {
         "model": str(job.model),
         "weights": weights_fingerprint(job.model),

@@ -22,7 +22,7 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # <think>, <|im_start|>, [INST]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template writes around a single user message: ``head``, the message, ``closing``.
+    """Name what a template writes around a single user message: ``head``, the message, ``closing``.
 
     ``closing`` ends in the generation prompt. Both are empty where the template refuses such a conversation.
     """
@@ -74,7 +74,7 @@ class ChatTemplate:
 
     @cached_property
     def frame(self) -> Frame:
-        """What stands around a user message."""
+        """Name what stands around a user message."""
         try:
             text = self.render([{"role": "user", "content": _PROBE}])
         except TokenizerError:
@@ -84,7 +84,7 @@ class ChatTemplate:
 
     @cached_property
     def turn_tail(self) -> str:
-        """What the template writes behind an assistant's message that is the last one; empty where it refuses one."""
+        """Return what the template writes behind a last message of the assistant; empty where it refuses one."""
         turns = [{"role": "user", "content": _PROBE.upper()}, {"role": "assistant", "content": _PROBE}]
         try:
             return _around(self.render(turns, generate=False))[2]

@@ -95,7 +95,7 @@ class ResponseReader:
         return text[:place], i if i in self._tokenizer.eos_ids else None
 
     def _written(self, prompt: Rendered, message: Message, given: str, text: str, spoken: Sequence[str]) -> str | None:
-        """What the template writes behind the prompt; None where the text is to be taken as it stands.
+        """Return what the template writes behind the prompt, None where the text is to be taken as it stands.
 
         ``given`` is the text before ``_without_repeat``: templates that open thoughts in the generation prompt alone
         write such a response from the whole of it.
@@ -125,7 +125,7 @@ class ResponseReader:
         return None
 
     def _tail(self, prompt: Rendered, message: Message, spoken: Sequence[str]) -> str | None:
-        """What the template adds to the prompt for a message; None where it changes what the prompt ends in."""
+        """Name what the template adds to the prompt for a message; None where it changes what the prompt ends in."""
         chat = self._tokenizer.chat
         assert chat is not None
         try:

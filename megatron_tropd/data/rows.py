@@ -141,7 +141,7 @@ class RowParser:
                 self._notes.add(sentence)
 
     def _why_unread(self, name: str) -> str:
-        """What is to be said of a column that nothing reads; empty where that is as it should be."""
+        """Name what is to be said of a column that nothing reads; empty where that is as it should be."""
         said, singular = f"have a column {name!r}, which nothing reads", name.casefold().rstrip("s")
         if name in _FOREIGN:
             return f"{said}; {_FOREIGN[name]}"
@@ -151,7 +151,7 @@ class RowParser:
     # ----------------------------------------------------------------------- the prompt
 
     def _conversation(self, row: dict[str, Any]) -> tuple[str | list[Message], Message | None]:
-        """What the model is to continue, and how the row itself continues it."""
+        """Name what the model is to continue, and how the row itself continues it."""
         given, spoken = self._given(row), None
         if isinstance(given, list) and given[-1]["role"] == "assistant":
             spoken = given.pop()
@@ -304,7 +304,7 @@ class RowParser:
 
 
 class _PromptRepeats:
-    """What a prompt already holds of what is written around it."""
+    """Name what a prompt already holds of what is written around it."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, notes: Notes) -> None:
         self._system, self._notes = system, notes

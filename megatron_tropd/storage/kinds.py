@@ -79,7 +79,7 @@ def _looks_like_csv(head: bytes) -> bool:
 
 
 def adapter_base(directory: Path) -> str | None:
-    """What to do with a directory that holds a LoRA adapter alone; None where it is not one. Completes "PATH is "."""
+    """Say what a directory with a LoRA adapter alone is, and what to do; None where it is not one."""
     if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
         return None
     merge = f"M.from_pretrained('{directory}').merge_and_unload().save_pretrained('merged')"
