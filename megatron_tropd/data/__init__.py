@@ -1,1 +1,1 @@
-"""What the models read: prompts, tokenizers, synthetic tasks, and the packing of sequences into streams."""
+"""The models' reading: prompts, tokenizers, synthetic tasks, and the packing of sequences into streams."""

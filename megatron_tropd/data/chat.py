@@ -22,7 +22,7 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # <think>, <|im_start|>, [INST]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Name what a template writes around a single user message: ``head``, the message, ``closing``.
+    """The text that a template writes around a single user message: ``head``, the message, ``closing``.
 
     ``closing`` ends in the generation prompt. Both are empty where the template refuses such a conversation.
     """
@@ -74,7 +74,7 @@ class ChatTemplate:
 
     @cached_property
     def frame(self) -> Frame:
-        """Name what stands around a user message."""
+        """Return what stands around a user message."""
         try:
             text = self.render([{"role": "user", "content": _PROBE}])
         except TokenizerError:
@@ -84,7 +84,7 @@ class ChatTemplate:
 
     @cached_property
     def turn_tail(self) -> str:
-        """Return what the template writes behind a last message of the assistant; empty where it refuses one."""
+        """Return what the template writes behind a last message of an assistant; empty where it refuses one."""
         turns = [{"role": "user", "content": _PROBE.upper()}, {"role": "assistant", "content": _PROBE}]
         try:
             return _around(self.render(turns, generate=False))[2]
@@ -98,13 +98,13 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template itself; of a tokenizer with several, all of them."""
+        """Return the template itself; of a tokenizer with several, all of them."""
         given = self._tokenizer.chat_template
         return "\n".join(map(str, given.values() if isinstance(given, Mapping) else [given]))
 
     @property
     def unread_options(self) -> tuple[str, ...]:
-        """Options that no line of the template mentions."""
+        """List the options that no line of the template mentions."""
         text = self.source
         # read by transformers itself, not by the template
         own = {"documents", "continue_final_message", "chat_template"}
@@ -114,17 +114,17 @@ class ChatTemplate:
 
 
 def _around(text: str) -> tuple[str, bool, str]:
-    """The text before the last probe, whether there is one, and the text behind it."""
+    """Return the text before the last probe, whether there is one, and the text behind it."""
     at = text.lower().rfind(_PROBE)
     return (text[:at], True, text[at + len(_PROBE) :]) if at >= 0 else (text, False, "")
 
 
 def first_tag(text: str) -> str | None:
-    """The mark (``<think>``, ``[INST]``) that a text begins with, white space aside."""
+    """Return the mark (``<think>``, ``[INST]``) that a text begins with, white space aside."""
     found = _TAG.match(text.lstrip())
     return found.group() if found else None
 
 
 def tag_places(text: str) -> list[int]:
-    """Where marks begin in a text."""
+    """List the places where marks begin in a text."""
     return [found.start() for found in _TAG.finditer(text)]

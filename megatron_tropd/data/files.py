@@ -2,7 +2,7 @@
 
 Nothing here reaches the network, and no file is held whole as Python objects but a JSON array: JSON lines (plain, or
 compressed with gzip) are read line by line, Parquet and Arrow in batches of a few hundred rows of the columns that are
-asked for.
+requested.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval)\b|(train|test|
 
 
 class BadRow(Exception):
-    """Why one row cannot be used; whoever reads adds file and line."""
+    """The reason why one row cannot be used; whoever reads adds file and line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class RawRow:
 
 
 def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The data files that paths, globs and directories stand for: those of one path or directory in sorted order.
+    """List the data files that paths, globs and directories stand for: those of one path or directory in sorted order.
 
     Raises:
         DataError: nothing is there, a directory has no data or several splits, or a file is named twice.
@@ -72,7 +72,7 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _directory(path: Path) -> list[Path]:
-    """The files of a directory; for one saved by ``datasets``, those it lists, in its order."""
+    """List the files of a directory; for one saved by ``datasets``, those it lists, in its order."""
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(str(path / split) for split in _read_json(path / "dataset_dict.json").get("splits", []))
         raise DataError(f"{path} holds several splits. Give the directory of one of them: {splits}.")
@@ -113,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(file: Path, *, columns: Collection[str] | None, one_of: Collection[str] = ()) -> Iterator[RawRow]:
-    """Rows of one file.
+    """Read the rows of one file.
 
     Args:
         columns: all that will be looked at, others are not read from tables (``a.b`` is the field ``b`` of ``a``);
@@ -141,14 +141,14 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _array_in(stream: IO[bytes]) -> list[Any] | None:
-    """The rows of a file that is one JSON array, which has to be read whole; None where it is none."""
+    """Read the rows of a file that is one JSON array, which has to be read whole; None where it is none."""
     start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     stream.seek(0)
     if not start.startswith(b"["):
         return None
     try:
         rows = json.loads(stream.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # lines that are arrays each, which are told one by one
+    except (ValueError, RecursionError):  # lines that are arrays each, which are reported one by one
         rows = None
     stream.seek(0)
     return rows if isinstance(rows, list) and any(isinstance(row, dict) for row in rows) else None
@@ -178,7 +178,7 @@ def _no_object(row: Any) -> BadRow:
 
 
 def _constant(name: str) -> float | None:
-    """NaN is what libraries write for a missing value."""
+    """Read NaN as none: it is what libraries write for a missing value."""
     return None if name == "NaN" else float(name)
 
 
@@ -226,9 +226,9 @@ def _batches(file: Path, *, columns: Collection[str] | None, one_of: Collection[
 
 def _wanted(file: Path, names: Sequence[str], *, columns: Collection[str] | None, one_of: Collection[str]) -> list[str]:
     if one_of and not any(_top(column, names) for column in one_of):
-        asked = " or ".join(repr(column) for column in one_of)
+        wanted = " or ".join(repr(column) for column in one_of)
         raise DataError(
-            f"{file} has no column {asked}, only {sorted(names)}. Name the right ones with the columns settings."
+            f"{file} has no column {wanted}, only {sorted(names)}. Name the right ones with the columns settings."
         )
     if columns is None:
         return list(names)
@@ -237,12 +237,12 @@ def _wanted(file: Path, names: Sequence[str], *, columns: Collection[str] | None
 
 
 def _top(column: str, names: Sequence[str]) -> str | None:
-    """The column of a table that holds ``column``, which may be a field of one."""
+    """Name the column of a table that holds ``column``, which may be a field of one."""
     return next((name for name in (column, column.split(".")[0]) if name in names), None)
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table has every field in every row; what a row does not have is null (or NaN), and absent from a JSON row."""
+    """Take out null and NaN: a table has every field in every row, a JSON row those that it has a value for."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if not is_missing(item)}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -253,7 +253,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def column_of(row: dict[str, Any], name: str) -> Any:
-    """The column ``name``, or for ``a.b`` the field ``b`` of the column ``a``; None where there is none."""
+    """Return the column ``name``, or for ``a.b`` the field ``b`` of the column ``a``; None where there is none."""
     if name in row or "." not in name:
         return row.get(name)
     value: Any = row

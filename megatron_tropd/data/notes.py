@@ -1,4 +1,4 @@
-"""Name what a reading changed or left out without refusing it: counted, and said once with the first place."""
+"""Notes of what a reading changed or left out without refusing it: counted, and said once with the first place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Notes:
         self._first.setdefault(sentence, self.place)
 
     def counts(self) -> dict[str, int]:
-        """Count the rows that each sentence is true of."""
+        """Return how many rows each sentence is true of."""
         return dict(self._count)
 
     def tell(self, what: str) -> None:

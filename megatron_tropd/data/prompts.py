@@ -26,7 +26,7 @@ _COLUMNS = Columns()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Which rows to leave out. Rows that are too long are left out and counted, never cut."""
+    """The limits beyond which rows are left out. Rows that are too long are left out and counted, never cut."""
 
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None  # of the response column, end token included
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """What a reading gave: prompts in file order, and what was left out."""
+    """The result of a reading: prompts in file order, and what was left out."""
 
     prompts: PromptTable
     too_long: tuple[int, ...] = ()  # row numbers beyond a limit
@@ -53,7 +53,7 @@ def read_prompts(
     require_response: bool = False,
     on_bad_row: OnBadRow = "error",
 ) -> PromptSet:
-    """``read_sources`` for a single unnamed source."""
+    """Read, as ``read_sources`` does, a single unnamed source."""
     given = (paths,) if isinstance(paths, str | Path) else paths
     source = Source(paths=tuple(Path(path) for path in given), columns=columns)
     limits = Limits(max_prompt_tokens=max_prompt_tokens, require_response=require_response)
@@ -63,7 +63,7 @@ def read_prompts(
 def read_sources(
     sources: Sequence[Source], tokenizer: Tokenizer, *, limits: Limits = Limits(), on_bad_row: OnBadRow = "error"
 ) -> PromptSet:
-    """Reads, checks and tokenizes every row of every source.
+    """Read, check and tokenize every row of every source.
 
     ``Prompt.index`` is the row's number from 0 (the line of a text file, blank ones included), counted through all
     files of all sources, so it does not change when rows are filtered. ``Prompt.response_ids`` are what the chat
@@ -185,7 +185,7 @@ def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str],
         raise DataError(
             f"{what}: of {kept + dropped} rows {dropped} are left out, {summary}\nThat is more than "
             f"data.max_left_out={limits.max_left_out:g} of them. Check the column names and length limits, or set "
-            "data.max_left_out=1 to go on with the rest."
+            "data.max_left_out=1 to continue with the rest."
         )
     if too_long or bad:
         logger.warning("%s: kept %d prompts, left out %s", what, kept, summary)

@@ -17,7 +17,7 @@ class Stream(IntEnum):
 
 
 def uniforms(*, seed: int, step: int, sequence_id: int, stream: Stream, count: int) -> Float32Array:
-    """``[count]`` numbers in [0, 1), a pure function of the arguments (Philox keyed by seed, step and sequence).
+    """Draw ``[count]`` numbers in [0, 1), a pure function of the arguments (Philox keyed by seed, step and sequence).
 
     Element ``i`` does not depend on ``count``, so a longer budget keeps the draws of a shorter one.
     """

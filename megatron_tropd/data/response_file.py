@@ -42,8 +42,8 @@ class ResponseFile:
         if other:
             changes = "; ".join(f"{key} was {begun.get(key)!r}, is {self._description[key]!r}" for key in other[:4])
             raise ConfigError(
-                f"{self._partial.absolute()} was begun with other settings ({changes}). Go on with those, give another "
-                "file, or move it and its .json away."
+                f"{self._partial.absolute()} was begun with other settings ({changes}). Continue with those, give "
+                "another file, or move it and its .json away."
             )
 
     def resume(self, block: int) -> int:

@@ -44,7 +44,7 @@ class Rendered:
 
 
 class ResponseReader:
-    """Turns responses into ids. Its methods raise BadRow and TokenizerError."""
+    """Turn responses into ids. Its methods raise BadRow and TokenizerError."""
 
     def __init__(self, tokenizer: Tokenizer, notes: Notes) -> None:
         self._tokenizer, self._notes = tokenizer, notes
@@ -53,7 +53,7 @@ class ResponseReader:
         self._begin = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
 
     def ids(self, prompt: Rendered, message: Message, *, finished: bool = True) -> Int64Array:
-        """``[L]`` ids of an assistant's message behind a prompt, its end token included where it is finished."""
+        """Return the ``[L]`` ids of an assistant's message behind a prompt, with its end token where it is finished."""
         spoken = [name for name in SPOKEN_FIELDS if message.get(name)]
         given, end = self._up_to_end(message.get("content") or "")
         text = self._without_repeat(prompt, given)
@@ -71,7 +71,7 @@ class ResponseReader:
     # ----------------------------------------------------------------------- the text
 
     def _without_repeat(self, prompt: Rendered, text: str) -> str:
-        """The response without what it repeats of the prompt's end: a mark, a generation prompt, all of it."""
+        """Return the response without what it repeats of the prompt's end: a mark, a generation prompt, all of it."""
         bare = text.removeprefix(self._begin)
         frame = Frame() if self._tokenizer.chat is None else self._tokenizer.chat.frame
         closing = len(prompt.text) - len(frame.closing)
@@ -84,7 +84,7 @@ class ResponseReader:
         return bare
 
     def _up_to_end(self, text: str) -> tuple[str, int | None]:
-        """The text before its first end token, and that token."""
+        """Return the text before its first end token, and that token."""
         found = [(place, -len(end), end) for end in self._ends if (place := text.find(end)) >= 0]
         if not found:
             return text, None
@@ -95,7 +95,7 @@ class ResponseReader:
         return text[:place], i if i in self._tokenizer.eos_ids else None
 
     def _written(self, prompt: Rendered, message: Message, given: str, text: str, spoken: Sequence[str]) -> str | None:
-        """Return what the template writes behind the prompt, None where the text is to be taken as it stands.
+        """Return what the template writes behind the prompt; None where the text is to be taken as it stands.
 
         ``given`` is the text before ``_without_repeat``: templates that open thoughts in the generation prompt alone
         write such a response from the whole of it.
@@ -125,7 +125,7 @@ class ResponseReader:
         return None
 
     def _tail(self, prompt: Rendered, message: Message, spoken: Sequence[str]) -> str | None:
-        """Name what the template adds to the prompt for a message; None where it changes what the prompt ends in."""
+        """Return what the template adds to the prompt for a message; None where it changes what the prompt ends in."""
         chat = self._tokenizer.chat
         assert chat is not None
         try:
@@ -146,7 +146,7 @@ class ResponseReader:
     # ----------------------------------------------------------------------- the ids
 
     def _behind(self, prompt: Rendered, text: str) -> Int64Array:
-        """Ids of a text behind the prompt: cut out of the whole where that leaves the prompt's own ids alone."""
+        """Return the ids of a text behind the prompt: cut out of the whole where that leaves the prompt's ids alone."""
         if not text:
             return np.empty(0, np.int64)
         before = self._tokenizer.encode(prompt.text)
@@ -155,7 +155,7 @@ class ResponseReader:
         return np.asarray(ids, dtype=np.int64)
 
     def _closed(self, prompt: Rendered, written: str, text: str) -> Int64Array:
-        """Ids of what the template wrote, up to and with the first end token."""
+        """Return the ids of what the template wrote, up to and with the first end token."""
         ids = self._behind(prompt, written)
         ends = np.flatnonzero(np.isin(ids, self._tokenizer.eos_ids))
         if ends.size:
@@ -178,11 +178,11 @@ def _renders(chat: Any, messages: Sequence[Mapping[str, Any]], tools: Tools | No
 
 
 def _says(tail: str, text: str) -> bool:
-    """Whether all of a text is in what a template wrote, white space aside."""
+    """Say whether all of a text is in what a template wrote, white space aside."""
     return "".join(text.split()) in "".join(tail.split())
 
 
 def _says_twice(tail: str, text: str) -> bool:
-    """Whether a template writes, before a text, the mark that the text itself begins with."""
+    """Say whether a template writes, before a text, the mark that the text itself begins with."""
     place, mark = tail.find(text.strip()), first_tag(text)
     return place > 0 and mark is not None and first_tag(tail[:place]) == mark

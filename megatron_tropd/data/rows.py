@@ -31,8 +31,8 @@ OTHER_END = "hold a response that ended in a token which does not end the studen
 EDITED = "hold a response that was changed since `tropd generate` wrote it: tokenized anew"
 OTHER_TOKENIZER = "hold a response that another tokenizer wrote: tokenized anew from its text"
 OTHER_PROMPT = (
-    "hold a response that `tropd generate` wrote to another prompt than is asked here (template, system message, "
-    "template_options or model differ); `tropd generate CONFIG.yaml OUT` asks what training asks"
+    "hold a response that `tropd generate` wrote to another prompt than this run's (template, system message, "
+    "template_options or model differ); `tropd generate CONFIG.yaml OUT` takes the prompts of training"
 )
 
 # columns of other programs' rows that would change what a row means; each is noted where nothing reads it
@@ -41,7 +41,7 @@ _FOREIGN = {
     **dict.fromkeys(("functions", "documents", "context"), "data.template may use it"),
     **dict.fromkeys(("completion", "completions", "chosen"), "data.columns.response may name it"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the response"),
-    "teacher_prompt": "the teacher is asked the student's prompt",
+    "teacher_prompt": "the teacher scores under the student's prompt",
 }
 
 
@@ -57,27 +57,27 @@ class Columns:
 
     @property
     def finished(self) -> str:
-        """Column that says whether the response ended by itself."""
+        """Name the column that says whether the response ended by itself."""
         return beside(self.response, "finished")
 
     @property
     def generated(self) -> str:
-        """Column with what ``tropd generate`` keeps beside the response."""
+        """Name the column with what ``tropd generate`` keeps beside the response."""
         return beside(self.response, "generated")
 
 
 def beside(response: str, what: str) -> str:
-    """Name of a column that belongs to a response column."""
+    """Name a column that belongs to a response column."""
     return what if response == "response" else f"{response}_{what}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where prompts come from and how a row becomes one."""
+    """The files that prompts come from, and the rules by which a row becomes one."""
 
     paths: tuple[Path, ...]  # files, globs and directories
     name: str = ""
-    teacher: str = ""  # who grades it; empty where there is only one teacher
+    teacher: str = ""  # who scores it; empty where there is only one teacher
     columns: Columns = Columns()
     template: str | None = (
         None  # Jinja over the row's columns, ``{{ prompt }}`` the prompt column; None: the prompt alone
@@ -87,7 +87,7 @@ class Source:
 
 
 class RowParser:
-    """Turns rows of one source into prompts. ``prompt`` raises BadRow."""
+    """Turn rows of one source into prompts. ``prompt`` raises BadRow."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, *, require_response: bool, notes: Notes) -> None:
         self._source, self._tokenizer, self._required, self._notes = source, tokenizer, require_response, notes
@@ -127,7 +127,7 @@ class RowParser:
         )
 
     def unseen_columns(self) -> list[str]:
-        """Columns that a template reads and that no row so far had."""
+        """List the columns that a template reads and that no row so far had."""
         return sorted(self._template_columns - self._seen)
 
     def _look_for_unread(self, row: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ class RowParser:
     # ----------------------------------------------------------------------- the prompt
 
     def _conversation(self, row: dict[str, Any]) -> tuple[str | list[Message], Message | None]:
-        """Name what the model is to continue, and how the row itself continues it."""
+        """Return what the model is to continue, and how the row itself continues it."""
         given, spoken = self._given(row), None
         if isinstance(given, list) and given[-1]["role"] == "assistant":
             spoken = given.pop()
@@ -166,7 +166,7 @@ class RowParser:
         return given, spoken
 
     def _given(self, row: dict[str, Any]) -> str | list[Message] | None:
-        """The prompt column as it stands; None where a template does without."""
+        """Return the prompt column as it stands; None where a template does without."""
         names = self._source.columns
         prompt = column_of(row, names.prompt)
         if prompt is None:
@@ -186,7 +186,7 @@ class RowParser:
     def _filled(
         self, template: RowTemplate, given: str | list[Message] | None, row: dict[str, Any]
     ) -> str | list[Message]:
-        """The template around a text, or around the last message of a conversation."""
+        """Put the template around a text, or around the last message of a conversation."""
         if not isinstance(given, list):
             return template.render(row if given is None else row | {"prompt": given})
         *before, last = given
@@ -243,7 +243,7 @@ class RowParser:
     def _response(
         self, row: dict[str, Any], prompt: Rendered, spoken: Message | None
     ) -> tuple[Int64Array | None, bool]:
-        """The response's ids, and whether it ended by itself."""
+        """Return the response's ids, and whether it ended by itself."""
         column = self._source.columns.response
         response = column_of(row, column)
         if response is None and spoken is None:
@@ -273,7 +273,7 @@ class RowParser:
         return ids, finished
 
     def _finished(self, row: dict[str, Any]) -> bool:
-        """Whether the row's response ended by itself; also from ``finish_reason``, as servers call it."""
+        """Say whether the row's response ended by itself; also from ``finish_reason``, as servers call it."""
         name = self._source.columns.finished
         finished, reason = column_of(row, name), row.get("finish_reason")
         if not isinstance(finished, bool | None):
@@ -281,7 +281,7 @@ class RowParser:
         return reason != "length" if finished is None else finished
 
     def _generated(self, kept: Any, response: str, prompt: Rendered, *, finished: bool) -> Int64Array | None:
-        """The ids that ``tropd generate`` kept, where they still are what the row says."""
+        """Return the ids that ``tropd generate`` kept, where they still are what the row says."""
         ids = kept.get("ids") if isinstance(kept, Mapping) else None
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise BadRow(
@@ -304,7 +304,7 @@ class RowParser:
 
 
 class _PromptRepeats:
-    """Name what a prompt already holds of what is written around it."""
+    """The parts of what is written around a prompt that it already holds."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, notes: Notes) -> None:
         self._system, self._notes = system, notes
@@ -317,14 +317,14 @@ class _PromptRepeats:
         self._ends = {tokenizer.token_text(i) for i in (*tokenizer.eos_ids, tokenizer.pad_id)} - {""}
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a text is a prompt with the template around it already."""
+        """Say whether a text is a prompt with the template around it already."""
         head, closing = self._frame.head.strip().removeprefix(self._begin).strip(), self._frame.closing.strip()
         body = text.strip().removeprefix(self._begin)
         begins = (self._mark is not None and body.startswith(self._mark)) or bool(head and head in body)
         return bool(closing) and begins and body.endswith(closing)
 
     def cut(self, given: str | list[Message]) -> str | list[Message]:
-        """The conversation without them. Raises BadRow where that cannot be told apart."""
+        """Return the conversation without them. Raises BadRow where they cannot be distinguished."""
         if not isinstance(given, str):
             return [m if m.get("content") is None else {**m, "content": self._cut(m["content"])} for m in given]
         if not self.is_rendered(given):
@@ -359,12 +359,12 @@ class _PromptRepeats:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A short name of a tokenizer's vocabulary and merges."""
+    """Return a short name of a tokenizer's vocabulary and merges."""
     return tokenizer.fingerprint()[:16]
 
 
 def ids_digest(ids: Sequence[int] | Int64Array) -> str:
-    """A short name of a sequence of ids."""
+    """Return a short name of a sequence of ids."""
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
@@ -393,7 +393,7 @@ def _tools(given: Any) -> Tools | None:
 
 
 def _refuse_unwritten(render: Callable[..., str], messages: Sequence[Message], tools: Tools | None, text: str) -> None:
-    """BadRow when the template does not write the tools, or the calls of an earlier message."""
+    """Raise BadRow when the template does not write the tools, or the calls of an earlier message."""
     if tools is not None and render(messages) == text:
         raise BadRow("has tools, which the chat template does not write. Take them out, or use a template that does.")
     called = [m for m in messages if m.get("tool_calls")]

@@ -52,7 +52,7 @@ class PromptStream:
         object.__setattr__(self, "_turns", Turns([share.weight for share in self.shares]))
 
     def batch(self, step: int, size: int) -> list[Prompt]:
-        """Prompts of training step ``step`` (from 0). A batch may span the end of one epoch and the next one's start.
+        """Return the prompts of step ``step`` (from 0). A batch may span the end of one epoch and the next one's start.
 
         ``size`` may exceed the number of prompts; then prompts repeat within the batch.
         """
@@ -62,7 +62,7 @@ class PromptStream:
         return [self.prompts[self._row(place)] for place in places]
 
     def first(self, count: int) -> list[Prompt]:
-        """The first prompts of the data, sources in turn."""
+        """Return the first prompts of the data, sources in turn."""
         rows = [
             int(row)
             for turn in zip_longest(*(share.rows_N[:count] for share in self.shares))
@@ -72,7 +72,7 @@ class PromptStream:
         return [self.prompts[row] for row in rows[:count]]
 
     def epochs(self, step: int, size: int) -> tuple[float, ...]:
-        """How often every source was walked through before ``step``; a whole number when its epoch has just ended."""
+        """Count the epochs of every source before ``step``; a whole number when one has just ended."""
         done = self._turns.counts(step * size)
         return tuple(count / len(share.rows_N) for count, share in zip(done, self.shares, strict=True))
 
@@ -83,7 +83,7 @@ class PromptStream:
         return int(rows_N[self._order(epoch, source, len(rows_N))[offset] if self.shuffle else offset])
 
     def _order(self, epoch: int, source: int, count: int) -> Int64Array:
-        """The order of a source's epoch; the last one of every source is kept, so each is drawn once."""
+        """Return the order of a source's epoch; the last one of every source is kept, so each is drawn once."""
         kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
             kept = self._orders[source] = (epoch, _order(self.seed, epoch, source, count))
@@ -91,7 +91,7 @@ class PromptStream:
 
 
 class Turns:
-    """Whose turn it is: sources in exact proportion to their weights, at every moment of the walk.
+    """Turns of sources in exact proportion to their weights, at every moment of the walk.
 
     After ``p`` places source ``i`` has had ``c`` of them with ``|c - p w_i| <= 1 - 1/(2n-2)``, where ``w`` are the
     weights over their sum and ``n`` sources take part: no order does better in the worst case. Weights are taken as the
@@ -110,19 +110,19 @@ class Turns:
         common = int(np.gcd.reduce(np.array(whole, dtype=object)))
         self._weights = [weight // common for weight in whole]
         self._period = sum(self._weights)
-        self._sources = array("q")  # of the first places, as far as anyone has asked
+        self._sources = array("q")  # of the first places, as far as anyone has looked
         self._turn = array("q")  # how many turns the source had before
         self._counts = [0] * len(weights)
 
     def at(self, place: int) -> tuple[int, int]:
-        """The source of a place, and how many turns it had before."""
+        """Return the source of a place, and how many turns it had before."""
         period, offset = divmod(place, self._period)
         self._extend(offset + 1)
         source = self._sources[offset]
         return source, period * self._weights[source] + self._turn[offset]
 
     def counts(self, places: int) -> list[int]:
-        """How many of the first ``places`` every source has."""
+        """Count how many of the first ``places`` every source has."""
         period, offset = divmod(places, self._period)
         self._extend(offset)
         found = np.bincount(np.array(self._sources[:offset]), minlength=len(self._weights))
@@ -136,7 +136,7 @@ class Turns:
             self._counts[source] += 1
 
     def _next(self, places: int) -> int:
-        """Of the sources that may have the next turn without getting ahead, the one that must have one soonest."""
+        """Choose the source that must have a turn soonest, of those that may have the next without getting ahead."""
         period, two = self._period, max(2 * len(self._weights) - 2, 1)
         behind = [
             two * (weight * places - period * had) for weight, had in zip(self._weights, self._counts, strict=True)
@@ -147,7 +147,7 @@ class Turns:
 
 @lru_cache(maxsize=16)
 def _order(seed: int, epoch: int, source: int, count: int) -> Int64Array:
-    """A permutation of 0..count-1: the ranks of raw Philox words.
+    """Draw a permutation of 0..count-1: the ranks of raw Philox words.
 
     Sorting the words of the bit generator, rather than calling ``Generator.permutation``, keeps the order the same
     over numpy versions: only bit streams are promised not to change.

@@ -152,7 +152,7 @@ _LATER_WORDS = (("", "Then ", "Next ", "So "), (0.3, 0.7, 0.9, 1.0))
 
 
 def calculate(left: int, operator: str, right: int) -> int:
-    """``left operator right`` as the stories count: whole shares, and never fewer than none."""
+    """Compute ``left operator right`` as the stories count: whole shares, and never fewer than none."""
     match operator:
         case "+":
             return left + right
@@ -169,7 +169,7 @@ def calculate(left: int, operator: str, right: int) -> int:
 
 
 def problems(seed: int, held_out: bool) -> Iterator[Problem]:
-    """Endless stories of one side of the split; the same seed gives the same stories.
+    """Yield endless stories of one side of the split; the same seed gives the same stories.
 
     Stories may repeat (rarely); ``distinct_problems`` gives a list without repetition. Prompts that need more than
     ``MAX_PROMPT_TOKENS`` tokens are left out.
@@ -182,7 +182,7 @@ def problems(seed: int, held_out: bool) -> Iterator[Problem]:
 
 
 def distinct_problems(seed: int, held_out: bool, count: int) -> list[Problem]:
-    """The first ``count`` problems of ``problems(seed, held_out)`` with different texts."""
+    """Return the first ``count`` problems of ``problems(seed, held_out)`` with different texts."""
     by_text: dict[str, Problem] = {}
     for problem in problems(seed, held_out):
         if len(by_text) >= count:
@@ -192,7 +192,7 @@ def distinct_problems(seed: int, held_out: bool, count: int) -> list[Problem]:
 
 
 def is_held_out(steps: Sequence[Step]) -> bool:
-    """True for 5 % of all calculations, whatever words they come in."""
+    """Return True for 5 % of all calculations, whatever words they come in."""
     digest = hashlib.sha256(";".join(map(str, steps)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < _HELD_OUT_BELOW
 
@@ -227,7 +227,7 @@ def _draw_start(rng: random.Random, words: Mapping[str, str]) -> tuple[str, int,
 
 
 def _draw_change(rng: random.Random, words: Mapping[str, str], value: int) -> tuple[str, Step]:
-    """Redraws until the result is a whole number in 1..MAX_VALUE; adding or taking 2 is always possible."""
+    """Draw a change, until the result is a whole number in 1..MAX_VALUE; adding or taking 2 is always possible."""
     while True:
         change = rng.choice(_CHANGES)
         number = rng.randint(change.low, change.high)
@@ -251,7 +251,7 @@ def _fill(rng: random.Random, template: str, words: Mapping[str, str], **numbers
 
 
 def solution(problem: Problem, rng: random.Random, style: Style = "teacher") -> str:
-    """One way of writing the solution, ending in ``#### answer``.
+    """Write, in one of many ways, the solution, ending in ``#### answer``.
 
     Styles:
         teacher: always right; the connective words are random.
@@ -275,7 +275,7 @@ def solution(problem: Problem, rng: random.Random, style: Style = "teacher") -> 
 
 
 def sft_examples(seed: int, count: int, style: Style, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """``count`` training problems as (prompt ids, response ids); the response ends in the end-of-sequence token."""
+    """Yield ``count`` training problems as (prompt ids, response ids); responses end in the end-of-sequence token."""
     rng = random.Random(f"{seed}:{style}")
     for problem in islice(problems(seed, False), count):
         response = tokenizer.encode(solution(problem, rng, style))
@@ -286,7 +286,7 @@ def sft_examples(seed: int, count: int, style: Style, tokenizer: Tokenizer) -> I
 
 
 def vocabulary() -> list[str]:
-    """Every piece that a story or a solution can hold, sorted; found by filling each slot of each template in turn."""
+    """List every piece that a story or a solution can hold, sorted; each slot of each template is filled in turn."""
     found = set("0123456789 ") | {"#### ", ". ", "+", "-", "*", "/", "="}
     for words in (_FIRST_WORDS[0], _LATER_WORDS[0]):
         found.update(piece for word in words for piece in _PIECE.findall(word))
@@ -308,7 +308,7 @@ def _fill_every_way(template: str) -> Iterator[str]:
 
 
 def write_prompts(path: str | Path, items: Iterable[Problem], *, responses: Iterable[str] | None = None) -> int:
-    """Writes one JSON object per problem (``prompt``, ``answer`` and, when given, ``response``); returns how many.
+    """Write one JSON object per problem (``prompt``, ``answer`` and, when given, ``response``); return how many.
 
     Raises:
         ValueError: there are not as many responses as problems.

@@ -1,4 +1,4 @@
-"""Many tokenized prompts in flat arrays: a million rows are a few objects, and become ``Prompt`` when asked for."""
+"""Many tokenized prompts in flat arrays: a million rows are a few objects, and become ``Prompt`` when read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_tropd.types import Int64Array, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a prompt comes from: its source, and the teacher that grades it (empty: the only one)."""
+    """The origin of a prompt: its source, and the teacher that scores it (empty: the only one)."""
 
     source: str = ""
     teacher: str = ""
@@ -45,12 +45,12 @@ class Ragged:
         return self._values[self._ends[i] : self._ends[i + 1]]
 
     def lengths(self) -> Int64Array:
-        """``[N]``"""
+        """Return the ``[N]`` length of every sequence."""
         ends = np.frombuffer(self._ends, dtype=np.int64)
         return ends[1:] - ends[:-1]
 
     def maxima(self) -> Int64Array:
-        """``[N]`` largest number of every sequence, -1 for an empty one."""
+        """Return the ``[N]`` largest number of every sequence, -1 for an empty one."""
         lengths = self.lengths()
         largest = np.full(len(lengths), -1, dtype=np.int64)
         some = lengths > 0
@@ -61,7 +61,7 @@ class Ragged:
         return largest
 
     def feed(self, digest: hashlib._Hash) -> None:
-        """Adds content and boundaries to a digest."""
+        """Add content and boundaries to a digest."""
         digest.update(memoryview(self._ends))
         digest.update(memoryview(self._values))
 
@@ -84,7 +84,7 @@ class PromptTable(Sequence[Prompt]):
         self._origins: list[Origin] = []
 
     def add(self, prompt: Prompt, *, file: str | Path, line: int) -> None:
-        """Appends a row; ``file`` and ``line`` are where it was read."""
+        """Append a row; ``file`` and ``line`` are where it was read."""
         self._token_ids.append(prompt.token_ids.tolist())
         self._response_ids.append(() if prompt.response_ids is None else prompt.response_ids.tolist())
         self._text.append_bytes(_encode(prompt.text))
@@ -120,32 +120,32 @@ class PromptTable(Sequence[Prompt]):
         )
 
     def place(self, row: int) -> str:
-        """``file:line`` of a row."""
+        """Name the ``file:line`` of a row."""
         return f"{self._files[self._file[row]]}:{self._line[row]}"
 
     def sources(self) -> dict[str, Int64Array]:
-        """Rows of every source, in the order in which sources were read."""
+        """Return the rows of every source, in the order in which sources were read."""
         origin_N = np.frombuffer(self._origin, dtype=np.int32) if len(self) else np.empty(0, np.int32)
         return {origin.source: np.flatnonzero(origin_N == i) for i, origin in enumerate(self._origins)}
 
     def prompt_lengths(self) -> Int64Array:
-        """``[N]`` tokens of every prompt."""
+        """Count the ``[N]`` tokens of every prompt."""
         return self._token_ids.lengths()
 
     def response_lengths(self) -> Int64Array:
-        """``[N]`` tokens of every response, 0 where there is none."""
+        """Count the ``[N]`` tokens of every response, 0 where there is none."""
         return self._response_ids.lengths()
 
     def answered(self) -> npt.NDArray[np.bool_]:
-        """``[N]`` whether a row has a reference answer."""
+        """Say, ``[N]``, whether a row has a reference answer."""
         return np.frombuffer(self._has_answer, dtype=np.bool_) if len(self) else np.empty(0, np.bool_)
 
     def largest_ids(self) -> Int64Array:
-        """``[N]`` largest token id of every row's prompt and response."""
+        """Return the ``[N]`` largest token id of every row's prompt and response."""
         return np.maximum(self._token_ids.maxima(), self._response_ids.maxima())
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that training sees of the prompts, in their order."""
+        """Hash (SHA-256, hex) all that training sees of the prompts, in their order."""
         digest = hashlib.sha256()
         for part in (self._token_ids, self._response_ids, self._answer):
             part.feed(digest)
@@ -154,13 +154,13 @@ class PromptTable(Sequence[Prompt]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Count the bytes of the arrays."""
         ragged = (self._token_ids, self._response_ids, self._text, self._answer)
         return sum(part.nbytes for part in ragged) + len(self) * (1 + 1 + 8 + 8 + 4 + 4)
 
 
 def table_of(prompts: Iterable[Prompt]) -> PromptTable:
-    """A table of prompts that were not read from a file."""
+    """Build a table of prompts that were not read from a file."""
     table = PromptTable()
     for number, prompt in enumerate(prompts, start=1):
         table.add(prompt, file="memory", line=number)

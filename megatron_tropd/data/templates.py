@@ -25,7 +25,7 @@ class RowTemplate:
     _compiled: jinja2.Template
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """Raises BadRow when the row lacks a column, or the template fails on it."""
+        """Render a row. Raises BadRow when the row lacks a column, or the template fails on it."""
         try:
             return self._compiled.render(**row)
         except Exception as error:  # templates are programs: they raise whatever they do wrong
@@ -34,7 +34,7 @@ class RowTemplate:
 
 @lru_cache(maxsize=64)
 def row_template(text: str) -> RowTemplate:
-    """Compiles a template. White space is kept as written, but for the line break after a block.
+    """Compile a template. White space is kept as written, but for the line break after a block.
 
     Raises:
         ConfigError: it is not valid Jinja.

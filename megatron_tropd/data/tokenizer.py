@@ -24,70 +24,70 @@ _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 character decodes to
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package knows about a tokenizer."""
+    """The protocol of a tokenizer."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: the tokenizer's own, those of ``generation_config.json``, what the chat template
-        ends a turn with, and those of ``config.json``."""
+        """Return the tokens that end a response: the tokenizer's own, those of ``generation_config.json``, what the
+        chat template ends a turn with, and those of ``config.json``."""
 
     @property
     def end_sources(self) -> Mapping[str, tuple[int, ...]]:
-        """Which of the model's files names which end tokens; ``TEMPLATE`` is the chat template."""
+        """Map the model's files to the end tokens that each names; ``TEMPLATE`` is the chat template."""
 
     @property
     def turn_end(self) -> int:
-        """The one of ``eos_ids`` that the chat template ends a turn with; the first of them where there is none."""
+        """Return the one of ``eos_ids`` that the chat template ends a turn with; the first where there is none."""
 
     @property
     def bos_id(self) -> int | None:
-        """Token that begins a text, where the tokenizer has one."""
+        """Return the token that begins a text, where the tokenizer has one."""
 
     @property
     def chat(self) -> ChatTemplate | None:
-        """The chat template that prompts are rendered with; None: they are plain text."""
+        """Return the chat template that prompts are rendered with; None: they are plain text."""
 
     @property
     def pad_id(self) -> int:
-        """Fills up batches; never trained on. The first of ``eos_ids`` where the model has no padding token."""
+        """Return the id that fills up batches, never trained on; without a padding token, the first of ``eos_ids``."""
 
     @property
     def vocab(self) -> Mapping[str, int]:
-        """Token (as stored, not as decoded) to id, added and special tokens included."""
+        """Map each token (as stored, not as decoded) to its id, added and special tokens included."""
 
     @property
     def vocab_size(self) -> int:
-        """Largest id + 1. A model's embedding may be larger (padding), never smaller."""
+        """Return the largest id + 1. A model's embedding may be larger (padding), never smaller."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` and nothing else: no beginning- or end-of-sequence token is added."""
+        """Return the ids of ``text`` and nothing else: no beginning- or end-of-sequence token is added."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids`` without special tokens."""
+        """Return the text of ``ids`` without special tokens."""
 
     def response_text(self, ids: Iterable[int]) -> str:
-        """Text of a sampled response up to its end, special tokens (``<think>``, ``[TOOL_CALLS]``) included."""
+        """Return the text of a sampled response up to its end, with special tokens (``<think>``, ``[TOOL_CALLS]``)."""
 
     def token_text(self, i: int) -> str:
-        """How a token is written in a text."""
+        """Return a token as it is written in a text."""
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """One readable piece per id, special tokens included; joined, the pieces are the decoded text.
+        """Return one readable piece per id, special tokens included; joined, the pieces are the decoded text.
 
         A character spread over several tokens shows at the last of them.
         """
 
     def render_prompt(self, prompt: str | Sequence[Message], *, tools: Tools | None = None) -> list[int]:
-        """Ids a model should continue: the chat template around ``prompt`` where there is one, else its plain text."""
+        """Return the ids a model should continue: of ``prompt`` in the chat template, or alone where there is none."""
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the vocabulary and the rules that merge it: equal for tokenizers that encode alike."""
+        """Hash (SHA-256, hex) the vocabulary and the rules that merge it: equal for tokenizers that encode alike."""
 
 
 def load_tokenizer(
     path: str | Path, *, chat_template: bool = True, template_options: Mapping[str, Any] | None = None
 ) -> Tokenizer:
-    """Loads a Hugging Face directory, or a sentencepiece ``.model`` file.
+    """Load a Hugging Face directory, or a sentencepiece ``.model`` file.
 
     Args:
         path: local path; nothing is downloaded.
@@ -112,7 +112,7 @@ def load_tokenizer(
 def check_same_vocabulary(
     student: Tokenizer, teacher: Tokenizer, *, ignore_ids: Collection[int] = (), role: str = "teacher"
 ) -> int:
-    """Makes sure that an id means the same token to both models, and returns the number of ids they share.
+    """Make sure that an id means the same token to both models, and return the number of ids they share.
 
     One vocabulary may be longer: ids from the returned number on exist on one side only and have probability 0 on the
     other. ``ignore_ids`` are not compared (special tokens that were renamed and are masked from the loss). ``role``:
@@ -172,7 +172,7 @@ class HuggingFaceTokenizer:
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The template that came with the tokenizer, or several by name; whether it is used is another question."""
+        """Return the template that came with the tokenizer, or several by name, used or not."""
         template: str | dict[str, str] | None = self._tokenizer.chat_template
         return template
 
@@ -249,7 +249,7 @@ def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Map
 
 
 def _turn_end(tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None:
-    """The first end token, or else mark, of what a template writes behind an answer; None where it writes neither."""
+    """Return the first end token, or else mark, that a template writes behind an answer; None where there is none."""
     added = tokenizer.added_tokens_decoder
     ids = [i for i in tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids if i in added]
     if tokenizer.bos_token_id not in eos_ids:
@@ -299,7 +299,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _end_sources(path: Path, tokenizer: Any, known: set[int]) -> dict[str, tuple[int, ...]]:
-    """The tokenizer's own end token first (it ends a chat turn), then those of generation_config.json and config.json.
+    """List the tokenizer's own end token first (it ends a chat turn), then those of the two config files.
 
     A library writes a default id into ``config.json``, whatever the vocabulary has there: only marks count of those.
     """
@@ -332,7 +332,7 @@ def _as_ids(listed: Any) -> tuple[Any, ...]:
 
 
 def _joined(sources: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Every id once, those of ``config.json`` last."""
+    """List every id once, those of ``config.json`` last."""
     order = sorted(sources, key=lambda source: source == CONFIG)
     return tuple(dict.fromkeys(i for source in order for i in sources[source]))
 
@@ -342,7 +342,7 @@ def _before_end(ids: Iterable[int], ends: Collection[int]) -> list[int]:
 
 
 def _readable_pieces(ids: list[int], decode: Any) -> Iterator[str]:
-    """Splits ``decode(ids)`` into one piece per id.
+    """Split ``decode(ids)`` into one piece per id.
 
     Each piece is what a token adds to the text of the few tokens before it, because a decoder may drop the leading
     space of whatever it is given first, and a character may take several tokens.

@@ -54,7 +54,7 @@ def test_with_a_configuration_the_teacher_answers_what_training_asks_bit_for_bit
     other = load_config(task.config, [f"data.prompts={out}"])
     with caplog.at_level(logging.WARNING):
         read_training_prompts(other, tokenizer, guided=True)
-    assert "4 rows hold a response that `tropd generate` wrote to another prompt than is asked here" in caplog.text
+    assert "4 rows hold a response that `tropd generate` wrote to another prompt than this run" in caplog.text
 
 
 def test_several_sources_have_a_file_each(task: Task, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Packs whole sequences into fixed-budget streams and deals them to replicas.
+"""Pack whole sequences into fixed-budget streams and assign them to replicas.
 
 Every replica gets the same number of packs and nearly the same work, where a sequence of L tokens costs
 ``L * (linear_work + L)``: what every token costs in the matrix products, plus attention. Packs hold as many sequences
@@ -34,7 +34,7 @@ __all__ = ["LINEAR_WORK", "FlatSequences", "backend", "pack", "pack_flat", "pack
 
 
 class _Core(Protocol):
-    """What both twins offer."""
+    """The functions that both twins offer."""
 
     def assign_packs(
         self, lengths: Int64Array, sequence_ids: Int64Array, *, capacity: int, num_replicas: int, linear_work: int
@@ -73,7 +73,7 @@ _CORE, _BACKEND = _load_core()
 
 
 def backend() -> Literal["compiled", "python"]:
-    """Which twin ``pack`` runs."""
+    """Say which twin ``pack`` runs."""
     return _BACKEND
 
 
@@ -99,7 +99,7 @@ def pack(
     num_replicas: int = 1,
     linear_work: int = LINEAR_WORK,
 ) -> list[list[Pack]]:
-    """Packs ``sequences`` and deals the packs to replicas: the outer list has one entry per replica.
+    """Pack ``sequences`` and assign the packs to replicas: the outer list has one entry per replica.
 
     Deterministic, and independent of the order of ``sequences``: ties are broken by sequence id. Within a replica the
     packs come with most work first (a run that cannot fit fails on its first pack), so form minibatches before
@@ -134,7 +134,7 @@ def pack_flat(
     num_replicas: int = 1,
     linear_work: int = LINEAR_WORK,
 ) -> list[list[Pack]]:
-    """``pack`` for sequences that already lie in flat arrays. Arguments, result and errors as there."""
+    """Pack sequences as ``pack`` does that already lie in flat arrays. Arguments, result and errors as there."""
     capacity = check_budget(
         max_tokens=max_tokens, multiple_of=multiple_of, num_replicas=num_replicas, linear_work=linear_work
     )
@@ -153,7 +153,7 @@ def pack_flat(
 
 
 def pack_work(pack: Pack, *, linear_work: int = LINEAR_WORK) -> int:
-    """Work of a pack as the balancing counts it: the sum of ``L * (linear_work + L)`` over its sequences."""
+    """Compute the work of a pack for the balancing: the sum of ``L * (linear_work + L)`` over its sequences."""
     lengths = np.diff(pack.cu_seqlens)[: len(pack.sequence_ids)].astype(np.int64)
     return int((lengths * (linear_work + lengths)).sum())
 

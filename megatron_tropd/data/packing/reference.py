@@ -40,7 +40,7 @@ _TRIALS_PER_REPLICA = 16
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """Packs while they are being made."""
+    """The packs while they are being made."""
 
     length: Int64Array  # [rank]
     work: Int64Array  # [rank]
@@ -60,11 +60,11 @@ class _Plan:
 def assign_packs(
     lengths: Int64Array, sequence_ids: Int64Array, *, capacity: int, num_replicas: int, linear_work: int
 ) -> tuple[Int64Array, Int64Array]:
-    """Assigns sequences to packs of at most ``capacity`` tokens and deals the packs to replicas, as many to each.
+    """Assign sequences to packs of at most ``capacity`` tokens, and packs to replicas, as many to each.
 
     Best-fit decreasing gives the number of packs, rounded up to a multiple of ``num_replicas``. With room to spare the
     sequences are then spread evenly over that many packs; otherwise the heaviest packs are split until there are
-    enough. Packs are dealt in rounds, and single sequences and whole packs change hands until the replicas are equal.
+    enough. Packs are assigned in rounds, and single sequences and whole packs move until the replicas are equal.
 
     Args:
         lengths: [n] tokens of each sequence, 1 <= length <= capacity, n >= 1.
@@ -82,7 +82,7 @@ def assign_packs(
     plan = _make_plan(length, work, pack_of, num_packs=int(pack_of.max()) + 1, capacity=capacity)
     if num_replicas > 1:
         plan = _open_packs(plan, count=-(-len(plan.free) // num_replicas) * num_replicas, capacity=capacity)
-    replica_of, load = _deal(plan, num_replicas)
+    replica_of, load = _assign_rounds(plan, num_replicas)
     _rebalance(plan, replica_of, load)
     return _number_packs(plan, replica_of, sorted_)
 
@@ -96,7 +96,7 @@ def _make_plan(length: Int64Array, work: Int64Array, pack_of: Int64Array, *, num
 
 
 def _best_fit(length: list[int], capacity: int) -> Int64Array:
-    """The pack with the least sufficient room, the one touched last when several have the same room."""
+    """Choose the pack with the least sufficient room, the one touched last when several have the same room."""
     rooms: list[int] = []  # sorted and distinct
     packs_with: dict[int, list[int]] = {}  # stack of packs per room
     pack_of: list[int] = []
@@ -120,7 +120,7 @@ def _best_fit(length: list[int], capacity: int) -> Int64Array:
 
 
 def _open_packs(plan: _Plan, *, count: int, capacity: int) -> _Plan:
-    """The same sequences in exactly ``count`` packs, as even as the room allows."""
+    """Put the same sequences into exactly ``count`` packs, as even as the room allows."""
     total = int(plan.length.sum())
     if total * _SPREAD_DENOMINATOR <= count * min(capacity, total) * _SPREAD_NUMERATOR:
         pack_of = _spread(plan.length.tolist(), plan.work.tolist(), count=count, capacity=capacity)
@@ -136,7 +136,7 @@ def _open_packs(plan: _Plan, *, count: int, capacity: int) -> _Plan:
 
 
 def _spread(length: list[int], work: list[int], *, count: int, capacity: int) -> Int64Array | None:
-    """Longest first into the pack of least work that has room. None when a sequence fits nowhere."""
+    """Assign the longest first, each to the pack of least work that has room. None when a sequence fits nowhere."""
     pack_work, free = [0] * count, [capacity] * count
     open_ = [(0, pack) for pack in range(count)]  # heap of (work, pack)
     parked: list[tuple[int, int]] = []  # heap of (-room, pack): too full at the moment
@@ -159,7 +159,7 @@ def _spread(length: list[int], work: list[int], *, count: int, capacity: int) ->
 
 
 def _split_heaviest(plan: _Plan, fresh: int) -> None:
-    """Every second sequence of the pack with most work moves to ``fresh``, which stays empty if none can be split."""
+    """Move every second sequence of the pack with most work to ``fresh``, which stays empty if none can be split."""
     splittable = np.where(plan.members >= 2, plan.pack_work, -1)
     heaviest = int(splittable.argmax())
     if splittable[heaviest] >= 0:
@@ -167,8 +167,8 @@ def _split_heaviest(plan: _Plan, fresh: int) -> None:
             plan.move(int(rank), fresh)
 
 
-def _deal(plan: _Plan, num_replicas: int) -> tuple[Int64Array, Int64Array]:
-    """Rounds of one pack per replica, most work first: in each the lightest replica takes the heaviest pack."""
+def _assign_rounds(plan: _Plan, num_replicas: int) -> tuple[Int64Array, Int64Array]:
+    """Assign rounds of one pack per replica, most work first: in each the lightest replica takes the heaviest."""
     load = np.zeros(num_replicas, np.int64)
     replica_of = np.empty(len(plan.free), np.int64)
     for packs in np.argsort(-plan.pack_work, kind="stable").reshape(-1, num_replicas):
@@ -178,13 +178,13 @@ def _deal(plan: _Plan, num_replicas: int) -> tuple[Int64Array, Int64Array]:
     return replica_of, load
 
 
-# A transfer of work between two replicas: |2 * moved work - gap| (0 rank_split their gap, which is best), the rank of a
+# A transfer of work between two replicas: |2 * moved work - gap| (0 halves their gap, which is best), the rank of a
 # sequence or the pack that is given, and the pack that receives the sequence or is taken in exchange.
 _Transfer = tuple[int, int, int]
 
 
 def _rebalance(plan: _Plan, replica_of: Int64Array, load: Int64Array) -> None:
-    """Relieves the heaviest replica, first in favour of the lightest, until they are equal or nothing helps."""
+    """Relieve the heaviest replica, first in favor of the lightest, until they are equal or nothing helps."""
     trials = _TRIALS_PER_REPLICA * len(load)
     improved = True
     while improved:
@@ -205,7 +205,7 @@ def _rebalance(plan: _Plan, replica_of: Int64Array, load: Int64Array) -> None:
 
 
 def _transfer(plan: _Plan, replica_of: Int64Array, *, heavy: int, light: int, gap: int) -> int:
-    """Makes the transfer that comes nearest to halving the gap; returns the work moved, 0 when none narrows it."""
+    """Make the transfer that comes nearest to halving the gap; return the work moved, 0 when none narrows it."""
     light_packs, heavy_packs = np.flatnonzero(replica_of == light), np.flatnonzero(replica_of == heavy)
     exchange = _best_exchange(plan, heavy_packs, light_packs, gap)
     move = _best_move(plan, replica_of == heavy, light_packs, gap)
@@ -221,7 +221,7 @@ def _transfer(plan: _Plan, replica_of: Int64Array, *, heavy: int, light: int, ga
 
 
 def _best_exchange(plan: _Plan, heavy_packs: Int64Array, light_packs: Int64Array, gap: int) -> _Transfer | None:
-    """Exchange of two whole packs, which is always possible."""
+    """Find the best exchange of two whole packs, which is always possible."""
     offers = sorted((int(plan.pack_work[pack]), int(pack)) for pack in light_packs)
     works = [work for work, _ in offers]
     best, best_miss = None, gap  # a miss below the gap: the moved amount is strictly between nothing and the gap
@@ -236,7 +236,7 @@ def _best_exchange(plan: _Plan, heavy_packs: Int64Array, light_packs: Int64Array
 
 
 def _best_move(plan: _Plan, is_heavy: npt.NDArray[np.bool_], light_packs: Int64Array, gap: int) -> _Transfer | None:
-    """Move of one sequence into the roomiest pack of the light replica; a pack is never emptied by it."""
+    """Find the best move of one sequence into the roomiest pack of the light replica; a pack is never emptied by it."""
     roomiest = int(light_packs[plan.free[light_packs].argmax()])
     may_move = (is_heavy & (plan.members >= 2))[plan.pack_of] & (plan.length <= plan.free[roomiest])
     miss = np.where(may_move, np.abs(2 * plan.work - gap), gap)
@@ -245,7 +245,7 @@ def _best_move(plan: _Plan, is_heavy: npt.NDArray[np.bool_], light_packs: Int64A
 
 
 def _number_packs(plan: _Plan, replica_of: Int64Array, sorted_: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Packs by replica, most work first; sequences of a pack by rank."""
+    """Order packs by replica, most work first; sequences of a pack by rank."""
     packs = np.lexsort((-plan.pack_work, replica_of))
     number_of = np.empty(len(packs), np.int64)
     number_of[packs] = np.arange(len(packs))
@@ -260,7 +260,7 @@ def _number_packs(plan: _Plan, replica_of: Int64Array, sorted_: Int64Array) -> t
 def build_stream(
     tokens: Int64Array, regions: UInt8Array, rows: Int64Array, pack_offsets: Int64Array, *, multiple_of: int
 ) -> StreamArrays:
-    """Writes every per-token array of all packs, one pack after the other.
+    """Write every per-token array of all packs, one pack after the other.
 
     Args:
         tokens: all sequences, one after the other.
@@ -304,7 +304,7 @@ def build_stream(
 def _boundaries(
     end_S: Int64Array, pack_offsets: Int64Array, token_offsets: Int64Array, used_P: Int64Array
 ) -> tuple[npt.NDArray[np.int32], Int64Array]:
-    """cu_seqlens of every pack, concatenated: 0, the end of each sequence, and the end of the padding if any."""
+    """Build cu_seqlens of every pack, concatenated: 0, the end of each sequence, and the end of the padding if any."""
     padded_P = np.diff(token_offsets) > used_P
     cu_offsets = _offsets(np.diff(pack_offsets) + 1 + padded_P)
     cu_seqlens = np.zeros(int(cu_offsets[-1]), np.int32)

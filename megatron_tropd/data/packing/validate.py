@@ -1,4 +1,4 @@
-"""The packer's door: gathers sequences into flat arrays and refuses what cannot be packed, before work is lost."""
+"""Gather sequences into flat arrays for the packer, and refuse what cannot be packed, before work is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FlatSequences:
 
 
 def flatten(sequences: Sequence[Rollout]) -> FlatSequences:
-    """Gathers rollouts into flat arrays; refuses what is not a 1-d integer array or an integer, regions that are not
+    """Gather rollouts into flat arrays; refuse what is not a 1-d integer array or an integer, regions that are not
     uint8, and any other number of them than there are tokens."""
     if len(sequences) == 0:
         raise DataError("There are no sequences to pack. Check that the sampler returned any, or skip the step.")
@@ -83,9 +83,9 @@ def _column(name: str, values: Iterable[int]) -> Int64Array:
 
 
 def as_int64(flat: FlatSequences) -> FlatSequences:
-    """The same arrays as contiguous int64, and regions as contiguous uint8, which the compiled twin insists on.
+    """Return the same arrays as contiguous int64, and regions as contiguous uint8, which the compiled twin insists on.
 
-    Refuses floats and booleans, and regions of any other type.
+    Refuse floats and booleans, and regions of any other type.
     """
     if np.ndim(flat.regions) != 1 or np.asarray(flat.regions).dtype != np.uint8:
         found = np.asarray(flat.regions)
@@ -106,7 +106,7 @@ def _int64(name: str, array: npt.ArrayLike) -> Int64Array:
 
 
 def check_budget(*, max_tokens: int, multiple_of: int, num_replicas: int, linear_work: int) -> int:
-    """Returns the capacity of a pack in tokens."""
+    """Check the arguments of ``pack`` and return the capacity of a pack in tokens."""
     for name, value, least in (
         ("max_tokens", max_tokens, 1),
         ("multiple_of", multiple_of, 1),
@@ -127,7 +127,7 @@ def check_budget(*, max_tokens: int, multiple_of: int, num_replicas: int, linear
 
 
 def check_sequences(flat: FlatSequences, *, capacity: int, linear_work: int, max_tokens: int) -> None:
-    """Refuses, by name of the first offender, every sequence that cannot be packed. Vectorised over sequences."""
+    """Refuse, by name of the first offender, every sequence that cannot be packed. Vectorized over sequences."""
     _check_shapes(flat)
     _refuse(flat.lengths < 1, flat, "is empty", "Drop it before packing.")
     _refuse(
@@ -157,7 +157,7 @@ def _check_shapes(flat: FlatSequences) -> None:
 
 
 def _refuse(bad_S: npt.NDArray[np.bool_], flat: FlatSequences, problem: str, fix: str) -> None:
-    """Names the first offender and counts the others."""
+    """Refuse the marked sequences: name the first and count the others."""
     if not bad_S.any():
         return
     first = int(bad_S.argmax())
@@ -178,14 +178,14 @@ def _check_token_ids(flat: FlatSequences) -> None:
 
 
 def _place(length_S: Int64Array, at: int) -> tuple[int, int]:
-    """The sequence that token ``at`` of all is in, and its number there."""
+    """Return the sequence that token ``at`` of all is in, and its number there."""
     end_S = np.cumsum(length_S)
     sequence = int(np.searchsorted(end_S, at, side="right"))
     return sequence, at - int(end_S[sequence] - length_S[sequence])
 
 
 def check_regions(regions: UInt8Array, length_S: Int64Array, sequence_ids: Int64Array) -> None:
-    """Refuses what ``types.Region`` does not allow: PAD, other numbers, a PROMPT that is not what begins a sequence.
+    """Refuse what ``types.Region`` does not allow: PAD, other numbers, a PROMPT that is not what begins a sequence.
 
     Args:
         regions: of all tokens of all sequences, one after the other.

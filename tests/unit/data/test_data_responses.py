@@ -285,7 +285,7 @@ def test_kept_ids_are_read_bit_for_bit_while_they_are_what_the_row_says(loaded, 
     assert spelled(tokenizer, edited.response_ids) == "<think>y<|im_end|>"
     assert spelled(tokenizer, other.response_ids) == "<think>x<|im_end|>"
     assert asked.response_ids.tolist() == ids
-    for said in ("was changed since", "another tokenizer wrote", "wrote to another prompt than is asked here"):
+    for said in ("was changed since", "another tokenizer wrote", "wrote to another prompt than this run"):
         assert said in caplog.text
     foreign = {**kept, "ids": [*ids[:-1], tokenizer.vocab["<|im_start|>"]]}  # what ends answers of another model
     (ended,) = read(tmp_path, tokenizer, {**row, "generated": foreign}).prompts
