@@ -1,4 +1,4 @@
-"""Import and export of a checkpoint of random weights: time, memory and bytes read, beside ``cp`` of the same files.
+"""Import and export of a checkpoint of random weights: time, memory and bytes read, against ``cp`` of the same files.
 
     python -m megatron_tropd.benchmarks.convert            # 1 GB, at TP=2 and PP=2; prints a Markdown table
 
@@ -51,11 +51,11 @@ _LAYOUTS: dict[str, dict[str, Any]] = {"TP=2": {"tensor": 2}, "PP=2": {"pipeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one rank paid. Megabytes and seconds."""
+    """Cost of one rank, in megabytes and seconds."""
 
     shard_mb: float  # parameters it holds
     import_mb: float  # peak over what the process held before the model was built
-    read_mb: float  # bytes it asked the kernel for
+    read_mb: float  # bytes it requested of the kernel
     import_s: float
     export_mb: float  # peak over what it held with the model loaded
     export_s: float
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def make_checkpoint(directory: Path, *, layers: int, vocab: int) -> Path:
-    """Random weights in bf16, written as they are drawn."""
+    """Make random weights in bf16, written as they are drawn."""
     scratch = directory.with_name(directory.name + ".config")
     scratch.mkdir(parents=True)
     (scratch / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": layers, "vocab_size": vocab}))
@@ -97,7 +97,7 @@ def _copy_seconds(source: Path) -> float:
 
 
 def _launch(layout: str, source: Path, folder: Path) -> list[Cost]:
-    """Runs one layout in processes of its own and reads what each rank noted."""
+    """Run one layout in processes of its own and read what each rank noted."""
     out = folder / layout
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __spec__.name]
@@ -162,7 +162,7 @@ def _peak() -> float:
 
 
 def _restart_peak() -> float:
-    """Forgets the peak so far; returns what the process holds now."""
+    """Forget the peak so far; return what the process holds now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Time and memory of the vocabulary-parallel loss beside what it replaces.
+"""Time and memory of the vocabulary-parallel loss against what it replaces.
 
 ``python -m megatron_tropd.benchmarks.loss``
 
@@ -65,7 +65,7 @@ class LossInputs:
     weight_VD: Tensor
     ids_TK: Tensor
     grad_TK: Tensor
-    grad_T: Tensor | None  # of the entropy; None: not asked for
+    grad_T: Tensor | None  # of the entropy; None: not requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class Measurement:
 
 
 def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entropy: bool = False) -> LossInputs:
-    """Random inputs with logits of standard deviation about 3, as a trained model has."""
+    """Make random inputs with logits of standard deviation about 3, as a trained model has."""
     generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -94,14 +94,14 @@ def make_inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device, entro
 
 
 def fused(x: LossInputs, *, cache_bytes: int = 0) -> None:
-    """The package's own loss core."""
+    """Run the package's own loss core."""
     vocab_size = x.weight_VD.shape[0]
     out = linear_logprobs(x.hidden_TD, x.weight_VD, x.ids_TK, vocab_size=vocab_size, cache_bytes=cache_bytes)
     _backward([out.logprob_TK, out.entropy_T], x)
 
 
 def without_kernels(x: LossInputs) -> None:
-    """``fused`` by torch alone."""
+    """Run ``fused`` by torch alone."""
     before = os.environ.get(kernels.SWITCH)
     os.environ[kernels.SWITCH] = "off"
     try:
@@ -125,12 +125,12 @@ def _plain_forward(hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, entropy
 
 
 def plain(x: LossInputs) -> None:
-    """What one writes first."""
+    """Run the loss as one writes it first."""
     _backward(_plain_forward(x.hidden_TD, x.weight_VD, x.ids_TK, x.grad_T is not None), x)
 
 
 def products(x: LossInputs) -> None:
-    """The four matrix products of a loss that recomputes its logits, in slices, nothing else."""
+    """Run the four matrix products of a loss that recomputes its logits, in slices, nothing else."""
     if x.hidden_TD.is_cuda:
         _gpu_products(x)
         return
@@ -145,7 +145,9 @@ def products(x: LossInputs) -> None:
 
 @torch.no_grad()
 def _gpu_products(x: LossInputs) -> None:
-    """In slices of the vocabulary, as large as ``fused`` takes them, which leaves each weight gradient one product."""
+    """Multiply in slices of the vocabulary, as large as ``fused`` takes them, which leaves each weight gradient one
+    product.
+    """
     hidden_gradient, weight_gradient = torch.empty_like(x.hidden_TD), torch.empty_like(x.weight_VD)
     slices = zip(x.weight_VD.split(_GPU_SLICE), weight_gradient.split(_GPU_SLICE), strict=True)
     for weight, gradient in slices:
@@ -156,7 +158,7 @@ def _gpu_products(x: LossInputs) -> None:
 
 
 def compiled() -> Callable[[LossInputs], None]:
-    """``plain`` under ``torch.compile``."""
+    """Run ``plain`` under ``torch.compile``."""
     forward = torch.compile(_plain_forward)
 
     def run(x: LossInputs) -> None:
@@ -166,7 +168,7 @@ def compiled() -> Callable[[LossInputs], None]:
 
 
 def liger() -> Callable[[LossInputs], None] | None:
-    """Liger's fused linear JSD against a teacher of the same size; None where Liger or a GPU is missing."""
+    """Return Liger's fused linear JSD against a teacher of the same size; None where Liger or a GPU is missing."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -183,7 +185,7 @@ def liger() -> Callable[[LossInputs], None] | None:
 
 
 def measure(variants: dict[str, Callable[[LossInputs], None]], x: LossInputs, *, repeats: int) -> list[Measurement]:
-    """Times the variants in turn, then measures each one's memory."""
+    """Time the variants in turn, then measure each one's memory."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
         run(x)  # warm-up, compilation
@@ -204,22 +206,22 @@ def _clear(x: LossInputs) -> None:
 
 
 def _seconds(run: Callable[[LossInputs], None], x: LossInputs) -> float:
-    """Of one call: between two events in the GPU's own queue, or by the clock."""
+    """Return the seconds of one call: between two events in the GPU's own queue, or by the clock."""
     if not x.hidden_TD.is_cuda:
         started = time.perf_counter()
         run(x)
         return time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    begin.record()
+    start.record()
     run(x)
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3
 
 
 class _Collectives(TorchDispatchMode):
-    """Adds up what collectives are given, by pass."""
+    """Add up what collectives are given, by pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +236,7 @@ class _Collectives(TorchDispatchMode):
 
 
 def traffic(shape: Shape, *, entropy: bool) -> dict[str, list[tuple[str, float]]]:
-    """(collective, bytes per token that a rank hands in) of every collective of the loss, forward and backward."""
+    """List (collective, bytes per token that a rank hands in) of every collective of the loss, forward and backward."""
     x = make_inputs(shape, dtype=torch.float32, device=torch.device("cpu"), entropy=entropy)
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
@@ -255,7 +257,7 @@ def traffic(shape: Shape, *, entropy: bool) -> dict[str, list[tuple[str, float]]
 
 
 def _peak_extra(run: Callable[[LossInputs], None], x: LossInputs) -> int:
-    """Most bytes held at once beyond the inputs and the two gradients every variant must leave behind."""
+    """Return the most bytes held at once beyond the inputs and the two gradients every variant must leave behind."""
     _clear(x)
     results = sum(leaf.numel() * leaf.element_size() for leaf in (x.hidden_TD, x.weight_VD))
     if x.hidden_TD.is_cuda:
@@ -271,7 +273,7 @@ def _peak_extra(run: Callable[[LossInputs], None], x: LossInputs) -> int:
 
 
 def _cpu_peak(run: Callable[[LossInputs], None], x: LossInputs) -> int:
-    """From the profiler's record of every allocation and release."""
+    """Return the peak from the profiler's record of every allocation and release."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run(x)
     with tempfile.TemporaryDirectory() as scratch:
@@ -303,7 +305,7 @@ def main(
     ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
-    """Prints the table. The GPU budget's shape: --tokens 16384 --hidden 4096 --vocab 151936 --dtype bf16."""
+    """Print the table. The GPU budget's shape: --tokens 16384 --hidden 4096 --vocab 151936 --dtype bf16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(tokens=tokens, hidden=hidden, vocab=vocab, candidates=candidates)
     if traffic_only:

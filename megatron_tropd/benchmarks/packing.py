@@ -1,9 +1,9 @@
-"""How fast and how tight the packer is: ``python -m megatron_tropd.benchmarks.packing [--sequences N] [--json PATH]``.
+"""Speed and tightness of the packer: ``python -m megatron_tropd.benchmarks.packing [--sequences N] [--json PATH]``.
 
 Compared on seeded long-tail lengths, for the assignment of sequences to packs (the part that is a bin-packing
 problem): the compiled packer, its plain twin, and two pure-Python first-fit-decreasing packers: the classic scan over
 all open packs, and a fair fast one with a tournament tree. Every figure is measured, none extrapolated. The time to
-build the per-token arrays is given apart, for the compiled packer and its twin.
+build the per-token arrays is given separately, for the compiled packer and its twin.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PackingRow:
 
 
 def long_tail_lengths(count: int, *, max_tokens: int, seed: int = 0) -> Int64Array:
-    """Lognormal lengths (median ``max_tokens / 32``, sigma 1), clipped to [2, max_tokens]: [count]."""
+    """Draw lognormal lengths (median ``max_tokens / 32``, sigma 1), clipped to [2, max_tokens]: [count]."""
     draws = np.random.default_rng(seed).lognormal(math.log(max_tokens / 32), 1.0, count)
     return np.clip(draws, 2, max_tokens).astype(np.int64)
 
@@ -57,7 +57,7 @@ def fewest_packs(lengths: Int64Array, capacity: int) -> int:
     """Lower bound L2 of Martello and Toth (1990): no packing has fewer packs.
 
     For a threshold a, sequences above C - a share a pack with none of length >= a, and those above C / 2 not with each
-    other; the rest of length >= a fits at best the room that the latter leave. The bound is the largest over a.
+    other; those left of length >= a fits at best the room that the latter leave. The bound is the largest over a.
     """
     ascending = np.sort(lengths)
     sums = np.concatenate([[0], np.cumsum(ascending)])
@@ -75,7 +75,7 @@ def fewest_packs(lengths: Int64Array, capacity: int) -> int:
 
 
 def first_fit_scan(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The textbook form: every sequence, longest first, looks at the packs from the first on. O(n * packs)."""
+    """Pack in the textbook form: every sequence, longest first, looks at the packs from the first on. O(n * packs)."""
     free: list[int] = []
     packs: list[list[int]] = []
     for sequence in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -92,7 +92,7 @@ def first_fit_scan(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def first_fit_tree(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The same packs through a tournament tree over the packs' room. O(n log n)."""
+    """Make the same packs through a tournament tree over the packs' room. O(n log n)."""
     size = 1 << (len(lengths) - 1).bit_length()
     room = [capacity] * (2 * size)  # room[i] = max of its two children; leaves are packs
     packs: list[list[int]] = [[] for _ in lengths]
@@ -116,12 +116,12 @@ def first_fit_tree(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def _timed(run: Callable[[], Any], repetitions: int) -> tuple[float, Any]:
-    """Median seconds and the last result."""
+    """Return the median seconds and the last result."""
     seconds = []
     for _ in range(repetitions):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         result = run()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), result
 
 
@@ -133,7 +133,7 @@ def _imbalance(lengths: Int64Array, order: Int64Array, pack_offsets: Int64Array,
 
 
 def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, scan: bool) -> list[PackingRow]:
-    """Times every packer on the same lengths; the first row is the one that ``pack`` runs."""
+    """Time every packer on the same lengths; the first row is the one that ``pack`` runs."""
     bound = fewest_packs(lengths, max_tokens)
     ids = np.arange(len(lengths))
     rows = []
@@ -170,7 +170,7 @@ def measure_assignment(lengths: Int64Array, *, max_tokens: int, replicas: int, s
 
 
 def measure_build(lengths: Int64Array, *, max_tokens: int) -> dict[str, float]:
-    """Median seconds to write all per-token arrays, per twin."""
+    """Return the median seconds to write all per-token arrays, per twin."""
     ids = np.arange(len(lengths))
     order, pack_offsets = packing_reference.assign_packs(
         lengths, ids, capacity=max_tokens, num_replicas=1, linear_work=LINEAR_WORK
@@ -216,7 +216,7 @@ def main(
     scan: Annotated[bool, typer.Option(help="time the classic O(n * packs) scan (10 s at 100k)")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
 ) -> None:
-    """Measures the packer against its plain twin and pure-Python first-fit decreasing."""
+    """Measure the packer against its plain twin and pure-Python first-fit decreasing."""
     console = Console()
     lengths = long_tail_lengths(sequences, max_tokens=max_tokens)
     rows = measure_assignment(lengths, max_tokens=max_tokens, replicas=replicas, scan=scan)

@@ -5,7 +5,7 @@
 reads the parts of a run that has been made instead, of whatever size.
 
 Overhead is what is neither sampling, scoring (by teacher or student), forward and backward, nor the optimizer: packing,
-publishing weights, and the rest. Evaluation and checkpoints lie outside a step and are off here.
+publishing weights, and all else. Evaluation and checkpoints lie outside a step and are off here.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Breakdown:
 
     @property
     def overhead(self) -> float:
-        """Share of the step outside its work."""
+        """Return the share of the step outside its work."""
         return sum(self.parts[name] for name in OVERHEAD) / self.step
 
 
 def breakdown(rows: Sequence[Mapping[str, float]], *, warmup: int) -> Breakdown:
-    """Of the lines of a ``metrics.jsonl``, without the first ``warmup``.
+    """Break down the lines of a ``metrics.jsonl``, without the first ``warmup``.
 
     Raises:
         DataError: no step is left to average.
@@ -75,7 +75,7 @@ def breakdown(rows: Sequence[Mapping[str, float]], *, warmup: int) -> Breakdown:
 
 
 def measure(config: Path, overrides: Sequence[str], *, processes: int, steps: int) -> list[Mapping[str, float]]:
-    """Trains ``steps`` steps in processes of their own; the lines that the run wrote."""
+    """Train ``steps`` steps in processes of their own; return the lines that the run wrote."""
     with tempfile.TemporaryDirectory(prefix="tropd-step-") as folder:
         changes = [
             *overrides,
@@ -95,12 +95,12 @@ def measure(config: Path, overrides: Sequence[str], *, processes: int, steps: in
 
 
 def read_rows(path: Path) -> list[Mapping[str, float]]:
-    """The lines of a ``metrics.jsonl``."""
+    """Read the lines of a ``metrics.jsonl``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table_of(found: Breakdown) -> Table:
-    """One line per part."""
+    """Tabulate the parts, one line each."""
     table = Table(title=f"mean of {found.steps} steps, {found.tokens_per_second:,.0f} tokens/s", title_justify="left")
     for column in ("part", "s", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -120,7 +120,7 @@ def main(
     warmup: Annotated[int, typer.Option(help="Steps before them that do not.", min=0)] = 2,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
-    """Prints the breakdown of a mean training step."""
+    """Print the breakdown of a mean training step."""
     if metrics is not None:
         rows = read_rows(metrics)
     else:

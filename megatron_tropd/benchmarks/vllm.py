@@ -1,4 +1,4 @@
-"""vLLM beside the trainer: rollouts, teacher scores and new weights per second, against this machine's memory copy.
+"""vLLM and the trainer: rollouts, teacher scores and new weights per second, against this machine's memory copy.
 
     python -m megatron_tropd.benchmarks.vllm --megabytes 300 --json figures.json
 
@@ -95,7 +95,7 @@ def main(
     bucket_mib: Annotated[int, typer.Option(help="Weights sent at a time.", min=1)] = 64,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
-    """Measures and prints a table."""
+    """Measure and print a table."""
     check_installed()
     with tempfile.TemporaryDirectory(prefix="tropd-vllm-") as folder:
         directory = make_checkpoint(Path(folder) / "model", megabytes=megabytes)
@@ -111,7 +111,7 @@ def main(
 
 
 def make_checkpoint(directory: Path, *, megabytes: int) -> Path:
-    """Random weights in fp32, of about that size."""
+    """Write random weights in fp32, of about that size."""
     scratch = directory.with_name(directory.name + ".config")
     scratch.mkdir(parents=True)
 
@@ -133,7 +133,7 @@ def make_checkpoint(directory: Path, *, megabytes: int) -> Path:
 
 
 def copy_rate(nbytes: int, repeats: int) -> Figure:
-    """Memory to memory, of as many bytes as the model has."""
+    """Copy memory to memory, of as many bytes as the model has."""
     source = torch.ones(nbytes, dtype=torch.uint8)
     target = torch.zeros_like(source)
     return Figure(
@@ -143,7 +143,7 @@ def copy_rate(nbytes: int, repeats: int) -> Figure:
 
 @contextmanager
 def serving(directory: Path, log: Path) -> Iterator[tuple[str, str]]:
-    """A server in a session of its own; its address and key."""
+    """Start a server in a session of its own; yield its address and key."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -171,7 +171,7 @@ def serving(directory: Path, log: Path) -> Iterator[tuple[str, str]]:
 
 
 class Measure:
-    """What is done with an engine, wherever it is."""
+    """Measurements of an engine, wherever it is."""
 
     def __init__(self, directory: Path, *, repeats: int, sequences: int, new_tokens: int, bucket_mib: int) -> None:
         self._device = initialize_distributed()
@@ -185,7 +185,7 @@ class Measure:
         self._version = 0
 
     def servers(self, url: str, key: str, folder: Path) -> list[Figure]:
-        """Of one server: rollouts, scores, and both ways of publishing."""
+        """Measure one server: rollouts, scores, and both ways of publishing."""
         section = StudentServersConfig(urls=(url,), patience_s=_STARTS_S)
         pool, transfer_s = Pool(section, key=key), section.transfer_s
         pool.infos()
@@ -211,7 +211,7 @@ class Measure:
         return found
 
     def in_process(self) -> list[Figure]:
-        """The same of an engine in this process."""
+        """Measure the same of an engine in this process."""
         sampler = VLLMSampler(
             self._directory,
             self._architecture,
@@ -225,7 +225,7 @@ class Measure:
         found = [
             self._publish("publish, in process", sampler),
             self._rollouts("rollouts, in process", sampler),
-            self._scores("teacher scores, in process", lambda texts: engine.grade(texts, top_k=_TOP_K)),
+            self._scores("teacher scores, in process", lambda texts: engine.score(texts, top_k=_TOP_K)),
         ]
         sampler.close()
         return found
@@ -265,23 +265,23 @@ class Measure:
         seconds = _median(lambda: sampler.generate(requests, params, seed=0, step=next(steps)), self._repeats)
         return Figure(what=what, seconds=seconds, amount=self._sequences * self._new_tokens, unit="tokens")
 
-    def _scores(self, what: str, grade: Callable[[Sequence[Int64Array]], object]) -> Figure:
+    def _scores(self, what: str, score: Callable[[Sequence[Int64Array]], object]) -> Figure:
         texts = self._texts()
         amount = sum(len(text) for text in texts)
-        return Figure(what=what, seconds=_median(lambda: grade(texts), self._repeats), amount=amount, unit="tokens")
+        return Figure(what=what, seconds=_median(lambda: score(texts), self._repeats), amount=amount, unit="tokens")
 
     def _texts(self) -> list[Int64Array]:
-        """Random ones: nothing of one is in the cache for another. (Scores never come from the cache.)"""
+        """Draw random texts: nothing of one is in the cache for another. (Scores never come from the cache.)"""
         draw = np.random.default_rng(self._version)
         return [draw.integers(1, 32000, 32 + self._new_tokens) for _ in range(self._sequences)]
 
 
 def _graded(pool: Pool, texts: Sequence[Int64Array]) -> None:
-    async def grade(server: Server, text: Int64Array) -> object:
-        return await server.grade(text, top_k=_TOP_K, timeout_s=_STARTS_S)
+    async def score(server: Server, text: Int64Array) -> object:
+        return await server.score(text, top_k=_TOP_K, timeout_s=_STARTS_S)
 
     def job(text: Int64Array) -> Job:
-        return Job(call=lambda server: grade(server, text), cost=len(text))
+        return Job(call=lambda server: score(server, text), cost=len(text))
 
     batch = pool.submit([job(text) for text in texts])
     while not batch.wait(1.0):
@@ -289,7 +289,7 @@ def _graded(pool: Pool, texts: Sequence[Int64Array]) -> None:
 
 
 def _median(work: Callable[[], object], repeats: int) -> float:
-    """Seconds, after one time that does not count."""
+    """Return the median seconds, after one time that does not count."""
     found = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
@@ -299,7 +299,7 @@ def _median(work: Callable[[], object], repeats: int) -> float:
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """Rates; those of bytes also as a share of the first figure's, the memory copy."""
+    """Tabulate the rates; those of bytes also as a share of the first figure's, the memory copy."""
     copy = figures[0].rate
     shown = Table("", "s", "amount", "per second", "of memory copy")
     for figure in figures:

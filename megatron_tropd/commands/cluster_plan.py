@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.planning.cluster import ClusterJob, best, chosen, read_cluster
-from megatron_tropd.planning.cluster_report import print_asked, ranking
+from megatron_tropd.planning.cluster_report import print_requested, ranking
 from megatron_tropd.setup.validate import check_layouts, check_method, read_architectures, sequences_per_step
 
 
@@ -41,5 +41,5 @@ def job_of(config: RunConfig, cluster: Path) -> ClusterJob:
 def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
     """To standard output."""
     job, console = job_of(config, cluster), Console()
-    print_asked(console, job, chosen(job))
+    print_requested(console, job, chosen(job))
     console.print(ranking(best(job)))

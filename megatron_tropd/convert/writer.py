@@ -1,4 +1,4 @@
-"""Writes a Hugging Face checkpoint directory piece by piece, aside, and puts it in place when it is whole."""
+"""Write a Hugging Face checkpoint directory piece by piece, aside, and put it in place when it is whole."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _File:
 
 
 class HFWriter:
-    """Holds no more than a strip of a tensor. The target directory appears, or is replaced, in one rename."""
+    """Writer that holds at most a strip of a tensor. The target directory appears, or is replaced, in one rename."""
 
     def __init__(
         self,

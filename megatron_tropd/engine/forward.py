@@ -1,4 +1,4 @@
-"""Runs packs through a model under its pipeline schedule, handing the last stage hidden states of valid predictions."""
+"""Run packs through a model under its pipeline schedule, handing the last stage hidden states of valid predictions."""
 
 from __future__ import annotations
 

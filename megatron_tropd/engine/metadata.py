@@ -1,4 +1,4 @@
-"""Reads the pickles of a ``torch_dist`` checkpoint with unpicklers that know the classes they may hold and no more.
+"""Read the pickles of a ``torch_dist`` checkpoint with unpicklers that know the classes they may hold and no more.
 
 Megatron's format keeps its table of tensors (``.metadata``) as a pickle, and Megatron unpickles it freely. A pickle
 that names nothing but these data classes can build them and do nothing else. The table may call any entry an object;

@@ -1,4 +1,4 @@
-"""Builds Megatron-Core GPT models that stop at the final hidden states.
+"""Build Megatron-Core GPT models that stop at the final hidden states.
 
 The output layer's weight is there (it registers with DDP and checkpoints as usual), but its product with the hidden
 states is left to the vocabulary-parallel losses, so logits are never materialized.

@@ -1,4 +1,4 @@
-"""Takes what is idle off the device, into host memory, and back: a frozen model's weights, an optimizer's states.
+"""Take what is idle off the device, into host memory, and back: a frozen model's weights, an optimizer's states.
 
 Storages are emptied in place and filled again, so that every view of them is good once they are back: parameters in
 flat buffers, tied weights, ``main_grad``, the shards of the distributed optimizer. (Megatron's own

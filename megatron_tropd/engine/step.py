@@ -70,7 +70,7 @@ def means_over_tokens(results: Sequence[StepResult]) -> tuple[float, dict[str, f
 
 
 class Trainer:
-    """Trains one Megatron model with one method, a minibatch of packs at a time."""
+    """Trainer of one Megatron model with one method, a minibatch of packs at a time."""
 
     def __init__(
         self,

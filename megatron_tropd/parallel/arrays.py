@@ -42,7 +42,7 @@ def broadcast_arrays(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype]) -
 
 
 def largest_or_infinite(values: torch.Tensor) -> float:
-    """The largest value, infinite where one is not a number; 0 of none.
+    """Return the largest value, infinite where one is not a number; 0 of none.
 
     Comparisons with nan are false, Python's ``max`` and the collectives' drop it: a check must not pass by that.
     """

@@ -126,7 +126,7 @@ def initialize_distributed(
 
 
 class GroupBuilder:
-    """Makes process groups in the same order on every rank, one per distinct set of ranks.
+    """Make process groups in the same order on every rank, one per distinct set of ranks.
 
     Every rank of the world must build the same layouts in the same order: ``new_group`` is collective.
     """

@@ -1,1 +1,1 @@
-"""What a configuration would cost on a cluster, by arithmetic: memory, traffic, time, and the layouts that fit."""
+"""The cost of a configuration on a cluster, by arithmetic: memory, traffic, time, and the layouts that fit."""

@@ -14,7 +14,9 @@ _FP32 = 4
 
 
 def layer_bytes(a: Architecture, layout: Layout, *, itemsize: int, recompute: str = "none") -> float:
-    """Of one layer, per token that a rank holds. Attention is taken to keep its inputs, its output and a sum."""
+    """Return the bytes of one layer, per token that a rank holds. Attention is taken to keep its inputs, its output
+    and a sum.
+    """
     if recompute == "full":
         return a.hidden_size / _token_ranks(layout) * itemsize
     t, query, key = layout.tensor, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
@@ -44,7 +46,9 @@ def _token_ranks(layout: Layout) -> int:
 def pack_bytes(
     a: Architecture, layout: Layout, tokens: int, *, stage: int, itemsize: int, recompute: str = "none"
 ) -> float:
-    """What a rank of ``stage`` keeps from forward to backward of one pack of so many tokens, the loss aside."""
+    """Return the bytes that a rank of ``stage`` keeps from forward to backward of one pack of so many tokens, the
+    loss aside.
+    """
     held = tokens / layout.context
     layers = layers_of_stages(a.num_layers, layout)[stage]
     kept = layers * layer_bytes(a, layout, itemsize=itemsize, recompute=recompute)
@@ -54,7 +58,7 @@ def pack_bytes(
 
 
 def packs_in_flight(layout: Layout, stage: int) -> float:
-    """Packs whose activations a stage holds at once, in packs through all of its layers."""
+    """Return the packs whose activations a stage holds at once, in packs through all of its layers."""
     if layout.virtual_pipeline == 1:
         return layout.pipeline - stage
     chunks = (layout.pipeline - stage - 1) * 2 + (layout.virtual_pipeline - 1) * layout.pipeline + 1
@@ -62,7 +66,7 @@ def packs_in_flight(layout: Layout, stage: int) -> float:
 
 
 def activation_bytes(a: Architecture, layout: Layout, tokens: int, *, itemsize: int, recompute: str) -> float:
-    """The most that any stage keeps at once, of all its packs in flight."""
+    """Return the most that any stage keeps at once, of all its packs in flight."""
     most = max(
         pack_bytes(a, layout, tokens, stage=stage, itemsize=itemsize, recompute=recompute)
         * packs_in_flight(layout, stage)
@@ -76,7 +80,7 @@ def activation_bytes(a: Architecture, layout: Layout, tokens: int, *, itemsize: 
 def per_token_bytes(
     student: Architecture, teacher: Architecture, layout: Layout, spec: TeacherRequest, *, itemsize: int, recompute: str
 ) -> dict[str, float]:
-    """Every tensor with a row per token: bytes of one row on a rank of the last stage."""
+    """List every tensor with a row per token: bytes of one row on a rank of the last stage."""
     candidates = 1 + (spec.top_k + spec.queries)
     rows = {
         # ids, targets, positions: int64; region; gate's uniform, sampler's log-prob and weight: fp32; sequence: int64

@@ -42,8 +42,8 @@ from megatron_tropd.planning.traffic import (
     backward_transfers,
     forward_transfers,
     gradient_transfers,
-    grading_transfers,
     loss_transfers,
+    scoring_transfers,
 )
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -54,7 +54,7 @@ _TILE_BYTES = 2 * 4 * 2**26  # of logits, in fp32, that the loss holds on a GPU 
 
 
 class Cluster(Section):
-    """What a rank has, and what lies between ranks. Rates are those of one GPU, in one direction."""
+    """The hardware of a rank, and of the links between ranks. Rates are those of one GPU, in one direction."""
 
     gpus: Whole = Field(ge=1, description="Ranks of the job.")
     gpus_per_node: Whole = key(8, "Ranks that the fast link joins.", ge=1)
@@ -69,7 +69,7 @@ class Cluster(Section):
 
 
 def read_cluster(path: Path) -> Cluster:
-    """Raises ConfigError when it is not the YAML of a cluster."""
+    """Raise ConfigError when it is not the YAML of a cluster."""
     try:
         return Cluster.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError) as error:
@@ -100,7 +100,7 @@ class ClusterJob:
     sequences: int  # of a step
 
     def part(self, role: str) -> Cluster:
-        """The GPUs of student or teacher: all of them, unless the teacher has ranks of its own."""
+        """Return the GPUs of student or teacher: all of them, unless the teacher has ranks of its own."""
         own = self.teacher_section.ranks
         gpus = {"student": self.cluster.gpus - own, "teacher": own or self.cluster.gpus}[role]
         return self.cluster.model_copy(update={"gpus": gpus})
@@ -115,7 +115,7 @@ class ClusterJob:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence at most."""
+        """Return the most tokens of a sequence."""
         return self.data.max_prompt_tokens + self.response
 
     @property
@@ -139,7 +139,7 @@ class Estimate:
 
     @property
     def total_memory(self) -> float:
-        """The most that is in use at the same time."""
+        """Return the most that is in use at the same time."""
         return max(*self.phases.values(), sum(self.teacher_memory.values()))
 
     @property
@@ -150,7 +150,7 @@ class Estimate:
 def estimate(
     job: ClusterJob, student: Layout, teacher: Layout, recompute: str, *, states: States | None = None
 ) -> Estimate:
-    """Memory, bytes and times of a step under these layouts. ``states``: the student's, where they are known.
+    """Estimate memory, bytes and times of a step under these layouts. ``states``: the student's, where they are known.
 
     Raises:
         ConfigError: the cluster's GPUs are not a whole number of replicas.
@@ -173,8 +173,8 @@ def estimate(
         sent.update({f"{role}: {name}": size for name, size in links.items()})
         seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, shares[role], recompute)
         seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
-    told = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.query_bytes_per_row
-    signals = shares["student"] * job.train.pack_tokens * (job.response / job.length) * told
+    row = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.query_bytes_per_row
+    signals = shares["student"] * job.train.pack_tokens * (job.response / job.length) * row
     sent[f"signals, {_farthest(job.cluster)}"] = signals
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
     states = states or states_of(job, student)
@@ -198,7 +198,9 @@ def estimate(
 
 
 def _hidden_seconds(job: ClusterJob, seconds: Mapping[str, float]) -> float:
-    """With ranks of its own and a batch ahead the teacher works while everything else goes on, and the other way."""
+    """Return the time that overlaps: with ranks of its own and a batch ahead the teacher works while all else
+    runs.
+    """
     if not (job.teacher_section.ranks and job.rollout.ahead):
         return 0.0
     own = sum(value for name, value in seconds.items() if name.startswith("teacher: "))
@@ -209,7 +211,7 @@ def _hidden_seconds(job: ClusterJob, seconds: Mapping[str, float]) -> float:
 
 
 def states_of(job: ClusterJob, layout: Layout) -> States:
-    """Of the student on the stage that holds most."""
+    """Return the states of the student on the stage that holds most."""
     data_ranks = job.part("student").gpus // (layout.tensor * layout.pipeline)
     optimizer = job.optimizer
     return trained_states(
@@ -265,7 +267,9 @@ def _ranks(cluster: Cluster, layout: Layout, axis: str) -> int:
 
 
 def _link(cluster: Cluster, layout: Layout, axis: str) -> str:
-    """Ranks are neighbours along tensor first, then context, data, pipeline; expert ranks are among the data ranks."""
+    """Return the link of an axis: ranks are neighbors along tensor first, then context, data (experts too),
+    pipeline.
+    """
     span = {
         "tensor": layout.tensor,
         "context": layout.tensor * layout.context,
@@ -288,7 +292,7 @@ def _loads(job: ClusterJob, layout: Layout, packs: int) -> list[Load]:
 
 
 def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: str) -> list[RankTransfer]:
-    """Of a rank of the last stage, which also has the loss."""
+    """List the student's transfers of a rank of the last stage, which also has the loss."""
     loads, stage = _loads(job, layout, 1), layout.pipeline - 1
     found = forward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize)
     found += backward_transfers(job.student, layout, loads, stage=stage, itemsize=job.itemsize, recompute=recompute)
@@ -311,7 +315,7 @@ def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: s
 def _teacher_transfers(job: ClusterJob, layout: Layout, packs: int) -> list[RankTransfer]:
     loads, stage, spec = _loads(job, layout, 1), layout.pipeline - 1, job.spec
     found = forward_transfers(job.teacher, layout, loads, stage=stage, itemsize=job.itemsize)
-    found += grading_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, asked=spec.queries)
+    found += scoring_transfers(layout, valid=loads[0].valid, top_k=spec.top_k, queries=spec.queries)
     return [replace(transfer, size=transfer.size * packs) for transfer in found]
 
 
@@ -319,14 +323,14 @@ def _teacher_transfers(job: ClusterJob, layout: Layout, packs: int) -> list[Rank
 
 
 def active_parameters(a: Architecture) -> int:
-    """That a token meets: its own experts, and one vocabulary matrix."""
+    """Return the parameters that a token meets: its own experts, and one vocabulary matrix."""
     active = replace(a, num_experts=a.experts_per_token, experts_per_token=min(a.experts_per_token, a.num_experts))
     embedding = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size
     return total_parameters(active if a.num_experts else a) - embedding
 
 
 def _forward_flops(a: Architecture, length: int) -> float:
-    """Per token: two per parameter, and attention to half of a sequence on average."""
+    """Return the FLOPs per token: two per parameter, and attention to half of a sequence on average."""
     return 2.0 * active_parameters(a) + 2.0 * length * a.num_heads * a.head_dim * a.num_layers
 
 
@@ -341,7 +345,7 @@ def _compute_seconds(job: ClusterJob, role: str, layout: Layout, packs: int, rec
 
 
 def _rollout_seconds(job: ClusterJob) -> float:
-    """Token by token: all weights are read for each, and every sequence's own past."""
+    """Return the seconds of generation token by token: each reads all weights, and every sequence's own past."""
     a, cluster, rollout = job.student, job.part("student"), job.rollout
     if not ROLLOUT_ENGINES[rollout.engine].generates:
         return 0.0
@@ -357,7 +361,7 @@ def _rollout_seconds(job: ClusterJob) -> float:
 
 
 def chosen(job: ClusterJob) -> Estimate:
-    """The layouts that the configuration asks for."""
+    """Return the layouts that the configuration requests."""
     student, teacher = (
         Layout(**section.parallel.model_dump()) for section in (job.student_section, job.teacher_section)
     )
@@ -365,7 +369,7 @@ def chosen(job: ClusterJob) -> Estimate:
 
 
 def candidates(job: ClusterJob) -> Iterator[Layout]:
-    """Layouts of the student that its sizes and the cluster allow."""
+    """List the layouts of the student that its sizes and the cluster allow."""
     powers = [2**i for i in range(12)]
     for tensor, pipeline, context, expert in product(powers[:4], powers[:6], powers[:5], powers[:8]):
         layout = Layout(tensor=tensor, pipeline=pipeline, context=context, expert=expert, sequence=tensor > 1)
@@ -389,7 +393,7 @@ def _fits(job: ClusterJob, layout: Layout, role: str) -> bool:
 
 
 def smallest_teacher(job: ClusterJob, share: float) -> Layout:
-    """The teacher's layout of fewest ranks whose weights take no more than ``share`` of a GPU."""
+    """Return the teacher's layout of fewest ranks whose weights take no more than ``share`` of a GPU."""
     limit = share * job.cluster.memory_gib * _GIB
     layouts = [
         Layout(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
@@ -405,8 +409,8 @@ def smallest_teacher(job: ClusterJob, share: float) -> Layout:
 
 
 def best(job: ClusterJob, count: int = 5) -> list[Estimate]:
-    """The layouts that fit the memory and take least time, each teacher beside them as small as a quarter of it allows,
-    or three quarters of it where that is the teacher's alone.
+    """Return the layouts that fit the memory and take least time, each with a teacher as small as a quarter of it
+    allows, or three quarters of it where that is the teacher's alone.
 
     Raises:
         ConfigError: none fits.
@@ -423,7 +427,7 @@ def best(job: ClusterJob, count: int = 5) -> list[Estimate]:
         least = min(found, key=lambda x: x.total_memory, default=None)
         if least is None:
             raise ConfigError(
-                f"no layout that divides {job.part('student').gpus} GPUs leaves room beside the student's weights, "
+                f"no layout that divides {job.part('student').gpus} GPUs leaves room besides the student's weights, "
                 "gradients and optimizer. Use more GPUs, a power of two, and optimizer.distributed=true."
             )
         raise ConfigError(
@@ -435,5 +439,5 @@ def best(job: ClusterJob, count: int = 5) -> list[Estimate]:
 
 
 def room(cluster: Cluster) -> float:
-    """Bytes of a GPU that a plan may use."""
+    """Return the bytes of a GPU that a plan may use."""
     return cluster.memory_gib * _GIB * (1 - cluster.reserve)

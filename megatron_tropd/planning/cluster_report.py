@@ -1,4 +1,4 @@
-"""Prints what ``planning.cluster`` finds: the layouts of the configuration first, then the best ones."""
+"""Print what ``planning.cluster`` finds: the layouts of the configuration first, then the best ones."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from megatron_tropd.planning.cluster import ClusterJob, Estimate, room
 _GIB = 2**30
 
 
-def print_asked(console: Console, job: ClusterJob, asked: Estimate) -> None:
-    """Prints what the layouts of the configuration take."""
+def print_requested(console: Console, job: ClusterJob, requested: Estimate) -> None:
+    """Print what the layouts of the configuration take."""
     console.print(
         f"{job.sequences} sequences of at most {job.length:,} tokens per step on {job.cluster.gpus} GPUs. "
-        f"Student {said(asked.student)}, recompute {asked.recompute}; teacher {said(asked.teacher)}"
+        f"Student {said(requested.student)}, recompute {requested.recompute}; teacher {said(requested.teacher)}"
         f"{f', on {job.teacher_section.ranks} GPUs of its own' if job.teacher_section.ranks else ''}.",
         highlight=False,
         soft_wrap=True,
     )
-    whose = "student's " if asked.teacher_memory else ""
-    _print_columns(console, f"Memory of the {whose}fullest rank, GiB", asked.memory, _GIB, total=False)
-    _print_columns(console, "of which at the same time, GiB", asked.phases, _GIB, total=False)
-    if asked.teacher_memory:
-        _print_columns(console, "Memory of the teacher's fullest rank, GiB", asked.teacher_memory, _GIB)
-    if asked.total_memory > room(job.cluster):
+    whose = "student's " if requested.teacher_memory else ""
+    _print_columns(console, f"Memory of the {whose}fullest rank, GiB", requested.memory, _GIB, total=False)
+    _print_columns(console, "of which at the same time, GiB", requested.phases, _GIB, total=False)
+    if requested.teacher_memory:
+        _print_columns(console, "Memory of the teacher's fullest rank, GiB", requested.teacher_memory, _GIB)
+    if requested.total_memory > room(job.cluster):
         console.print(
-            f"[bold red]does not fit[/]: {asked.total_memory / _GIB:.1f} GiB of {room(job.cluster) / _GIB:.1f} GiB",
+            f"[bold red]does not fit[/]: {requested.total_memory / _GIB:.1f} GiB of {room(job.cluster) / _GIB:.1f} GiB",
             highlight=False,
         )
-    _print_columns(console, "What leaves a rank of the last stage in a step, GB", asked.sent, 1e9)
-    if asked.hidden:
-        hidden = asked.seconds | {"teacher, meanwhile": -asked.hidden}
+    _print_columns(console, "What leaves a rank of the last stage in a step, GB", requested.sent, 1e9)
+    if requested.hidden:
+        hidden = requested.seconds | {"teacher, meanwhile": -requested.hidden}
         _print_columns(console, "Seconds of a step, the teacher a batch ahead, nothing else overlapped", hidden, 1.0)
     else:
-        _print_columns(console, "Seconds of a step, nothing overlapped", asked.seconds, 1.0)
+        _print_columns(console, "Seconds of a step, nothing overlapped", requested.seconds, 1.0)
 
 
 def said(layout: Layout) -> str:
-    """Such as ``TP 8 SP PP 2``."""
+    """Name a layout, such as ``TP 8 SP PP 2``."""
     sizes = {
         "TP": layout.tensor,
         "PP": layout.pipeline,
@@ -65,7 +65,7 @@ def _print_columns(console: Console, title: str, values: dict[str, float], unit:
 
 
 def ranking(found: list[Estimate]) -> Table:
-    """A row for every layout, in their order."""
+    """Tabulate the layouts, a row for each, in their order."""
     table = Table(title="Layouts that fit, fastest first", title_justify="left", box=None)
     for column in ("student", "recompute", "teacher", "GiB", "seconds", "of which rollout"):
         table.add_column(column, justify="left" if column in ("student", "recompute", "teacher") else "right")

@@ -1,4 +1,4 @@
-"""How many bytes of weights, gradients and optimizer states each rank of a layout holds: exactly, padding included.
+"""Bytes of weights, gradients and optimizer states that each rank of a layout holds: exactly, padding included.
 
 The sizes are those that Megatron-Core builds under ``engine.model`` and ``engine.optimizer``; the tests count them.
 """
@@ -44,16 +44,16 @@ class States:
 
 
 def layers_of_stages(num_layers: int, layout: Layout) -> list[int]:
-    """Layers of every pipeline stage: even, or with a shorter last one."""
-    even, rest = divmod(num_layers, layout.pipeline)
-    if not rest:
+    """Return the layers of every pipeline stage: even, or with a shorter last one."""
+    even, left = divmod(num_layers, layout.pipeline)
+    if not left:
         return [even] * layout.pipeline
     last = uneven_stages(num_layers, layout.pipeline)["num_layers_in_last_pipeline_stage"]
     return [(num_layers - last) // (layout.pipeline - 1)] * (layout.pipeline - 1) + [last]
 
 
 def chunks_of_stage(a: Architecture, layout: Layout, stage: int) -> list[Chunk]:
-    """What a rank of ``stage`` holds, chunk by chunk."""
+    """List what a rank of ``stage`` holds, chunk by chunk."""
     layers = layers_of_stages(a.num_layers, layout)[stage] // layout.virtual_pipeline
     last_stage, last_chunk = layout.pipeline - 1, layout.virtual_pipeline - 1
     return [
@@ -88,7 +88,9 @@ def _chunk(a: Architecture, layout: Layout, *, layers: int, first: bool, last: b
 
 
 def _layer(a: Architecture, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(parameters, experts held apart) of one layer on one rank. Without expert parallelism none are apart."""
+    """Return (parameters, experts held separately) of one layer on one rank. Without expert parallelism none are
+    separate.
+    """
     hidden, queries = a.hidden_size, a.num_heads * a.head_dim // layout.tensor
     rows = queries + 2 * a.num_kv_heads * a.head_dim // layout.tensor
     ffn = a.ffn_size // layout.tensor
@@ -103,7 +105,7 @@ def _layer(a: Architecture, layout: Layout) -> tuple[tuple[int, ...], tuple[int,
 
 
 def frozen_states(a: Architecture, layout: Layout, *, itemsize: int) -> States:
-    """Of a model that is only asked, on the rank that holds most."""
+    """Return the states of a model for inference only, on the rank that holds most."""
     return States(weights=max(_elements(a, layout, stage) for stage in range(layout.pipeline)) * itemsize)
 
 
@@ -117,7 +119,7 @@ def trained_states(
     distributed: bool = False,
     stage: int | None = None,
 ) -> States:
-    """Of a model that is trained, on a rank of ``stage``, or (None) of the stage that holds most.
+    """Return the states of a model that is trained, on a rank of ``stage``, or (None) of the stage that holds most.
 
     Args:
         data_ranks: data-parallel times context-parallel ranks, which reduce gradients together.
@@ -151,7 +153,7 @@ def trained_states(
 
 
 def padded_buckets(chunk: Chunk, data_ranks: int, expert: int) -> list[tuple[int, int, bool]]:
-    """(elements, ranks it is cut over, whether of experts) of every bucket of the distributed optimizer."""
+    """List (elements, ranks it is cut over, whether of experts) of every bucket of the distributed optimizer."""
     buckets = [
         (chunk.shared, data_ranks, False),
         (chunk.embedding, data_ranks, False),
@@ -171,6 +173,6 @@ def _elements(a: Architecture, layout: Layout, stage: int) -> int:
 
 
 def total_parameters(a: Architecture) -> int:
-    """Of the whole model, without padding of the vocabulary."""
+    """Count the parameters of the whole model, without padding of the vocabulary."""
     padding = padded_vocab_size(a.vocab_size, 1) - a.vocab_size
     return _elements(a, Layout(), 0) - padding * a.hidden_size * (1 if a.tied_embeddings else 2)

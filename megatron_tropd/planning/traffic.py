@@ -1,4 +1,4 @@
-"""What ranks of a layout send each other in a step: every transfer with its bytes, by arithmetic.
+"""Transfers between the ranks of a layout in a step: every transfer with its bytes, by arithmetic.
 
 The tests train tiny models under gloo, count what is really handed to ``torch.distributed``, and compare. Left out are
 single numbers and small tables: norms, shapes, counts of tokens per expert.
@@ -28,7 +28,7 @@ class RankTransfer:
     what: str
 
     def sent(self, ranks: int) -> float:
-        """Bytes that leave a rank, by the algorithms that send least."""
+        """Return the bytes that leave a rank, by the algorithms that send least."""
         if self.operation == "send":
             return float(self.size)
         return self.size * (ranks - 1) / ranks * (2 if self.operation == "all_reduce" else 1)
@@ -43,12 +43,14 @@ class Load:
 
 
 def splits_tokens(layout: Layout) -> bool:
-    """Whether tensor ranks share out the tokens between the matrices."""
+    """Say whether tensor ranks share out the tokens between the matrices."""
     return layout.sequence and layout.tensor > 1
 
 
 def _in_and_out(layout: Layout, size: int, what: str) -> list[RankTransfer]:
-    """Forward through a pair of matrices that are cut over the tensor ranks, ``size`` bytes in and out."""
+    """List the transfers of the forward through a pair of matrices that are cut over the tensor ranks, ``size``
+    bytes in and out.
+    """
     if layout.tensor == 1:
         return []
     operations = ("all_gather", "reduce_scatter") if splits_tokens(layout) else ("all_reduce",)
@@ -56,13 +58,13 @@ def _in_and_out(layout: Layout, size: int, what: str) -> list[RankTransfer]:
 
 
 def _backward(transfers: Iterable[RankTransfer]) -> list[RankTransfer]:
-    """A gather's gradient is scattered and a scatter's gathered; a sum on the way out becomes one on the way in."""
+    """Reverse the transfers: a gather's gradient is scattered, a scatter's gathered; a sum out becomes a sum in."""
     turned = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}
     return [replace(t, operation=turned.get(t.operation, t.operation)) for t in transfers]
 
 
 def _keys(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
-    """Keys and values, whole for every context rank."""
+    """List the transfers of keys and values, whole for every context rank."""
     if layout.context == 1:
         return []
     size = tokens * layout.context * 2 * (a.num_kv_heads // layout.tensor) * a.head_dim * itemsize
@@ -70,7 +72,7 @@ def _keys(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[R
 
 
 def _experts(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
-    """To the experts and back; ranks get unequal numbers of tokens, and this is their mean."""
+    """List the transfers to the experts and back; ranks get unequal numbers of tokens, and this is their mean."""
     rows = tokens // (layout.tensor if splits_tokens(layout) else 1) * a.experts_per_token
     vectors, weights = rows * a.hidden_size * itemsize, rows * itemsize
     found = []
@@ -84,7 +86,7 @@ def _experts(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> lis
 
 
 def _layer(a: Architecture, layout: Layout, tokens: int, itemsize: int) -> list[RankTransfer]:
-    """One layer's forward for one pack."""
+    """List the transfers of one layer's forward for one pack."""
     size = tokens * a.hidden_size * itemsize
     attention = _in_and_out(layout, size, "layers") + _keys(a, layout, tokens, itemsize)
     mlp = _experts(a, layout, tokens, itemsize) if a.num_experts else _in_and_out(layout, size, "layers")
@@ -99,7 +101,7 @@ def _layer_backward(a: Architecture, layout: Layout, tokens: int, itemsize: int,
         "full": forward,
     }[recompute]
     if splits_tokens(layout):
-        # what entered a matrix was let go of but for this rank's share, and its weight's gradient wants all of it
+        # what entered a matrix was released but for this rank's share, and its weight's gradient wants all of it
         whole = RankTransfer(
             axis="tensor", operation="all_gather", size=tokens * a.hidden_size * itemsize, what="layers"
         )
@@ -110,7 +112,9 @@ def _layer_backward(a: Architecture, layout: Layout, tokens: int, itemsize: int,
 def _ends(
     a: Architecture, layout: Layout, load: Load, itemsize: int, *, stage: int, backward: bool
 ) -> list[RankTransfer]:
-    """Of the embedding on the first stage, and of the hidden states that the last hands to the loss."""
+    """List the transfers of the embedding on the first stage, and of the hidden states that the last hands to the
+    loss.
+    """
     if layout.tensor == 1:
         return []
     row, split, found = a.hidden_size * itemsize, splits_tokens(layout), []
@@ -127,7 +131,9 @@ def _ends(
 def _stages(
     a: Architecture, layout: Layout, load: Load, itemsize: int, *, stage: int, backward: bool
 ) -> list[RankTransfer]:
-    """Activations to the next stage, or their gradients to the one before, of every chunk of this one."""
+    """List the transfers of activations to the next stage, or their gradients to the one before, of every chunk of
+    this one.
+    """
     last = layout.pipeline - 1
     exempt = stage == (0 if backward else last)  # the model ends there, with one of its chunks
     size = load.tokens * a.hidden_size * itemsize // (layout.tensor if splits_tokens(layout) else 1)
@@ -138,7 +144,7 @@ def _stages(
 def forward_transfers(
     a: Architecture, layout: Layout, loads: Sequence[Load], *, stage: int, itemsize: int
 ) -> list[RankTransfer]:
-    """Of packs that are only asked about; the loss is apart."""
+    """List the transfers of packs that are only scored; those of the loss are separate."""
     layers = layers_of_stages(a.num_layers, layout)[stage]
     found = []
     for load in loads:
@@ -151,7 +157,7 @@ def forward_transfers(
 def backward_transfers(
     a: Architecture, layout: Layout, loads: Sequence[Load], *, stage: int, itemsize: int, recompute: str = "none"
 ) -> list[RankTransfer]:
-    """Of the packs' gradients down to the inputs of the stage."""
+    """List the transfers of the packs' gradients down to the inputs of the stage."""
     layers = layers_of_stages(a.num_layers, layout)[stage]
     found = []
     for load in loads:
@@ -162,7 +168,7 @@ def backward_transfers(
 
 
 def loss_transfers(layout: Layout, *, valid: int, candidates: int, divergence: str = "") -> list[RankTransfer]:
-    """Of the loss over the vocabulary, on the last stage, forward; backward has none.
+    """List the transfers of the loss over the vocabulary, on the last stage, forward; backward has none.
 
     Args:
         candidates: ids whose log-probs are taken, the sampled token among them.
@@ -179,20 +185,24 @@ def loss_transfers(layout: Layout, *, valid: int, candidates: int, divergence: s
     ]
 
 
-def grading_transfers(layout: Layout, *, valid: int, top_k: int, asked: int) -> list[RankTransfer]:
-    """Of a model that says its ``top_k`` likeliest ids, and log-probs of the sampled token and of ``asked`` ids."""
+def scoring_transfers(layout: Layout, *, valid: int, top_k: int, queries: int) -> list[RankTransfer]:
+    """List the transfers of a model that reports its ``top_k`` likeliest ids, and log-probs of the token and of
+    ``queries`` ids.
+    """
     if layout.tensor == 1:
         return []
     if not top_k:
-        return loss_transfers(layout, valid=valid, candidates=1 + asked)
-    width = 8 * (top_k + -(-(_STATISTICS + 1 + asked) // 2))  # floats travel two to an id
+        return loss_transfers(layout, valid=valid, candidates=1 + queries)
+    width = 8 * (top_k + -(-(_STATISTICS + 1 + queries) // 2))  # floats travel two to an id
     return [RankTransfer(axis="tensor", operation="all_gather", size=width * valid * layout.tensor, what="loss")]
 
 
 def gradient_transfers(
     a: Architecture, layout: Layout, *, stage: int, data_ranks: int, itemsize: int, distributed: bool
 ) -> list[RankTransfer]:
-    """Once per update: gradients of ranks that hold the same weights and, where states are cut, the new weights."""
+    """List the transfers of an update: gradients of ranks that hold the same weights and, where states are cut, the
+    new weights.
+    """
     chunks = chunks_of_stage(a, layout, stage)
     found = []
     for axis, ranks, sizes in (
@@ -202,7 +212,7 @@ def gradient_transfers(
         elements = sum(map(sum, sizes))
         if ranks > 1 and elements and not distributed:
             found.append((axis, "all_reduce", elements * _FP32))
-    # each of the two optimizers that Megatron-Core makes where experts are apart gathers the weights of both
+    # each of the two optimizers that Megatron-Core makes where experts are separate gathers the weights of both
     gathers = 2 if layout.expert > 1 else 1
     if distributed:
         for size, ranks, experts in [b for c in chunks for b in padded_buckets(c, data_ranks, layout.expert)]:
@@ -222,7 +232,7 @@ def gradient_transfers(
 
 
 def _norms(a: Architecture, layout: Layout, stage: int) -> int:
-    """Elements that tensor ranks hold alike but see other tokens or heads of."""
+    """Count the elements that tensor ranks hold alike but see other tokens or heads of."""
     layers, last = layers_of_stages(a.num_layers, layout)[stage], stage == layout.pipeline - 1
     heads = 2 * a.head_dim * a.qk_norm
     if not splits_tokens(layout):

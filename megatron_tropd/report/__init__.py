@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metric names, sinks, progress, the accuracy table and the HTML report."""
+"""Reports of a run: metric names, sinks, progress, the accuracy table and the HTML report."""

@@ -1,7 +1,7 @@
-"""Line charts of the report, drawn by matplotlib as SVG whose colours are CSS variables of the page.
+"""Line charts of the report, drawn by matplotlib as SVG whose colors are CSS variables of the page.
 
 Colours are drawn as sentinels and replaced afterwards, so that one picture serves light, dark and print. Series differ
-in line style as well as in colour.
+in line style as well as in color.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, alt: str, percent: bool = False) -> Markup:
-    """Lines over training steps. ``alt`` describes the chart to those who cannot see it."""
+    """Draw lines over training steps. ``alt`` describes the chart to those who cannot see it."""
     figure, axes = _axes()
     for i, line in enumerate(series):
-        _draw_line(axes, line, colour=SERIES[i % len(SERIES)], dashes=_DASHES[i % len(_DASHES)])
+        _draw_line(axes, line, color=SERIES[i % len(SERIES)], dashes=_DASHES[i % len(_DASHES)])
     every_step = np.concatenate([line.step for line in series])
     room = 0.5 if every_step.min() == every_step.max() else 0.0
     axes.set_xlim(every_step.min() - room, every_step.max() + room)  # lines that end early show that they do
@@ -55,7 +55,9 @@ def line_chart(series: Sequence[Series], *, alt: str, percent: bool = False) -> 
 
 
 def legend(labels: Sequence[str]) -> Markup:
-    """What the lines of :func:`line_chart` are, in the page's own text so that long names wrap; empty for one line."""
+    """Write what the lines of :func:`line_chart` are, in the page's own text so that long names wrap; empty for one
+    line.
+    """
     if len(labels) < 2:
         return Markup()
     item = Markup(
@@ -67,7 +69,7 @@ def legend(labels: Sequence[str]) -> Markup:
 
 
 def stacked_chart(steps: FloatArray, parts: Mapping[str, FloatArray], *, alt: str) -> Markup:
-    """Areas on top of each other, in the order given, in the colours of ``SERIES``."""
+    """Draw areas on top of each other, in the order given, in the colors of ``SERIES``."""
     figure, axes = _axes()
     thin_steps = _thin(steps)
     stack = np.stack([_thin(np.nan_to_num(values)) for values in parts.values()])
@@ -78,20 +80,20 @@ def stacked_chart(steps: FloatArray, parts: Mapping[str, FloatArray], *, alt: st
     return _svg(figure, alt=alt)
 
 
-def _draw_line(axes: Axes, line: Series, *, colour: str, dashes: str) -> None:
+def _draw_line(axes: Axes, line: Series, *, color: str, dashes: str) -> None:
     step, value = _thin(line.step), _thin(line.value)
     noisy = line.smooth and np.isfinite(value).sum() > 20
     if noisy:
-        axes.plot(step, value, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(step, value, color=color, linewidth=0.7, alpha=0.35)
         value = _running_mean(value, window=max(3, len(value) // 15))
     # matplotlib counts dashes in line widths
     style = "-" if dashes == "none" else (0, tuple(float(part) / 2 for part in dashes.split()))
     few = np.isfinite(value).sum() <= 12
     axes.plot(
-        step, value, color=colour, linewidth=1.7, linestyle=style, label=line.label, marker="o" if few else None, ms=4
+        step, value, color=color, linewidth=1.7, linestyle=style, label=line.label, marker="o" if few else None, ms=4
     )
     if line.low is not None and line.high is not None:
-        axes.fill_between(_thin(line.step), _thin(line.low), _thin(line.high), color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(_thin(line.step), _thin(line.low), _thin(line.high), color=color, alpha=0.15, linewidth=0)
 
 
 def _axes() -> tuple[Figure, Axes]:
@@ -114,7 +116,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _thin(values: FloatArray) -> FloatArray:
-    """Means over equal runs of points, so that a long run does not make a heavy page."""
+    """Thin to means over equal runs of points, so that a long run does not make a heavy page."""
     run = -(-len(values) // _MOST_POINTS)
     if run <= 1:
         return values
@@ -124,7 +126,7 @@ def _thin(values: FloatArray) -> FloatArray:
 
 
 def _running_mean(values: FloatArray, *, window: int) -> FloatArray:
-    """Centred mean over ``window`` points, fewer at the ends; NaN counts for nothing and stays NaN."""
+    """Return the centered mean over ``window`` points, fewer at the ends; NaN counts for nothing and stays NaN."""
     there, kernel = np.isfinite(values), np.ones(window)
     total = np.convolve(np.where(there, values, 0.0), kernel, mode="full")
     count = np.convolve(there.astype(float), kernel, mode="full")

@@ -1,4 +1,4 @@
-"""``RUN/report.html``: one page that tells how a run went, from the files the run left. No network, no scripts."""
+"""``RUN/report.html``: one page on the course of a run, from the files the run left. No network, no scripts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _GUIDANCE: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes ``RUN/report.html`` and returns its path. A file that is missing gives a section that says so.
+    """Write ``RUN/report.html`` and return its path. A file that is missing gives a section that says so.
 
     Raises:
         DataError: ``run_dir`` does not exist, or a file in it cannot be read.
@@ -169,7 +169,7 @@ def _last_part(path: Any) -> str | None:
 
 
 def _column(rows: Rows, name: str) -> FloatArray:
-    """Values over the rows, NaN where a row has none."""
+    """Return the values over the rows, NaN where a row has none."""
     values = (row.get(name) for row in rows)
     return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
 
@@ -178,7 +178,7 @@ def _column(rows: Rows, name: str) -> FloatArray:
 
 
 def _charts(rows: Rows, wanted: Sequence[tuple[str, tuple[str, ...], bool]]) -> list[Chart]:
-    """Those of the wanted charts for which there is anything to draw."""
+    """Draw those of the wanted charts for which there is anything to draw."""
     step, charts = _column(rows, "step"), []
     for title, names, percent in wanted:
         there = {name: column for name in names if np.isfinite(column := _column(rows, name)).any()}
@@ -196,7 +196,7 @@ def _charts(rows: Rows, wanted: Sequence[tuple[str, tuple[str, ...], bool]]) -> 
 
 
 def _accuracy_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
-    """The accuracy of the step's own responses, and the same by data source where there are several."""
+    """Draw the accuracy of the step's own responses, and the same by data source where there are several."""
     name = "accuracy_train"
     sources = sorted({key for row in rows for key in row if key.startswith(of_source(name, ""))})
     curves: list[tuple[str, tuple[str, ...], bool]] = [("Accuracy while training", (name,), True)]
@@ -204,7 +204,9 @@ def _accuracy_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
 
 
 def _gap_curves(rows: Rows) -> list[tuple[str, tuple[str, ...], bool]]:
-    """The gap between sampler and trainer by position in the sequence, where sequences are long enough for several."""
+    """Draw the gap between sampler and trainer by position in the sequence, where sequences are long enough for
+    several.
+    """
     start = of_source("logprob_gap_mean", "")
     names = sorted(
         {key for row in rows for key in row if key.startswith(start)},
@@ -220,7 +222,7 @@ def _label(name: str) -> str:
 
 
 def _accuracy_charts(evaluations: Sequence[Evaluation], rows: Rows) -> list[Chart]:
-    """Accuracy of the student over steps, when it was evaluated in between, and pass@k where it was asked for."""
+    """Draw the student's accuracy over steps, when it was evaluated in between, and pass@k where requested."""
     if not any(evaluation.model == DURING for evaluation in evaluations):
         return []
     student = [evaluation for evaluation in evaluations if evaluation.model != TEACHER]
@@ -262,7 +264,7 @@ def _suites(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _step_parts(rows: Rows) -> dict[str, FloatArray]:
-    """Seconds per step of every part that was measured; what is left of ``time_step`` goes to ``other``."""
+    """Return the seconds per step of every part that was measured; what is left of ``time_step`` goes to ``other``."""
     columns = {part: _column(rows, f"time_{part}") for part in STEP_PARTS}
     parts = {part: np.nan_to_num(column) for part, column in columns.items() if np.isfinite(column).any()}
     whole = _column(rows, "time_step")
@@ -272,7 +274,7 @@ def _step_parts(rows: Rows) -> dict[str, FloatArray]:
 
 
 def _mean(rows: Rows, name: str) -> float | None:
-    """Of the steps that have the metric; None when none has."""
+    """Return the mean of the steps that have the metric; None when none has."""
     column = _column(rows, name)
     return float(np.nanmean(column)) if np.isfinite(column).any() else None
 
@@ -301,7 +303,7 @@ def _time_chart(rows: Rows, parts: Mapping[str, FloatArray]) -> Markup | None:
 
 
 def _pairs(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Answers to one prompt side by side, in the order in which prompts first appear."""
+    """Pair answers to one prompt side by side, in the order in which prompts first appear."""
     prompts = list(dict.fromkeys((sample.prompt, sample.answer) for sample in samples))
     return [
         {

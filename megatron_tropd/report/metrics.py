@@ -47,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "teacher_entropy": Metric("nats/token", "The same of the teacher on the same tokens.", "entropy"),
     "teacher_entropy_bound": Metric(
         "nats/token",
-        "Upper bound of it from the top k, of a teacher that tells no more: what is not in it is spread evenly.",
+        "Upper bound of it from the top k, of a teacher that reports no more: what is not in it is spread evenly.",
         "entropy",
     ),
     "grad_norm": Metric("", "Global norm of the gradient before clipping.", "optimizer"),
@@ -77,7 +77,7 @@ METRICS: Mapping[str, Metric] = {
     "time_step": Metric("s", "Wall time of the whole step.", "time"),
     "time_rollout": Metric("s", "Wall time of sampling, as far as the step waited for it.", "time"),
     "time_rollout_hidden": Metric(
-        "s", "Wall time of sampling while the program did something else, beside time_step; with rollout.ahead.", "time"
+        "s", "Wall time of sampling while the program did something else, not in time_step; with rollout.ahead.", "time"
     ),
     "time_pack": Metric("s", "Wall time of packing.", "time"),
     "time_teacher": Metric("s", "Wall time of teacher scoring.", "time"),
@@ -101,12 +101,12 @@ STEP_PARTS = ("rollout", "pack", "teacher", "student", "train", "publish", "othe
 
 
 def of_source(name: str, source: str) -> str:
-    """The metric ``name`` over the sequences of one data source: ``accuracy_train/math``."""
+    """Name the metric ``name`` over the sequences of one data source: ``accuracy_train/math``."""
     return f"{name}/{source}"
 
 
 def unknown_names(names: Iterable[str]) -> list[str]:
-    """Names that are not in the table, sorted: a metric without a unit and a meaning is a mistake."""
+    """List names that are not in the table, sorted: a metric without a unit and a meaning is a mistake."""
     return sorted(name for name in set(names) if name.split("/")[0] not in METRICS)
 
 

@@ -1,4 +1,4 @@
-"""How far a run is, for whoever watches: a live bar on a terminal, a plain line now and then in a log file."""
+"""Progress of a run, for whoever watches: a live bar on a terminal, a plain line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = (
 
 
 class TrainingProgress:
-    """Counts steps and shows the metrics that tell whether a run is healthy. Quiet where not ``enabled``.
+    """Count steps and show the metrics that say whether a run is healthy. Quiet where not ``enabled``.
 
     Args:
         total: steps of the whole run.
@@ -68,11 +68,11 @@ class TrainingProgress:
         self._bar.stop()
 
     def update(self, metrics: Mapping[str, int | float | None]) -> None:
-        """One step is done."""
+        """Count one step as done."""
         self.advance(1, metrics)
 
     def advance(self, count: int, metrics: Mapping[str, int | float | None] | None = None) -> None:
-        """So many steps are done."""
+        """Count so many steps as done."""
         self._done += count
         facts = metrics or {}
         shown = "  ".join(form.format(value) for name, form in _SHOWN if (value := facts.get(name)) is not None)
@@ -82,7 +82,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=self._done, shown=shown)
 
     def say(self, message: str) -> None:
-        """A line of text above the bar."""
+        """Print a line of text above the bar."""
         if self._enabled:
             self._console.print(message, highlight=False, markup=False)
 
@@ -94,7 +94,7 @@ class TrainingProgress:
 
 
 class Heartbeat:
-    """Says every now and then that a phase goes on, and since when: for phases that count nothing. Quiet if short.
+    """Report now and then that a phase is running, and since when: for phases that count nothing. Quiet if short.
 
     Args:
         what: the phase, such as "sampling 1,319 answers".
@@ -123,7 +123,7 @@ class Heartbeat:
             self._thread.join()
 
     def _beat(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         while not self._over.wait(self._seconds):
-            spent = time.monotonic() - began
+            spent = time.monotonic() - started
             self._console.print(f"{self._what}: {spent:.0f} s so far", highlight=False, markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ class Evaluation:
     pass_at: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by k: pass@k and its 95 % interval
     finished: float | None = None  # share of answers that ended by themselves, not by their budget
     timed_out: int = 0  # answers whose grading was given up: they count as wrong
-    left_out: int = 0  # problems of the files that were not asked: too long, or bad rows that were skipped
+    left_out: int = 0  # problems of the files that were left unanswered: too long, or bad rows that were skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class AnswerRecord:
     sample: int  # which of the problem's answers
     prompt: str
     reference: str
-    answer: str  # as it was graded: thinking that the prompt opened begins it
+    answer: str  # as it was graded: thinking that the prompt opened starts it
     correct: bool
     note: str  # why it could not be graded, or why its program failed
     finished: bool  # whether it ended by itself
@@ -76,27 +76,27 @@ class Sample:
 
 
 def record_evaluations(run_dir: str | Path, evaluations: Sequence[Evaluation]) -> None:
-    """Adds to ``RUN/evaluation.json``; a result of the same model, suite and step is replaced. Atomic."""
+    """Add to ``RUN/evaluation.json``; a result of the same model, suite and step is replaced. Atomic."""
     kept = {_identity(evaluation): evaluation for evaluation in (*read_evaluations(run_dir), *evaluations)}
     text = json.dumps([asdict(evaluation) for evaluation in kept.values()], indent=1)
     _write(Path(run_dir) / EVALUATION_FILE, text + "\n")
 
 
 def record_answers(run_dir: str | Path, *, model: str, suite: str, answers: Sequence[AnswerRecord]) -> Path:
-    """Write the answers of one model to one suite beside ``evaluation.json``; those of an earlier time are replaced."""
+    """Write the answers of one model to one suite next to ``evaluation.json``; those of earlier are replaced."""
     path = Path(run_dir) / f"answers-{_file_name(model)}-{_file_name(suite)}.jsonl"
     _write(path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
     return path
 
 
 def _file_name(name: str) -> str:
-    """A name as part of a file's; with a few digits of its own where it had to be changed."""
+    """Make a name part of a file's; with a few digits of its own where it had to be changed."""
     plain = re.sub(r"[^A-Za-z0-9.=@_]+", "_", name).strip("_.")
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
-    """What ``RUN/evaluation.json`` holds; nothing when it does not exist. DataError when it cannot be read."""
+    """Read ``RUN/evaluation.json``; nothing when it does not exist. DataError when it cannot be read."""
     path = Path(run_dir) / EVALUATION_FILE
     if not path.exists():
         return []
@@ -108,7 +108,7 @@ def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
 
 
 def record_samples(run_dir: str | Path, samples: Sequence[Sample]) -> None:
-    """Adds to ``RUN/samples.jsonl``; earlier samples of the same ``when`` are replaced. Atomic."""
+    """Add to ``RUN/samples.jsonl``; earlier samples of the same ``when`` are replaced. Atomic."""
     replaced = {sample.when for sample in samples}
     kept = [sample for sample in read_samples(run_dir) if sample.when not in replaced]
     text = "".join(json.dumps(asdict(sample)) + "\n" for sample in (*kept, *samples))
@@ -116,7 +116,7 @@ def record_samples(run_dir: str | Path, samples: Sequence[Sample]) -> None:
 
 
 def read_samples(run_dir: str | Path) -> list[Sample]:
-    """What ``RUN/samples.jsonl`` holds; nothing when it does not exist. DataError when it cannot be read."""
+    """Read ``RUN/samples.jsonl``; nothing when it does not exist. DataError when it cannot be read."""
     path = Path(run_dir) / SAMPLES_FILE
     if not path.exists():
         return []
@@ -128,7 +128,9 @@ def read_samples(run_dir: str | Path) -> list[Sample]:
 
 
 def distance_closed(evaluations: Sequence[Evaluation], suite: str) -> float | None:
-    """Share of the accuracy gap to the teacher that training closed on ``suite``; None when it cannot be told."""
+    """Return the share of the accuracy gap to the teacher that training closed on ``suite``; None when
+    unknown.
+    """
     found = {evaluation.model: evaluation.accuracy for evaluation in evaluations if evaluation.suite == suite}
     if not {BEFORE, AFTER, TEACHER} <= found.keys() or found[TEACHER] <= found[BEFORE]:
         return None

@@ -1,4 +1,4 @@
-"""Where metrics go: ``RUN/metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for. One rank writes."""
+"""Where metrics go: ``RUN/metrics.jsonl`` always, TensorBoard and Weights & Biases on request. One rank writes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Sink(Protocol):
     """An extra destination of metrics."""
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Takes the metrics of one step."""
+        """Take the metrics of one step."""
 
     def truncate_after(self, step: int) -> None:
-        """The run goes on after ``step``: anything later will be written again."""
+        """Prepare to resume after ``step``: anything later will be written again."""
 
     def close(self) -> None:
-        """Flushes what is pending."""
+        """Flush what is pending."""
 
 
 class MetricsWriter:
-    """Appends one JSON object per step, on disk before ``write`` returns, and hands it on to the other sinks.
+    """Append one JSON object per step, on disk before ``write`` returns, and hand it on to the other sinks.
 
     Args:
         path: usually ``RUN/metrics.jsonl``; made with its directory when missing.
@@ -51,7 +51,7 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, SupportsFloat | None]) -> None:
-        """Appends one step; ``metrics["step"]`` is required. Values that are not finite are written as null."""
+        """Append one step; ``metrics["step"]`` is required. Values that are not finite are written as null."""
         if "step" not in metrics:
             raise ValueError(f"metrics need a step, got {sorted(metrics)}. Add the key 'step'.")
         step = int(float(metrics["step"] or 0))
@@ -66,7 +66,7 @@ class MetricsWriter:
             sink.write(step, finite)
 
     def truncate_after(self, step: int) -> None:
-        """Keeps the lines with ``step`` or less, for going on from a checkpoint; ``-1`` empties the file. Atomic."""
+        """Keep the lines with ``step`` or less, to resume from a checkpoint; ``-1`` empties the file. Atomic."""
         self._file.close()
         rows, _ = read_jsonl(self.path)
         stepless = sum(not isinstance(row.get("step"), int) for row in rows)
@@ -78,7 +78,7 @@ class MetricsWriter:
             sink.truncate_after(step)
 
     def close(self) -> None:
-        """Closes the file and the sinks."""
+        """Close the file and the sinks."""
         self._file.close()
         for sink in self.sinks:
             sink.close()
@@ -93,7 +93,7 @@ class MetricsWriter:
 
 
 def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a file of JSON objects, and whether a torn last line (a killed writer) was left out.
+    """Read the rows of a file of JSON objects, and whether a torn last line (a killed writer) was left out.
 
     Raises:
         DataError: a line before the last is not a JSON object.
@@ -121,7 +121,7 @@ def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _mend(path: Path) -> None:
-    """Drops a line torn by a killed writer, so that the next one does not continue it."""
+    """Drop a line torn by a killed writer, so that the next one does not continue it."""
     if not path.exists() or (content := path.read_bytes()) == b"" or content.endswith(b"\n"):
         return
     rows, torn = read_jsonl(path)
@@ -147,7 +147,7 @@ def _finite(value: SupportsFloat | None) -> Number:
 def open_sinks(
     run_dir: str | Path, *, tensorboard: bool = False, wandb: str | None = None, config: Mapping[str, Any] | None = None
 ) -> list[Sink]:
-    """The optional sinks asked for: TensorBoard events in ``RUN/tensorboard``, a run in the W&B project ``wandb``.
+    """Open the optional sinks requested: TensorBoard events in ``RUN/tensorboard``, a run in the W&B project ``wandb``.
 
     Raises:
         ConfigError: a package that is needed is not installed.
@@ -176,18 +176,18 @@ class TensorBoardSink:
         self._writer = SummaryWriter(self._directory)
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Writes the numbers that are there; a null leaves a gap."""
+        """Write the numbers that are there; a null leaves a gap."""
         for name, value in metrics.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def truncate_after(self, step: int) -> None:
-        """Tells TensorBoard to hide what an earlier process wrote beyond ``step``."""
+        """Tell TensorBoard to hide what an earlier process wrote beyond ``step``."""
         self._writer.close()
         self._writer = self._open(self._directory, purge_step=step + 1)
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
@@ -211,12 +211,12 @@ class WandbSink:
         )
 
     def write(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Logs the numbers that are there."""
+        """Log the numbers that are there."""
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
     def truncate_after(self, step: int) -> None:
-        """Nothing to do: the service keeps its first value of a step, and a repeated step has the same values."""
+        """Do nothing: the service keeps its first value of a step, and a repeated step has the same values."""
 
     def close(self) -> None:
-        """Finishes the run."""
+        """Finish the run."""
         self._run.finish()

@@ -29,7 +29,7 @@ class Stopwatch:
         self._inner = around + seconds
 
     def metrics(self) -> dict[str, float]:
-        """``time_*`` of the step; what no part claims is ``time_other``."""
+        """Return ``time_*`` of the step; what no part claims is ``time_other``."""
         total = time.perf_counter() - self.started
         named = {f"time_{part}": seconds for part, seconds in self.parts.items()}
         return named | {"time_step": total, "time_other": total - sum(self.parts.values())}

@@ -11,7 +11,7 @@ from megatron_tropd.report.records import AFTER, BEFORE, DURING, TEACHER, Evalua
 
 
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Student before, student after and teacher, one column per suite, in per cent with 95 % intervals."""
+    """Tabulate student before, student after and teacher, one column per suite, in percent with 95 % intervals."""
     suites = list(dict.fromkeys(evaluation.suite for evaluation in evaluations))
     found = {(evaluation.model, evaluation.suite): evaluation for evaluation in evaluations}
     table = Table(

@@ -1,4 +1,4 @@
-"""Inside vLLM's HTTP server: who may ask, and the trainer's own requests.
+"""Inside vLLM's HTTP server: authorization, and the trainer's own requests.
 
 ``--middleware megatron_tropd.vllm_bridge.app.Tropd`` puts this in front of vLLM's routes. Everything but ``/health``
 needs the key (vLLM's own ``--api-key`` leaves the routes that change weights open, so they are not switched on here).
@@ -43,7 +43,7 @@ class Tropd:
         self._routes: dict[str, Callable[[Any, Mapping[str, Any]], Awaitable[Answer]]] = {
             "info": _info,
             "write": self._write,
-            "grade": self._grade,
+            "grade": self._score,
             "begin": _begin,
             "meet": _meet,
             "bucket": _bucket,
@@ -68,10 +68,10 @@ class Tropd:
     async def _serve(
         self, route: Callable[[Any, Mapping[str, Any]], Awaitable[Answer]], engine: Any, receive: Receive, send: Send
     ) -> None:
-        """Answers one request; a client that leaves takes its work with it."""
+        """Answer one request; a client that leaves takes its work with it."""
         try:
-            asked = json.loads(await _body(receive) or b"{}")
-            working = asyncio.ensure_future(route(engine, asked))
+            request = json.loads(await _body(receive) or b"{}")
+            working = asyncio.ensure_future(route(engine, request))
             leaving = asyncio.ensure_future(_disconnected(receive))
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
             leaving.cancel()
@@ -81,17 +81,17 @@ class Tropd:
                     await working
                 return
             await _reply(send, 200, working.result())
-        except (ValueError, TypeError, KeyError) as error:  # what was asked cannot be done, now or later
+        except (ValueError, TypeError, KeyError) as error:  # what was requested cannot be done, now or later
             await _reply(send, 400, {"error": f"{type(error).__name__}: {error}"})
         except Exception as error:  # the client must hear of whatever else goes wrong, and goes to another server
             await _reply(send, 500, {"error": f"{type(error).__name__}: {error}"})
 
-    async def _write(self, engine: Any, asked: Mapping[str, Any]) -> bytes:
-        """Continues ``token_ids`` as the ``options`` of ``vllm.SamplingParams`` say."""
-        options = dict(asked["options"])
+    async def _write(self, engine: Any, request: Mapping[str, Any]) -> bytes:
+        """Continue ``token_ids`` as the ``options`` of ``vllm.SamplingParams`` say."""
+        options = dict(request["options"])
         if "logit_bias" in options:  # JSON has no whole numbers for keys
             options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
-        output = (await self._final(engine, asked["token_ids"], SamplingParams(**options))).outputs[0]
+        output = (await self._final(engine, request["token_ids"], SamplingParams(**options))).outputs[0]
         token_ids = np.asarray(output.token_ids, dtype=np.int64)
         versions = np.full(len(token_ids), -1, dtype=np.int64)  # weights that no trainer has sent
         for span in output.weight_versions or ():
@@ -107,15 +107,17 @@ class Tropd:
             }
         )
 
-    async def _grade(self, engine: Any, asked: Mapping[str, Any]) -> bytes:
-        """Log-probs of the tokens of ``token_ids`` and of their alternatives: see ``questions.ScoreRequest``."""
-        question = ScoreRequest.of_json(asked)
+    async def _score(self, engine: Any, request: Mapping[str, Any]) -> bytes:
+        """Return log-probs of the tokens of ``token_ids`` and of their alternatives: see
+        ``score_requests.ScoreRequest``.
+        """
+        question = ScoreRequest.of_json(request)
         options = SamplingParams(**scoring_options(question.columns), flat_logprobs=True)
-        flat = (await self._final(engine, asked["token_ids"], options)).prompt_logprobs
+        flat = (await self._final(engine, request["token_ids"], options)).prompt_logprobs
         # all ids of a long sequence take a while, in which others should be answered too
-        graded = await asyncio.to_thread(answer_of, question, flat.token_ids, flat.logprobs)
-        found = {name: getattr(graded, name) for name in graded.__slots__}
-        found["topk_ids"] = graded.topk_ids.astype(np.int32)
+        scores = await asyncio.to_thread(answer_of, question, flat.token_ids, flat.logprobs)
+        found = {name: getattr(scores, name) for name in scores.__slots__}
+        found["topk_ids"] = scores.topk_ids.astype(np.int32)
         return encoded({name: array for name, array in found.items() if array is not None})
 
     async def _final(self, engine: Any, token_ids: list[int], options: SamplingParams) -> Any:
@@ -128,8 +130,8 @@ class Tropd:
         return output
 
 
-async def _info(engine: Any, asked: Mapping[str, Any]) -> Answer:
-    """What the trainer must know before it relies on this server."""
+async def _info(engine: Any, request: Mapping[str, Any]) -> Answer:
+    """Return what the trainer must know before it relies on this server."""
     config, model = engine.vllm_config, engine.vllm_config.model_config
     return {
         "model": str(model.model),
@@ -145,30 +147,30 @@ async def _info(engine: Any, asked: Mapping[str, Any]) -> Answer:
     }
 
 
-async def _begin(engine: Any, asked: Mapping[str, Any]) -> Answer:
-    """Stops generation (``mode``: abort or keep what is being written) and gets ready for new weights."""
-    await engine.pause_generation(mode=asked["mode"])
+async def _begin(engine: Any, request: Mapping[str, Any]) -> Answer:
+    """Stop generation (``mode``: abort or keep what is being written) and get ready for new weights."""
+    await engine.pause_generation(mode=request["mode"])
     await engine.update_weight_version("incomplete")  # until it is finished the weights are nobody's
     await engine.collective_rpc("close_open_update")
     await engine.start_weight_update()
     return {}
 
 
-async def _meet(engine: Any, asked: Mapping[str, Any]) -> Answer:
-    """Joins the group that broadcasts weights: see ``worker.Meeting``."""
-    await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(asked)))
+async def _meet(engine: Any, request: Mapping[str, Any]) -> Answer:
+    """Join the group that broadcasts weights: see ``worker.Meeting``."""
+    await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(request)))
     return {}
 
 
-async def _bucket(engine: Any, asked: Mapping[str, Any]) -> Answer:
-    """Takes one bucket: see ``worker.Bucket``."""
-    await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(asked)))
+async def _bucket(engine: Any, request: Mapping[str, Any]) -> Answer:
+    """Take one bucket: see ``worker.Bucket``."""
+    await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(request)))
     return {}
 
 
-async def _finish(engine: Any, asked: Mapping[str, Any]) -> Answer:
-    """Makes the weights the ones of ``version``; nothing computed with older ones is used again."""
-    await engine.finish_weight_update(str(asked["version"]))
+async def _finish(engine: Any, request: Mapping[str, Any]) -> Answer:
+    """Make the weights the ones of ``version``; nothing computed with older ones is used again."""
+    await engine.finish_weight_update(str(request["version"]))
     if not await engine.reset_prefix_cache(reset_running_requests=True):
         raise RuntimeError("the prefix cache could not be emptied: it holds what older weights have computed")
     await engine.resume_generation()

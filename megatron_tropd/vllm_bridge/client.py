@@ -34,17 +34,19 @@ class Unreachable(ServingError):
 
 
 class Refused(ServingError):
-    """The server does not do what is asked, and never will: no other is likely to."""
+    """The server does not do what is requested, and never will: no other is likely to."""
 
 
 def new_connections() -> http.AsyncClient:
-    """Connections without a limit on their number, without proxies or keys from the environment, without redirects."""
+    """Make connections without a limit on their number, without proxies or keys from the environment, without
+    redirects.
+    """
     limits = http.Limits(max_connections=None, max_keepalive_connections=None)
     return http.AsyncClient(trust_env=False, follow_redirects=False, limits=limits, timeout=_CONTROL_S)
 
 
 class Server:
-    """What one server can be asked. Every method raises Unreachable, Refused, or ServingError for a wrong answer."""
+    """A client of one server. Every method raises Unreachable, Refused, or ServingError for a wrong answer."""
 
     def __init__(self, url: str, connections: http.AsyncClient, *, key: str = "") -> None:
         self.url = url.rstrip("/")
@@ -53,11 +55,11 @@ class Server:
         self._vocab_size: int | None = None  # as it says of itself
 
     async def alive(self, timeout_s: float) -> None:
-        """Returns when the server says that it is well."""
+        """Return when the server says that it is well."""
         await self._ask("GET", "/health", None, timeout_s, key=False)
 
     async def info(self) -> dict[str, Any]:
-        """What ``app`` says of the server."""
+        """Return what ``app`` reports of the server."""
         found = self._object(await self._ask("GET", PREFIX + "info", None, _CONTROL_S))
         if isinstance(found.get("vocab_size"), int):
             self._vocab_size = found["vocab_size"]
@@ -66,11 +68,11 @@ class Server:
     async def write(
         self, task: Task, params: SamplingParams, *, forbidden: range, oldest: int, timeout_s: float
     ) -> Written:
-        """Continues one task with weights of step ``oldest`` or later."""
+        """Continue one task with weights of step ``oldest`` or later."""
         options = sampling_options(params, task, forbidden=forbidden)
-        asked = {"token_ids": task.token_ids.tolist(), "options": options}
+        payload = {"token_ids": task.token_ids.tolist(), "options": options}
         response = await self._ask(
-            "POST", PREFIX + "write", asked, timeout_s, most_bytes=_answer_bytes(task.max_new_tokens, 8 + 4 + 8)
+            "POST", PREFIX + "write", payload, timeout_s, most_bytes=_answer_bytes(task.max_new_tokens, 8 + 4 + 8)
         )
         names = ("token_ids", "logprob", "versions", "finished")
         arrays = decoded(response.body, response.digest, names)
@@ -89,12 +91,12 @@ class Server:
         )
         return checked_written(written, task, params)
 
-    async def grade(self, token_ids: Int64Array, *, number: int = 0, top_k: int = 0, timeout_s: float) -> TeacherScores:
-        """Log-probs of the tokens after the first, and of their likeliest alternatives."""
+    async def score(self, token_ids: Int64Array, *, number: int = 0, top_k: int = 0, timeout_s: float) -> TeacherScores:
+        """Return log-probs of the tokens after the first, and of their likeliest alternatives."""
         return await self.answer(ScoreRequest(number=number, token_ids=token_ids, top_k=top_k), timeout_s=timeout_s)
 
     async def answer(self, question: ScoreRequest, *, timeout_s: float) -> TeacherScores:
-        """What the server's model says of a sequence."""
+        """Return the scores of a sequence by the server's model."""
         columns = question.top_k + (0 if question.whole is None else question.whole.query_ids.shape[1] + 2)
         most = _answer_bytes(len(question.token_ids), 4 + 8 * columns)
         response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s, most_bytes=most)
@@ -106,23 +108,23 @@ class Server:
         return checked_answer(TeacherScores(**arrays), question)
 
     async def begin(self, mode: str) -> None:
-        """Stops generation and gets ready for new weights."""
+        """Stop generation and get ready for new weights."""
         await self._ask("POST", PREFIX + "begin", {"mode": mode}, _CONTROL_S)
 
     async def meet(self, meeting: Mapping[str, Any], *, timeout_s: float) -> None:
-        """Has the server's workers join a broadcasting group."""
+        """Let the server's workers join a broadcasting group."""
         await self._ask("POST", PREFIX + "meet", dict(meeting), timeout_s)
 
     async def bucket(self, bucket: Mapping[str, Any], *, timeout_s: float) -> None:
-        """Has the server take one bucket of weights."""
+        """Let the server take one bucket of weights."""
         await self._ask("POST", PREFIX + "bucket", dict(bucket), timeout_s)
 
     async def finish(self, version: int) -> None:
-        """Makes the weights those of ``version`` and goes on generating."""
+        """Make the weights those of ``version`` and resume generation."""
         await self._ask("POST", PREFIX + "finish", {"version": version}, _CONTROL_S)
 
     def _check_ids(self, ids: np.ndarray, number: int, *, below: int | None) -> None:
-        """ServingError for ids that are no whole numbers from 0 to ``below``."""
+        """Raise ServingError for ids that are no whole numbers from 0 to ``below``."""
         largest = None if ids.size == 0 or ids.dtype.kind not in "iu" else int(ids.max())
         if ids.dtype.kind not in "iu" or (below is not None and largest is not None and largest >= below):
             raise ServingError(
@@ -143,7 +145,7 @@ class Server:
         self,
         method: str,
         path: str,
-        asked: Mapping[str, Any] | None,
+        payload: Mapping[str, Any] | None,
         timeout_s: float,
         *,
         key: bool = True,
@@ -154,7 +156,7 @@ class Server:
         try:
             async with asyncio.timeout(timeout_s):  # for the whole answer: httpx's own limit starts anew at every byte
                 request = self._connections.build_request(
-                    method, self.url + path, json=asked, headers=headers, timeout=timeout_s
+                    method, self.url + path, json=payload, headers=headers, timeout=timeout_s
                 )
                 response = await self._connections.send(request, stream=True)
                 try:
@@ -186,8 +188,7 @@ class Server:
             left -= len(part)
             if left < 0:
                 raise ServingError(
-                    f"{self.url}{path} gave an answer of more than {most_bytes:,} bytes, more than can have been asked "
-                    "for."
+                    f"{self.url}{path} gave an answer of more than {most_bytes:,} bytes, more than was requested."
                 )
             parts.append(part)
         return _Reply(response.status_code, b"".join(parts), response.headers.get(DIGEST))
@@ -203,7 +204,7 @@ class _Reply:
 
     @property
     def excerpt(self) -> str:
-        """The first characters of a text, fit for a terminal."""
+        """Return the first characters of a text, fit for a terminal."""
         return _shown(self.body[: 4 * _EXCERPT].decode("utf-8", errors="replace"))[:_EXCERPT]
 
 

@@ -1,4 +1,4 @@
-"""From a configuration of servers to a pool of them that can do what will be asked."""
+"""Connection of the configured servers to a pool that can do what will be requested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tropd.vllm_bridge.pool import Pool
 
 
 def open_pool(config: ServersConfig, *, section: str, needs: Mapping[str, Any]) -> Pool:
-    """Connects to the servers of a section of the configuration (its name is for messages).
+    """Connect to the servers of a section of the configuration (its name is for messages).
 
     Args:
         needs: what a server's ``info`` must say: equal values, at least as large ones for whole numbers (where

@@ -1,4 +1,4 @@
-"""Servers that come and go: lost ones are asked whether they are back, silent ones are noticed, absence ends the run.
+"""Servers that come and go: lost ones are probed for their return, silent ones are noticed, absence ends the run.
 
 Everything here runs in the pool's event loop.
 """
@@ -63,7 +63,7 @@ class HealthMonitor:
         self._watching = asyncio.ensure_future(self._heartbeat())
 
     def lose(self, peer: Peer, error: ServingError) -> None:
-        """Take a server out: its work goes to the others, and it is asked now and then whether it is back."""
+        """Take a server out: its work goes to the others, and it is probed now and then for its return."""
         if not peer.alive:
             return
         peer.alive, peer.faults, peer.error = False, 0, str(error)
@@ -107,7 +107,7 @@ class HealthMonitor:
                 self._end()
 
     def _expected(self) -> bool:
-        """Whether anybody waits: for servers to come back, or for the answers of some that are there."""
+        """Say whether anybody waits: for servers to come back, or for the answers of some that are there."""
         return self._has_work() or not any(peer.alive for peer in self._peers)
 
     async def _listen(self, peer: Peer) -> None:
@@ -127,7 +127,7 @@ class HealthMonitor:
 
 
 def _check_same(peer: Peer, info: Mapping[str, Any]) -> None:
-    """ServingError when what came back at the address is another server than the one that went."""
+    """Raise ServingError when what came back at the address is another server than the one that went."""
     for name, was in peer.info.items():
         if name != "version" and info.get(name) != was:
             raise ServingError(

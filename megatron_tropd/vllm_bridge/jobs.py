@@ -22,7 +22,7 @@ class Job:
     batch: JobBatch | None = None
     attempts: int = 0  # that were answered wrongly
     moves: int = 0  # servers that were lost while it was under way there
-    wrong: set[Peer] = field(default_factory=set)  # who answered wrongly: others are asked first
+    wrong: set[Peer] = field(default_factory=set)  # who answered wrongly: others are tried first
     result: Any = None
 
 
@@ -41,7 +41,7 @@ class JobBatch:
             self._end()
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether all is done, at the latest after so long.
+        """Wait, at most so long, and return whether all is done.
 
         Raises:
             ServingError: it never will be.
@@ -52,18 +52,18 @@ class JobBatch:
         return done
 
     def results(self) -> list[Any]:
-        """Of a batch that is done, in the order of its jobs."""
+        """Return the results of a batch that is done, in the order of its jobs."""
         return [job.result for job in self._jobs]
 
     def finish(self, job: Job, result: Any) -> None:
-        """Called once for every job."""
+        """Record the result of a job. Called once for every job."""
         job.result = result
         self._left -= 1
         if self._left == 0:
             self._end()
 
     def fail(self, error: ServingError) -> None:
-        """The batch will never be done."""
+        """Record that the batch will never be done."""
         self.error = error
         self._finished.set()
 
@@ -89,7 +89,7 @@ class Peer:
 
     @property
     def outstanding(self) -> float:
-        """Tokens, about, that it is working on."""
+        """Return the tokens, about, that it is working on."""
         return sum(job.cost for job in self.tasks)
 
     @property

@@ -28,9 +28,9 @@ def server_command(
     top_k: int,
     takes_weights: bool,
 ) -> list[str]:
-    """``options``: more arguments of vLLM's server, by their Python names.
+    """Build the command. ``options``: more arguments of vLLM's server, by their Python names.
 
-    ``max_tokens``: the longest sequence. ``top_k``: how many alternatives of a token may be asked for.
+    ``max_tokens``: the longest sequence. ``top_k``: how many alternatives of a token may be requested.
     """
     arguments: dict[str, Any] = {
         "model": str(model),
@@ -61,7 +61,7 @@ def _argument(name: str, value: Any) -> list[str]:
 
 
 def become_server(command: list[str], *, host: str, key: str, weights: str | None = None) -> None:
-    """Turns this process into the server. ``weights``: their fingerprint, for clients to compare.
+    """Turn this process into the server. ``weights``: their fingerprint, for clients to compare.
 
     Raises:
         ConfigError: vLLM is not installed, or the server would be open to the network without a key.

@@ -1,7 +1,7 @@
-"""A vLLM engine in this process: sampling, grading, new weights without a copy on disk.
+"""A vLLM engine in this process: sampling, scoring, new weights without a copy on disk.
 
 Under torchrun every rank has its own engine, or its part of one: ``groups`` says which ranks make one up. All of them
-must call with the same tasks, as vLLM's external launcher asks for.
+must call with the same tasks, as vLLM's external launcher requires.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_tropd.vllm_bridge.score_requests import ScoreRequest, answer_of, c
 
 # read when vLLM is imported; what the user has set stays
 _ENVIRONMENT = {
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # room for the one token that grading samples and throws away
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # room for the one token that scoring samples and throws away
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -48,14 +48,14 @@ _ON_CPU = {
 
 
 def prepare(*, in_process: bool = True) -> None:
-    """Sets what vLLM reads from the environment when it is imported."""
+    """Set what vLLM reads from the environment when it is imported."""
     wanted = _ENVIRONMENT | (_IN_PROCESS if in_process else {}) | ({} if torch.cuda.is_available() else _ON_CPU)
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
 def check_installed() -> None:
-    """ConfigError when vLLM cannot be imported here."""
+    """Raise ConfigError when vLLM cannot be imported here."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed in this environment. Install it (`pip install vllm`; without a GPU, `make "
@@ -69,9 +69,9 @@ _MOST_VALUES = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What an engine that grades is for."""
+    """The use of an engine that scores."""
 
-    top_k: int  # the most alternatives of a token that will be asked for
+    top_k: int  # the most alternatives of a token that will be requested
     vocab_size: int
 
 
@@ -86,12 +86,13 @@ class LocalEngine:
         dtype: torch.dtype,
         device: torch.device,
         max_tokens: int,
-        grading: Scoring | None = None,
+        scoring: Scoring | None = None,
         options: Mapping[str, Any],
     ) -> None:
-        """``max_tokens``: the longest sequence. ``options``: more arguments of ``vllm.LLM``. Collective.
+        """Start the engine. ``max_tokens``: the longest sequence. ``options``: more arguments of ``vllm.LLM``.
+        Collective.
 
-        ``grading``: the engine is a teacher's: its weights are the model's own and never change.
+        ``scoring``: the engine is a teacher's: its weights are the model's own and never change.
 
         Raises:
             ConfigError: vLLM is missing or refuses the model or the options.
@@ -111,16 +112,16 @@ class LocalEngine:
         }
         if dist.get_world_size() > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
-        if grading is not None:
-            arguments |= {"load_format": "auto", "max_logprobs": grading.top_k, "enable_prefix_caching": False}
-        section = "rollout" if grading is None else "teacher"
-        self._vocab_size = 0 if grading is None else grading.vocab_size
+        if scoring is not None:
+            arguments |= {"load_format": "auto", "max_logprobs": scoring.top_k, "enable_prefix_caching": False}
+        section = "rollout" if scoring is None else "teacher"
+        self._vocab_size = 0 if scoring is None else scoring.vocab_size
         self._llm = _new_llm(str(model), arguments | dict(options), section=section)
         self._sleeps = bool(options.get("enable_sleep_mode", False))
         self._asleep = False
 
     def write(self, tasks: Sequence[Task], params: SamplingParams, *, forbidden: range = range(0)) -> list[Written]:
-        """Continues every task.
+        """Continue every task.
 
         Raises:
             ServingError: an answer cannot be right.
@@ -131,8 +132,9 @@ class LocalEngine:
         outputs = self._ask([task.token_ids for task in tasks], options)
         return [checked_written(_written(o.outputs[0]), t, params) for o, t in zip(outputs, tasks, strict=True)]
 
-    def grade(self, sequences: Sequence[Int64Array], *, top_k: int = 0) -> list[TeacherScores]:
-        """Log-prob of every token after the first of every sequence, and of its ``top_k`` likeliest alternatives.
+    def score(self, sequences: Sequence[Int64Array], *, top_k: int = 0) -> list[TeacherScores]:
+        """Return the log-prob of every token after the first of every sequence, and of its ``top_k`` likeliest
+        alternatives.
 
         Raises:
             ServingError: an answer cannot be right.
@@ -142,7 +144,7 @@ class LocalEngine:
         )
 
     def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
-        """Answers every question, in their order.
+        """Answer every request, in their order.
 
         Raises:
             ServingError: an answer cannot be right.
@@ -161,7 +163,7 @@ class LocalEngine:
         return answers
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Takes whole tensors under Hugging Face names; nothing computed with the old ones is used again."""
+        """Take whole tensors under Hugging Face names; nothing computed with the old ones is used again."""
         self._wake()
         # vLLM cuts its own slices; it logs what the stream lacks but does not refuse it: see engine.publish.verify
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
@@ -169,13 +171,13 @@ class LocalEngine:
         self._llm.update_weight_version(str(version))
 
     def sleep(self) -> None:
-        """Gives the GPU's memory to the trainer (weights wait in host memory, the cache is dropped) until next used."""
+        """Give the GPU's memory to the trainer (weights wait in host memory, the cache is dropped) until next used."""
         if self._sleeps and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
 
     def close(self) -> None:
-        """Ends the engine."""
+        """End the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _wake(self) -> None:
@@ -191,7 +193,7 @@ class LocalEngine:
 
 
 def _new_llm(model: str, arguments: dict[str, Any], *, section: str) -> Any:
-    """``vllm.LLM``, without its effects on this process's random numbers and number of threads."""
+    """Make a ``vllm.LLM``, without its effects on this process's random numbers and number of threads."""
     states, set_threads = torch.random.get_rng_state(), torch.set_num_threads
     try:
         from vllm import LLM
@@ -208,7 +210,7 @@ def _new_llm(model: str, arguments: dict[str, Any], *, section: str) -> Any:
 
 
 def _leave_process_group(shutdown_ray: bool = False) -> None:
-    """Instead of vLLM's function that destroys every process group of the process."""
+    """Stand in for vLLM's function that destroys every process group of the process."""
 
 
 def _written(output: Any) -> Written:

@@ -11,7 +11,7 @@ _CPU_STEP_TOKENS = 4096
 
 
 def engine_options(config: VLLMConfig, *, gpu: bool) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` and of its server that this section decides."""
+    """Return the arguments of ``vllm.LLM`` and of its server that this section decides."""
     options: dict[str, Any] = {"max_num_seqs": config.max_sequences}
     cache_mib = config.cache_mib or (None if gpu else _CPU_CACHE_MIB)
     if cache_mib is not None:
@@ -22,7 +22,7 @@ def engine_options(config: VLLMConfig, *, gpu: bool) -> dict[str, Any]:
 
 
 def whole_prompts(max_tokens: int) -> dict[str, Any]:
-    """Arguments with which prompts of sequences up to ``max_tokens`` are read in one piece each: needed without a GPU.
+    """Return arguments that read prompts of sequences up to ``max_tokens`` in one piece each: needed without a GPU.
 
     There vLLM 0.32 cannot take back the random number that it draws for a seeded sequence at the end of a first piece:
     "CPU Generator does not use offset" is all that a run would hear of it.

@@ -81,7 +81,7 @@ class Pool:
 
     @property
     def starved(self) -> bool:
-        """Whether servers are there, but all wait for weights."""
+        """Say whether servers are there, but all wait for weights."""
         alive = [peer for peer in self._peers if peer.alive]
         return bool(alive) and not any(peer.current or peer.updating for peer in alive)
 

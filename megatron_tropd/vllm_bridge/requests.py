@@ -1,4 +1,4 @@
-"""What is asked of vLLM and what it answers, for an engine in this process and for servers alike.
+"""Requests to vLLM and its answers, for an engine in this process and for servers alike.
 
 The dictionaries are keyword arguments of ``vllm.SamplingParams``, and JSON-able.
 """
@@ -18,7 +18,7 @@ from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 _ABOVE_ZERO = 1e-3
 # and the mass of all ids above 1, in bf16 by more
 _ABOVE_ONE = 2e-2
-# added to a logit that must not be drawn: exp(-100) is nothing beside any other, and vLLM allows no more
+# added to a logit that must not be drawn: exp(-100) is nothing against any other, and vLLM allows no more
 _FORBIDDEN = -100.0
 
 
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What an engine wrote after one task's tokens."""
+    """An engine's continuation of one task's tokens."""
 
     token_ids: Int64Array  # [n] the stop token included
     logprob_n: Float32Array  # under the distribution sampled from, nats
@@ -44,7 +44,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """What an engine says of n tokens of one sequence, each given those before it, at temperature 1.
+    """An engine's scores of n tokens of one sequence, each given those before it, at temperature 1.
 
     The last three are there when the log-probs of all ids were looked at, at any temperature (``Whole``).
     """
@@ -54,22 +54,22 @@ class TeacherScores:
     topk_logprob: Float32Array  # [n, K]
     query_logprob: Float32Array | None = None  # [n, J]
     entropy: Float32Array | None = None  # [n]
-    logtail: Float32Array | None = None  # [n] log mass on all ids but the token, the top k and those asked for
+    logtail: Float32Array | None = None  # [n] log mass on all ids but the token, the top k and those requested
 
 
 def derived_seed(seed: int, step: int, sequence_id: int) -> int:
-    """The seed of one sequence's draws: below 2^63, a function of the three alone."""
+    """Derive the seed of one sequence's draws: below 2^63, a function of the three alone."""
     words = np.random.SeedSequence([seed, step, sequence_id]).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether the distribution sampled from is the model's own."""
+    """Say whether the distribution sampled from is the model's own."""
     return params.temperature == 1.0 and params.top_p == 1.0 and not params.top_k and not params.min_new_tokens
 
 
 def sampling_options(params: SamplingParams, task: Task, *, forbidden: range) -> dict[str, Any]:
-    """``forbidden``: ids that must not be drawn."""
+    """Build the options of sampling. ``forbidden``: ids that must not be drawn."""
     options: dict[str, Any] = {
         "max_tokens": task.max_new_tokens,
         "min_tokens": min(params.min_new_tokens, task.max_new_tokens),
@@ -89,13 +89,13 @@ def sampling_options(params: SamplingParams, task: Task, *, forbidden: range) ->
 
 
 def scoring_options(top_k: int) -> dict[str, Any]:
-    """Asks for the log-prob of every token of the prompt, and of its ``top_k`` likeliest alternatives."""
+    """Request the log-prob of every token of the prompt, and of its ``top_k`` likeliest alternatives."""
     # the one token that is sampled is thrown away: vLLM cannot sample none
     return {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "prompt_logprobs": top_k, "detokenize": False}
 
 
 def checked_written(written: Written, task: Task, params: SamplingParams) -> Written:
-    """The same, when it can be what a working engine answers.
+    """Return the same, when it can be what a working engine answers.
 
     Raises:
         ServingError: tokens or log-probs are missing, superfluous or impossible.
@@ -117,21 +117,21 @@ def checked_written(written: Written, task: Task, params: SamplingParams) -> Wri
     return written
 
 
-def checked_scores(graded: TeacherScores, number: int, rows: int, top_k: int) -> TeacherScores:
-    """The same, when it can be what a working engine answers of so many predictions; ServingError otherwise."""
-    shapes = (graded.logprob.shape, graded.topk_ids.shape, graded.topk_logprob.shape)
+def checked_scores(scores: TeacherScores, number: int, rows: int, top_k: int) -> TeacherScores:
+    """Return the same, when it can be what a working engine answers of so many predictions; ServingError otherwise."""
+    shapes = (scores.logprob.shape, scores.topk_ids.shape, scores.topk_logprob.shape)
     wanted = ((rows,), (rows, top_k), (rows, top_k))
     problems = [f"arrays of shapes {shapes}, not {wanted}"] if shapes != wanted else []
-    if not (possible(graded.logprob) and possible(graded.topk_logprob)):
+    if not (possible(scores.logprob) and possible(scores.topk_logprob)):
         problems.append("log-probs that are not finite or above 0")
     if not problems and top_k:
-        problems += _impossible_lists(graded.topk_ids, graded.topk_logprob)
+        problems += _impossible_lists(scores.topk_ids, scores.topk_logprob)
     _refuse(f"sequence {number}", problems)
-    return graded
+    return scores
 
 
 def _impossible_lists(ids_NK: Int64Array, logprob_NK: Float32Array) -> list[str]:
-    """What cannot be of lists of likeliest ids."""
+    """Say what cannot be of lists of likeliest ids."""
     if ids_NK.dtype.kind not in "iu":
         return [f"ids of type {ids_NK.dtype}, not whole numbers"]
     sorted_NK = np.sort(ids_NK, axis=1)
@@ -145,7 +145,7 @@ def _impossible_lists(ids_NK: Int64Array, logprob_NK: Float32Array) -> list[str]
 
 
 def possible(logprob: Float32Array) -> bool:
-    """Whether these can be log-probs."""
+    """Say whether these can be log-probs."""
     return bool(np.isfinite(logprob).all() and (logprob <= _ABOVE_ZERO).all())
 
 
@@ -155,7 +155,7 @@ def _refuse(what: str, problems: Sequence[str]) -> None:
 
 
 def versions_of(spans: Sequence[tuple[str, int, int]], count: int) -> Int64Array:
-    """Weight version of each of ``count`` tokens from vLLM's spans ``(version, start, end)``.
+    """Return the weight version of each of ``count`` tokens from vLLM's spans ``(version, start, end)``.
 
     Raises:
         ServingError: a token has none, or one that no trainer stamped.

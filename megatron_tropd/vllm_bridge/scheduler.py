@@ -44,7 +44,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether jobs wait or are under way."""
+        """Say whether jobs wait or are under way."""
         return bool(self._queue) or any(peer.tasks for peer in self._peers)
 
     def enqueue(self, jobs: Sequence[Job]) -> None:
@@ -63,7 +63,7 @@ class Scheduler:
             assert job.batch is not None
             if job.batch.error is not None:
                 continue
-            # one that has answered this job wrongly is asked again when there is no other
+            # one that has answered this job wrongly is tried again when there is no other
             suited = [peer for peer in usable if peer not in job.wrong] or usable
             room = [peer for peer in suited if self._has_room(peer)]
             if room:
@@ -109,7 +109,7 @@ class Scheduler:
         job.wrong.add(peer)
         peer.faults += 1
         if job.attempts >= self._settings.attempts:
-            job.batch.fail(ServingError(f"{error} It was asked {job.attempts} times, last of {peer.server.url}."))
+            job.batch.fail(ServingError(f"{error} It was tried {job.attempts} times, last of {peer.server.url}."))
             return
         pause_s = min(0.1 * 2**job.attempts, 10.0)
         asyncio.get_running_loop().call_later(pause_s, self.enqueue, [job])

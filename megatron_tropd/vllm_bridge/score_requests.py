@@ -1,8 +1,8 @@
-"""What a teacher is asked about the tokens of a sequence, and the answer made from vLLM's prompt log-probs.
+"""Requests for scores of the tokens of a sequence, and the answer made from vLLM's prompt log-probs.
 
-vLLM tells the log-probs of a prompt's own tokens and of the likeliest ids before it, at temperature 1. Whatever else a
+vLLM reports the log-probs of a prompt's own tokens and of the likeliest ids before it, at temperature 1. What else a
 method may want (other ids, another temperature, fewer ids in the softmax, the entropy) follows from the log-probs of
-all ids, for vocabularies small enough to have them told.
+all ids, for vocabularies small enough to have them reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL = -1  # in place of a top k: every id
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """Has the answer made from the log-probs of all ids."""
+    """Request for an answer made from the log-probs of all ids."""
 
     temperature: float = 1.0
     vocab_size: int  # ids that the softmax runs over: the first so many
@@ -41,48 +41,48 @@ class ScoreRequest:
 
     @property
     def read_n(self) -> Int64Array:
-        """Where the n predictions that are wanted are made: position t predicts token t + 1."""
+        """Return where the n predictions that are wanted are made: position t predicts token t + 1."""
         return np.arange(max(len(self.token_ids) - 1, 0)) if self.positions is None else self.positions
 
     @property
     def target_n(self) -> Int64Array:
-        """The ids that they are of."""
+        """Return the ids that they are of."""
         return self.token_ids[self.read_n + 1]
 
     @property
     def columns(self) -> int:
-        """What vLLM is asked for beside every token's own log-prob."""
+        """Return what is requested of vLLM besides every token's own log-prob."""
         return self.top_k if self.whole is None else ALL
 
     @property
     def cost(self) -> int:
-        """Tokens that are read to answer it."""
+        """Return the number of tokens that are read to answer it."""
         return len(self.token_ids)
 
     def as_json(self) -> dict[str, Any]:
-        """For a server; ``of_json`` reads it."""
-        asked: dict[str, Any] = {"token_ids": self.token_ids.tolist(), "top_k": self.top_k}
+        """Write the request for a server; ``of_json`` reads it."""
+        request: dict[str, Any] = {"token_ids": self.token_ids.tolist(), "top_k": self.top_k}
         if self.positions is not None:
-            asked["positions"] = self.positions.tolist()
+            request["positions"] = self.positions.tolist()
         if self.whole is not None:
             whole = self.whole
-            asked["whole"] = {"temperature": whole.temperature, "vocab_size": whole.vocab_size}
-            asked["whole"]["query_ids"] = whole.query_ids.tolist()
-        return asked
+            request["whole"] = {"temperature": whole.temperature, "vocab_size": whole.vocab_size}
+            request["whole"]["query_ids"] = whole.query_ids.tolist()
+        return request
 
     @staticmethod
-    def of_json(asked: Mapping[str, Any]) -> ScoreRequest:
-        """Raises KeyError, TypeError or ValueError for anything else than a question."""
-        if "first" in asked:
+    def of_json(request: Mapping[str, Any]) -> ScoreRequest:
+        """Read a request; KeyError, TypeError or ValueError for anything else."""
+        if "first" in request:
             raise ValueError("it is of an older version of megatron_tropd: use the same one on both sides")
-        token_ids = np.asarray(asked["token_ids"], dtype=np.int64)
+        token_ids = np.asarray(request["token_ids"], dtype=np.int64)
         bare = ScoreRequest(
             number=0,
             token_ids=token_ids,
-            positions=_positions(asked.get("positions"), len(token_ids)),
-            top_k=int(asked["top_k"]),
+            positions=_positions(request.get("positions"), len(token_ids)),
+            top_k=int(request["top_k"]),
         )
-        whole = asked.get("whole")
+        whole = request.get("whole")
         if whole is None:
             return bare
         rows = len(bare.read_n)
@@ -104,7 +104,7 @@ def _positions(listed: Any, length: int) -> Int64Array | None:
 
 
 def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherScores:
-    """The answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
+    """Make the answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
 
     Those of predictions that are not wanted are left out.
 
@@ -125,7 +125,7 @@ def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherS
 
 
 def _from_all(question: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> TeacherScores:
-    """Everything there is to ask about, from the log-probs of all ids."""
+    """Compute everything that can be requested, from the log-probs of all ids."""
     vocab_size, k = whole.vocab_size, question.top_k
     if ids_NV.shape[1] < vocab_size:
         raise ServingError(
@@ -152,28 +152,30 @@ def _from_all(question: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_
 
 
 def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
-    """Over the last axis; -inf where there is nothing."""
+    """Reduce the last axis; -inf where there is nothing."""
     with np.errstate(divide="ignore"):
         largest_N = values_NV.max(axis=1, initial=-np.inf)
         shift_N = np.where(np.isfinite(largest_N), largest_N, 0.0)
         return np.log(np.exp(values_NV - shift_N[:, None]).sum(1)) + shift_N
 
 
-def checked_answer(graded: TeacherScores, question: ScoreRequest) -> TeacherScores:
-    """The same, when it can be what a working engine answers; ServingError otherwise."""
+def checked_answer(scores: TeacherScores, question: ScoreRequest) -> TeacherScores:
+    """Return the same, when it can be what a working engine answers; ServingError otherwise."""
     rows = len(question.read_n)
-    checked_scores(graded, question.number, rows, question.top_k)
+    checked_scores(scores, question.number, rows, question.top_k)
     if question.whole is None:
-        return graded
+        return scores
     wanted = ((rows, question.whole.query_ids.shape[1]), (rows,), (rows,))
-    others = (graded.query_logprob, graded.entropy, graded.logtail)
+    others = (scores.query_logprob, scores.entropy, scores.logtail)
     if any(found is None or found.shape != shape for found, shape in zip(others, wanted, strict=True)):
-        raise ServingError(f"vLLM answered sequence {question.number} without all that was asked.")
-    return graded
+        raise ServingError(f"vLLM answered sequence {question.number} without all that was requested.")
+    return scores
 
 
 def in_batches(questions: Sequence[ScoreRequest], *, vocab_size: int, most_values: int) -> list[list[ScoreRequest]]:
-    """Consecutive questions whose answers hold at most ``most_values`` log-probs, where no single one holds more."""
+    """Group consecutive requests whose answers hold at most ``most_values`` log-probs, where no single one holds
+    more.
+    """
     batches: list[list[ScoreRequest]] = []
     room = 0
     for question in questions:

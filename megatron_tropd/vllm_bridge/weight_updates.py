@@ -125,21 +125,21 @@ class Update:
 
     @property
     def urls(self) -> list[str]:
-        """Addresses of the servers that take part."""
+        """Return the addresses of the servers that take part."""
         return [peer.server.url for peer in self.feeds]
 
     def meet(self, meetings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Has every server join a broadcasting group, each as its meeting (by address) says."""
+        """Let every server join a broadcasting group, each as its meeting (by address) says."""
         for peer in self.feeds:
             self._put(peer, ("meet", meetings[peer.server.url]))
 
     def bucket(self, bucket: Mapping[str, Any]) -> None:
-        """The next bucket, for every server."""
+        """Send the next bucket to every server."""
         for peer in self.feeds:
             self._put(peer, ("bucket", bucket))
 
     def wait_ready(self) -> bool:
-        """Waits until every server is ready for weights, or has failed; whether none has."""
+        """Wait until every server is ready for weights, or has failed; return whether none has."""
         return all(self._run(self._wait_all()))
 
     async def _wait_all(self) -> list[bool]:
@@ -147,16 +147,16 @@ class Update:
 
     @property
     def intact(self) -> bool:
-        """Whether no server has dropped out so far."""
+        """Say whether no server has dropped out so far."""
         return not any(peer.feed is None or peer.feed.done() for peer in self.feeds)
 
     @property
     def left(self) -> int:
-        """How many of them are there."""
+        """Return how many of them are there."""
         return sum(peer.alive for peer in self.feeds)
 
     def end(self, *, complete: bool = True) -> list[str]:
-        """Waits until every server has the weights, or will not get them; addresses of those that have them.
+        """Wait until every server has the weights, or will not get them; return the addresses of those that have them.
 
         ``complete``: False where some could not be sent: then nobody is to have them.
         """
@@ -173,13 +173,13 @@ class Update:
 
 
 def _not_started(started: asyncio.Future[bool], feed: asyncio.Task[None]) -> None:
-    """What is said when a feed has ended, however early."""
+    """Report an update as not started when its feed has ended, however early."""
     if not started.done():
         started.set_result(False)
 
 
 async def _begin(server: Server, mode: str) -> None:
-    """Begins an update; what one that broke off has left to complain of comes out with the next requests."""
+    """Start an update; what one that broke off has left to complain of comes out with the next requests."""
     for _ in range(_COMPLAINTS):
         try:
             return await server.begin(mode)

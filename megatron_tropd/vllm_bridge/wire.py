@@ -1,7 +1,7 @@
 """The protocol between the trainer and a server started by ``tropd serve``: paths, and arrays with their checksum.
 
 Requests are JSON; arrays come back as safetensors, which is neither pickle nor text, with a digest of the body in a
-header: what a proxy or a cable has changed is recognised.
+header: what a proxy or a cable has changed is recognized.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ DIGEST = "x-tropd-digest"
 
 
 def digest_of(body: bytes) -> str:
-    """Checksum of a body."""
+    """Return the checksum of a body."""
     return hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
 def encoded(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The arrays as a body."""
+    """Encode the arrays as a body."""
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def decoded(body: bytes, digest: str | None, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of a body.
+    """Decode the arrays of a body.
 
     Raises:
         ServingError: the body is not what was sent, or lacks one of ``names``.

@@ -75,7 +75,7 @@ def probe_logprobs(model: Model, token_ids: Int64Array) -> Float32Array:
 
 
 class Publisher(Protocol):
-    """Brings weights to servers. Collective: every rank calls, the first one holds the pool of servers."""
+    """Bring weights to servers. Collective: every rank calls, the first one holds the pool of servers."""
 
     def publish(self, tensors: Stream, *, version: int, keep: bool) -> None:
         """Publish the weights. ``keep``: what is being written is continued with the new weights, not dropped."""

@@ -100,7 +100,7 @@ def test_an_answer_of_another_size_is_refused(sequence):
         answer_of(question, ids, logprobs)
     ids_NK, logprob_NK = np.tile(np.arange(5), (11, 1)), np.full((11, 5), -2.0)
     bare = TeacherScores(logprob=np.zeros(11), topk_ids=ids_NK, topk_logprob=logprob_NK)
-    with pytest.raises(ServingError, match="without all that was asked"):
+    with pytest.raises(ServingError, match="without all that was requested"):
         checked_answer(bare, question)
 
 

@@ -65,7 +65,7 @@ def in_process(path: str) -> None:
         dtype=torch.float32,
         device=device,
         max_tokens=LONGEST,
-        grading=Scoring(top_k=vocab_size, vocab_size=vocab_size),
+        scoring=Scoring(top_k=vocab_size, vocab_size=vocab_size),
         options=OPTIONS,
     )
     grader = LocalScorer(engine)

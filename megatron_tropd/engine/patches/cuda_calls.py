@@ -49,7 +49,7 @@ def install() -> None:
 def _norm_in_fp64(
     chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *args: Any
 ) -> tuple[Tensor, None]:
-    """Norm of all tensors together, summed in fp64: torch's own sums the squares of a large CPU tensor in fp32."""
+    """Return the norm of all tensors, summed in fp64: torch sums the squares of a large CPU tensor in fp32."""
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 

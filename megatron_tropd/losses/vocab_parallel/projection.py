@@ -74,7 +74,7 @@ class Factors:
 
 
 class Projection:
-    """Makes tiles of ``hidden @ weight.T``, in one buffer that every tile overwrites; caches some of them if it may.
+    """Make tiles of ``hidden @ weight.T``, in one buffer that every tile overwrites; cache some of them if it may.
 
     Cached tiles are the first ones, as many as ``cache_bytes`` hold, in fp32 as they are computed: a later pass, the
     backward's too, then reads the very bits that it would compute.
@@ -144,7 +144,7 @@ def _place(tile: Tile) -> tuple[int, int]:
 
 
 class ProjectionGradient:
-    """Turns tiles of d loss / d logits into the gradients of hidden states and weight, summed in fp32.
+    """Turn tiles of d loss / d logits into the gradients of hidden states and weight, summed in fp32.
 
     The hidden states' gradient is the part that comes from this shard's columns. Padding rows of the weight get 0.
     """

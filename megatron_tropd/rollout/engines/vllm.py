@@ -79,7 +79,7 @@ class VLLMSampler:
 
     def probe(self, token_ids: Int64Array) -> dict[str, Float32Array]:
         """Return the ``[L - 1]`` log-prob of every token after the first, by this rank's engine."""
-        return {f"replica {self._groups.replica}": self._engine.grade([token_ids])[0].logprob}
+        return {f"replica {self._groups.replica}": self._engine.score([token_ids])[0].logprob}
 
     def close(self) -> None:
         """End this rank's engine."""
@@ -109,7 +109,7 @@ class VLLMSampler:
             return [continuation_of(answer, np.full_like(answer.logprob_n, np.nan), params) for answer in written]
         # drawn from another distribution than the model's own: what the model says of it is a question of its own
         wholes = [np.concatenate([t.token_ids, w.token_ids]) for t, w in zip(tasks, written, strict=True)]
-        graded = self._engine.grade(wholes)
+        graded = self._engine.score(wholes)
         return [
             continuation_of(answer, grade.logprob[-len(answer.token_ids) :], params)
             for answer, grade in zip(written, graded, strict=True)

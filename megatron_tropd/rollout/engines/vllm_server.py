@@ -119,7 +119,7 @@ class ServerSampler:
             return np.full_like(written.logprob_n, np.nan)
         # drawn from another distribution than the model's own: what the model says of it is a question of its own
         whole = np.concatenate([task.token_ids, written.token_ids])
-        graded = await server.grade(whole, number=task.number, timeout_s=self._timeout_s)
+        graded = await server.score(whole, number=task.number, timeout_s=self._timeout_s)
         return graded.logprob[-len(written.token_ids) :]
 
     def collected(self, batch: JobBatch | None) -> list[_Answer]:

@@ -94,7 +94,7 @@ def _build_vllm(context: TeacherContext) -> VLLMTeacher:
         dtype=context.dtype,
         device=context.device,
         max_tokens=context.max_tokens,
-        grading=Scoring(top_k=context.top_k, vocab_size=context.architecture.vocab_size),
+        scoring=Scoring(top_k=context.top_k, vocab_size=context.architecture.vocab_size),
         options=engine_options(section.vllm, gpu=gpu)
         | ({"enable_sleep_mode": True} if gpu and section.vllm.sleep else {}),
     )

@@ -121,7 +121,7 @@ def test_what_leaves_the_device_is_counted_where_it_is_used():
     assert moved.phases == pytest.approx(
         {
             "writing rollouts": stays + part["key-value cache"],
-            "grading": stays + part["teacher"],
+            "scoring": stays + part["teacher"],
             "learning": stays + part["gradients"] + part["activations"] + part["loss"],
             "updating": stays + part["gradients"] + part["optimizer"],
         }
@@ -130,7 +130,7 @@ def test_what_leaves_the_device_is_counted_where_it_is_used():
     assert kept.phases == pytest.approx(
         {
             "writing rollouts": stays + part["key-value cache"],
-            "grading": stays,
+            "scoring": stays,
             "learning": stays + part["activations"] + part["loss"],
             "updating": stays,
         }

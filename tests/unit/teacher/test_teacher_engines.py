@@ -65,7 +65,7 @@ def test_an_engine_in_process_is_made_for_the_alternatives_that_the_method_needs
     section = {"engine": "vllm", "whole_vocabulary": True, "vllm": {"max_sequences": 3, "cache_mib": 7}}
     made, context = built(monkeypatch, section, "LocalEngine", "LocalScorer", "VLLMTeacher")
     given = made.LocalEngine.call_args.kwargs
-    assert (given["grading"].top_k, given["grading"].vocab_size, given["max_tokens"]) == (7, 211, 97)
+    assert (given["scoring"].top_k, given["scoring"].vocab_size, given["max_tokens"]) == (7, 211, 97)
     assert given["options"] == {"max_num_seqs": 3, "kv_cache_memory_bytes": 7 * 2**20}
     call = made.VLLMTeacher.call_args
     assert call.args == (made.LocalScorer.return_value, context.groups, context.student, CPU)

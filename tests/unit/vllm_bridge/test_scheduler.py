@@ -95,7 +95,7 @@ def test_when_all_answer_wrongly_the_batch_ends_with_what_they_said(world: World
     async def call(server: Server) -> None:
         raise ServingError("nonsense.")
 
-    with pytest.raises(ServingError, match=r"nonsense\. It was asked 3 times, last of"):
+    with pytest.raises(ServingError, match=r"nonsense\. It was tried 3 times, last of"):
         world.pool().submit([Job(call=call, cost=1.0)]).wait(10)
 
 

@@ -67,7 +67,7 @@ class Accumulator(Protocol[_Result]):
 
 
 class GradientTiles(Protocol):
-    """Makes tiles of d loss / d (scaled) logits."""
+    """Make tiles of d loss / d (scaled) logits."""
 
     def at(self, tile: Tile) -> Tensor:
         """Return ``[R, w]``, in fp32 or in the dtype of the next product's factors, valid until the next call."""
