@@ -244,7 +244,7 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
     max_left_out: Real = key(
-        0.5,
+        0.9,
         "Largest share of a source's rows that may be left out, bad or too long; more is an error. 1: any number.",
         ge=0,
         le=1,

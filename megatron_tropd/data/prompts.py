@@ -32,7 +32,7 @@ class Limits:
     max_response_tokens: int | None = None  # of the response column, end token included
     max_rows: int | None = None  # usable rows of every source
     require_response: bool = False  # rows without a response are bad
-    max_left_out: float = 0.5  # share of a source's rows that may be left out; beyond it that is an error
+    max_left_out: float = 0.9  # share of a source's rows that may be left out; beyond it that is an error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,12 +96,14 @@ def test_long_prompts_are_left_out_not_cut(tokenizer, tmp_path, caplog):
 
 
 def test_most_rows_left_out_is_an_error_unless_that_is_wanted(tokenizer, tmp_path, caplog):
-    path = write(tmp_path / "a.jsonl", *({"prompt": text} for text in ("abcd", "abc", "")))
+    path = write(tmp_path / "a.jsonl", *({"prompt": text} for text in ("abcd", "abc", *[""] * 9)))
     source = Source(paths=(path,))
     limits = Limits(max_prompt_tokens=3)
-    with pytest.raises(DataError, match=r"of 3 rows 2 are left out, 1 longer than 3 tokens, 1 bad(.|\n)*max_left_out"):
+    with pytest.raises(
+        DataError, match=r"of 11 rows 10 are left out, 1 longer than 3 tokens, 9 bad(.|\n)*max_left_out"
+    ):
         read_sources([source], tokenizer, limits=limits, on_bad_row="skip")
-    wanted = replace(limits, max_left_out=0.7)
+    wanted = replace(limits, max_left_out=10 / 11)
     assert len(read_sources([source], tokenizer, limits=wanted, on_bad_row="skip").prompts) == 1
     assert "kept 1 prompts, left out 1 longer" in caplog.text
 

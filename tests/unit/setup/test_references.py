@@ -27,7 +27,7 @@ from megatron_tropd.evaluate.code_tests import read_code_reference
 from megatron_tropd.evaluate.suites import rule_of_source
 from megatron_tropd.setup.datasets import complete_suites
 from megatron_tropd.setup.references import answer_template, check_problem_answers, check_training_answers
-from megatron_tropd.train.loop import _accuracy_by_source
+from megatron_tropd.train.metrics import _accuracy_by_source
 from megatron_tropd.types import Prompt
 from tests.unit.setup.test_datasets import Letters
 

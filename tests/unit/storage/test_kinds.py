@@ -28,11 +28,11 @@ def rows_of(path: Path) -> list[Any]:
     ("name", "content"),
     [
         ("plain.jsonl", LINES),
-        ("lines.jsonl.gz", gzip.compress(LINES)),
-        ("unnamed", gzip.compress(LINES)),
+        ("lines.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("unnamed", gzip.compress(LINES, mtime=0)),
         ("array.json", json.dumps(ROWS).encode()),
         ("pretty.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=1).encode()),
-        ("array.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("array.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
     ],
 )
 def test_lines_and_arrays_are_read_also_under_gzip(tmp_path: Path, name: str, content: bytes):
@@ -67,7 +67,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str):
 
 
 def test_a_torn_gzip_file_is_torn_and_lines_of_arrays_are_told_one_by_one(tmp_path: Path):
-    (tmp_path / "torn.gz").write_bytes(gzip.compress(LINES * 99)[:-9])
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(LINES * 99, mtime=0)[:-9])
     with pytest.raises(DataError, match="is torn, or no gzip file"):
         rows_of(tmp_path / "torn.gz")
     (tmp_path / "arrays.jsonl").write_text('["a"]\n["b"]\n')
