@@ -141,7 +141,7 @@ class Trainer:
             return "No weight was changed. Lower optimizer.lr, or check the models with `tropd check`."
         before = "as they were loaded" if update == 0 else "since an update before this one"
         return (
-            f"Weights are infinite or not a number {before}, and no later checkpoint is of use. Go on from an earlier "
+            f"Weights are infinite or not a number {before}, and no later checkpoint is of use. Resume from an earlier "
             "one with a lower optimizer.lr or a larger optimizer.eps."
         )
 

@@ -160,7 +160,7 @@ def _plainly_equal(reference: str, given: str) -> bool | None:
     if numbers[0] is None or numbers[1] is None:
         return None
     (first, first_percent), (second, second_percent) = numbers[0], numbers[1]
-    if first_percent != second_percent:  # 9% answers "how many per cent" and "what share"
+    if first_percent != second_percent:  # 9% answers "how many percent" and "what share"
         share = first / 100 if first_percent else first, second / 100 if second_percent else second
         return first == second or share[0] == share[1]
     return first == second
@@ -174,7 +174,7 @@ def _as_text(text: str) -> str:
 
 
 def exact_number(text: str) -> tuple[Fraction, bool] | None:
-    """Read a plain number (``1,234.5``, ``1e-5``, ``3/4``, ``\\\\frac{3}{4}``) and whether it is in per cent."""
+    """Read a plain number (``1,234.5``, ``1e-5``, ``3/4``, ``\\\\frac{3}{4}``) and whether it is in percent."""
     text = re.sub(r"\s|(?<=\d)\.$", "", text)
     bare = re.sub(r"\\?%$", "", text)
     if not bare or len(bare) > _LONGEST_NUMBER:
@@ -250,7 +250,7 @@ def _as_number(expression: Any) -> Any:
 
 
 def _has_percent(*expressions: Any) -> bool:
-    """Say whether math-verify read a per cent sign: it keeps it as a product with 1/100."""
+    """Say whether math-verify read a percent sign: it keeps it as a product with 1/100."""
     import sympy
 
     return any(isinstance(e, sympy.Mul) and sympy.Rational(1, 100) in e.args for e in expressions)

@@ -1,6 +1,6 @@
 """Line charts of the report, drawn by matplotlib as SVG whose colors are CSS variables of the page.
 
-Colours are drawn as sentinels and replaced afterwards, so that one picture serves light, dark and print. Series differ
+Colors are drawn as sentinels and replaced afterwards, so that one picture serves light, dark and print. Series differ
 in line style as well as in color.
 """
 

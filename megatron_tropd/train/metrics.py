@@ -1,4 +1,4 @@
-"""The metrics of a step, from what was sampled, what was learnt and how long it took (``report.metrics`` explains)."""
+"""The metrics of a step, from what was sampled, what was learned and how long it took (``report.metrics`` explains)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step_metrics(
 
 
 def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -> dict[str, float]:
-    """Describe what was sampled and learnt."""
+    """Describe what was sampled and learned."""
     prompts, rollouts = batch.prompts, batch.scored.rollouts
     responses = [r.response_length for r in rollouts]
     prefixes, observed = ([r.count(region) for r in rollouts] for region in (Region.PREFIX, Region.OBSERVATION))

@@ -139,7 +139,7 @@ def leave_if_asked(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int,
         return
     if steps > first_step and not _is_saved(run, steps):
         save(run, queue, steps)
-    newest = f"the checkpoint is in {run.run_dir / 'checkpoints'}" if steps else "nothing was learnt yet"
+    newest = f"the checkpoint is in {run.run_dir / 'checkpoints'}" if steps else "nothing was learned yet"
     again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(
         f"stopped by {heard.name} after {steps} of {run.train.steps} steps; {newest}. "

@@ -1,4 +1,4 @@
-"""The batches of a run in their order, each sampled up to ``rollout.ahead`` steps before it is learnt from.
+"""The batches of a run in their order, each sampled up to ``rollout.ahead`` steps before it is learned from.
 
 Batch ``s`` is always sampled with the weights of step ``max(0, s - ahead)``, whatever is ready when. It is started once
 the sampler has those weights and, before they change, waited for and scored by the trainer. So nothing is under way
@@ -32,7 +32,7 @@ from megatron_tropd.teacher.protocol import PendingScores, start_scoring
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
-_FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learnt from
+_FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learned from
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
         (["method.trusted=rkl_full"], "needs the teacher's hidden states; teacher.engine=vllm reports log-probs only"),
         (["method.support=student"], "method.support=student needs the log-probs of ids that the student names"),
         (["method.support=union"], "method.support=union needs the log-probs of ids that the student names"),
-        (["method.temperature=0.9"], "method.temperature=0.9 is not 1, but teacher.engine=vllm tells"),
+        (["method.temperature=0.9"], "method.temperature=0.9 is not 1, but teacher.engine=vllm reports"),
         (["teacher.model=LARGER"], "the models share 50 of the teacher's 60 ids, over which its softmax runs"),
     ],
 )

@@ -198,8 +198,8 @@ def _everywhere(answers: Sequence[_Answer]) -> list[_Answer]:
     cuts = np.cumsum(rows[:, 0])[:-1]
     split = [np.split(column, cuts) if len(rows) else [] for column in columns]
     return [
-        _Answer(Continuation(token_ids, sampled, modelled, bool(finished)), version_n)
-        for (_, finished), token_ids, version_n, sampled, modelled in zip(rows, *split, strict=True)
+        _Answer(Continuation(token_ids, sampled, modeled, bool(finished)), version_n)
+        for (_, finished), token_ids, version_n, sampled, modeled in zip(rows, *split, strict=True)
     ]
 
 
