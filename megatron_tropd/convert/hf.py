@@ -76,7 +76,7 @@ class HFWeights(Mapping[str, LazyTensor]):
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and Path(file).name == file for file in names):
             raise CheckpointError(
-                f"{(self.directory / INDEX).absolute()} has no weight_map of names to files beside it. Copy it again."
+                f"{(self.directory / INDEX).absolute()} has no weight_map of names to files next to it. Copy it again."
             )
         return dict(weight_map)
 

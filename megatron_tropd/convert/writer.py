@@ -250,7 +250,7 @@ def _name_dtype(config: Path, dtype: torch.dtype) -> None:
 
 
 def _name_ends(config: Path, end_ids: list[int]) -> None:
-    """Name the ends in generation_config.json; leave the rest of it."""
+    """Name the ends in generation_config.json; leave all else as it is."""
     settings = read_json(config) if config.exists() else {}
     if end_ids and settings.get("eos_token_id") != end_ids:
         write_aside(config, json.dumps(settings | {"eos_token_id": end_ids}, indent=2) + "\n")

@@ -55,7 +55,7 @@ def log_mass(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
 def log_tail(logprob_TK: Tensor, mask_TK: Tensor | None = None) -> Tensor:
     """Take the log of the mass outside the support from its own log-probs: nats, ``[T]``, finite, no gradient.
 
-    For teachers that tell nothing but their top k (a server); those with logits sum the tail itself
+    For teachers that report nothing but their top k (a server); those with logits sum the tail itself
     (``vocab_parallel``). ``log(1 - sum)`` loses no digit here, so the error is that of the log-probs given: an absolute
     error d in them (1e-7 to 1e-6 in fp32) is a relative error ``d / tail`` of the tail, 1-10 % at a support mass of
     0.99999. Tails below 8 units in the last place of 1.0 (9.5e-7 in fp32) are noise and raised to that.

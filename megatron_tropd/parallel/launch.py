@@ -1,4 +1,4 @@
-"""The variables by which a launcher tells a process its place: whole, and of a launcher that this program knows."""
+"""The variables by which a launcher gives a process its place: whole, and of a launcher that this program knows."""
 
 from __future__ import annotations
 

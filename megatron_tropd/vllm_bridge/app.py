@@ -111,11 +111,11 @@ class Tropd:
         """Return log-probs of the tokens of ``token_ids`` and of their alternatives: see
         ``score_requests.ScoreRequest``.
         """
-        question = ScoreRequest.of_json(request)
-        options = SamplingParams(**scoring_options(question.columns), flat_logprobs=True)
+        wanted = ScoreRequest.of_json(request)
+        options = SamplingParams(**scoring_options(wanted.columns), flat_logprobs=True)
         flat = (await self._final(engine, request["token_ids"], options)).prompt_logprobs
         # all ids of a long sequence take a while, in which others should be answered too
-        scores = await asyncio.to_thread(answer_of, question, flat.token_ids, flat.logprobs)
+        scores = await asyncio.to_thread(answer_of, wanted, flat.token_ids, flat.logprobs)
         found = {name: getattr(scores, name) for name in scores.__slots__}
         found["topk_ids"] = scores.topk_ids.astype(np.int32)
         return encoded({name: array for name, array in found.items() if array is not None})

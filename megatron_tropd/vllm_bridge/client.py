@@ -95,17 +95,17 @@ class Server:
         """Return log-probs of the tokens after the first, and of their likeliest alternatives."""
         return await self.answer(ScoreRequest(number=number, token_ids=token_ids, top_k=top_k), timeout_s=timeout_s)
 
-    async def answer(self, question: ScoreRequest, *, timeout_s: float) -> TeacherScores:
+    async def answer(self, request: ScoreRequest, *, timeout_s: float) -> TeacherScores:
         """Return the scores of a sequence by the server's model."""
-        columns = question.top_k + (0 if question.whole is None else question.whole.query_ids.shape[1] + 2)
-        most = _answer_bytes(len(question.token_ids), 4 + 8 * columns)
-        response = await self._ask("POST", PREFIX + "grade", question.as_json(), timeout_s, most_bytes=most)
-        whole = ("query_logprob", "entropy", "logtail") if question.whole is not None else ()
+        columns = request.top_k + (0 if request.whole is None else request.whole.query_ids.shape[1] + 2)
+        most = _answer_bytes(len(request.token_ids), 4 + 8 * columns)
+        response = await self._ask("POST", PREFIX + "grade", request.as_json(), timeout_s, most_bytes=most)
+        whole = ("query_logprob", "entropy", "logtail") if request.whole is not None else ()
         names = ("logprob", "topk_ids", "topk_logprob", *whole)
         arrays = decoded(response.body, response.digest, names)
-        self._check_ids(arrays["topk_ids"], question.number, below=self._vocab_size)
+        self._check_ids(arrays["topk_ids"], request.number, below=self._vocab_size)
         arrays["topk_ids"] = arrays["topk_ids"].astype(np.int64)
-        return checked_answer(TeacherScores(**arrays), question)
+        return checked_answer(TeacherScores(**arrays), request)
 
     async def begin(self, mode: str) -> None:
         """Stop generation and get ready for new weights."""

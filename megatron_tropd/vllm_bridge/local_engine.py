@@ -143,7 +143,7 @@ class LocalEngine:
             [ScoreRequest(number=n, token_ids=sequence, top_k=top_k) for n, sequence in enumerate(sequences)]
         )
 
-    def answer(self, questions: Sequence[ScoreRequest]) -> list[TeacherScores]:
+    def answer(self, requests: Sequence[ScoreRequest]) -> list[TeacherScores]:
         """Answer every request, in their order.
 
         Raises:
@@ -153,13 +153,13 @@ class LocalEngine:
 
         answers = []
         # vLLM's answers are Python numbers: many at a time would fill the memory
-        for batch in in_batches(questions, vocab_size=self._vocab_size, most_values=_MOST_VALUES):
-            options = [Sampling(**scoring_options(question.columns), flat_logprobs=True) for question in batch]
-            for question, output in zip(
-                batch, self._ask([question.token_ids for question in batch], options), strict=True
+        for batch in in_batches(requests, vocab_size=self._vocab_size, most_values=_MOST_VALUES):
+            options = [Sampling(**scoring_options(request.columns), flat_logprobs=True) for request in batch]
+            for request, output in zip(
+                batch, self._ask([request.token_ids for request in batch], options), strict=True
             ):
                 flat = output.prompt_logprobs
-                answers.append(checked_answer(answer_of(question, flat.token_ids, flat.logprobs), question))
+                answers.append(checked_answer(answer_of(request, flat.token_ids, flat.logprobs), request))
         return answers
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:

@@ -103,7 +103,7 @@ def _positions(listed: Any, length: int) -> Int64Array | None:
     return read_n
 
 
-def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherScores:
+def answer_of(request: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherScores:
     """Make the answer from vLLM's flat prompt log-probs: of every token after the first, its own and then the others'.
 
     Those of predictions that are not wanted are left out.
@@ -111,31 +111,31 @@ def answer_of(question: ScoreRequest, token_ids: Any, logprobs: Any) -> TeacherS
     Raises:
         ServingError: they cannot be right.
     """
-    rows = len(question.token_ids) - 1
+    rows = len(request.token_ids) - 1
     ids, logprob = np.asarray(token_ids, dtype=np.int64), np.asarray(logprobs, dtype=np.float32)
     if not rows or len(ids) % rows or len(ids) != len(logprob):
         raise ServingError(
-            f"vLLM answered sequence {question.number} with {len(ids)} ids and {len(logprob)} log-probs for {rows} "
+            f"vLLM answered sequence {request.number} with {len(ids)} ids and {len(logprob)} log-probs for {rows} "
             "tokens."
         )
-    ids, logprob = ids.reshape(rows, -1)[question.read_n], logprob.reshape(rows, -1)[question.read_n]
-    if question.whole is not None:
-        return _from_all(question, question.whole, ids[:, 1:], logprob[:, 1:])
+    ids, logprob = ids.reshape(rows, -1)[request.read_n], logprob.reshape(rows, -1)[request.read_n]
+    if request.whole is not None:
+        return _from_all(request, request.whole, ids[:, 1:], logprob[:, 1:])
     return TeacherScores(logprob=logprob[:, 0], topk_ids=ids[:, 1:], topk_logprob=logprob[:, 1:])
 
 
-def _from_all(question: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> TeacherScores:
+def _from_all(request: ScoreRequest, whole: Whole, ids_NV: np.ndarray, logprob_NV: np.ndarray) -> TeacherScores:
     """Compute everything that can be requested, from the log-probs of all ids."""
-    vocab_size, k = whole.vocab_size, question.top_k
+    vocab_size, k = whole.vocab_size, request.top_k
     if ids_NV.shape[1] < vocab_size:
         raise ServingError(
-            f"vLLM answered sequence {question.number} with {ids_NV.shape[1]} ids, not with all {vocab_size}."
+            f"vLLM answered sequence {request.number} with {ids_NV.shape[1]} ids, not with all {vocab_size}."
         )
     logp_NV = np.full(ids_NV.shape, -np.inf)
     np.put_along_axis(logp_NV, ids_NV, logprob_NV.astype(np.float64), axis=1)
     logp_NV = logp_NV[:, :vocab_size] / whole.temperature
     logp_NV -= _logsumexp(logp_NV)[:, None]
-    target_N1 = question.target_n[:, None]
+    target_N1 = request.target_n[:, None]
     top_NK = np.argsort(-logp_NV, axis=1, kind="stable")[:, :k]
     probability_NV = np.exp(logp_NV)
     entropy_N = -np.where(probability_NV > 0, probability_NV * logp_NV, 0.0).sum(1)
@@ -159,30 +159,30 @@ def _logsumexp(values_NV: np.ndarray) -> np.ndarray:
         return np.log(np.exp(values_NV - shift_N[:, None]).sum(1)) + shift_N
 
 
-def checked_answer(scores: TeacherScores, question: ScoreRequest) -> TeacherScores:
+def checked_answer(scores: TeacherScores, request: ScoreRequest) -> TeacherScores:
     """Return the same, when it can be what a working engine answers; ServingError otherwise."""
-    rows = len(question.read_n)
-    checked_scores(scores, question.number, rows, question.top_k)
-    if question.whole is None:
+    rows = len(request.read_n)
+    checked_scores(scores, request.number, rows, request.top_k)
+    if request.whole is None:
         return scores
-    wanted = ((rows, question.whole.query_ids.shape[1]), (rows,), (rows,))
+    wanted = ((rows, request.whole.query_ids.shape[1]), (rows,), (rows,))
     others = (scores.query_logprob, scores.entropy, scores.logtail)
     if any(found is None or found.shape != shape for found, shape in zip(others, wanted, strict=True)):
-        raise ServingError(f"vLLM answered sequence {question.number} without all that was requested.")
+        raise ServingError(f"vLLM answered sequence {request.number} without all that was requested.")
     return scores
 
 
-def in_batches(questions: Sequence[ScoreRequest], *, vocab_size: int, most_values: int) -> list[list[ScoreRequest]]:
+def in_batches(requests: Sequence[ScoreRequest], *, vocab_size: int, most_values: int) -> list[list[ScoreRequest]]:
     """Group consecutive requests whose answers hold at most ``most_values`` log-probs, where no single one holds
     more.
     """
     batches: list[list[ScoreRequest]] = []
     room = 0
-    for question in questions:
-        values = question.cost * (1 + (vocab_size if question.whole is not None else question.top_k))
+    for request in requests:
+        values = request.cost * (1 + (vocab_size if request.whole is not None else request.top_k))
         if not batches or values > room:
             batches.append([])
             room = most_values
-        batches[-1].append(question)
+        batches[-1].append(request)
         room -= values
     return batches

@@ -5,7 +5,7 @@ these numbers compares (logit, then smaller id), so merging tiles and ranks by `
 everywhere.
 
 Once k columns are known, a later one must exceed the worst of them (columns come by ascending id, so a tie is lost).
-The maxima of groups of columns, which cost little more than one maximum of the row, tell where to look: a selection
+The maxima of groups of columns, which cost little more than one maximum of the row, say where to look: a selection
 over every tile was measured to need twice the time of its matrix product on a CPU.
 """
 

@@ -90,7 +90,7 @@ class ServerSampler:
         """Return the ``[L - 1]`` log-prob of every token after the first, by every server; on the first rank."""
         if self._pool is None:
             return {}
-        grade = partial(Server.grade, token_ids=token_ids, timeout_s=self._timeout_s)
+        grade = partial(Server.score, token_ids=token_ids, timeout_s=self._timeout_s)
         return {url: graded.logprob for url, graded in self._pool.on_every(grade).items()}
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ class ServerScorer:
         self._pool.close()
 
     def _job(self, request: ScoreRequest) -> Job:
-        call = partial(Server.answer, question=request, timeout_s=self._timeout_s)
+        call = partial(Server.answer, request=request, timeout_s=self._timeout_s)
         return Job(call=call, cost=request.cost)
 
 

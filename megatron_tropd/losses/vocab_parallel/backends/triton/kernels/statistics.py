@@ -3,7 +3,7 @@
 Plain twins: ``chunk_statistics`` and ``Statistics.merge_`` (``statistics.py``), ``Picks.read_into`` and
 ``Picks.mask_columns`` (``backends/torch/softmax.py``).
 
-Memory-bound: each fp32 logit is read once, 4 bytes, and a row costs 24 bytes of statistics and 12 per picked id beside
+Memory-bound: each fp32 logit is read once, 4 bytes, and a row costs 24 bytes of statistics and 12 per picked id besides
 it. Floor on an H200, at the 4.3 TB/s measured for a copy: 0.93 ns per 1,000 logits, 2.3 ms for 16,384 x 151,936.
 One exponential and about ten other instructions per logit: a quarter of what a multiprocessor can issue meanwhile.
 """
