@@ -99,7 +99,7 @@ class World:
 
     @property
     def pack_multiple(self) -> int:
-        """What the length of a pack must be a multiple of: all models run the same packs, each by its own layout."""
+        """Return what the length of a pack must be a multiple of: all models run the same packs, each by its layout."""
         models = (self.student, self.teacher, self.base, *self.teachers.values())
         layouts = [groups.layout for groups in models if groups is not None]
         layouts += [] if self.remote is None else [self.remote]
@@ -132,7 +132,7 @@ class Run:
     teacher: Teacher
     sampler: Sampler
     teacher_request: TeacherRequest
-    identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see inputs.identity
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see validate.identity
 
 
 def build_run(
@@ -142,7 +142,7 @@ def build_run(
     *,
     known: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Builds the run from inputs that fit it (``inputs.read_inputs``). Collective.
+    """Build the run from inputs that fit it (``validate.read_inputs``). Collective.
 
     ``bridge``: to the teacher's own ranks, with ``teacher.ranks``. ``known``: its identity, where that has been found.
 
@@ -199,7 +199,7 @@ def build_run(
 
 
 def sections_of(config: RunConfig) -> dict[str, Any]:
-    """Returns what a :class:`Run` has of the configuration itself."""
+    """Return what a :class:`Run` has of the configuration itself."""
     names = ("run_dir", "seed", "dtype", "data", "rollout", "train", "checkpoint", "evaluate")
     facts = {
         "offloads": config.teacher.offload or config.optimizer.offload,
@@ -211,7 +211,7 @@ def sections_of(config: RunConfig) -> dict[str, Any]:
 def build_teacher(
     config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: CrossWorldLink | None = None
 ) -> Teacher:
-    """The teacher, live or recorded, recording itself when asked to; with a base model beside it when there is one.
+    """Build the teacher: live or recorded, recording itself on request, with a base model beside it if there is one.
 
     ``model``: what :func:`load_teacher` has loaded. ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
     """
@@ -244,7 +244,7 @@ def build_teacher(
 
 
 def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """Returns what a recording of the teacher's scores must share with the run that replays it."""
+    """Return what a recording of the teacher's scores must share with the run that replays it."""
     facts: dict[str, Any] = {
         "architecture": asdict(inputs.teacher),
         "vocab_size": inputs.vocab_size,
@@ -267,7 +267,7 @@ def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size: int, temperature: float) -> Teacher:
-    """``teacher`` with the other teachers, and with the base model where the world has a place for one."""
+    """Put ``teacher`` together with the other teachers, and with the base model where the world has a place for one."""
     if config.teachers:
         teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
@@ -278,7 +278,7 @@ def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size
 
 
 def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
-    """How a launch is divided between the student and a teacher with ranks of its own."""
+    """Describe how a launch is divided between the student and a teacher with ranks of its own."""
     return RankSplit(
         student=layout_of(config.student.parallel),
         student_ranks=student_ranks,
@@ -299,7 +299,7 @@ def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperatur
 
 
 def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:
-    """Process groups of all layouts, made in the same order on every rank."""
+    """Build the process groups of all layouts, in the same order on every rank."""
     builder = GroupBuilder(timeout_s=config.collective_timeout_s)
     return World(
         device=device,
@@ -313,7 +313,7 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
 
 
 def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hidden_size: int) -> list[list[Pack]]:
-    """Packs for every student replica; ``hidden_size``: the student's.
+    """Pack rollouts for every student replica; ``hidden_size``: the student's.
 
     No pack mixes teachers, and pack by pack all replicas have the same one.
     """
@@ -332,27 +332,27 @@ def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hid
 
 
 def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
-    """A model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
+    """Build a model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
     model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialize=False, **options)
     load_weights(model, HFWeights(path))
     return model
 
 
 def load_teacher(config: RunConfig, world: World) -> Model | None:
-    """The teacher's model; None where vLLM, a recording or other ranks stand in for it."""
+    """Load the teacher's model; None where vLLM, a recording or other ranks stand in for it."""
     if world.teacher is None or not scoring_engine(config.teacher).loads_model:
         return None
     return load_frozen(config, config.teacher.model, world.teacher, world)
 
 
 def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
-    """A model that only grades: on the device throughout, or with ``teacher.offload`` while it is asked."""
+    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores."""
     model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.with_offload(world.offload_stats) if config.teacher.offload else model
 
 
 def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:
-    """The sampler ``rollout.engine`` names."""
+    """Build the sampler that ``rollout.engine`` names."""
     context = _sampler_context(config, architecture, world, vocab_size)
     return ROLLOUT_ENGINES[config.rollout.engine].build(context)
 
@@ -360,7 +360,7 @@ def build_sampler(config: RunConfig, architecture: Architecture, world: World, v
 def embedded_sampler(
     config: RunConfig, architecture: Architecture, world: World, vocab_size: int | None = None
 ) -> MegatronSampler:
-    """A sampler over its own copy of the weights."""
+    """Build a sampler over its own copy of the weights."""
     return build_embedded(_sampler_context(config, architecture, world, vocab_size))
 
 
@@ -381,7 +381,7 @@ def _sampler_context(
 
 
 def output_weight_for(directory: Path, teacher: Architecture, student: Model) -> Tensor:
-    """``[v, E]``: the output weight of the teacher in ``directory`` under the student's vocabulary partition.
+    """Read, ``[v, E]``, the output weight of the teacher in ``directory`` under the student's vocabulary partition.
 
     The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
 

@@ -1,4 +1,4 @@
-"""Student and teachers may write conversations differently: where they do, and what is asked then."""
+"""Find where student and teachers write conversations differently, and say what the teacher scores under then."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Difference:
 
 
 def speaks_alike(first: Tokenizer, second: Tokenizer) -> bool:
-    """Whether two tokenizers render every conversation alike and end answers alike."""
+    """Say whether two tokenizers render every conversation alike and end answers alike."""
     sources = [None if one.chat is None else one.chat.source for one in (first, second)]
     ends = [(set(one.eos_ids), one.turn_end, one.bos_id) for one in (first, second)]
     return sources[0] == sources[1] and ends[0] == ends[1]
@@ -93,7 +93,7 @@ def warn_of_differences(config: RunConfig, student: Tokenizer) -> None:
         if one.prompts:
             ours, theirs = one.prompts[0]
             logger.warning(
-                "the %s has another chat template than the student, under which it is asked to score: %d of the first "
+                "the %s has another chat template than the student, under which it scores: %d of the first "
                 "%d prompts differ, such as %r, which its own writes as %r. `tropd check` shows them; it is evaluated "
                 "under its own",
                 *(one.role, len(one.prompts), one.compared, ours[-80:], theirs[-80:]),
@@ -101,7 +101,7 @@ def warn_of_differences(config: RunConfig, student: Tokenizer) -> None:
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
-    """The renderings of student and teachers side by side."""
+    """Show the renderings of student and teachers side by side."""
     table = Table(
         title="Chat templates differ: the teacher scores under the student's, and is evaluated under its own",
         title_justify="left",
@@ -123,7 +123,7 @@ def _cut(text: str) -> str:
 def teacher_problems(
     config: RunConfig, suites: Sequence[SuiteConfig], student: Tokenizer, problems: Mapping[str, PromptTable]
 ) -> tuple[Tokenizer, Mapping[str, PromptTable]]:
-    """The teacher's own tokenizer, and the problems as that renders them: how the teacher is evaluated."""
+    """Return the teacher's own tokenizer, and the problems as that renders them: how the teacher is evaluated."""
     own = teacher_tokenizer(config)
     if speaks_alike(student, own):
         return student, problems

@@ -50,7 +50,7 @@ def read_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def teacher_tokenizer(config: RunConfig, model: Path | None = None) -> Tokenizer:
-    """The tokenizer of a teacher (``teacher.model`` by default) with its own chat template and end tokens."""
+    """Load the tokenizer of a teacher (``teacher.model`` by default) with its own chat template and end tokens."""
     data = config.data
     return load_tokenizer(
         model or config.teacher.model, chat_template=data.chat_template, template_options=data.template_options
@@ -60,7 +60,7 @@ def teacher_tokenizer(config: RunConfig, model: Path | None = None) -> Tokenizer
 def check_ids(
     rows: Mapping[str, Iterable[PromptTable]], tokenizer: Tokenizer, *, vocab_sizes: Mapping[str, int]
 ) -> None:
-    """TokenizerError when the tokenizer writes ids that a model has no embedding for.
+    """Raise TokenizerError when the tokenizer writes ids that a model has no embedding for.
 
     Args:
         rows: by what they are called in a message.
@@ -84,7 +84,7 @@ def check_ids(
 
 
 def sources_of(data: DataConfig) -> list[Source]:
-    """The training sources of a configuration: ``data.sources``, or ``data.prompts`` as the only one."""
+    """List the training sources of a configuration: ``data.sources``, or ``data.prompts`` as the only one."""
     listed = data.sources or (SourceConfig.model_construct(name="", prompts=data.prompts),)
     return [
         Source(
@@ -104,14 +104,14 @@ def sources_of(data: DataConfig) -> list[Source]:
 
 
 def shares_of(data: DataConfig, prompts: PromptTable) -> tuple[Share, ...]:
-    """Rows and weight of every source, for ``PromptStream``."""
+    """Return the rows and the weight of every source, for ``PromptStream``."""
     rows = prompts.sources()
     weights = {source.name: source.weight for source in data.sources}
     return tuple(Share(rows_N, weights.get(name) or float(len(rows_N))) for name, rows_N in rows.items())
 
 
 def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bool) -> PromptTable:
-    """Training prompts; with ``guided`` every one of them has a teacher response."""
+    """Read the training prompts; with ``guided`` every one of them has a teacher response."""
     data = config.data
     limits = Limits(
         max_prompt_tokens=data.max_prompt_tokens,
@@ -132,12 +132,12 @@ def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bo
 
 
 def suites_of(config: RunConfig) -> tuple[SuiteConfig, ...]:
-    """The suites there are problems for, with nothing left to look up elsewhere in the configuration."""
+    """List the suites there are problems for, with nothing left to look up elsewhere in the configuration."""
     return complete_suites(config.evaluate, config.data, budget=config.rollout.max_new_tokens)
 
 
 def complete_suites(evaluate: EvaluateConfig, data: DataConfig, *, budget: int) -> tuple[SuiteConfig, ...]:
-    """Suites of ``evaluate`` with what they leave open filled in: by ``evaluate``, ``data`` and the answers' budget."""
+    """Fill in what suites of ``evaluate`` leave open, by ``evaluate``, ``data`` and the answers' budget."""
     return tuple(
         suite.model_copy(
             update={
@@ -161,7 +161,7 @@ def complete_suites(evaluate: EvaluateConfig, data: DataConfig, *, budget: int) 
 def read_problems(
     suites: Sequence[SuiteConfig], data: DataConfig, tokenizer: Tokenizer, *, allow_code: bool
 ) -> dict[str, PromptTable]:
-    """The problems of every (complete) suite by its name; suites that ask for the same share a table.
+    """Read the problems of every (complete) suite by its name; suites that name the same share a table.
 
     Raises:
         DataError: a file or a row is bad, or a problem has no answer that it can be graded against.
@@ -194,7 +194,7 @@ def read_problems(
 
 
 def check_training_lengths(config: RunConfig, prompts: PromptTable, models: Mapping[str, Architecture]) -> None:
-    """ConfigError when a prompt and a response of full length have more tokens than a model has positions."""
+    """Raise ConfigError when a prompt and a response of full length have more tokens than a model has positions."""
     for role, architecture in models.items():
         _check_length(prompts, config.rollout.max_new_tokens, architecture, role=role, key="rollout.max_new_tokens")
 
@@ -202,7 +202,7 @@ def check_training_lengths(config: RunConfig, prompts: PromptTable, models: Mapp
 def check_problem_lengths(
     suites: Sequence[SuiteConfig], problems: Mapping[str, PromptTable], models: Mapping[str, Architecture]
 ) -> None:
-    """The same for the problems of every (complete) suite. ``models`` by role, those that answer them."""
+    """Check the problems of every (complete) suite likewise. ``models`` by role, those that answer them."""
     for role, architecture in models.items():
         for suite in suites:
             key, budget = f"max_new_tokens of the suite {suite.name!r}", suite.max_new_tokens
@@ -224,7 +224,7 @@ def _check_length(prompts: PromptTable, budget: int, architecture: Architecture,
 
 
 def data_identity(data: DataConfig, prompts: PromptTable) -> dict[str, Any]:
-    """What makes the walk through the prompts what it is, by config key."""
+    """Return what determines the walk through the prompts, by config key."""
     sources = {name: len(rows_N) for name, rows_N in prompts.sources().items() if name}
     return {
         "data.prompts": f"{len(prompts)} prompts, {prompts.fingerprint()[:16]}",

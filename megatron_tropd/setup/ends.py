@@ -1,4 +1,4 @@
-"""Which tokens end a response, to the student and to every model beside it, and whether they count as one."""
+"""Find the tokens that end a response, to the student and every model beside it, and whether they count as one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STUDENT = "student"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseEnds:
-    """What ends a response in a run, and where that is said."""
+    """The tokens that end a response in a run, and where that is said."""
 
     ids: tuple[int, ...]  # that count as one token, and at each of which sampling stops; empty: each is its own
     lines: tuple[str, ...]  # for whoever started the run
@@ -47,8 +47,8 @@ def response_ends(
         raise ConfigError(
             "method.end_tokens=refuse, and the models end their responses with different tokens: "
             + "; ".join(line.strip() for line in lines)
-            + ". Set method.end_tokens=class to count them as one token, exact to tell them apart, or give both models "
-            "the same end tokens in generation_config.json."
+            + ". Set method.end_tokens=class to count them as one token, exact to keep them separate, or give both "
+            "models the same end tokens in generation_config.json."
         )
     mode = wanted if wanted in ("class", "exact") else ("class" if differ else "exact")
     if mode == "class" and len(ids) > 1:
@@ -72,13 +72,13 @@ def tell_ends(ends: ResponseEnds, *, enabled: bool = True) -> None:
 
 
 def stopping_at(tokenizer: Any, ids: tuple[int, ...]) -> Any:
-    """The tokenizer with all of ``ids`` among its end tokens, its own first."""
+    """Return the tokenizer with all of ``ids`` among its end tokens, its own first."""
     more = tuple(i for i in ids if i not in tokenizer.eos_ids)
     return replace(tokenizer, eos_ids=(*tokenizer.eos_ids, *more)) if more else tokenizer
 
 
 def _declared(tokenizer: Tokenizer) -> frozenset[int]:
-    """What the files say, the chat template aside."""
+    """Return the end tokens that the files name, the chat template aside."""
     return frozenset(i for source, ids in tokenizer.end_sources.items() if source != TEMPLATE for i in ids)
 
 

@@ -1,7 +1,7 @@
 """Checks as rows: each says what must be known for it, and runs as soon as that is known.
 
-A run's inputs are read one after another (method, models, tokenizer, data), and a mistake is told before the next one,
-which may take minutes, is read.
+A run's inputs are read one after another (method, models, tokenizer, data), and a mistake is reported before the next
+one, which may take minutes, is read.
 """
 
 from __future__ import annotations

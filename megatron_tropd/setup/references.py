@@ -118,14 +118,14 @@ def check_training_answers(data: DataConfig, prompts: PromptTable, *, allow_code
 
 
 def _spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many rows, all over the data."""
+    """Choose at most so many rows, all over the data."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
 
 
 def _unusable(
     prompts: PromptTable, rows: Sequence[int] | np.ndarray, rule: GradingRule, *, allow_code: bool
 ) -> dict[int, str]:
-    """Why rows cannot be graded against, by row."""
+    """Say by row why it cannot be graded against."""
     answers = [prompts[int(row)].answer or "" for row in rows]
     with Heartbeat(f"checking {len(answers):,} reference answers", enabled=os.environ.get("RANK", "0") == "0"):
         reasons = shared_pool(allow_code).check(rule, answers)

@@ -36,7 +36,7 @@ _TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 2e-2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfCheck:
-    """What the check measured: everything relative to maximum likelihood on the same tokens."""
+    """The check's measurements: everything relative to maximum likelihood on the same tokens."""
 
     loss: float
     gradient: float
@@ -47,7 +47,7 @@ class SelfCheck:
 def check_self(
     model: Model, optimization: Optimization, method: Method, *, vocab_size: int, seed: int = 0
 ) -> SelfCheck:
-    """Takes the gradient of a few random sequences with the model as its own teacher; no update. Collective.
+    """Take the gradient of a few random sequences with the model as its own teacher; no update. Collective.
 
     Raises:
         SelfCheckError: the loss or the gradient is not zero.
@@ -93,7 +93,7 @@ def _own_output_weight(model: Model) -> Tensor | None:
 
 
 def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rollout]:
-    """A few sequences of random tokens, all CONTINUATION after a short prompt."""
+    """Draw a few sequences of random tokens, all CONTINUATION after a short prompt."""
     rng = np.random.default_rng(seed)
     longest = min(40, max_positions)
     rollouts = []
@@ -146,7 +146,7 @@ def _items(
 
 
 def _trusts_an_equal(method: Method, items: Sequence[TrainPack], model: Model) -> bool:
-    """Whether the gate trusts every token of a teacher whose log-probs are the student's own. Collective."""
+    """Say whether the gate trusts every token of a teacher whose log-probs are the student's own. Collective."""
     trusted = True
     for item in items if model.groups.is_last_stage else ():
         assert item.old is not None and item.outputs is not None  # both were scored above

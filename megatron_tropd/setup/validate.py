@@ -1,4 +1,4 @@
-"""What a run is made from, read and checked against each other: everything a user can have wrong is found here,
+"""Read what a run is made from and check it against each other: everything a user can have wrong is found here,
 before a model is built or a rank waits for another."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Inputs:
     student: Architecture
     teacher: Architecture
     teachers: Mapping[str, Architecture]  # those beside it, by name
-    base: Architecture | None  # None unless the method asks for a base model
+    base: Architecture | None  # None unless the method needs a base model
     tokenizer: Tokenizer  # the student's, which ends a response wherever the method has one end
     ends: ResponseEnds
     vocab_size: int  # ids all models know
@@ -68,7 +68,7 @@ class Inputs:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Reads and checks everything that training starts from.
+    """Read and check everything that training starts from.
 
     Raises:
         TropdError: whatever method, models, layouts, tokenizers or data have wrong, in that order.
@@ -114,19 +114,19 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def check_method(config: RunConfig) -> Method:
-    """The method; ConfigError for an unknown name or option."""
+    """Build the method; ConfigError for an unknown name or option."""
     return build_method(config.method.name, **config.method.options)
 
 
 def check_available(config: RunConfig) -> None:
-    """Refuses what the configuration knows and this version does not run yet."""
+    """Refuse what the configuration knows and this version does not run yet."""
     for role, section in (("student", config.student), ("teacher", config.teacher)):
         if section.attention == "te":
             raise ConfigError(f"{role}.attention=te is not available yet; use sdpa or auto.")
 
 
 def check_ahead(config: RunConfig, method: Method) -> None:
-    """ConfigError when the method cannot learn from rollouts of older weights; a warning when nothing would overlap."""
+    """Raise ConfigError when the method cannot learn from rollouts of older weights; warn if nothing would overlap."""
     ahead, engine = config.rollout.ahead, config.rollout.engine
     if not ahead:
         return
@@ -146,7 +146,7 @@ def check_ahead(config: RunConfig, method: Method) -> None:
 
 
 def check_packages(config: RunConfig) -> None:
-    """ConfigError when something that the configuration asks for is not installed."""
+    """Raise ConfigError when something that the configuration requests is not installed."""
     samples, scores = ROLLOUT_ENGINES[config.rollout.engine], scoring_engine(config.teacher)
     samples.check()
     scores.check()
@@ -166,17 +166,17 @@ def check_packages(config: RunConfig) -> None:
 
 
 def guided_per_prompt(config: RunConfig, method: Method) -> int:
-    """Sequences per prompt that begin with a teacher prefix."""
+    """Count the sequences per prompt that begin with a teacher prefix."""
     return config.rollout.guided_per_prompt if method.guided else 0
 
 
 def sequences_per_step(config: RunConfig, method: Method) -> int:
-    """Sequences of one training step, over all ranks."""
+    """Count the sequences of one training step, over all ranks."""
     return config.train.prompts_per_step * (config.rollout.samples_per_prompt + guided_per_prompt(config, method))
 
 
 def check_sequences(config: RunConfig, method: Method) -> None:
-    """ConfigError when the method leaves nothing to train on."""
+    """Raise ConfigError when the method leaves nothing to train on."""
     name, rollout = config.method.name, config.rollout
     sequences = sequences_per_step(config, method)
     if sequences == 0:
@@ -197,8 +197,8 @@ def check_sequences(config: RunConfig, method: Method) -> None:
 
 
 def check_one_teacher(config: RunConfig, method: Method) -> None:
-    """ConfigError for several teachers of an engine that can only be alone, or where the loss multiplies by the output
-    weight of one."""
+    """Raise ConfigError for several teachers of an engine that can only be alone, or where the loss multiplies by the
+    output weight of one."""
     if config.teachers and not scoring_engine(config.teacher).among_several:
         able = ", ".join(name for name, engine in TEACHER_ENGINES.items() if engine.among_several)
         raise ConfigError(
@@ -207,8 +207,8 @@ def check_one_teacher(config: RunConfig, method: Method) -> None:
         )
     if config.teachers and method.needs.hidden_states:
         raise ConfigError(
-            f"method.name={config.method.name} compares whole vocabularies with the hidden states of one teacher, but "
-            f"teachers holds {len(config.teachers)} more. Take them out, or use a method that asks for log-probs or "
+            f"method.name={config.method.name} compares full vocabularies with the hidden states of one teacher, but "
+            f"teachers holds {len(config.teachers)} more. Take them out, or use a method that needs log-probs or "
             "for top-k candidates."
         )
 
@@ -222,7 +222,7 @@ def _check_teachers(config: RunConfig, architectures: Mapping[str, Architecture]
 
 
 def check_writable(config: RunConfig) -> None:
-    """Makes the directories a run writes to; ConfigError when one cannot be made or written."""
+    """Make the directories a run writes to; ConfigError when one cannot be made or written."""
     export = config.export.hf
     for key, path in (
         ("run_dir", config.run_dir),
@@ -243,7 +243,7 @@ def check_writable(config: RunConfig) -> None:
 
 
 def check_export(config: RunConfig) -> None:
-    """ConfigError when ``export.hf`` would replace what the run reads, what it writes, or what is somebody else's."""
+    """Raise ConfigError when ``export.hf`` would replace what the run reads or writes, or what is somebody else's."""
     if config.export.hf is None:
         return
     protected: dict[str, Path | None] = {
@@ -272,7 +272,7 @@ def check_export(config: RunConfig) -> None:
 
 
 def why_not_written(error: OSError) -> str:
-    """The operating system's reason, in words that fit a directory to be made."""
+    """Return the operating system's reason, in words that fit a directory to be made."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return "a file is in the way"
     return error.strerror or str(error)
@@ -282,7 +282,7 @@ def why_not_written(error: OSError) -> str:
 
 
 def read_architectures(config: RunConfig) -> tuple[Architecture, Architecture]:
-    """Sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
+    """Read the sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
     return (
         _read_architecture("student.model", config.student.model),
         _read_architecture("teacher.model", config.teacher.model),
@@ -297,25 +297,25 @@ def _read_architecture(key: str, path: Path) -> Architecture:
 
 
 def layout_of(parallel: ParallelConfig) -> Layout:
-    """The layout a config section asks for."""
+    """Build the layout that a config section requests."""
     return Layout(**parallel.model_dump())
 
 
 def check_layouts(
     config: RunConfig, student: Architecture, teacher: Architecture, base: Architecture | None = None
 ) -> None:
-    """ConfigError when a model cannot be cut the way its section asks for."""
+    """Raise ConfigError when a model cannot be cut the way its section requests."""
     sampler = Layout(tensor=config.rollout.parallel.tensor)
-    asked = [
+    requested = [
         ("student.parallel", student, layout_of(config.student.parallel)),
         ("teacher.parallel", teacher, layout_of(config.teacher.parallel)),
         ("rollout.parallel", student, sampler),
     ]
     if base is not None:
-        asked.append(("base.parallel", base, layout_of(config.base_parallel)))
+        requested.append(("base.parallel", base, layout_of(config.base_parallel)))
     if suites_of(config) and config.evaluate.teacher:
-        asked.append(("rollout.parallel (evaluating the teacher)", teacher, sampler))
-    for key, architecture, layout in asked:
+        requested.append(("rollout.parallel (evaluating the teacher)", teacher, sampler))
+    for key, architecture, layout in requested:
         try:
             check_divisible(architecture, layout)
             if key == "student.parallel":
@@ -329,23 +329,23 @@ def check_layouts(
 
 
 def longest_sequence(config: RunConfig) -> int:
-    """Tokens of the longest sequence that training or evaluation may ask of the student."""
+    """Count the tokens of the longest sequence that training or evaluation may require of the student."""
     budgets = [config.rollout.max_new_tokens, *(suite.max_new_tokens or 0 for suite in suites_of(config))]
     return config.data.max_prompt_tokens + max(budgets)
 
 
 def longest_training_sequence(config: RunConfig) -> int:
-    """Tokens of the longest sequence that the teacher may be asked to grade."""
+    """Count the tokens of the longest sequence that the teacher may have to score."""
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
 def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) -> int:
-    """How many alternatives of a token a vLLM teacher may be asked for."""
+    """Return how many alternatives of a token may be requested of a vLLM teacher."""
     return teacher.vocab_size if config.teacher.whole_vocabulary else TeacherRequest.of(method.needs).top_k
 
 
 def check_support(inputs: Inputs) -> None:
-    """ConfigError when the method asks for more candidates than there are ids."""
+    """Raise ConfigError when the method requests more candidates than there are ids."""
     if inputs.method.needs.top_k > inputs.vocab_size:
         raise ConfigError(
             f"method.k={inputs.method.needs.top_k} candidates per token, but the models share {inputs.vocab_size} ids. "
@@ -354,7 +354,7 @@ def check_support(inputs: Inputs) -> None:
 
 
 def check_sampling(config: RunConfig, inputs: Inputs) -> None:
-    """ConfigError when vLLM could not say what the model itself thinks of what it drew."""
+    """Raise ConfigError when vLLM could not say what the model itself thinks of what it drew."""
     check_logprobs(
         config.rollout,
         shared_ids=inputs.vocab_size,
@@ -364,7 +364,7 @@ def check_sampling(config: RunConfig, inputs: Inputs) -> None:
 
 
 def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
-    """What the teacher is asked, which is what its engine can tell."""
+    """Return what is requested of the teacher, which is what its engine can report."""
     spec = TeacherRequest.of(method.needs)
     if scoring_engine(config.teacher).exact_distribution or config.teacher.whole_vocabulary:
         return spec
@@ -372,7 +372,7 @@ def teacher_request(config: RunConfig, method: Method) -> TeacherRequest:
 
 
 def check_teacher(config: RunConfig, inputs: Inputs) -> None:
-    """ConfigError when vLLM cannot tell of the teacher what the method needs."""
+    """Raise ConfigError when vLLM cannot report of the teacher what the method needs."""
     check_reported(config.teacher, inputs.method, shared_ids=inputs.vocab_size, teacher_ids=inputs.teacher.vocab_size)
 
 
@@ -380,21 +380,21 @@ def check_teacher(config: RunConfig, inputs: Inputs) -> None:
 
 
 def check_data_ids(inputs: Inputs, models: Mapping[str, Architecture]) -> None:
-    """TokenizerError when prompts or problems hold ids that one of the models has no embedding for."""
+    """Raise TokenizerError when prompts or problems hold ids that one of the models has no embedding for."""
     sizes = {role: model.vocab_size for role, model in models.items()}
     rows = {"prompt": [inputs.prompts], "problem": inputs.problems.values()}
     check_ids(rows, inputs.tokenizer, vocab_sizes=sizes)
 
 
 def check_data_lengths(config: RunConfig, inputs: Inputs, models: Mapping[str, Architecture]) -> None:
-    """ConfigError when a sequence of training, or an answer to a problem, can be longer than a model has positions."""
+    """Raise ConfigError when a sequence of training, or an answer to a problem, can exceed a model's positions."""
     check_training_lengths(config, inputs.prompts, models)
     answering = {"student": inputs.student} | ({"teacher": inputs.teacher} if config.evaluate.teacher else {})
     check_problem_lengths(suites_of(config), inputs.problems, answering)
 
 
 def check_recording(config: RunConfig) -> None:
-    """DataError when a recording of rollouts lacks a step of the run."""
+    """Raise DataError when a recording of rollouts lacks a step of the run."""
     if config.rollout.recorded_from is not None:
         check_recorded(config.rollout.recorded_from, range(config.train.steps))
 
@@ -430,10 +430,10 @@ CHECKS = (
 
 
 def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What shapes the numbers of a run, by config key: a checkpoint of a run with other values is of another run.
+    """Return what shapes the numbers of a run, by config key: a checkpoint with other values is of another run.
 
     Models and tokenizer are in it twice: by their sizes, and by fingerprints of their content (``FINGERPRINTS``).
-    Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run goes on.
+    Layouts, packing, where things are kept, evaluation and reporting are not in it: they may change when a run resumes.
     """
     optimizer = config.optimizer.model_dump(exclude={"offload", "overlap"})
     return {
@@ -446,7 +446,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
         **_fingerprints(config, inputs),
         **data_identity(config.data, inputs.prompts),
-        # what end_tokens asks for is in the ends themselves
+        # what end_tokens requests is in the ends themselves
         **{f"method.{key}": value for key, value in config.method.model_dump().items() if key != "end_tokens"},
         **({"method.end_ids": list(inputs.method.end_ids)} if inputs.method.end_ids else {}),
         **{

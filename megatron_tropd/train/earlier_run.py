@@ -1,4 +1,4 @@
-"""What an earlier run has left in a run directory: moved aside, never mixed into a new one and never removed."""
+"""Move aside what an earlier run has left in a run directory: it is never mixed into a new one and never removed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def set_aside(run_dir: Path, names: Sequence[str] = RESULTS) -> Path | None:
 
 
 def set_aside_later(run_dir: Path, step: int) -> Path | None:
-    """The same of checkpoints after ``step``, which a run that goes back to it will write anew. On one rank only."""
+    """Move checkpoints after ``step``, which a run that goes back to it will write anew, likewise. On one rank only."""
     root = run_dir / CHECKPOINTS
     later = [
         f"{CHECKPOINTS}/{path.name}"

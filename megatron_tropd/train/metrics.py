@@ -102,7 +102,7 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
 
 
 def _accuracy_by_source(right: np.ndarray, sources: Sequence[str], of: Collection[str]) -> dict[str, float]:
-    """``right``: [prompts, samples] of 0 and 1, nan where it cannot be told; ``of``: the sources of all prompts."""
+    """Average ``right``: [prompts, samples] of 0 and 1, nan where it is unknown; ``of``: the sources of all prompts."""
     usable = ~np.isnan(right).any(axis=1)
     marks = {source: right[usable & (np.array(sources) == source)] for source in sources}
     found = {source: marks[source].mean() for source in sorted(marks) if len(marks[source])}

@@ -2,7 +2,7 @@
 
 The signal may reach one rank or all of them, at any moment. Ranks agree at fixed places of the loop, so none is left in
 a collective that another will never enter. A step whose rollouts were still being written is abandoned (its prompts
-and random numbers are drawn again, so the run that goes on repeats it exactly); a later one is finished.
+and random numbers are drawn again, so the run that resumes repeats it exactly); a later one is finished.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _GRACE_S = 0.5  # in which the main thread comes to a handler unless it waits in
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has a checkpoint to go on from. Not an error, so not one of ``errors``."""
+    """The run was asked to stop and has a checkpoint to resume from. Not an error, so not one of ``errors``."""
 
 
 class StopRequest:
-    """Hears ``SIGNALS`` while it is entered: then the process ends at once with ``EXIT_PREEMPTED``.
+    """Hear ``SIGNALS`` while it is entered: then the process ends at once with ``EXIT_PREEMPTED``.
 
     Before the first step nothing is lost by that, and after the last one there is a checkpoint. In between, within
     ``deferred``, the signal is only remembered, for ``agreed``. Outside the main thread nothing is heard.
@@ -58,7 +58,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive_request) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._waiting.__enter__()
         return self
 
@@ -69,7 +69,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a signal waits for the next ``agreed``."""
+        """Have signals within the block wait for the next ``agreed``."""
         self._deferring = True
         try:
             yield
@@ -79,40 +79,40 @@ class StopRequest:
 
     @property
     def heard(self) -> signal.Signals | None:
-        """The signal that this rank has heard, if any."""
+        """Return the signal that this rank has heard, if any."""
         return self._heard
 
     def listen_to(self, others: Callable[[], int]) -> None:
-        """``others``: the signal that ranks with no part in ``agreed`` have heard; 0 for none."""
+        """Listen to ``others``, too: the signal that ranks with no part in ``agreed`` have heard; 0 for none."""
         self._others = others
 
     def leave_if_heard(self) -> None:
-        """Ends the process when there was a signal."""
+        """End the process when there was a signal."""
         if self._heard is not None:
             _leave_at_once(self._heard)
 
     def _hear_while_waiting(self, number: int) -> None:
-        """The same from a thread, where the main thread has not come to its handler after a while."""
+        """Handle a signal from a thread, where the main thread has not come to its handler after a while."""
         if number in SIGNALS:
             self._seen += 1
             until = time.monotonic() + _GRACE_S
             while self._answered < self._seen and time.monotonic() < until:
                 time.sleep(0.01)
             if self._answered < self._seen:
-                self._receive_request(number, None)
+                self._handle(number, None)
         elif number == signal.SIGINT:
             self._interrupts += 1
             if not self._deferring or self._interrupts > 1:
                 _leave_at_once(signal.SIGINT)
 
-    def _receive_request(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._answered += 1
         self._heard = self._heard or signal.Signals(number)
         if not self._deferring:
             _leave_at_once(self._heard)
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that some rank has heard, None when none has; the same on every rank. Collective."""
+        """Return the signal that some rank has heard, None when none has; the same on every rank. Collective."""
         # on the CPU, where it waits for no kernel
         heard = torch.tensor(int(self._heard or (self._others() if self._others is not None else 0)))
         dist.all_reduce(heard, op=dist.ReduceOp.MAX)
@@ -126,10 +126,10 @@ def _leave_at_once(heard: signal.Signals) -> None:
     leave(EXIT_PREEMPTED if heard in SIGNALS else 128 + heard)
 
 
-def leave_if_asked(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int, *, first_step: int) -> None:
-    """Where the weights are those of ``steps`` finished steps: saves and raises when any rank was asked to stop.
+def leave_if_requested(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int, *, first_step: int) -> None:
+    """Save and raise when any rank was asked to stop; the weights are those of ``steps`` finished steps.
 
-    Collective. ``first_step``: what this session went on from, which needs no checkpoint of its own.
+    Collective. ``first_step``: what this session resumed from, which needs no checkpoint of its own.
 
     Raises:
         Preempted: the run was asked to stop.
@@ -143,12 +143,12 @@ def leave_if_asked(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int,
     again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(
         f"stopped by {heard.name} after {steps} of {run.train.steps} steps; {newest}. "
-        f"Start the same command again{again} to go on."
+        f"Start the same command again{again} to resume."
     )
 
 
 def _is_saved(run: Run, steps: int) -> bool:
-    """Whether the newest checkpoint is of ``steps`` steps. One rank looks for all."""
+    """Say whether the newest checkpoint is of ``steps`` steps. One rank looks for all."""
     newest: Path | None = None
     if run.world.is_first:
         newest = find_checkpoint(run.run_dir / "checkpoints")

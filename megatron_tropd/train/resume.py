@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it is of this run, and what an abandoned run must not leave behind."""
+"""Resume from a checkpoint: find it, see whether it is of this run, and clear what an abandoned run left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_tropd.setup.validate import FINGERPRINTS
 from megatron_tropd.train.earlier_run import CHECKPOINTS, set_aside, set_aside_later
 from megatron_tropd.train.rollout_queue import RolloutQueue
 
-# of what identifies a run (inputs.identity), what a resumed run may change at its own risk
+# of what identifies a run (validate.identity), what a resumed run may change at its own risk
 _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
 # prompts are walked through in steps of that many: with another number some would be skipped, or come twice
 _NOT_THESE = ("train.prompts_per_step",)
@@ -28,24 +28,24 @@ _MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
 
 
 def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_dir: Path, steps: int) -> Path | None:
-    """The checkpoint that a run of this identity (``inputs.identity``) goes on from; None to start afresh. Collective.
+    """Find the checkpoint that a run of this ``validate.identity`` resumes from; None to start afresh. Collective.
 
     What an earlier run left in ``run_dir`` is moved aside when the run starts afresh, and its later checkpoints when it
     goes back to an earlier one. ``steps``: of the whole run.
 
     Raises:
-        CheckpointError: the checkpoint asked for is torn, or the one found is of another run.
+        CheckpointError: the requested checkpoint is torn, or the one found is of another run.
         ConfigError: ``checkpoint.accept_changes`` names what there is not, or what cannot be accepted.
     """
-    first, asked = dist.get_rank() == 0, section.resume
+    first, wanted = dist.get_rank() == 0, section.resume
     _check_accepted(section.accept_changes, identity)
-    checkpoint = None if asked == "never" else _agreed_checkpoint(asked, run_dir / CHECKPOINTS)
+    checkpoint = None if wanted == "never" else _agreed_checkpoint(wanted, run_dir / CHECKPOINTS)
     if checkpoint is not None:
         changed = _changes(checkpoint, read_state(checkpoint), identity, steps=steps)
         _check_changes(checkpoint, changed, insisted=frozenset(section.accept_changes))
-    elif asked not in ("auto", "never"):
+    elif wanted not in ("auto", "never"):
         raise CheckpointError(
-            f"{Path(asked).absolute()} holds no whole checkpoint. Name another, or use auto or never."
+            f"{Path(wanted).absolute()} holds no whole checkpoint. Name another, or use auto or never."
         )
     dist.barrier()  # every rank has read what may be moved now
     if first:
@@ -54,32 +54,34 @@ def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_di
 
 
 def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
-    """Puts the run where the checkpoint was written; the number of steps already done. Collective."""
+    """Put the run where the checkpoint was written; return the number of steps already done. Collective."""
     if checkpoint is None:
         return 0
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
     queue.restore(checkpoint, steps)
     if run.world.is_first:
-        Console().print(f"going on from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
+        Console().print(f"resuming from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
     return steps
 
 
 def _set_aside(run_dir: Path, checkpoint: Path | None) -> None:
-    """Moves away what an earlier run in this directory would otherwise mix into this one."""
+    """Move away what an earlier run in this directory would otherwise mix into this one."""
     own = (run_dir / CHECKPOINTS).resolve()
     if checkpoint is None or checkpoint.resolve().parent != own:
-        # a run that goes on from another's checkpoint in a used directory is a new run there
+        # a run that resumes from another's checkpoint in a used directory is a new run there
         set_aside(run_dir)
     else:
         set_aside_later(run_dir, int(read_state(checkpoint)["step"]))
 
 
-def _agreed_checkpoint(asked: str, directory: Path) -> Path | None:
-    """The newest whole checkpoint of the run, or the one asked for by path. One rank looks for all, all compare
-    checksums."""
+def _agreed_checkpoint(wanted: str, directory: Path) -> Path | None:
+    """Return the newest whole checkpoint of the run, or the one requested by path.
+
+    One rank looks for all, all compare checksums.
+    """
     torn: list[Path] = []
     while True:
-        found, is_newest = _look(asked, directory, torn)
+        found, is_newest = _look(wanted, directory, torn)
         fault = None if found is None else content_fault(found)
         if found is None or fault is None:
             return found
@@ -90,15 +92,15 @@ def _agreed_checkpoint(asked: str, directory: Path) -> Path | None:
             warnings.warn(f"skipping a torn checkpoint: {found.absolute()} is torn: {fault}", stacklevel=2)
 
 
-def _look(asked: str, directory: Path, torn: list[Path]) -> tuple[Path | None, bool]:
-    """A checkpoint that looks whole, and whether it is the newest of a directory instead of one asked for."""
+def _look(wanted: str, directory: Path, torn: list[Path]) -> tuple[Path | None, bool]:
+    """Find a checkpoint that looks whole, and whether it is the newest of a directory instead of a requested one."""
     chosen: list[Any] = [None, True]
     if dist.get_rank() == 0:
-        path = directory if asked == "auto" else Path(asked).expanduser()
-        if asked != "auto" and (path / CHECKPOINTS).is_dir():
+        path = directory if wanted == "auto" else Path(wanted).expanduser()
+        if wanted != "auto" and (path / CHECKPOINTS).is_dir():
             path /= CHECKPOINTS  # of a run directory
-        # a directory of checkpoints will do where one checkpoint is asked for
-        many = asked == "auto" or any(path.glob("step-*"))
+        # a directory of checkpoints will do where one checkpoint is requested
+        many = wanted == "auto" or any(path.glob("step-*"))
         found = find_checkpoint(path, without=torn) if many else path
         chosen = [None if found is None else str(found), many]
     dist.broadcast_object_list(chosen, src=0)
@@ -125,7 +127,7 @@ def _check_accepted(accepted: Sequence[str], identity: Mapping[str, Any]) -> Non
 def _changes(
     checkpoint: Path, state: dict[str, Any], identity: Mapping[str, Any], *, steps: int
 ) -> dict[str, tuple[Any, Any]]:
-    """By key, what was and what is, of all that the run has otherwise than the one that wrote the checkpoint.
+    """List by key what was and what is, of all that the run has otherwise than the one that wrote the checkpoint.
 
     Raises:
         CheckpointError: it is further than ``steps``.
@@ -141,7 +143,7 @@ def _changes(
     if unknown:
         warnings.warn(
             f"{checkpoint} was written by an earlier version, which does not say {', '.join(unknown)}: whether they "
-            "are those of the run that goes on cannot be told.",
+            "are those of the run that resumes is unknown.",
             stacklevel=2,
         )
     changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
@@ -150,7 +152,7 @@ def _changes(
 
 
 def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, insisted: Collection[str]) -> None:
-    """CheckpointError when the checkpoint is of another run; a warning when this one goes on with other settings."""
+    """Raise CheckpointError when the checkpoint is of another run; warn when this one resumes with other settings."""
     tolerated = {key for key in changed if _is_tolerated(key) or key in insisted}
     refused = sorted(changed.keys() - tolerated)
     if refused:
@@ -158,11 +160,11 @@ def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, ins
         raise CheckpointError(
             f"{checkpoint.absolute()} is of another run: {_differences(changed, refused)}. Use another run_dir, or "
             f"checkpoint.resume=never to start over (the old results are moved aside){insist}"
-            f"{' to go on all the same' if insist else ''}."
+            f"{' to resume all the same' if insist else ''}."
         )
     if tolerated:
         warnings.warn(
-            f"going on from {checkpoint} with other settings than it was written with: "
+            f"resuming from {checkpoint} with other settings than it was written with: "
             f"{_differences(changed, sorted(tolerated))}. The new ones count from here on; the result is not that of "
             "one run with either.",
             stacklevel=2,
@@ -174,7 +176,7 @@ def _is_tolerated(key: str) -> bool:
 
 
 def _differences(changed: dict[str, tuple[Any, Any]], keys: list[str]) -> str:
-    """``key was a, is b`` for every key; of two models, only the sizes that differ."""
+    """Write ``key was a, is b`` for every key; of two models, only the sizes that differ."""
     lines = []
     for key in keys:
         was, now = changed[key]

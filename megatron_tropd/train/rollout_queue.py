@@ -41,13 +41,13 @@ class ScoredRollouts:
 
     rollouts: Sequence[Rollout]
     packs: Sequence[Sequence[Sequence[Pack]]]  # by minibatch and replica
-    scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not asked for
+    scores: Sequence[Sequence[StudentScores | None]]  # by minibatch, for this replica's packs; None: not requested
     pending_scores: Sequence[PendingScores]  # by minibatch: the teacher's, of this replica's packs
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step learns from."""
+    """The batch that one step learns from."""
 
     prompts: Sequence[Prompt]
     fraction: float  # of a teacher response that guided sequences start with
@@ -55,7 +55,7 @@ class Batch:
 
 
 class RolloutQueue:
-    """See the module. Every method is collective; it knows which weights wrote which batch."""
+    """The queue that the module describes. Every method is collective; it knows which weights wrote which batch."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -91,15 +91,15 @@ class RolloutQueue:
             self._wait_for(number, step, watch, hooks)
 
     def hidden_seconds(self) -> float:
-        """Say how long, since last asked, rollouts were written while this program did something else; first rank."""
+        """Say how long, since last called, rollouts were written while this program did something else; first rank."""
         seconds, self._hidden = self._hidden, 0.0
         return seconds
 
     def _wait_for(self, number: int, step: int, watch: Stopwatch, hooks: Hooks) -> None:
-        begun, asked = self._in_flight[number], time.perf_counter()
+        begun, waited = self._in_flight[number], time.perf_counter()
         with watch("rollout"):
             rollouts = with_teachers(begun.pending.collect(), begun.prompts)
-        self._account(begun, asked)
+        self._account(begun, waited)
         rollout = self._run.rollout
         if rollout.record is not None and self._run.world.is_first:
             write_rollouts(rollout.record, number, rollouts)
@@ -108,10 +108,10 @@ class RolloutQueue:
         self._ready[number] = Batch(begun.prompts, begun.fraction, scored)
         del self._in_flight[number]
 
-    def _account(self, begun: _InFlight, asked: float) -> None:
+    def _account(self, begun: _InFlight, waited: float) -> None:
         ended = begun.pending.ended_at
         if ended is not None:
-            self._hidden += max(0.0, min(ended, asked) - max(begun.at, self._accounted))
+            self._hidden += max(0.0, min(ended, waited) - max(begun.at, self._accounted))
             self._accounted = time.perf_counter()
 
     # ----------------------------------------------------------------- kept with a checkpoint
@@ -150,7 +150,7 @@ class RolloutQueue:
                 self._ready[number] = Batch(prompts, fraction, scored_rollouts(self._run, rollouts, packs, scores))
 
     def _write_scores(self, folder: Path, number: int) -> None:
-        """This rank's part, a row per prediction: whatever layout goes on, finds its own among those of all ranks."""
+        """Write this rank's part, a row per prediction: a layout that resumes finds its own among all ranks'."""
         groups, scored = self._run.world.student, self._ready[number].scored
         if groups.tensor_rank or not groups.is_last_stage:
             return
@@ -180,7 +180,7 @@ class _InFlight:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """Implements ``GenerationHandle`` where the sampler writes at once."""
+    """Implement ``GenerationHandle`` where the sampler writes at once."""
 
     rollouts: list[Rollout]
     ended_at: float | None = None
@@ -212,19 +212,19 @@ def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
 
 
 def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """The rollouts, which follow their prompts in equal numbers, with the names of the teachers that score them."""
+    """Name in rollouts, which follow their prompts in equal numbers, the teachers that score them."""
     per_prompt = len(rollouts) // len(prompts)
     teachers = (prompts[number // per_prompt].teacher for number in range(len(rollouts)))
     return [replace(one, teacher=name) if name else one for one, name in zip(rollouts, teachers, strict=True)]
 
 
 def sampling_params(run: Run) -> SamplingParams:
-    """Tell how training rollouts are drawn."""
+    """Say how training rollouts are drawn."""
     return sampling_of(run.rollout, run.tokenizer)
 
 
 def sampling_of(section: RolloutConfig, tokenizer: Tokenizer) -> SamplingParams:
-    """Tell how rollouts are drawn that a section describes."""
+    """Say how rollouts are drawn that a section describes."""
     return SamplingParams(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
@@ -238,7 +238,7 @@ def sampling_of(section: RolloutConfig, tokenizer: Tokenizer) -> SamplingParams:
 
 
 def score_rollouts(run: Run, rollouts: Sequence[Rollout], *, watch: Stopwatch) -> ScoredRollouts:
-    """The packs of every minibatch, scored by the student at its present weights where that is asked for."""
+    """Pack every minibatch, and have it scored by the student at its present weights where that is requested."""
     with watch("pack"):
         packs = packs_of(run, rollouts)
     with watch("student"):
@@ -262,25 +262,25 @@ def scored_rollouts(
 
 
 def packs_of(run: Run, rollouts: Sequence[Rollout]) -> list[list[list[Pack]]]:
-    """By minibatch and replica."""
+    """Pack rollouts by minibatch and replica."""
     return [pack_rollouts(run, part) for part in split_evenly(rollouts, run.train.minibatches)]
 
 
 def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollout]]:
-    """Consecutive parts whose sizes differ by at most one."""
+    """Split into consecutive parts whose sizes differ by at most one."""
     ends = np.linspace(0, len(rollouts), parts + 1).astype(int)
     return [rollouts[start:end] for start, end in pairwise(ends)]
 
 
 def pack_rollouts(run: Run, rollouts: Sequence[Rollout]) -> list[list[Pack]]:
-    """Packs for every student replica."""
+    """Pack rollouts for every student replica."""
     return pack_for(
         run.world, rollouts, pack_tokens=run.train.pack_tokens, hidden_size=run.student.architecture.hidden_size
     )
 
 
 def student_scores(run: Run, packs: Sequence[Sequence[Pack]]) -> Sequence[StudentScores | None]:
-    """Old log-probs, entropies, likeliest tokens: when the method needs them, or weights change before they learn."""
+    """Compute old log-probs, entropies, likeliest tokens if the method needs them, or weights change meanwhile."""
     mine, needs = packs[run.world.student.replica], run.method.needs
     changing = run.train.minibatches > 1 or run.rollout.ahead > 0
     if not (needs.old_logprob or needs.entropy_top or run.teacher_request.queries or changing):
@@ -313,7 +313,7 @@ def _columns(item: Pack, rows: np.ndarray, score: StudentScores) -> dict[str, np
 
 
 def _keys(item: Pack, rows: np.ndarray) -> np.ndarray:
-    """One number per prediction of a batch: its sequence and position."""
+    """Compute one number per prediction of a batch: its sequence and position."""
     return (item.sequence_T[rows] << 32) | item.position_T[rows]
 
 
@@ -330,7 +330,7 @@ class _Stored:
         self._order = np.argsort(self._columns["key"], kind="stable") if parts else np.empty(0, np.int64)
 
     def scores(self, item: Pack, rows: np.ndarray, device: torch.device) -> StudentScores:
-        """Of these predictions of a pack; CheckpointError when there are none."""
+        """Return the scores of these predictions of a pack; CheckpointError when there are none."""
         wanted = _keys(item, rows)
         keys = self._columns["key"][self._order] if self._columns else np.empty(0, np.int64)
         at = np.searchsorted(keys, wanted)

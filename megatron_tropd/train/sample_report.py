@@ -32,7 +32,7 @@ _SHOWN_REGIONS: dict[int, Literal["prefix", "continuation", "observation"]] = {
 
 
 def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after"], count: int) -> list[Sample]:
-    """Answers to the first training prompts, token by token with region, gate and log ratio. Collective.
+    """Sample answers to the first training prompts, token by token with region, gate and log ratio. Collective.
 
     Where the method is guided, each prompt has one answer of the student's own and one that continues the first half
     of the teacher's.
@@ -81,7 +81,7 @@ def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple
 
 
 def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[int, np.ndarray]:
-    """``[response, 2]`` gate weight and log ratio of every token that carries loss, on every rank.
+    """Compute, ``[response, 2]``, gate weight and log ratio of every token that carries loss, on every rank.
 
     ``step``: the training step whose gate is shown, as it would be with these rollouts for a batch.
     """
@@ -125,7 +125,7 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[i
 
 
 def _split_by_sequence(item: Pack, groups: Groups, values_N2: np.ndarray) -> dict[int, np.ndarray]:
-    """``[n, 3]`` by sequence: position of each prediction, then its two values."""
+    """Split, ``[n, 3]``, by sequence: position of each prediction, then its two values."""
     valid = own_valid_positions(item, groups)
     owner_N = item.sequence_T[valid]
     rows_N3 = np.column_stack([item.position_T[valid], values_N2])
@@ -133,7 +133,7 @@ def _split_by_sequence(item: Pack, groups: Groups, values_N2: np.ndarray) -> dic
 
 
 def _joined(parts: list[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
-    """Each sequence whole (context-parallel ranks have parts of it), in the order of its tokens, without positions."""
+    """Join each sequence (context-parallel ranks have parts of it) in the order of its tokens, without positions."""
     whole: dict[int, np.ndarray] = {}
     for sequence in sorted(set().union(*parts)):
         rows_N3 = np.concatenate([part[sequence] for part in parts if sequence in part])

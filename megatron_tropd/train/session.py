@@ -57,32 +57,32 @@ from megatron_tropd.setup.validate import (
 from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
 from megatron_tropd.train.hooks import Hooks
-from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_asked
+from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
 from megatron_tropd.train.resume import find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
 
 
 def run_training(config: RunConfig) -> Run | None:
-    """Trains as ``config`` says, from the newest checkpoint if there is one. Collective.
+    """Train as ``config`` says, from the newest checkpoint if there is one. Collective.
 
     Returns:
         What was trained; None on ranks that are the teacher's alone.
 
     Raises:
-        Preempted: a signal asked for the machines; there is a checkpoint to go on from.
+        Preempted: a signal wants the machines back; there is a checkpoint to resume from.
     """
     with StopRequest() as stop:
         launch = join_launch(teacher_ranks=config.teacher.ranks, timeout_s=config.collective_timeout_s)
         config.check_world(launch.world_size)
         if launch.is_teachers:
-            _grade_for_students(config, launch, stop)
+            _serve_scores(config, launch, stop)
             return None
         return _run_training(config, launch, stop)
 
 
-def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
-    """What the teacher's own ranks do, from the beginning to the end of a run."""
+def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
+    """Serve the student's score requests on the teacher's own ranks, from the beginning to the end of a run."""
     assert launch.bridge is not None
     groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(layout_of(config.teacher.parallel))
     model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
@@ -92,7 +92,7 @@ def _grade_for_students(config: RunConfig, launch: Launch, stop: StopRequest) ->
         if stop.heard is not None:  # the student's ranks may have heard nothing
             bridge.ask_to_stop(stop.heard)
 
-    with stop.deferred():  # a student that is asked to stop may still need grades
+    with stop.deferred():  # a student that is asked to stop may still need scores
         try:
             if serve_score_requests(model, rank_split(config, launch.student_ranks), bridge, on_request=pass_on):
                 raise Preempted("stopped with the student")
@@ -125,7 +125,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     if first_step == 0:
         evaluator.before()
     with stop.deferred(), _metrics_writer(config, first_step, enabled=run.world.is_first) as writer:
-        hooks = SessionHooks(evaluator, partial(leave_if_asked, run, queue, stop, first_step=first_step))
+        hooks = SessionHooks(evaluator, partial(leave_if_requested, run, queue, stop, first_step=first_step))
         try:
             loop.train(run, queue, first_step=first_step, writer=writer, hooks=hooks)
         except Preempted:
@@ -145,7 +145,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
 
 
 def _agreed_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """The identity of the run, for which one rank reads what fingerprints are made of. Collective."""
+    """Return the identity of the run, for which one rank reads what fingerprints are made of. Collective."""
     found: list[dict[str, Any]] = [identity(config, inputs) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -161,7 +161,7 @@ def _claim_recording(config: RunConfig, inputs: Inputs, facts: Mapping[str, Any]
 
 @contextmanager
 def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Iterator[MetricsWriter | None]:
-    """The metrics file, cut back to what the checkpoint knows; None off the first rank."""
+    """Open the metrics file, cut back to what the checkpoint knows; None off the first rank."""
     if not enabled:
         yield None
         return
@@ -186,7 +186,7 @@ class Evaluator:
         self._sampler: Sampler | None = run.sampler if self._own else None
 
     def before(self) -> None:
-        """The student as it came, and the teacher."""
+        """Evaluate the student as it came, and the teacher."""
         config = self._config.evaluate
         if config.before:
             self._evaluate_student(BEFORE, 0)
@@ -195,13 +195,13 @@ class Evaluator:
         self._show("before")
 
     def during(self, step: int) -> None:
-        """Called after every step; evaluates when one is due."""
+        """Evaluate after a step when that is due; to be called after every one."""
         every = self._config.evaluate.every
         if every and step % every == 0 and step < self._config.train.steps:
             self._evaluate_student(DURING, step)
 
     def after(self) -> None:
-        """The trained student."""
+        """Evaluate the trained student."""
         if self._config.evaluate.after:
             self._evaluate_student(AFTER, self._config.train.steps)
         self._show("after")
@@ -230,7 +230,7 @@ class Evaluator:
             self._evaluate(self._student_sampler(step), model, step)
 
     def _evaluate_teacher(self) -> None:
-        """Under its own chat template and end tokens."""
+        """Evaluate the teacher under its own chat template and end tokens."""
         run, suites = self._run, suites_of(self._config)
         tokenizer, problems = teacher_problems(self._config, suites, run.tokenizer, run.problems)
         check_problem_lengths(suites, problems, {"teacher": read_architecture(self._config.teacher.model)})
@@ -267,7 +267,7 @@ class Evaluator:
 
 
 class SessionHooks(Hooks):
-    """Evaluate after a step where that is due, and leave where the machines are asked for."""
+    """Evaluate after a step where that is due, and leave where the machines are wanted back."""
 
     def __init__(self, evaluator: Evaluator, leave: Callable[[int], None]) -> None:
         self._evaluator, self._leave = evaluator, leave
@@ -280,7 +280,7 @@ class SessionHooks(Hooks):
 
 
 def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
-    """Writes the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
+    """Write the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
     writer = None
     if run.world.is_first:
         writer = HFWriter(
@@ -298,7 +298,7 @@ def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
 
 
 def _conclude(config: RunConfig) -> None:
-    """The table and where to look, for whoever started the run."""
+    """Print the table and where to look, for whoever started the run."""
     console = Console()
     evaluations: list[Evaluation] = read_evaluations(config.run_dir)
     if evaluations:

@@ -223,7 +223,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_by_its_name(task, tmp_path
 def test_methods_that_compare_hidden_states_take_one_teacher():
     teacher = SimpleNamespace(engine="megatron", recorded_from=None)
     config: Any = SimpleNamespace(method=SimpleNamespace(name="gkd"), teachers=[1], teacher=teacher)
-    with pytest.raises(ConfigError, match="gkd compares whole vocabularies"):
+    with pytest.raises(ConfigError, match="gkd compares full vocabularies"):
         check_one_teacher(config, build_method("gkd"))
     check_one_teacher(config, build_method("tropd"))
 

@@ -225,7 +225,7 @@ def test_what_has_the_same_sizes_and_another_content_is_refused_by_name_unless_i
     with pytest.raises(CheckpointError) as refused:
         start(tmp_path, KNOWN | {key: value})
     assert f"is of another run: {key} " in str(refused.value)
-    assert f"checkpoint.accept_changes=[{key}] to go on all the same" in str(refused.value)
+    assert f"checkpoint.accept_changes=[{key}] to resume all the same" in str(refused.value)
     assert "elete" not in str(refused.value) and "remove" not in str(refused.value)
     with pytest.warns(UserWarning, match=key):
         assert start(tmp_path, KNOWN | {key: value}, accepted=(key,)) == newest
@@ -351,10 +351,10 @@ def test_a_run_asked_to_stop_saves_unless_these_steps_are_saved(
     )
     asked: Any = SimpleNamespace(agreed=lambda: signal.SIGTERM)
     with pytest.raises(preemption.Preempted, match=rf"stopped by SIGTERM after {steps} of 9 .*checkpoint.resume=auto"):
-        preemption.leave_if_asked(run, SimpleNamespace(), asked, steps, first_step=first_step)
+        preemption.leave_if_requested(run, SimpleNamespace(), asked, steps, first_step=first_step)
     assert saved == saves
     asked.agreed = lambda: None
-    preemption.leave_if_asked(run, SimpleNamespace(), asked, steps, first_step=first_step)
+    preemption.leave_if_requested(run, SimpleNamespace(), asked, steps, first_step=first_step)
     assert saved == saves
 
 

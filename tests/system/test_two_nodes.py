@@ -89,7 +89,7 @@ def test_a_node_cut_off_in_a_step_is_noticed_in_seconds_and_the_run_ends_as_if_i
         for agent in agents:
             assert agent.wait(timeout=200) == 0, said()
 
-    assert re.search(r"going on from \S+/step-0000000[24] \([24] steps done\)", said())
+    assert re.search(r"resuming from \S+/step-0000000[24] \([24] steps done\)", said())
     whole = tmp_path / "whole"
     commands().run("train", *arguments(task.config, whole), ranks=4).expect_success()
     assert steady_metrics(run_dir) == steady_metrics(whole)
