@@ -52,7 +52,7 @@ Verify = Annotated[
 
 
 def main() -> None:
-    """Entry point. Errors made on purpose are one message and exit status 2; anything else keeps its traceback."""
+    """Run the command line. Errors made on purpose are one message and exit status 2; others keep their traceback."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     # Megatron's checkpoints use it; there is nothing for a user to do
     warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor")
@@ -71,10 +71,10 @@ def main() -> None:
 
 
 def _report(error: TropdError | OSError, first: bool) -> None:
-    """One message for all ranks, whichever of them failed."""
+    """Print one message for all ranks, whichever of them failed."""
     rank = ""
     if not first:
-        # what goes wrong everywhere is told by the first rank, whose end also ends this one under torchrun
+        # what goes wrong everywhere is reported by the first rank, whose end also ends this one under torchrun
         time.sleep(_PATIENCE_S)
         rank = f" on rank {os.environ['RANK']}"
     Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]{rank}: ", end="")
@@ -91,7 +91,7 @@ def _show_warning(
 
 
 def _show_nothing(*_: object, **__: object) -> None:
-    """What other ranks would say is what the first one says."""
+    """Show nothing: what other ranks would say is what the first one says."""
 
 
 def _is_first() -> bool:
@@ -103,7 +103,7 @@ def _world_size() -> int:
 
 
 def _leave() -> None:
-    """Ends the process group, so that no rank is torn down while another still talks to it."""
+    """End the process group, so that no rank is torn down while another still talks to it."""
     import torch
     import torch.distributed as dist
 
@@ -127,9 +127,9 @@ def _leave_preempted(stop: Exception) -> NoReturn:
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Distil the student from the teacher.
+    """Distill the student from the teacher.
 
-    SIGTERM and SIGUSR1 ask it to stop: it writes a checkpoint and exits with status 75. Start it again to go on.
+    SIGTERM and SIGUSR1 ask it to stop: it writes a checkpoint and exits with status 75. Start it again to resume.
     """
     from megatron_tropd.config.loading import load_config
 
@@ -202,7 +202,7 @@ def generate(
 ) -> None:
     """Write one or more responses of a model to every prompt: the teacher's, to guide a student.
 
-    With a configuration, the teacher answers the very prompts that training asks. Killed, it goes on where it was.
+    With a configuration, the teacher answers the very prompts of training. Killed, it resumes where it was.
     """
     check_launcher(os.environ)
     given = {
@@ -366,7 +366,7 @@ def megatron_to_hf(
     dtype: ConvertDtype = "auto",
     verify: Verify = None,
 ) -> None:
-    """Write a Megatron checkpoint as a Hugging Face directory. Killed, it goes on where it was."""
+    """Write a Megatron checkpoint as a Hugging Face directory. Killed, it resumes where it was."""
     _convert("megatron_to_hf", source, target, (tensor, pipeline, expert), dtype, verify, like=like)
 
 
@@ -390,7 +390,7 @@ def _convert(
     texts: list[str] | None,
     **options: Any,
 ) -> None:
-    """Converts here when there are as many ranks as the layout needs, else in as many new processes."""
+    """Convert here when there are as many ranks as the layout needs, else in as many new processes."""
     check_launcher(os.environ)
     tensor, pipeline, expert = sizes
     ranks = tensor * pipeline * expert
@@ -430,7 +430,7 @@ def health(
 def serve(
     role: Annotated[
         Literal["student", "teacher"],
-        typer.Argument(help="student: samples, and takes new weights; teacher: grades."),
+        typer.Argument(help="student: samples, and takes new weights; teacher: scores."),
     ],
     config: Config,
     overrides: Overrides = None,
@@ -472,7 +472,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")])
 
 @app.command()
 def demo(
-    method: Annotated[str, typer.Option(help="Preset to distil with.")] = "tropd",
+    method: Annotated[str, typer.Option(help="Preset to distill with.")] = "tropd",
     processes: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 2,
     engine: Annotated[
         str | None,
@@ -512,7 +512,7 @@ def demo(
 
 
 def _of_preset(root: Path, method: str) -> list[str]:
-    """The overrides that ``examples/methods`` has for a preset: its options and the rollouts it wants."""
+    """List the overrides that ``examples/methods`` has for a preset: its options and the rollouts it wants."""
     from megatron_tropd.config.loading import read_overrides
 
     file = root / "examples" / "methods" / f"{method}.yaml"
@@ -521,7 +521,7 @@ def _of_preset(root: Path, method: str) -> list[str]:
 
 
 def _check_early(config: Path, changes: list[str], processes: int) -> None:
-    """Finds a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
+    """Find a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
     from megatron_tropd.config.loading import load_config
     from megatron_tropd.methods import build_method
 

@@ -1,4 +1,4 @@
-"""What a configuration resolves to, before anything is spent on it: layout, packs, memory, and the self check."""
+"""Show what a configuration resolves to, before anything is spent on it: layout, packs, memory, self check."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name."""
+        """Return the parts by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
 def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Memory:
-    """Bytes per rank: weights, fp32 gradients, Adam states, activations of the packs in flight, loss, frozen models."""
+    """Estimate bytes per rank: weights, fp32 gradients, Adam states, activations in flight, loss, frozen models."""
     itemsize, student = DTYPES[config.dtype].itemsize, inputs.student
     layout = layout_of(config.student.parallel)
     own = trained_states(
@@ -93,7 +93,7 @@ def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
 
 
 def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) -> int:
-    """The fused loss holds two fp32 tiles of logits and the fp32 gradient of a pack's hidden states."""
+    """Count the bytes of the fused loss: two fp32 tiles of logits and the fp32 gradient of a pack's hidden states."""
     tensor = config.student.parallel.tensor
     shard = padded_vocab_size(student.vocab_size, tensor) // tensor
     nothing = torch.empty(1, 1, device=device)
@@ -104,7 +104,7 @@ def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) 
 
 
 def check_plan(config: RunConfig) -> None:
-    """Prints the plan and runs the self check on a small model of the student's shape. Collective.
+    """Print the plan and run the self check on a small model of the student's shape. Collective.
 
     Raises:
         TropdError: whatever is wrong.
@@ -140,7 +140,7 @@ def check_plan(config: RunConfig) -> None:
 
 
 def _small(architecture: Architecture, top_k: int) -> Architecture:
-    """The same kind of model, small enough to build anywhere, with more ids than the method looks at."""
+    """Describe the same kind of model, small enough to build anywhere, with more ids than the method looks at."""
     heads = 2 * min(2, architecture.num_heads // architecture.num_kv_heads)
     return replace(
         architecture,
@@ -176,7 +176,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
             "packs",
             f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)",
         ),
-        ("grades", _traffic(config, inputs, sequences)),
+        ("scores", _traffic(config, inputs, sequences)),
         ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
     ):
         table.add_row(name, value)
@@ -184,28 +184,28 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
 
 
 def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, ParallelConfig]]:
-    """Role, directory, sizes and layout of every teacher."""
+    """List role, directory, sizes and layout of every teacher."""
     others = [(f"teacher {t.name!r}", t.model, inputs.teachers[t.name], t.parallel) for t in config.teachers]
     return [("teacher", config.teacher.model, inputs.teacher, config.teacher.parallel), *others]
 
 
 def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
-    """What the teacher tells of a response token, what it is asked, and how much of that travels in a step."""
+    """Say what the teacher reports of a response token, what is sent to it, and how much of that travels in a step."""
     spec = TeacherRequest.of(inputs.method.needs)
-    told = spec.bytes_per_row(hidden_bytes=inputs.teacher.hidden_size * DTYPES[config.dtype].itemsize)
-    text = f"{told:,} bytes per response token from the teacher"
+    reported = spec.bytes_per_row(hidden_bytes=inputs.teacher.hidden_size * DTYPES[config.dtype].itemsize)
+    text = f"{reported:,} bytes per response token from the teacher"
     if spec.queries:
         text += f", {spec.query_bytes_per_row:,} to it for the student's own likeliest tokens"
     layouts = [config.student.parallel, *(parallel for *_, parallel in _teachers(config, inputs))]
     layouts += [config.base_parallel] if inputs.base else []
     if len({(p.tensor, p.pipeline, p.context) for p in layouts}) == 1 and not config.teacher.ranks:
         return f"{text}; none travels, as the layouts agree"
-    most = sequences * config.rollout.max_new_tokens * (told + spec.query_bytes_per_row)
+    most = sequences * config.rollout.max_new_tokens * (reported + spec.query_bytes_per_row)
     return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
 
 
 def _count_problems(inputs: Inputs) -> int:
-    """Different ones: suites may share theirs."""
+    """Count the different problems: suites may share theirs."""
     return sum(len(table) for table in {id(table): table for table in inputs.problems.values()}.values())
 
 
@@ -234,7 +234,7 @@ def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
 
 
 def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> tuple[int, float]:
-    """Packs of a step whose responses all use their whole budget, the most there can be, and how full they are."""
+    """Count the packs of a step whose responses all use their whole budget, the most there can be, and their fill."""
     per_prompt = sequences // config.train.prompts_per_step
     prompt_N = prompts.prompt_lengths()
     lengths = [
@@ -269,7 +269,7 @@ def _memory_table(memory: Memory, config: RunConfig) -> Table:
 
 
 def _token_table(config: RunConfig, inputs: Inputs) -> Table:
-    """Every tensor with a row per token: what a longer pack makes longer."""
+    """List every tensor with a row per token: what a longer pack makes longer."""
     layout, tokens = layout_of(config.student.parallel), config.train.pack_tokens // config.student.parallel.context
     rows = per_token_bytes(
         inputs.student,

@@ -13,7 +13,7 @@ from megatron_tropd.setup.validate import check_layouts, check_method, read_arch
 
 
 def job_of(config: RunConfig, cluster: Path) -> ClusterJob:
-    """Reads what the plan needs: the cluster, and of the models ``config.json`` alone.
+    """Read what the plan needs: the cluster, and of the models ``config.json`` alone.
 
     Raises:
         TropdError: one of them is wrong, or the configuration's layouts fit neither the models nor the cluster.
@@ -39,7 +39,7 @@ def job_of(config: RunConfig, cluster: Path) -> ClusterJob:
 
 
 def print_cluster_plan(config: RunConfig, cluster: Path) -> None:
-    """To standard output."""
+    """Print the plan to standard output."""
     job, console = job_of(config, cluster), Console()
     print_requested(console, job, chosen(job))
     console.print(ranking(best(job)))

@@ -48,7 +48,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionPlan:
-    """How to convert: over which ranks, into which numbers, and on which texts the result is compared."""
+    """The ranks of a conversion, the numbers it writes, and the texts on which the result is compared."""
 
     layout: Layout
     dtype: str = "auto"  # auto: that of the source
@@ -56,7 +56,7 @@ class ConversionPlan:
 
 
 def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
-    """Writes ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
+    """Write ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
 
     A target that was finished from the same source is left as it is. Killed before that, there is no target, and the
     conversion starts over: ranks write their files together, so no part of them is of use alone.
@@ -66,7 +66,7 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
         ConfigError: the layout does not fit the model, or something else stands at ``target``.
     """
     device = initialize_distributed()
-    _check_apart(target, {"the source": source})
+    _check_separate(target, {"the source": source})
     architecture, weights = read_architecture(source), HFWeights(source)
     check_divisible(architecture, plan.layout)
     check_weights(weights, architecture)
@@ -91,9 +91,9 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
 
 
 def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:
-    """Writes ``source``, a Megatron checkpoint, as the Hugging Face directory ``target``. Collective.
+    """Write ``source``, a Megatron checkpoint, as the Hugging Face directory ``target``. Collective.
 
-    Killed and started again, it goes on after the last safetensors file that was finished.
+    Killed and started again, it continues after the last safetensors file that was finished.
 
     Args:
         like: a model directory whose ``config.json`` and tokenizer the target gets. Checkpoints made by
@@ -105,7 +105,7 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
     """
     device = initialize_distributed()
     protected = {"the source": source, **({} if like is None else {"--like": like})}
-    _check_apart(target, protected)
+    _check_separate(target, protected)
     state = read_state(source)
     companions = _companions(source, like)
     check_target(target, name="the target", protected=protected)
@@ -146,8 +146,8 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
         _verify(target, source, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
-def _check_apart(target: Path, protected: Mapping[str, Path]) -> None:
-    """ConfigError when the target is one of the sources, holds one, or lies in one."""
+def _check_separate(target: Path, protected: Mapping[str, Path]) -> None:
+    """Raise ConfigError when the target is one of the sources, holds one, or lies in one."""
     name = overlaps(target, protected)
     inside = next((name for name, path in protected.items() if overlaps(path, {"target": target})), None)
     if name is not None or inside is not None:
@@ -178,13 +178,13 @@ def _saved_dtype(state: dict[str, Any]) -> torch.dtype:
 
 
 def _fingerprint(directory: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """What tells one state of a directory from another without reading it."""
+    """Return what distinguishes one state of a directory from another without reading it."""
     stats = {file.name: file.stat() for file in sorted(files)}
     return {str(directory.absolute()): {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 
 def _already_there(target: Path, facts: dict[str, Any]) -> bool:
-    """Whether ``target`` is finished and of this source; ConfigError when it is something else."""
+    """Say whether ``target`` is finished and of this source; ConfigError when it is something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     try:
@@ -197,7 +197,7 @@ def _already_there(target: Path, facts: dict[str, Any]) -> bool:
 
 
 def _progress(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-    """A progress bar on the first rank."""
+    """Show a progress bar on the first rank."""
     if dist.get_rank() != 0:
         return lambda items: items
     return lambda items: track(items, description=what)
@@ -249,7 +249,7 @@ def _verify(
     dtype: torch.dtype,
     texts: Sequence[str],
 ) -> None:
-    """Compares the checkpoint's logits with those of `transformers`: in fp32, and in ``dtype``, of the result.
+    """Compare the checkpoint's logits with those of `transformers`: in fp32, and in ``dtype``, of the result.
 
     In the latter both round, each its own way: ours may be as far from fp32 as a few times theirs. Collective.
 
@@ -287,7 +287,7 @@ def _worst(
     sequences: Sequence[np.ndarray],
     truths: Sequence[Tensor],
 ) -> float:
-    """Largest difference of a logit over all sequences, as a share of the largest logit. Collective."""
+    """Return the largest difference of a logit over all sequences, as a share of the largest logit. Collective."""
     device = truths[0].device
     model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False).freeze()
     load_model_weights(checkpoint, model)
@@ -311,7 +311,7 @@ def _check_difference(worst: float, allowed: float, hf: Path, checkpoint: Path, 
 def _transformers_logits(
     hf: Path, sequences: Sequence[np.ndarray], architecture: Architecture, dtype: torch.dtype
 ) -> list[Tensor]:
-    """``[L, V]`` per sequence, fp32, on every rank; the first one holds the whole model for it. Collective.
+    """Compute ``[L, V]`` logits per sequence, fp32, on every rank; the first holds the whole model. Collective.
 
     Raises:
         CheckpointError: fp32 logits are not finite.
@@ -335,7 +335,7 @@ def _transformers_logits(
 
 
 def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
-    """Largest difference of a logit, as a share of the largest logit, over all ranks. Collective."""
+    """Return the largest difference of a logit, as a share of the largest logit, over all ranks. Collective."""
     groups = model.groups
     packs = pack_alone(tokens, groups.layout)[0]
 
@@ -351,6 +351,6 @@ def _difference(model: Model, tokens: np.ndarray, truth_LV: Tensor) -> float:
 
 
 def _share(difference: Tensor, truth_LV: Tensor) -> float:
-    """A largest difference relative to the largest logit; 0 where both are."""
+    """Return a largest difference relative to the largest logit; 0 where both are."""
     largest = float(truth_LV.abs().max()) if truth_LV.numel() else 0.0
     return largest_or_infinite(difference) / max(largest, torch.finfo(torch.float32).tiny)

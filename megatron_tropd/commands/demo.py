@@ -1,4 +1,4 @@
-"""The demo with vLLM: which settings it adds, and a server of the demo's own for as long as it trains."""
+"""The demo with vLLM: the settings that it adds, and a server of the demo's own for as long as it trains."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def of_engine(name: str | None) -> tuple[list[str], bool]:
 
 @contextmanager
 def student_server(config: Path, overrides: Sequence[str], *, root: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """A server on a free port of loopback, ended with the block: its address, and the variable that holds its key.
+    """Run a server on a free port of loopback, ended with the block: its address, and the variable that holds its key.
 
     What the server says goes to ``server.log`` in ``run_dir``.
 

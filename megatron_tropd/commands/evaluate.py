@@ -42,7 +42,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     In the directory of a training run nothing is recorded: its own results stay as they were measured.
 
     Args:
-        limit: ask the first so many problems of every suite.
+        limit: pose the first so many problems of every suite.
     """
     device = initialize_distributed()
     student, teacher = read_architectures(config)
@@ -59,23 +59,23 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     if config.evaluate.teacher:
         models[TEACHER], answering["teacher"] = config.teacher.model, teacher
     check_problem_lengths(suites, problems, answering)
-    asked = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
+    posed = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
     if config.evaluate.teacher:
-        check_problem_lengths(suites, asked[TEACHER][1], {"teacher": teacher})
+        check_problem_lengths(suites, posed[TEACHER][1], {"teacher": teacher})
     kept = None if (config.run_dir / "metrics.jsonl").exists() else config.run_dir
     for name in models:
-        announce(name, suites, asked[name][1])
+        announce(name, suites, posed[name][1])
     groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
     results: list[Evaluation] = []
     for name, path in models.items():
-        step, (own, posed) = 0 if name == BEFORE else None, asked[name]
+        step, (own, own_problems) = 0 if name == BEFORE else None, posed[name]
         with Heartbeat(f"loading {path}", enabled=dist.get_rank() == 0):
             sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
-        check_numbers(sampler, posed, own, name)
+        check_numbers(sampler, own_problems, own, name)
         results += answer_suites(
             sampler,
             suites,
-            posed,
+            own_problems,
             own,
             model=EvaluatedModel(name=name, step=step, answers_dir=kept),
             seed=config.seed,
@@ -178,7 +178,7 @@ def evaluate_model(
 
 
 def show_results(results: Sequence[Evaluation]) -> None:
-    """The table of accuracies, and a line for every suite with more to say."""
+    """Print the table of accuracies, and a line for every suite with more to say."""
     console = Console()
     console.print(accuracy_table(results))
     for result in results:

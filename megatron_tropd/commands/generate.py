@@ -38,7 +38,7 @@ _UNREAD = "\0"  # responses and answers that the file may have are copied, not r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Settings by which a model is asked, whoever it is."""
+    """The settings under which a model, whoever it is, writes responses."""
 
     params: SamplingParams  # without stop tokens: those are the tokenizer's
     samples: int = 1
@@ -94,10 +94,10 @@ def generate_responses(
 
 
 def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) -> None:
-    """Have the teachers of a configuration answer the prompts that training asks. Collective; the first rank writes.
+    """Have the teachers of a configuration answer the prompts of training. Collective; the first rank writes.
 
-    With ``data.sources`` ``out`` is a directory with one file per source. Prompts are rendered as the teacher is asked
-    in training (``teacher.chat_template``), and a response ends at an end token of either model.
+    With ``data.sources`` ``out`` is a directory with one file per source. Prompts are rendered as the teacher scores
+    them in training (``teacher.chat_template``), and a response ends at an end token of either model.
     """
     sources = sources_of(config.data)
     several = bool(config.data.sources)
@@ -112,7 +112,7 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
         model = next((t.model for t in config.teachers if t.name == source.teacher), config.teacher.model)
         student, own = read_tokenizer(config), teacher_tokenizer(config, model)
         shared = min(read_architecture(model).vocab_size, read_architecture(config.student.model).vocab_size)
-        asked = own if config.teacher.chat_template == "own" else student
+        prompted = own if config.teacher.chat_template == "own" else student
         file = out / f"{source.name}.jsonl" if several else out
         _check_arguments(sampling, file)
         jobs.append(
@@ -121,8 +121,8 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
                 source=_unanswered(source),
                 out=file,
                 column=source.columns.response,
-                tokenizer=asked,
-                stops=tuple(dict.fromkeys((*asked.eos_ids, *own.eos_ids))),
+                tokenizer=prompted,
+                stops=tuple(dict.fromkeys((*prompted.eos_ids, *own.eos_ids))),
                 limits=Limits(
                     max_prompt_tokens=config.data.max_prompt_tokens,
                     max_rows=sampling.limit,
@@ -222,18 +222,18 @@ def _answer(job: _Job, prompts: PromptTable, sampler: Sampler, sampling: Samplin
         if done[0]:
             progress.say(f"{job.out}.partial has the responses to {answered} prompts: continued from there")
         for block in blocks[done[0] :]:
-            asked = [prompts[i] for i in block]
-            rollouts = sampler.generate(_requests(asked, block.start, sampling), params, seed=sampling.seed, step=0)
+            posed = [prompts[i] for i in block]
+            rollouts = sampler.generate(_requests(posed, block.start, sampling), params, seed=sampling.seed, step=0)
             check_finite(rollouts, params, str(job.model))
             if file is not None:
-                file.append(list(_written(job, asked, rollouts, rows, sampling.samples)))
+                file.append(list(_written(job, posed, rollouts, rows, sampling.samples)))
             progress.advance(len(block))
     if file is not None:
         _conclude(file, len(prompts) * sampling.samples, job.column)
 
 
 def _requests(prompts: Sequence[Prompt], start: int, sampling: Sampling) -> list[Any]:
-    """Numbered through all blocks: the numbers key the random ones."""
+    """Build requests numbered through all blocks: the numbers key the random ones."""
     budget = sampling.params.max_new_tokens
     requests = make_requests(prompts, samples=sampling.samples, guided=0, fraction=0.0, max_new_tokens=budget)
     return [replace(r, sequence_id=start * sampling.samples + r.sequence_id) for r in requests]
@@ -246,7 +246,7 @@ def _written(
     rows: Iterator[tuple[int, dict[str, Any]]],
     samples: int,
 ) -> Iterator[dict[str, Any]]:
-    """Every row that was answered, whole, once per answer. ``rows`` is read on to where the prompts are."""
+    """Yield every row that was answered, whole, once per answer. ``rows`` is read on to where the prompts are."""
     digest = tokenizer_digest(job.tokenizer)
     for number, prompt in enumerate(prompts):
         row = next(row for index, row in rows if index == prompt.index)
@@ -287,7 +287,7 @@ def _conclude(file: ResponseFile, count: int, column: str) -> None:
 
 
 def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.device, longest: int) -> Sampler:
-    """The sampler of ``--engine``, with the model's weights."""
+    """Build the sampler of ``--engine``, with the model's weights."""
     dtype, architecture = DTYPES[sampling.dtype], read_architecture(job.model)
     if ROLLOUT_ENGINES[sampling.engine].exact_vocabulary:
         return sampler_of(job.model, groups, dtype=dtype, device=device, vocab_size=job.vocab_size)
@@ -320,7 +320,7 @@ def _context(
 def sampler_of(
     path: Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
 ) -> MegatronSampler:
-    """A sampler with the weights of a Hugging Face directory."""
+    """Build a sampler with the weights of a Hugging Face directory."""
     sampler = MegatronSampler(
         read_architecture(path), groups, dtype=dtype, device=device, batch_size=_BATCH, vocab_size=vocab_size
     )

@@ -1,7 +1,7 @@
 """Are these machines fit to train on? Devices, versions, collectives and the shared file system, in seconds.
 
 ``tropd health``, under the launcher that will start the training. Nothing of the package but its errors is needed, so
-that what a broken installation breaks is not this. Ranks tell each other by the store they meet at, as JSON, before
+that what a broken installation breaks is not this. Ranks exchange words by the store they meet at, as JSON, before
 any collective is tried: a rank that is missing or unfit is named instead of waited for.
 """
 
@@ -39,7 +39,7 @@ _SHARED_WAIT_S = 10.0  # network file systems may show a new file late
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitness:
-    """What one rank found out about itself."""
+    """The facts that one rank found out about itself."""
 
     rank: int
     host: str
@@ -52,7 +52,7 @@ class Fitness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fabric:
-    """What all ranks found out together."""
+    """The facts that all ranks found out together."""
 
     latency_s: float  # of an all-reduce of one number
     bus_bytes_per_s: float  # of a large one: 2 (n - 1) / n of its bytes cross every rank's link
@@ -60,7 +60,7 @@ class Fabric:
 
 @dataclass(frozen=True, slots=True)
 class _Meeting:
-    """Where ranks leave word for each other."""
+    """The place where ranks leave word for each other."""
 
     store: dist.Store
     rank: int
@@ -71,7 +71,7 @@ class _Meeting:
         self.store.set(f"{topic}/{self.rank}", json.dumps(word))
 
     def hear(self, topic: str, rank: int) -> Any:
-        """What ``rank`` told; None when it has not within the time."""
+        """Return what ``rank`` reported; None when it has not within the time."""
         try:
             self.store.wait([f"{topic}/{rank}"], timedelta(seconds=self.timeout_s))
         except (dist.DistStoreError, RuntimeError):
@@ -79,7 +79,7 @@ class _Meeting:
         return json.loads(self.store.get(f"{topic}/{rank}"))
 
     def hear_all(self, topic: str) -> list[Any]:
-        """What every rank told, None for those that have not; together they have the time of one."""
+        """Return what every rank reported, None for those that have not; together they have the time of one."""
         deadline = time.monotonic() + self.timeout_s
         return [
             _Meeting(self.store, self.rank, self.world, max(deadline - time.monotonic(), 0.01)).hear(topic, rank)
@@ -88,7 +88,7 @@ class _Meeting:
 
 
 def check_health(*, shared: Path | None = None, timeout_s: float = 120.0) -> list[str]:
-    """Checks every rank alone, then all of them together; the first prints a table. Collective.
+    """Check every rank alone, then all of them together; the first prints a table. Collective.
 
     Args:
         shared: a directory that all ranks should see, such as that of the runs.
@@ -134,13 +134,13 @@ def _meet(timeout_s: float) -> _Meeting:
 
 
 def _agree_alone(meeting: _Meeting) -> tuple[list[str], list[Fitness]]:
-    """What is wrong with single ranks, on every rank, and what they are (on the first only)."""
+    """Return what is wrong with single ranks, on every rank, and what they are (on the first only)."""
     meeting.tell("fitness", asdict(_examine(meeting.rank)))
     facts: list[Fitness] = []
     if meeting.rank == 0:
-        told = meeting.hear_all("fitness")
-        missing = [rank for rank, word in enumerate(told) if word is None]
-        facts = [Fitness(**word) for word in told if word is not None]
+        reported = meeting.hear_all("fitness")
+        missing = [rank for rank, word in enumerate(reported) if word is None]
+        facts = [Fitness(**word) for word in reported if word is not None]
         meeting.tell("alone", [*_absence(missing, facts, meeting), *_problems_of(facts)])
     verdict = meeting.hear("alone", 0)
     return (["the first rank has not answered"] if verdict is None else verdict), facts
@@ -157,7 +157,7 @@ def _absence(missing: Sequence[int], facts: Sequence[Fitness], meeting: _Meeting
 
 
 def _examine(rank: int) -> Fitness:
-    """This rank's own device."""
+    """Examine this rank's own device."""
     problems: list[str] = []
     device, name, memory, tflops = torch.device("cpu"), "cpu", _ram_bytes(), 0.0
     try:
@@ -191,7 +191,7 @@ def _version(package: str) -> str:
 
 
 def _product(device: torch.device) -> float:
-    """TFLOP/s of a bf16 (CPU: fp32) product whose result is known: n rows of ones add up to n."""
+    """Measure the TFLOP/s of a bf16 (CPU: fp32) product whose result is known: n rows of ones add up to n."""
     size = _MATRIX[device.type]
     ones = torch.ones(size, size, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
     best = float("inf")
@@ -206,7 +206,7 @@ def _product(device: torch.device) -> float:
 
 
 def _problems_of(facts: Sequence[Fitness]) -> list[str]:
-    """What is wrong with a rank, or with one beside the others."""
+    """List what is wrong with a rank, or with one beside the others."""
     problems = [f"{_name(fact)}: {problem}" for fact in facts for problem in fact.problems]
     for package in _PACKAGES:
         versions = {fact.versions[package] for fact in facts}
@@ -234,7 +234,7 @@ def _name(fact: Fitness) -> str:
 
 
 def _try_together(meeting: _Meeting, facts: Sequence[Fitness], shared: Path | None) -> tuple[list[str], Fabric]:
-    """Collectives and the shared directory; what is wrong, on every rank."""
+    """Try collectives and the shared directory; return what is wrong, on every rank."""
     problems: list[str] = []
     fabric = Fabric(latency_s=0.0, bus_bytes_per_s=0.0)
     gpu = torch.cuda.is_available()
@@ -260,14 +260,14 @@ def _try_together(meeting: _Meeting, facts: Sequence[Fitness], shared: Path | No
 def _gather_problems(mine: list[str], meeting: _Meeting) -> list[str]:
     meeting.tell("together", [[f"rank {meeting.rank} on {socket.gethostname()}", problem] for problem in mine])
     if meeting.rank == 0:
-        told = [word for word in meeting.hear_all("together") if word is not None]
-        meeting.tell("all", [f"{who}: {problem}" for words in told for who, problem in words])
+        reported = [word for word in meeting.hear_all("together") if word is not None]
+        meeting.tell("all", [f"{who}: {problem}" for words in reported for who, problem in words])
     verdict = meeting.hear("all", 0)
     return ["the first rank has not answered"] if verdict is None else verdict
 
 
 def _try_collectives(device: torch.device, meeting: _Meeting) -> Fabric:
-    """RuntimeError when a sum over all ranks is wrong."""
+    """Measure collectives; RuntimeError when a sum over all ranks is wrong."""
     world = meeting.world
     expected = world * (world + 1) / 2
     small = _all_reduce_seconds(torch.full((1,), meeting.rank + 1.0, device=device), expected)
@@ -278,7 +278,7 @@ def _try_collectives(device: torch.device, meeting: _Meeting) -> Fabric:
 
 
 def _all_reduce_seconds(mine: torch.Tensor, expected: float) -> float:
-    """The better of two tries: the first also sets up connections."""
+    """Return the better of two tries: the first also sets up connections."""
     best = float("inf")
     for _ in range(2):
         x = mine.clone()
@@ -293,7 +293,7 @@ def _all_reduce_seconds(mine: torch.Tensor, expected: float) -> float:
 
 
 def _try_shared(shared: Path, meeting: _Meeting) -> list[str]:
-    """Every rank writes a file that the first one must see, and reads one that the first one wrote."""
+    """Have every rank write a file that the first one must see, and read one that the first one wrote."""
     problems: list[str] = []
     if meeting.rank == 0:
         problems, token = _offer(shared)
@@ -318,7 +318,7 @@ def _try_shared(shared: Path, meeting: _Meeting) -> list[str]:
 
 
 def _offer(shared: Path) -> tuple[list[str], str | None]:
-    """(problems, token): a new folder below ``shared``, named by the token, with a file that holds it."""
+    """Return (problems, token): a new folder below ``shared``, named by the token, with a file that holds it."""
     problems: list[str] = []
     token = secrets.token_hex(16)
     with _writing(shared, problems):

@@ -54,7 +54,7 @@ def score(config: RunConfig) -> Scored:
     inputs = read_inputs(config)
     if inputs.method.needs.support in ("student", "union") and inputs.method.needs.top_k:
         raise ConfigError(
-            f"method.support={inputs.method.needs.support} asks the teacher about ids that the student names while it "
+            f"method.support={inputs.method.needs.support} requests scores of ids that the student names while it "
             "trains. Score with method.support=teacher, or record while training (teacher.record)."
         )
     check_writable(config)
@@ -97,14 +97,14 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
 
 
 class _Known:
-    """What is scored already: in a store, with all that is requested, or earlier in this pass."""
+    """The scores that there are already: in a store, with all that is requested, or earlier in this pass."""
 
     def __init__(self, store: Store, request: TeacherRequest) -> None:
         self._store, self._request = store, request
         self._seen: dict[bytes, list[Int64Array]] = {}
 
     def is_new(self, rollout: Rollout) -> bool:
-        """Tell whether a rollout is to be scored, and take it for scored from then on."""
+        """Say whether a rollout is to be scored, and take it for scored from then on."""
         position = _loss_positions(rollout)
         if not len(position):
             return False
@@ -124,7 +124,7 @@ def _loss_positions(rollout: Rollout) -> Int64Array:
 
 
 def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
-    """Iterate over what is to be scored, numbered apart within each batch."""
+    """Iterate over what is to be scored, numbered separately within each batch."""
     if config.rollout.recorded_from is not None:
         for step in range(config.train.steps):
             yield read_rollouts(config.rollout.recorded_from, step)

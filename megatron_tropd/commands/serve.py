@@ -23,7 +23,7 @@ Role = Literal["student", "teacher"]
 
 
 def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
-    """Does not return.
+    """Become a server; this does not return.
 
     Raises:
         ConfigError: vLLM is not installed, or the server would be open to the network without a key.

@@ -170,11 +170,11 @@ def test_check_prints_the_plan_and_writes_nothing(task: Task, tmp_path: Path):
     assert any(line.startswith("teacher == student self check") for line in lines)
     assert not (tmp_path / "run").exists()
     # 8 bytes, and 7 ids with their log-probs; then as much again in log-probs of 7 ids of the student's, and tails
-    told = "grades 64 bytes per response token from the teacher; at most 0.0 MiB per step and tensor rank"
+    told = "scores 64 bytes per response token from the teacher; at most 0.0 MiB per step and tensor rank"
     assert told in " ".join(lines)
     union = ("method.support=union", "method.tail=bucket", "rollout.max_new_tokens=20", "train.prompts_per_step=6000")
     agreed = " ".join(commands().run(CHECK, task.config, *union).expect_success().output.split())
-    told = "grades 96 bytes per response token from the teacher, 28 to it for the student's own likeliest tokens; "
+    told = "scores 96 bytes per response token from the teacher, 28 to it for the student's own likeliest tokens; "
     assert told + "none travels, as the layouts agree" in agreed
     apart = commands().run(CHECK, task.config, *union, "teacher.parallel.tensor=2").expect_success().output
     # 6000 prompts, 3 sequences each, 20 tokens

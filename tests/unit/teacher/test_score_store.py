@@ -377,7 +377,7 @@ def test_grades_of_another_teacher_or_tokenizer_are_refused(task: Task, tmp_path
     ("changes", "message"),
     [
         ((), "teacher.record=null: give the directory to write scores to."),
-        (("teacher.record=GRADES", "method.support=union"), "method.support=union asks the teacher about ids that"),
+        (("teacher.record=GRADES", "method.support=union"), "method.support=union requests scores of ids that"),
     ],
 )
 def test_what_cannot_be_scored_is_one_error(task: Task, tmp_path: Path, changes: tuple[str, ...], message: str):
