@@ -226,9 +226,9 @@ def _batches(file: Path, *, columns: Collection[str] | None, one_of: Collection[
 
 def _wanted(file: Path, names: Sequence[str], *, columns: Collection[str] | None, one_of: Collection[str]) -> list[str]:
     if one_of and not any(_top(column, names) for column in one_of):
-        wanted = " or ".join(repr(column) for column in one_of)
+        choices = " or ".join(repr(column) for column in one_of)
         raise DataError(
-            f"{file} has no column {wanted}, only {sorted(names)}. Name the right ones with the columns settings."
+            f"{file} has no column {choices}, only {sorted(names)}. Name the right ones with the columns settings."
         )
     if columns is None:
         return list(names)
