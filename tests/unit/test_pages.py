@@ -42,3 +42,12 @@ def test_links_between_pages_lead_somewhere(page: Path):
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert missing == []
+
+
+def test_the_example_for_own_models_is_a_configuration_of_their_size():
+    from megatron_tropd.config.loading import load_config
+
+    config = load_config(ROOT / "examples" / "own_models.yaml", check_paths=False)
+    assert config.dtype == "bf16" and config.optimizer.lr <= 1e-5
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    assert longest <= config.train.pack_tokens
