@@ -344,7 +344,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
 
 
 def _sharded_model(model: Model) -> dict[str, Any]:
-    model.ready()
+    model.finish_pending_gathers()
     metadata = {"dp_cp_group": model.groups.pg.dp_cp}
     return {
         _model_key(number, len(model.chunks)): chunk.sharded_state_dict(metadata=metadata)

@@ -68,7 +68,7 @@ def run_packs(
     others get an empty list) holds one value per pack. With it, ``last_stage`` returns ``(loss, info)``, gradients are
     accumulated into ``wrapped`` (the DDP-wrapped chunks), and the result holds the infos.
     """
-    model.ready()  # on all ranks alike: stages wait for one another
+    model.finish_pending_gathers()  # on all ranks alike: stages wait for one another
     modules = list(wrapped if wrapped is not None else model.chunks)
     groups, virtual = model.groups, model.groups.layout.virtual_pipeline
     prepared = [_inputs(i, pack, model) for i, pack in enumerate([*packs, *_fillers(len(packs), groups.layout)])]

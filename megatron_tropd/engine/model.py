@@ -137,8 +137,8 @@ class Model:
         """Keep the weights on the device within the block."""
         return nullcontext() if self.weights is None else self.weights.present()
 
-    def ready(self) -> None:
-        """Prepare the weights for reading. Collective where an update has left them under way.
+    def finish_pending_gathers(self) -> None:
+        """Finish the gathers that an update has left under way: the weights are about to be read. Collective then.
 
         Raises:
             EngineError: they are off the device.

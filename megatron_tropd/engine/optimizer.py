@@ -73,7 +73,7 @@ class Optimization:
         gradients come back, as zeros, when there are new ones to sum.
         """
         if self.overlap is not None:
-            self.overlap.settle()
+            self.overlap.finish_gathers()
         if self.offload:
             self.states.offload()
             self.gradients.offload()
@@ -175,7 +175,7 @@ def optimize(
         )
     overlap = Overlap(wrapped, model.config) if settings.overlap else None
     if overlap is not None:
-        model.pending.append(overlap.settle)
+        model.pending.append(overlap.finish_gathers)
     states = OffloadedTensors(
         "an optimizer", lambda: _states(optimizer, wrapped), model.device, offload_stats=offload_stats
     )

@@ -58,7 +58,7 @@ class Overlap:
         """Note an update: with the distributed optimizer each rank now has its own share of the new weights."""
         self._behind = self._gathers
 
-    def settle(self) -> None:
+    def finish_gathers(self) -> None:
         """Make the weights whole on every rank. Collective, where they are not."""
         if self._behind and not self._training:
             for module in self._wrapped:

@@ -17,7 +17,7 @@ from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.family import Entry
 from megatron_tropd.models.name_table import entries, hf_shapes
-from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, runs
+from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, joined_rows
 
 Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]
 # what is gathered at once, over all ranks that hold a part
@@ -64,7 +64,7 @@ def _chunks(model: Model) -> list[_Chunk]:
 
 def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
     """List every table entry this rank holds, with its parameter."""
-    model.ready()
+    model.finish_pending_gathers()
     tables = [chunk.table for chunk in _chunks(model) if chunk.stage == model.groups.stage]
     found = []
     for chunk, offset, table in zip(model.chunks, model.layer_offsets(), tables, strict=True):
@@ -182,7 +182,7 @@ def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, 
             for rows, shards in zip(bucket, _gather(model, bucket, chunk.stage, local, buffer), strict=True):
                 for number, entry in enumerate(rows.piece.entries):
                     own = shards[number * tensor : (number + 1) * tensor]
-                    for part, first, found in runs(entry.rule, own, rows.first, entry.shapes, cut):
+                    for part, first, found in joined_rows(entry.rule, own, rows.first, entry.shapes, cut):
                         yield entry.hf[part], first, found
 
 

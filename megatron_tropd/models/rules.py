@@ -1,8 +1,8 @@
 """Rules that split tensors for tensor-parallel ranks and join them again. Pure tensor algebra.
 
 A rule lists which rows of one rank's parameter stand where in the Hugging Face tensors (``RowRange``). That one list is
-read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and ``runs``
-puts all ranks' rows back together. Rows travel in strips, so neither holds a second copy of anything large.
+read in both directions: ``fill`` takes this rank's rows out of HF tensors, which may be lazily read ones, and
+``joined_rows`` puts all ranks' rows back together. Rows travel in strips, so neither holds anything large twice.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def fill(
 def join(rule: str, shards: Sequence[Tensor], shapes: Sequence[Shape], cut: TensorShard) -> list[Tensor]:
     """Join the whole HF tensors from all ranks' parameters, in rank order. ``cut.rank`` does not matter."""
     whole = [shards[0].new_empty(shape) for shape in shapes]
-    for part, row, rows in runs(rule, shards, 0, shapes, cut):
+    for part, row, rows in joined_rows(rule, shards, 0, shapes, cut):
         whole[part][row : row + len(rows)].copy_(rows)
     return whole
 
 
-def runs(
+def joined_rows(
     rule: str, shards: Sequence[Tensor], first: int, shapes: Sequence[Shape], cut: TensorShard
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Join the same rows of all ranks' parameters to whole rows of HF tensors: ``(part, its first row, rows)``.

@@ -20,7 +20,7 @@ from megatron_tropd.convert.hf import HFWeights, check_weights, read_architectur
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.registry import architecture_of
-from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, join, runs
+from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, join, joined_rows
 from megatron_tropd.types import Architecture
 from tests.support.distributed import run_on_ranks
 from tests.support.tiny_models import STUDENT, save_qwen3
@@ -97,7 +97,7 @@ def test_a_few_rows_of_all_ranks_at_a_time_are_the_whole(rule, size, step):
     whole = [torch.full(shape, torch.nan) for shape in shapes]
     for first in range(0, len(shards[0]), step):
         pieces = [shard[first : first + step] for shard in shards]
-        for part, row, rows in runs(rule, pieces, first, shapes, TensorShard(SMALL, 0, size, 9)):
+        for part, row, rows in joined_rows(rule, pieces, first, shapes, TensorShard(SMALL, 0, size, 9)):
             assert bool(whole[part][row : row + len(rows)].isnan().all())  # every row comes once
             whole[part][row : row + len(rows)] = rows
     assert all(a.equal(b) for a, b in zip(whole, parts, strict=True))
