@@ -334,7 +334,7 @@ def test_a_restored_run_has_the_batches_and_the_steps_of_its_checkpoint(monkeypa
 @pytest.mark.parametrize(
     ("steps", "first_step", "on_disk", "saves"),
     [(3, 0, (), [3]), (3, 0, (2,), [3]), (3, 0, (3,), []), (3, 3, (), []), (0, 0, (), [])],
-    ids=["none yet", "an older one", "just saved", "gone on from it", "nothing learnt"],
+    ids=["none yet", "an older one", "just saved", "gone on from it", "nothing learned"],
 )
 def test_a_run_asked_to_stop_saves_unless_these_steps_are_saved(
     tmp_path, monkeypatch, steps, first_step, on_disk, saves

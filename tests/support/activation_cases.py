@@ -19,7 +19,7 @@ Case = tuple[Architecture, Layout, str, str, Sequence[int]]  # model, layout, dt
 
 
 def packed(lengths: Sequence[int]) -> Pack:
-    """Sequences of these lengths, one token of which is learnt from."""
+    """Sequences of these lengths, one token of which is learned from."""
     tokens = sum(lengths)
     region_T = np.full(tokens, Region.PROMPT, np.uint8)
     region_T[-2] = Region.CONTINUATION

@@ -42,7 +42,7 @@ FILE_BYTES = 20_000
 
 
 def _rollout(number: int, length: int) -> Rollout:
-    """Random tokens; after the first, all of them are learnt from."""
+    """Random tokens; after the first, all of them are learned from."""
     rng = np.random.default_rng(700 + number)
     return Rollout(
         sequence_id=number,

@@ -58,7 +58,7 @@ WARMUP = 2  # steps to the peak, then linearly down
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One training: how it is laid out, what it optimises, how its batch is cut."""
+    """One training: how it is laid out, what it optimizes, how its batch is cut."""
 
     name: str
     ranks: int = 1

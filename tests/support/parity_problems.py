@@ -89,7 +89,7 @@ class Problem:
 
     @property
     def weight_T(self) -> Tensor:
-        """Normalisation weights as a sequence mean would give; odd multiples of 1/4, so exact in every dtype."""
+        """Normalization weights as a sequence mean would give; odd multiples of 1/4, so exact in every dtype."""
         generator = torch.Generator().manual_seed(1000 * self.seed + 70)
         return torch.randint(1, 9, (self.tokens,), generator=generator) / 4.0
 

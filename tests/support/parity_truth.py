@@ -113,7 +113,7 @@ def jsd_full(beta: float) -> Textbook:
 
 
 def on_support(a_TV: Tensor, b_TV: Tensor, in_A_TV: Tensor, tail: str) -> Tensor:
-    """sum over A of a (log a - log b), with the mass outside A left out, made one more category, or renormalised."""
+    """sum over A of a (log a - log b), with the mass outside A left out, made one more category, or renormalized."""
     if tail == "renorm":
         a_TV, b_TV = (x - log_sum(x, in_A_TV)[:, None] for x in (a_TV, b_TV))
     inside_T = (in_A_TV * a_TV.exp() * (a_TV - b_TV)).sum(-1)

@@ -168,7 +168,7 @@ def _in_process(path: str, tensor: int, engine_tensor: int) -> None:
 
 
 def _check_other_distributions(sampler: VLLMSampler, model: Model, requests: Sequence[RolloutRequest]) -> None:
-    """What the model says stays what the model says, and what was sampled from is renormalised over what was kept."""
+    """What the model says stays what the model says, and what was sampled from is renormalized over what was kept."""
     hot = SamplingParams(max_new_tokens=BUDGET, temperature=0.7, top_p=0.8, top_k=9, stop_token_ids=STOPS)
     rollouts = sampler.generate(requests, hot, seed=3, step=9)
     assert largest_gap(model, rollouts) < TOLERANCE

@@ -140,10 +140,11 @@ def test_the_words_are_the_fields():
 
 
 def test_package_and_pages_are_spelled_the_american_way():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    scripts = [path for folder in ("examples", "tools") for path in (ROOT / folder).rglob("*.py")]
     wrong = [
         f"{place(path, number)}: {found}"
-        for path in (*sorted(PACKAGE.rglob("*.py")), *(page for page in pages if page.exists()))
+        for path in (*sorted(PACKAGE.rglob("*.py")), *(page for page in sorted(pages + scripts) if page.exists()))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (found := british(line))
     ]

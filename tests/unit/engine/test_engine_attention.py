@@ -119,7 +119,7 @@ def test_random_lengths_are_attended_one_by_one():
         assert close(output[:, 0], one_by_one([x.double() for x in qkv], lengths), 1e-6), lengths
 
 
-def test_a_sequence_is_blind_to_its_neighbours_and_to_its_future():
+def test_a_sequence_is_blind_to_its_neighbors_and_to_its_future():
     lengths = [4, 7, 1, 6]
     query, key, value = (x.detach() for x in streams(sum(lengths)))
     plan = PackedPlan.build(boundaries(lengths), CPU)

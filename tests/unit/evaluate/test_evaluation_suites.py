@@ -163,12 +163,12 @@ def test_samples_of_one_problem_are_not_counted_as_independent_and_one_each_is_w
     summary = evaluation.summarize(same, suite(samples=8, temperature=1.0, pass_at=(1, 8)), model="m", step=4)
     z, n = 1.959964, 4
     half = z / (1 + z**2 / n) * (0.24 / n + z**2 / (4 * n**2)) ** 0.5
-    centre = (0.6 + z**2 / (2 * n)) / (1 + z**2 / n)
-    assert (summary.low, summary.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+    center = (0.6 + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert (summary.low, summary.high) == (pytest.approx(center - half), pytest.approx(center + half))
     assert (summary.problems, summary.samples, summary.step, summary.finished, summary.timed_out) == (5, 8, 4, 0.5, 3)
     assert list(summary.pass_at) == ["1", "8"]
     for interval in summary.pass_at.values():  # 8 answers that agree say no more than one
-        assert interval == pytest.approx([0.6, centre - half, centre + half])
+        assert interval == pytest.approx([0.6, center - half, center + half])
 
 
 # --------------------------------------------------------------------------- several ranks

@@ -56,7 +56,7 @@ def tile(*, seed: int, dtype: torch.dtype, rows: int = ROWS, width: int = WIDTH)
 
 
 def ids_around(width: int = WIDTH, rows: int = ROWS) -> Tensor:
-    """Both ends of the tile and their outer neighbours, an id three times, and ids from anywhere."""
+    """Both ends of the tile and their outer neighbors, an id three times, and ids from anywhere."""
     generator = torch.Generator().manual_seed(7)
     edges = torch.tensor([FIRST, FIRST, FIRST - 1, FIRST + width - 1, FIRST + width, FIRST + 3, FIRST + 3, FIRST + 3])
     anywhere = torch.randint(0, 3 * FIRST, (rows, 3), generator=generator)

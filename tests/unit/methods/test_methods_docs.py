@@ -128,7 +128,7 @@ def asked(needs: Needs) -> str:
         ("Terms", get_args(tropd.TrustedTerm)),
         ("Supports and tails", (*get_args(SupportKind), *TAILS)),
         ("Prefix schedules", ("cosine", "linear", "constant", "none")),
-        ("Normalisation and weights", (*NORMALIZATIONS, "drift_gate", "truncate", "mask", "mask_first")),
+        ("Normalization and weights", (*NORMALIZATIONS, "drift_gate", "truncate", "mask", "mask_first")),
         (COMMON, MISMATCHES),
     ],
 )

@@ -315,7 +315,7 @@ def test_long_runs_are_thinned_to_means():
     assert len(thin) == 401 and thin[-1] == 1200.0
 
 
-def test_a_chart_is_responsive_labelled_and_has_the_colours_of_the_page():
+def test_a_chart_is_responsive_labeled_and_has_the_colors_of_the_page():
     line = charts.Series(label="a", step=np.arange(3.0), value=np.array([1.0, np.nan, 2.0]))
     svg = charts.line_chart([line, line], alt='x <"y">')
     assert re.match(r'<svg role="img" aria-label="x &lt;&#34;y&#34;&gt;"', svg)
