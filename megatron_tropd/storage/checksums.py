@@ -27,7 +27,7 @@ class FileRecord:
 
     @staticmethod
     def parse(entry: Any) -> FileRecord:
-        """The record that JSON holds; TypeError, ValueError or LookupError for anything else."""
+        """Read the record that JSON holds; TypeError, ValueError or LookupError for anything else."""
         if isinstance(entry, int) and not isinstance(entry, bool):  # sizes alone, as until version 0.1
             return FileRecord(entry)
         return FileRecord(int(entry["size"]), str(entry["sha256"]))
@@ -36,14 +36,14 @@ class FileRecord:
         return {"size": self.size, "sha256": self.sha256}
 
     def size_fault(self, path: Path) -> str | None:
-        """What is wrong with a file at first sight; None when nothing is."""
+        """Say what is wrong with a file at first sight; None when nothing is."""
         if path.is_symlink() or not path.is_file():
             return "is missing" if not path.exists() else "is not a plain file"
         found = path.stat().st_size
         return None if found == self.size else f"has {found:,} bytes, {self.size:,} were written"
 
     def content_fault(self, path: Path) -> str | None:
-        """The same of its content, which is read whole."""
+        """Say what is wrong with its content, which is read whole."""
         fault = self.size_fault(path)
         if fault is not None or self.sha256 is None:
             return fault
@@ -56,7 +56,7 @@ class FileRecord:
 
 
 def files_below(directory: Path) -> dict[str, Path]:
-    """Every file below a directory, by its path relative to it, in order. Links are not followed."""
+    """Find every file below a directory, by its path relative to it, in order. Links are not followed."""
     found = {}
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -66,12 +66,12 @@ def files_below(directory: Path) -> dict[str, Path]:
 
 
 def record_files(directory: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-    """Records of some files of a directory."""
+    """Record some files of a directory."""
     return {name: FileRecord.of(directory / name) for name in names}
 
 
 def first_fault(directory: Path, records: Mapping[str, FileRecord], *, content: bool) -> str | None:
-    """``NAME has ...`` of the first file that is not what was written; None when all are."""
+    """Say ``NAME has ...`` of the first file that is not what was written; None when all are."""
     for name, record in records.items():
         fault = record.content_fault(directory / name) if content else record.size_fault(directory / name)
         if fault is not None:

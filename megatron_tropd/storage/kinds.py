@@ -18,7 +18,7 @@ _TABLES = {b"PAR1": (".parquet", "Parquet"), b"ARROW1": (".arrow", "Arrow")}
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
+    """Read the first bytes of a file; none where it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
@@ -44,7 +44,7 @@ def foreign_kind(path: Path) -> str | None:
 
 
 def foreign_rows(path: Path) -> str | None:
-    """``foreign_kind`` of a file of rows; also tables and texts of other kinds. Gzip is read, so it is none of them."""
+    """Return ``foreign_kind`` of a file of rows; also tables and texts of other kinds. Gzip is none."""
     head = head_of(path)
     kind = None if head.startswith(GZIP) else foreign_kind(path)
     if kind is not None:
@@ -73,7 +73,7 @@ def foreign_rows(path: Path) -> str | None:
 
 
 def _looks_like_csv(head: bytes) -> bool:
-    """Two lines with separators and without any JSON."""
+    """Look for two lines with separators and without any JSON."""
     lines = [line.strip() for line in head.split(b"\n")[:2] if line.strip()]
     return len(lines) == 2 and all(b"{" not in line and b"[" not in line and b"," in line for line in lines)
 

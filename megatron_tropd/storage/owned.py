@@ -32,7 +32,7 @@ def mark_directory(directory: Path, *, kind: str, without: Iterable[str] = ()) -
 
 
 def read_marker(directory: Path) -> dict[str, FileRecord] | None:
-    """The files that this program wrote to a directory; None where no marker, or a broken one, says so."""
+    """Read the files that this program wrote to a directory; None where no marker, or a broken one, says so."""
     try:
         marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
         if marker["written_by"] != "megatron_tropd":
@@ -43,7 +43,7 @@ def read_marker(directory: Path) -> dict[str, FileRecord] | None:
 
 
 def why_not_ours(directory: Path) -> str | None:
-    """Why a path may not be replaced; None when it is free, empty, or holds what this program wrote and no more."""
+    """Say why a path may not be replaced; None when it is free, empty, or holds what this program wrote and no more."""
     if directory.is_symlink():
         return "is a symbolic link"
     if not directory.exists():
@@ -96,7 +96,7 @@ def remove_owned(directory: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """``path``, or the first of ``path-1``, ``path-2``, ... that nothing stands at."""
+    """Return ``path``, or the first of ``path-1``, ``path-2``, ... that nothing stands at."""
     number, found = 0, path
     while found.exists() or found.is_symlink():
         number += 1
@@ -105,13 +105,13 @@ def free_name(path: Path) -> Path:
 
 
 def settled(path: str | Path) -> Path:
-    """The absolute path with ``..`` and links above its last part resolved; a link at its end stays one."""
+    """Return the absolute path with ``..`` and links above its last part resolved; a link at its end stays one."""
     path = Path(path).expanduser()
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
 def overlaps(target: Path, others: Mapping[str, Path]) -> str | None:
-    """The name of the first of ``others`` that ``target`` is, or that lies in it; None when there is none.
+    """Return the name of the first of ``others`` that ``target`` is, or that lies in it; None when there is none.
 
     Paths are compared as they resolve: ``..``, links and case of the current directory do not hide anything.
     """
@@ -150,7 +150,7 @@ def check_target(target: Path, *, name: str, protected: Mapping[str, Path]) -> N
 
 
 def beside(target: Path, suffix: str) -> Path:
-    """``target.partial``, in which it is written, or ``target.replaced``, where the one before it waits."""
+    """Return ``target.partial``, in which it is written, or ``target.replaced``, where the one before it waits."""
     return target.with_name(f"{target.name}.{suffix}")
 
 
@@ -178,14 +178,14 @@ def replace_directory(aside: Path, target: Path) -> None:
 
 
 def start_unfinished(directory: Path, note: str) -> None:
-    """Make a directory in which something will be written that may be gone on with: the note says of what."""
+    """Make a directory in which something will be written that may be resumed: the note says of what."""
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_aside(directory / UNFINISHED, note)
 
 
 def unfinished_note(directory: Path) -> str | None:
-    """The note of a directory in the making; None where there is none."""
+    """Read the note of a directory in the making; None where there is none."""
     try:
         return (directory / UNFINISHED).read_text(encoding="utf-8")
     except (OSError, ValueError):
