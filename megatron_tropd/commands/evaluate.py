@@ -114,7 +114,7 @@ def announce(model: str, suites: Sequence[SuiteConfig], problems: Mapping[str, S
 def check_numbers(
     sampler: MegatronSampler, problems: Mapping[str, Sequence[Prompt]], tokenizer: Tokenizer, model: str
 ) -> None:
-    """Have one problem begun: EngineError when the model gives no numbers, before thousands of answers. Collective."""
+    """Sample one token: EngineError when the model gives no numbers, before thousands of answers. Collective."""
     first = [next(iter(problems.values()))[0]]
     requests = make_requests(first, samples=1, guided=0, fraction=0.0, max_new_tokens=1)
     params = SamplingParams(max_new_tokens=1, temperature=0.0, stop_token_ids=tuple(tokenizer.eos_ids))

@@ -35,15 +35,15 @@ class ResponseFile:
 
     def _check_same(self) -> None:
         try:
-            begun = json.loads(self._about.read_text(encoding="utf-8"))
+            partial = json.loads(self._about.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            begun = {}
-        other = [key for key, value in self._description.items() if begun.get(key) != value]
+            partial = {}
+        other = [key for key, value in self._description.items() if partial.get(key) != value]
         if other:
-            changes = "; ".join(f"{key} was {begun.get(key)!r}, is {self._description[key]!r}" for key in other[:4])
+            changes = "; ".join(f"{key} was {partial.get(key)!r}, is {self._description[key]!r}" for key in other[:4])
             raise ConfigError(
-                f"{self._partial.absolute()} was begun with other settings ({changes}). Continue with those, give "
-                "another file, or move it and its .json away."
+                f"{self._partial.absolute()} was started with other settings ({changes}). Continue with those, "
+                "give another file, or move it and its .json away."
             )
 
     def resume(self, block: int) -> int:

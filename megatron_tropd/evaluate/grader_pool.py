@@ -130,7 +130,7 @@ class GraderPool:
         if not found.correct:
             return found
         grade = _run_tests(item, program)
-        # tests are believed once they have been seen to fail
+        # tests are believed once they have failed
         useless = self._check_slowly(item) if grade.correct else ""
         return Grade(False, useless, bad_reference=True) if useless else grade
 

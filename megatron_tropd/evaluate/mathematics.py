@@ -214,7 +214,7 @@ def _seconds() -> int | None:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Say whether two expressions are seen to differ: False also where that cannot be decided."""
+    """Say whether two expressions differ: False also where that cannot be decided."""
     import sympy  # type: ignore[import-untyped,unused-ignore]
 
     one, other = _value(one), _value(other)

@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxTask:
-    """A program, and how it is seen to be right: by ``tests``, or by ``cases``; without either, by ending."""
+    """A program, and what proves it right: ``tests``, or ``cases``; without either, that it ends."""
 
     program: str
     prelude: str = ""  # run before it, in its module

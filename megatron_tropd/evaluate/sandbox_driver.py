@@ -1,10 +1,10 @@
 """Run a program and its tests, and say the word when all of them passed. Given to ``python -c``, never imported.
 
 Only the standard library: nothing else is to be seen in a sandbox. Arguments: the file descriptor to answer on, and
-the one that the word is read from. What the program ends with cannot be told from what its tests end with, so this
-answers for them: it sends the word back, and only after the last line has run; or else what was raised. Output would
-not do for that: processes that the program has forked write to it as well. They come through these lines, too, and
-are not asked.
+the one that the word is read from. What the program ends with cannot be distinguished from what its tests end with,
+so this answers for them: it sends the word back, and only after the last line has run; or else what was raised. Output
+would not do for that: processes that the program has forked write to it as well. They come through these lines, too,
+and do not answer.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def contexts_of(requests: Sequence[RolloutRequest], max_positions: int) -> list[
 
 
 def assigned_to(groups: Groups, costs: Sequence[float]) -> list[int]:
-    """Number the pieces of work that this replica does: the costliest first, each to the least loaded replica."""
+    """List, by number, the pieces of work of this replica: the costliest first, each to the least loaded replica."""
     loads = [0.0] * groups.num_replicas
     mine = []
     for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):

@@ -53,10 +53,10 @@ class GenerationHandle(Protocol):
 class AsyncSampler(Protocol):
     """A sampler that computes elsewhere, so that generation need not be waited for at once."""
 
-    def begin(
+    def start(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> GenerationHandle:
-        """Start what ``generate`` does. Weights must not change before all that was begun is collected."""
+        """Start what ``generate`` does. Weights must not change before all that was started is collected."""
         ...
 
 

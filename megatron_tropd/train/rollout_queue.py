@@ -96,22 +96,22 @@ class RolloutQueue:
         return seconds
 
     def _wait_for(self, number: int, step: int, watch: Stopwatch, hooks: Hooks) -> None:
-        begun, waited = self._in_flight[number], time.perf_counter()
+        in_flight, waited = self._in_flight[number], time.perf_counter()
         with watch("rollout"):
-            rollouts = with_teachers(begun.pending.collect(), begun.prompts)
-        self._account(begun, waited)
+            rollouts = with_teachers(in_flight.pending.collect(), in_flight.prompts)
+        self._account(in_flight, waited)
         rollout = self._run.rollout
         if rollout.record is not None and self._run.world.is_first:
             write_rollouts(rollout.record, number, rollouts)
         hooks.may_leave(step)
         scored = score_rollouts(self._run, rollouts, watch=watch)
-        self._ready[number] = Batch(begun.prompts, begun.fraction, scored)
+        self._ready[number] = Batch(in_flight.prompts, in_flight.fraction, scored)
         del self._in_flight[number]
 
-    def _account(self, begun: _InFlight, waited: float) -> None:
-        ended = begun.pending.ended_at
+    def _account(self, in_flight: _InFlight, waited: float) -> None:
+        ended = in_flight.pending.ended_at
         if ended is not None:
-            self._hidden += max(0.0, min(ended, waited) - max(begun.at, self._accounted))
+            self._hidden += max(0.0, min(ended, waited) - max(in_flight.at, self._accounted))
             self._accounted = time.perf_counter()
 
     # ----------------------------------------------------------------- kept with a checkpoint
@@ -175,7 +175,7 @@ class _InFlight:
     prompts: Sequence[Prompt]
     fraction: float
     pending: GenerationHandle
-    at: float  # time.perf_counter() when it was begun
+    at: float  # time.perf_counter() when it was started
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _start(run: Run, number: int) -> _InFlight:
     )
     params, seed, at = sampling_params(run), run.seed, time.perf_counter()
     if isinstance(run.sampler, AsyncSampler):
-        return _InFlight(prompts, fraction, run.sampler.begin(requests, params, seed=seed, step=number), at)
+        return _InFlight(prompts, fraction, run.sampler.start(requests, params, seed=seed, step=number), at)
     return _InFlight(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
 
 

@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_file(task: Task, tmp_path: Pa
     out.unlink()
     partial.write_bytes(b"".join(lines[:450]) + lines[450][:30])
     refused = commands().run(*stopped)
-    assert refused.status == 2 and "was begun with other settings" in refused.output
+    assert refused.status == 2 and "was started with other settings" in refused.output
     partial.unlink()
     shutil.copy(_description_of(task, source, options, tmp_path), about)
     partial.write_bytes(b"".join(lines[:450]) + lines[450][:30])

@@ -215,7 +215,7 @@ class Sampling:
 
 
 class Serving(Sampling):
-    def begin(self, requests: Any, params: Any, *, seed: int, step: int) -> Any:
+    def start(self, requests: Any, params: Any, *, seed: int, step: int) -> Any:
         def collect() -> list[Rollout]:
             self._collected.append(step)
             return []

@@ -14,24 +14,7 @@ import megatron_tropd
 PACKAGE = Path(megatron_tropd.__file__).parent
 ROOT = PACKAGE.parent
 
-# rooms whose docstrings and words have been gone through; extend it until it holds all of them
-DONE = (
-    "config",
-    "parallel",
-    "losses",
-    "models",
-    "methods",
-    "convert",
-    "engine",
-    "weight_sync",
-    "planning",
-    "report",
-    "benchmarks",
-    "vllm_bridge",
-    "storage",
-    "setup",
-    "teacher",
-)
+MODULES = sorted(PACKAGE.rglob("*.py"))
 # first words, besides plurals and verbs in the third person, of what is no command
 _WRONG = (
     "a about accuracy after all an and another any anything as at attention base because before beside "
@@ -67,13 +50,6 @@ PRIVATE = re.compile(
     r"|begun|seen to|told apart)\b",
     re.IGNORECASE,
 )
-
-
-def modules(rooms: tuple[str, ...]) -> Iterator[Path]:
-    for room in rooms:
-        found = sorted((PACKAGE / room).rglob("*.py"))
-        assert found, f"DONE names {room!r}, which is no room."
-        yield from found
 
 
 def is_imperative(docstring: str) -> bool:
@@ -117,7 +93,7 @@ def place(path: Path, line: int) -> str:
 def test_every_docstring_of_a_function_starts_with_a_verb_in_the_imperative():
     wrong = [
         f"{place(path, line)}: {text.splitlines()[0]}"
-        for path in modules(DONE)
+        for path in MODULES
         for line, of_function, text in docstrings(path.read_text(encoding="utf-8"))
         if of_function and not is_imperative(text)
     ]
@@ -127,7 +103,7 @@ def test_every_docstring_of_a_function_starts_with_a_verb_in_the_imperative():
 def test_no_docstring_starts_with_what_or_how():
     wrong = [
         place(path, line)
-        for path in modules(DONE)
+        for path in MODULES
         for line, _, text in docstrings(path.read_text(encoding="utf-8"))
         if re.match(r"(?:What|How|Whether)\b", text)
     ]
@@ -138,7 +114,7 @@ def test_the_words_are_the_fields():
     """The dictionary is docs/glossary.md: requested, assigned, idle, full vocabulary, resumes, lost, releases."""
     wrong = [
         f"{place(path, number)}: {PRIVATE.findall(text)}"
-        for path in modules(DONE)
+        for path in MODULES
         for number, text in prose(path.read_text(encoding="utf-8"))
         if PRIVATE.search(text)
     ]
@@ -150,7 +126,7 @@ def test_package_and_pages_are_spelled_the_american_way():
     scripts = [path for folder in ("examples", "tools") for path in (ROOT / folder).rglob("*.py")]
     wrong = [
         f"{place(path, number)}: {found}"
-        for path in (*sorted(PACKAGE.rglob("*.py")), *(page for page in sorted(pages + scripts) if page.exists()))
+        for path in (*MODULES, *(page for page in sorted(pages + scripts) if page.exists()))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if (found := british(line))
     ]

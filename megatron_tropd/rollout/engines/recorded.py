@@ -192,9 +192,9 @@ def _answers(rollout: Rollout, request: RolloutRequest) -> bool:
     context = np.concatenate([request.prompt_ids, request.prefix_ids])
     regions = single_turn(prompt=len(request.prompt_ids), prefix=len(request.prefix_ids))
     given = np.isin(rollout.region_L, (Region.PROMPT, Region.PREFIX))
-    begun = len(given) if given.all() else int(given.argmin())  # tokens before the first that was not given
+    context_length = len(given) if given.all() else int(given.argmin())  # tokens before the first that was not given
     return (
         (rollout.sequence_id, rollout.prompt_index) == (request.sequence_id, request.prompt_index)
-        and np.array_equal(rollout.region_L[:begun], regions)
-        and np.array_equal(rollout.token_ids[:begun], context)
+        and np.array_equal(rollout.region_L[:context_length], regions)
+        and np.array_equal(rollout.token_ids[:context_length], context)
     )

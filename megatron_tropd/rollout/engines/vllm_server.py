@@ -68,9 +68,9 @@ class ServerSampler:
     def generate(
         self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int
     ) -> list[Rollout]:
-        return self.begin(requests, params, seed=seed, step=step).collect()
+        return self.start(requests, params, seed=seed, step=step).collect()
 
-    def begin(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Handle:
+    def start(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, step: int) -> _Handle:
         """Send the requests off; see ``rollout.protocol.AsyncSampler``."""
         contexts = contexts_of(requests, self._max_tokens)
         tasks = [
