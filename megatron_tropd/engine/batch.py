@@ -149,6 +149,6 @@ def batch_entropy_threshold(scores: Sequence[StudentScores | None], method: Meth
     own = [score.entropy_N.cpu().numpy() for score in scores if score is not None]
     mine = np.concatenate([np.empty(0, np.float32), *own]).astype(np.float32)
     everyone = all_gather_arrays(mine, groups.pg.dp_cp)
-    # only last stages have scores; the others hear from theirs
+    # only last stages have scores; the others receive them from theirs
     everyone = all_gather_arrays(np.concatenate(everyone), groups.pg.pp)
     return entropy_threshold(everyone[-1], fraction=share)

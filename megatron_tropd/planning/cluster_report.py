@@ -15,7 +15,7 @@ def print_requested(console: Console, job: ClusterJob, requested: Estimate) -> N
     """Print what the layouts of the configuration take."""
     console.print(
         f"{job.sequences} sequences of at most {job.length:,} tokens per step on {job.cluster.gpus} GPUs. "
-        f"Student {said(requested.student)}, recompute {requested.recompute}; teacher {said(requested.teacher)}"
+        f"Student {describe(requested.student)}, recompute {requested.recompute}; teacher {describe(requested.teacher)}"
         f"{f', on {job.teacher_section.ranks} GPUs of its own' if job.teacher_section.ranks else ''}.",
         highlight=False,
         soft_wrap=True,
@@ -38,8 +38,8 @@ def print_requested(console: Console, job: ClusterJob, requested: Estimate) -> N
         _print_columns(console, "Seconds of a step, nothing overlapped", requested.seconds, 1.0)
 
 
-def said(layout: Layout) -> str:
-    """Name a layout, such as ``TP 8 SP PP 2``."""
+def describe(layout: Layout) -> str:
+    """Describe a layout, such as ``TP 8 SP PP 2``."""
     sizes = {
         "TP": layout.tensor,
         "PP": layout.pipeline,
@@ -71,9 +71,9 @@ def ranking(found: list[Estimate]) -> Table:
         table.add_column(column, justify="left" if column in ("student", "recompute", "teacher") else "right")
     for x in found:
         table.add_row(
-            said(x.student),
+            describe(x.student),
             x.recompute,
-            said(x.teacher),
+            describe(x.teacher),
             f"{x.total_memory / _GIB:.1f}",
             f"{x.step_seconds:.0f}",
             f"{x.seconds['rollout']:.0f}",
