@@ -95,10 +95,10 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
     if not samples or not answered:
         return {}
     alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
-    graded = [prompts[number] for number in answered]
+    posed = [prompts[number] for number in answered]
     allowed = run.evaluate.allow_code_execution
-    right = correctness(alone, graded, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
-    return _accuracy_by_source(right, [prompt.source for prompt in graded], {prompt.source for prompt in prompts})
+    right = correctness(alone, posed, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
+    return _accuracy_by_source(right, [prompt.source for prompt in posed], {prompt.source for prompt in prompts})
 
 
 def _accuracy_by_source(right: np.ndarray, sources: Sequence[str], of: Collection[str]) -> dict[str, float]:

@@ -109,10 +109,10 @@ class VLLMSampler:
             return [continuation_of(answer, np.full_like(answer.logprob_n, np.nan), params) for answer in written]
         # drawn from another distribution than the model's own: what the model says of it is a question of its own
         wholes = [np.concatenate([t.token_ids, w.token_ids]) for t, w in zip(tasks, written, strict=True)]
-        graded = self._engine.score(wholes)
+        scored = self._engine.score(wholes)
         return [
-            continuation_of(answer, grade.logprob[-len(answer.token_ids) :], params)
-            for answer, grade in zip(written, graded, strict=True)
+            continuation_of(answer, scores.logprob[-len(answer.token_ids) :], params)
+            for answer, scores in zip(written, scored, strict=True)
         ]
 
 

@@ -90,8 +90,8 @@ class ServerSampler:
         """Return the ``[L - 1]`` log-prob of every token after the first, by every server; on the first rank."""
         if self._pool is None:
             return {}
-        grade = partial(Server.score, token_ids=token_ids, timeout_s=self._timeout_s)
-        return {url: graded.logprob for url, graded in self._pool.on_every(grade).items()}
+        call = partial(Server.score, token_ids=token_ids, timeout_s=self._timeout_s)
+        return {url: scores.logprob for url, scores in self._pool.on_every(call).items()}
 
     def close(self) -> None:
         """Leave the servers, which continue."""
@@ -119,8 +119,8 @@ class ServerSampler:
             return np.full_like(written.logprob_n, np.nan)
         # drawn from another distribution than the model's own: what the model says of it is a question of its own
         whole = np.concatenate([task.token_ids, written.token_ids])
-        graded = await server.score(whole, number=task.number, timeout_s=self._timeout_s)
-        return graded.logprob[-len(written.token_ids) :]
+        scores = await server.score(whole, number=task.number, timeout_s=self._timeout_s)
+        return scores.logprob[-len(written.token_ids) :]
 
     def collected(self, batch: JobBatch | None) -> list[_Answer]:
         """Return the answers of a batch, on every rank. Collective: servers without weights are sent them meanwhile.
