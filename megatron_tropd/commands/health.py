@@ -1,4 +1,4 @@
-"""Are these machines fit to train on? Devices, versions, collectives and the shared file system, in seconds.
+"""Check in seconds whether machines are fit to train on: devices, versions, collectives, the shared file system.
 
 ``tropd health``, under the launcher that will start the training. Nothing of the package but its errors is needed, so
 that what a broken installation breaks is not this. Ranks exchange words by the store they meet at, as JSON, before

@@ -1,1 +1,1 @@
-"""Scoring answers to problems: suites, rules, the pool of graders, the sandbox, intervals."""
+"""Grading answers to problems: suites, rules, the pool of graders, the sandbox, intervals."""

@@ -1,1 +1,1 @@
-"""Where sequences come from: samplers that continue prompts and teacher prefixes, and recordings of them."""
+"""The sources of sequences: samplers that continue prompts and teacher prefixes, and recordings of them."""

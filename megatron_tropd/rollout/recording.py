@@ -1,4 +1,4 @@
-"""Whose rollouts a directory holds: one run's alone, and how they were sampled."""
+"""``recording.json``: the one run whose rollouts a directory holds, and how they were sampled."""
 
 from __future__ import annotations
 

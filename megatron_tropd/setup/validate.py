@@ -1,4 +1,4 @@
-"""Read what a run is made from and check it against each other: everything a user can have wrong is found here,
+"""Read the inputs of a run and check them against each other: everything a user can have wrong is found here,
 before a model is built or a rank waits for another."""
 
 from __future__ import annotations

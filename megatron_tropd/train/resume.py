@@ -1,4 +1,4 @@
-"""Resume from a checkpoint: find it, see whether it is of this run, and clear what an abandoned run left behind."""
+"""Resume from a checkpoint: find it, see whether it is of this run, set aside what an abandoned run left behind."""
 
 from __future__ import annotations
 
