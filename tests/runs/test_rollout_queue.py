@@ -13,6 +13,7 @@ import pytest
 
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
+from megatron_tropd.storage.checksums import FileRecord
 from megatron_tropd.train import rollout_queue as batches
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Rollout, single_turn
@@ -141,6 +142,11 @@ def test_scores_of_other_rollouts_are_refused_by_name(task: Task, unbroken: Path
     size = scores.stat().st_size
     np.savez(scores, **{**arrays, "key": arrays["key"] + 1})  # type: ignore[arg-type]
     assert scores.stat().st_size == size
+    # as a whole checkpoint says it, or it would be passed over for one that is
+    complete = scores.parents[1] / "complete.json"
+    state = json.loads(complete.read_text())
+    state["files"]["ahead/scores-00000005-00000.npz"] = FileRecord.of(scores).as_json()
+    complete.write_text(json.dumps(state))
     command = ("train", task.config, f"run_dir={run_dir}", *QUIET, *LEARNING, "rollout.ahead=2")
     outcome = commands().run(*command)
     assert outcome.status == 2 and "lacks scores of batch 5" in outcome.output
