@@ -26,7 +26,7 @@ from megatron_tropd.planning.phases import by_phase, leaving
 from megatron_tropd.setup.chat_templates import difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
-from megatron_tropd.setup.validate import DTYPES, Inputs, layout_of, read_inputs, sequences_per_step
+from megatron_tropd.setup.validate import DTYPES, Inputs, check_export, layout_of, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture, Rollout, single_turn
 
@@ -110,6 +110,7 @@ def check_plan(config: RunConfig) -> None:
         TropdError: whatever is wrong.
     """
     device = initialize_distributed()
+    check_export(config)
     inputs = read_inputs(config)
     student = inputs.student
     memory = estimate_memory(config, inputs, loss_bytes=_loss_bytes(student, config, device))

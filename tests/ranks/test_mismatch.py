@@ -11,6 +11,7 @@ import torch
 
 from megatron_tropd.losses.logprob_mismatch import BUCKETS, bucket_of
 from megatron_tropd.rollout.mismatch import WARN_EVERY, MismatchMonitor
+from megatron_tropd.types import Region
 from tests.support.run_inputs import Outcome, Task, commands, make_task, steady_metrics
 
 OFF = (0.3, 1.2)  # nats, before and from position 64 on
@@ -75,9 +76,8 @@ def test_a_run_measures_the_gap_by_position_and_corrects_for_it(task: Task, tmp_
     recording = tmp_path / "rollouts" / "step-00000000.npz"
     train(task, tmp_path / "live", f"rollout.record={recording.parent}")
     arrays = dict(np.load(recording))
-    late = np.concatenate(
-        [np.arange(row[2] + row[3], n) - 1 >= 64 for row, n in zip(arrays["rows"], arrays["lengths"], strict=True)]
-    )
+    regions = np.split(arrays["regions"], np.cumsum(arrays["lengths"])[:-1])
+    late = np.concatenate([np.flatnonzero(region_L == Region.CONTINUATION) - 1 >= 64 for region_L in regions])
     assert 10 < late.sum() < len(late) - 10, "positions on both sides of a bucket's end"
     arrays["model_logprob"] = (arrays["model_logprob"] - np.where(late, OFF[1], OFF[0])).astype(np.float32)
     np.savez(recording, **arrays)

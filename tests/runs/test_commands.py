@@ -469,7 +469,8 @@ def test_what_goes_wrong_on_one_rank_alone_is_told_with_its_number(
     monkeypatch.setattr(cli.os, "_exit", leave)
     monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
-    monkeypatch.setenv("RANK", "5")
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2

@@ -67,7 +67,8 @@ def test_a_mixture_trains_reports_each_source_and_goes_on_where_it_stopped(task:
     assert steady_metrics(rank_split) == rows
     assert [prompts_of(tmp_path / "again", step) for step in (4, 5)] == seen[4:]
 
-    output = train(task, rank_split, "data.sources[1].weight=2", "train.steps=7")
+    insisting = "checkpoint.accept_changes=[data.sources]"
+    output = train(task, rank_split, "data.sources[1].weight=2", "train.steps=7", insisting)
     assert (
         "data.sources was [['stories', 2.0, 7], ['rest', 1.0, 4]], is [['stories', 2.0, 7], ['rest', 2.0, 4]]" in output
     )

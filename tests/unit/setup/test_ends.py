@@ -109,7 +109,7 @@ def test_a_teacher_that_tells_its_likeliest_ids_only_is_refused_by_name():
             teacher=TeacherConfig(model=Path("unread"), engine="vllm", **more), method=SimpleNamespace(name="opd")
         )
 
-    with pytest.raises(ConfigError, match=r"ids \[7, 9\], but teacher.engine=vllm tells.*method.end_tokens=exact"):
+    with pytest.raises(ConfigError, match=r"ids \[7, 9\], but teacher.engine=vllm reports.*method.end_tokens=exact"):
         check_teacher(config(), cast(Any, inputs))
     check_teacher(config(whole_vocabulary=True), cast(Any, inputs))
     inputs.method = replace(method, end_ids=())
