@@ -29,20 +29,15 @@ METRICS: Mapping[str, Metric] = {
     "step": Metric("", "Training step that the line describes.", "count"),
     "tokens": Metric("tokens", "Predictions that carried loss, over all ranks.", "count"),
     "sequences": Metric("sequences", "Sequences trained on, over all ranks.", "count"),
-    "packs": Metric("packs", "Packs trained on, over all ranks.", "count"),
-    "pack_fill": Metric("fraction", "Share of the packs' token budget that holds tokens.", "count"),
     "loss": Metric("nats/token", "The method's loss. Its zero and its sign depend on the method.", "loss"),
     "reverse_kl": Metric(
         "nats/token", "KL(student || teacher), estimated by log q - log p on the student's own tokens.", "divergence"
     ),
-    "forward_kl": Metric("nats/token", "KL(teacher || student) on the method's support.", "divergence"),
-    "divergence": Metric("nats/token", "The method's exact full-vocabulary divergence.", "divergence"),
     "outlier_fraction": Metric("fraction", "Share of the student's own tokens that the gate did not trust.", "gate"),
     "trusted_fraction": Metric("fraction", "Share of the student's own tokens that the gate trusted.", "gate"),
     "total_variation": Metric(
         "fraction", "Mean of 1 - min(1, p/q): an estimate of the total-variation distance to the teacher.", "gate"
     ),
-    "clipped_fraction": Metric("fraction", "Share of tokens whose importance ratio or reward was clipped.", "gate"),
     "student_entropy": Metric("nats/token", "Full-vocabulary entropy of the student on its own tokens.", "entropy"),
     "teacher_entropy": Metric("nats/token", "The same of the teacher on the same tokens.", "entropy"),
     "teacher_entropy_bound": Metric(
@@ -92,8 +87,6 @@ METRICS: Mapping[str, Metric] = {
     ),
     "time_publish": Metric("s", "Wall time of handing the new weights to the sampler.", "time"),
     "time_other": Metric("s", "Wall time of everything else in the step.", "time"),
-    "time_checkpoint": Metric("s", "Wall time of saving a checkpoint, outside time_step.", "time"),
-    "time_evaluate": Metric("s", "Wall time of evaluation, outside time_step.", "time"),
     "tokens_per_second": Metric("tokens/s", "Predictions trained on per second of the whole step.", "time"),
 }
 

@@ -491,3 +491,12 @@ def test_long_answers_are_cut_with_a_note(tmp_path: Path):
     record_samples(tmp_path, [Sample(when="after", prompt="p", tokens=tokens)])
     page = Page(write_report(tmp_path))
     assert len(page.spans("plain")) == 1500 and "… 1 more tokens" in page.text
+
+
+def test_every_metric_of_the_table_is_written_somewhere():
+    """By its name, or as a part of a step that the stopwatch measures."""
+    report = Path(charts.__file__).parent
+    sources = [path for path in report.parent.rglob("*.py") if path != report / "metrics.py"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    parts = {f"time_{part}" for part in STEP_PARTS}
+    assert [name for name in METRICS if f'"{name}"' not in text and name not in parts] == []
