@@ -35,6 +35,9 @@ _MESSAGE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # a GPU this much slower than the median holds all the others up; CPUs are shared too often to judge
 _SLOW = 0.7
 _SHARED_WAIT_S = 10.0  # network file systems may show a new file late
+# the first rank waits its whole time for the others before it answers them, and they may have come before it
+_VERDICT_WAITS = 2
+_VERDICT_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +81,18 @@ class _Meeting:
             return None
         return json.loads(self.store.get(f"{topic}/{rank}"))
 
-    def hear_all(self, topic: str) -> list[Any]:
-        """Return what every rank reported, None for those that have not; together they have the time of one."""
+    def hear_all(self, topic: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Return what every rank (of ``ranks``) reported, None for one that has not; together they have one's time."""
         deadline = time.monotonic() + self.timeout_s
         return [
             _Meeting(self.store, self.rank, self.world, max(deadline - time.monotonic(), 0.01)).hear(topic, rank)
-            for rank in range(self.world)
+            for rank in (range(self.world) if ranks is None else ranks)
         ]
+
+    def hear_verdict(self, topic: str) -> Any:
+        """Return what the first rank made of all reports; None when it has not, long after it should have."""
+        patient_s = _VERDICT_WAITS * self.timeout_s + _VERDICT_MARGIN_S
+        return _Meeting(self.store, self.rank, self.world, patient_s).hear(topic, 0)
 
 
 def check_health(*, shared: Path | None = None, timeout_s: float = 120.0) -> list[str]:
@@ -106,10 +114,10 @@ def check_health(*, shared: Path | None = None, timeout_s: float = 120.0) -> lis
         problems, fabric = _try_together(meeting, facts, shared)
         if meeting.rank == 0:
             Console().print(_table(facts, fabric))
-    # the first keeps the store: it leaves last
+    # the first keeps the store: it leaves last, after all that had come
     meeting.tell("done", True)
     if meeting.rank == 0:
-        meeting.hear_all("done")
+        meeting.hear_all("done", [fact.rank for fact in facts])
     return problems
 
 
@@ -142,7 +150,7 @@ def _agree_alone(meeting: _Meeting) -> tuple[list[str], list[Fitness]]:
         missing = [rank for rank, word in enumerate(reported) if word is None]
         facts = [Fitness(**word) for word in reported if word is not None]
         meeting.tell("alone", [*_absence(missing, facts, meeting), *_problems_of(facts)])
-    verdict = meeting.hear("alone", 0)
+    verdict = meeting.hear_verdict("alone")
     return (["the first rank has not answered"] if verdict is None else verdict), facts
 
 
@@ -262,7 +270,7 @@ def _gather_problems(mine: list[str], meeting: _Meeting) -> list[str]:
     if meeting.rank == 0:
         reported = [word for word in meeting.hear_all("together") if word is not None]
         meeting.tell("all", [f"{who}: {problem}" for words in reported for who, problem in words])
-    verdict = meeting.hear("all", 0)
+    verdict = meeting.hear_verdict("all")
     return ["the first rank has not answered"] if verdict is None else verdict
 
 

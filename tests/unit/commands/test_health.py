@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ def faulty(fault: str, message: str, shared: str) -> None:
 
     rank, here, wait_s = int(os.environ["RANK"]), Path(shared), 20.0
     if fault == "absent":
-        os.environ["WORLD_SIZE"], wait_s = "3", 1.0
+        os.environ["WORLD_SIZE"], wait_s = "3", 6.0
+        _begin_together(here / "begun", rank)
+        if rank == 0:  # the last to be ready: the other must hear its verdict, not that nobody has answered
+            health._product = slow  # type: ignore[assignment]
     if rank == 1 and fault == "device":
         health._product = broken  # type: ignore[assignment]
     if rank == 1 and fault == "versions":
@@ -51,7 +55,21 @@ def faulty(fault: str, message: str, shared: str) -> None:
         here, health._SHARED_WAIT_S = here / "mine", 0.5
     problems = health.check_health(shared=here, timeout_s=wait_s)
     assert any(message in problem for problem in problems), (fault, problems)
-    assert list(Path(shared).glob("**/*")) in ([], [Path(shared) / "mine"])
+    left = [path for path in Path(shared).glob("**/*") if "begun" not in path.parts]
+    assert left in ([], [Path(shared) / "mine"])
+
+
+def _begin_together(folder: Path, rank: int) -> None:
+    """Wait until both ranks are up, so that the first one's patience is not spent on the start of the second."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(rank)).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
+
+
+def slow(device: object) -> float:
+    time.sleep(2)
+    return 1.0
 
 
 def broken(device: object) -> float:
@@ -61,7 +79,7 @@ def broken(device: object) -> float:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("absent", "rank(s) 2 of 3 have not come within 1 s; those that have are on HOST."),
+        ("absent", "rank(s) 2 of 3 have not come within 6 s; those that have are on HOST."),
         ("device", "rank 1 on HOST: CUDA error: uncorrectable ECC error encountered"),
         ("versions", "torch is not the same everywhere: 0.1 on HOST; 2."),
         ("sums", "rank 0 on HOST: a collective failed: 1 of 1 elements of an all-reduce are wrong"),
