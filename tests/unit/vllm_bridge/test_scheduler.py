@@ -60,12 +60,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         pool.close()
 
 
-def finished(batch: JobBatch, timeout_s: float = 10.0) -> list[Any]:
+def finished(batch: JobBatch, timeout_s: float = 60.0) -> list[Any]:
     assert batch.wait(timeout_s), "the batch hangs"
     return batch.results()
 
 
-def until(reached: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(reached: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not reached():
         assert time.monotonic() < deadline, "the moment never came"
@@ -96,7 +96,7 @@ def test_when_all_answer_wrongly_the_batch_ends_with_what_they_said(world: World
         raise ServingError("nonsense.")
 
     with pytest.raises(ServingError, match=r"nonsense\. It was tried 3 times, last of"):
-        world.pool().submit([Job(call=call, cost=1.0)]).wait(10)
+        world.pool().submit([Job(call=call, cost=1.0)]).wait(60)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), Refused("never.")])
@@ -105,7 +105,7 @@ def test_what_no_server_will_do_ends_the_batch_at_once(world: World, error: Exce
         raise error
 
     with pytest.raises(ServingError, match=r"a bug|never\."):
-        world.pool().submit([Job(call=call, cost=1.0)]).wait(10)
+        world.pool().submit([Job(call=call, cost=1.0)]).wait(60)
 
 
 def test_an_answer_that_comes_after_its_job_has_moved_does_not_count(world: World):
@@ -223,7 +223,7 @@ def test_without_any_server_waiting_ends_with_one_error_that_says_what_to_do(wor
     world.pools.append(pool)
     batch = pool.submit([Job(call=call, cost=1.0) for _ in range(9)])
     with pytest.raises(ServingError, match=r"no server has been of use for 0.5 s. .*Start one \(`tropd serve`\)"):
-        assert batch.wait(10)
+        assert batch.wait(60)
 
 
 def test_servers_that_take_work_and_never_answer_end_the_run_within_its_patience(world: World):
