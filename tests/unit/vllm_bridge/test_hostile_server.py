@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 
 from megatron_tropd.errors import ServingError
 from megatron_tropd.types import SamplingParams
-from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable, new_connections
+from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable
 from megatron_tropd.vllm_bridge.requests import Task
 from megatron_tropd.vllm_bridge.score_requests import ScoreRequest
-from megatron_tropd.vllm_bridge.wire import DIGEST, digest_of, encoded
+from megatron_tropd.vllm_bridge.wire import DIGEST, encoded
+from tests.support.attacks.server import asked_of, reply
 
 VOCAB = 40
 TASK = Task(number=3, token_ids=np.arange(5), max_new_tokens=4, seed=0)
@@ -33,39 +33,6 @@ GOOD_SCORES: dict[str, Any] = {
     "topk_ids": np.array([[1, 2], [3, 4], [5, 6]], np.int32),
     "topk_logprob": np.full((3, 2), -1.5, np.float32),
 }
-
-Handler = Callable[[asyncio.StreamWriter], Any]
-
-
-def reply(body: bytes, *, status: str = "200 OK", headers: dict[str, str] | None = None) -> bytes:
-    """An HTTP answer whose digest is right."""
-    lines = {"content-length": str(len(body)), DIGEST: digest_of(body), "connection": "close", **(headers or {})}
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body
-
-
-def asked_of(answer: bytes | Handler, call: Callable[[Server], Any]) -> Any:
-    """What a client makes of a server that gives this answer to whatever it is asked."""
-
-    async def main() -> Any:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            try:
-                if callable(answer):
-                    await answer(writer)
-                else:
-                    writer.write(answer)
-                    await writer.drain()
-            except ConnectionError:
-                pass
-            writer.close()
-
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener, new_connections() as connections:
-            server = Server(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", connections)
-            server._vocab_size = VOCAB
-            return await call(server)
-
-    return asyncio.run(main())
 
 
 def write(server: Server) -> Any:
