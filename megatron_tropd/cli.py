@@ -20,7 +20,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from megatron_tropd.errors import ConfigError, TropdError
+from megatron_tropd.errors import ConfigError, TropdError, printable
 from megatron_tropd.parallel.launch import check_launcher, check_variables
 from megatron_tropd.parallel.leaving import leave
 
@@ -58,7 +58,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor")
     first = _is_first()
     warnings.showwarning = _show_warning if first else _show_nothing
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if first else logging.ERROR)
+    logs = logging.StreamHandler()
+    logs.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[logs], level=logging.WARNING if first else logging.ERROR)
     try:
         check_variables(os.environ)
         app()
@@ -70,6 +72,13 @@ def main() -> None:
         leave(2)
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Write records whose quotations, of servers, models and paths, cannot move the cursor of a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _report(error: TropdError | OSError, first: bool) -> None:
     """Print one message for all ranks, whichever of them failed."""
     rank = ""
@@ -78,7 +87,7 @@ def _report(error: TropdError | OSError, first: bool) -> None:
         time.sleep(_PATIENCE_S)
         rank = f" on rank {os.environ['RANK']}"
     Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]{rank}: ", end="")
-    print(error, file=sys.stderr, flush=True)
+    print(printable(str(error)), file=sys.stderr, flush=True)
 
 
 def _show_warning(
@@ -87,7 +96,7 @@ def _show_warning(
     # our own are for who runs the program, to whom the place in the code says nothing
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     place = "" if ours else f"{filename}:{lineno}: {category.__name__}: "
-    print(f"WARNING: {place}{message}", file=sys.stderr, flush=True)
+    print(printable(f"WARNING: {place}{message}"), file=sys.stderr, flush=True)
 
 
 def _show_nothing(*_: object, **__: object) -> None:
@@ -120,7 +129,7 @@ def _leave_preempted(stop: Exception) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if _is_first():
-        print(stop, flush=True)
+        print(printable(str(stop)), flush=True)
     _leave()
     leave(EXIT_PREEMPTED)
 
@@ -378,7 +387,7 @@ def recording(
     """Write an old recording of a teacher's scores as Parquet. The old one stays as it is."""
     from megatron_tropd.teacher.old_recordings import convert_recording
 
-    print(f"{convert_recording(old, new):,} scored sequences: {new}")
+    print(printable(f"{convert_recording(old, new):,} scored sequences: {new}"))
 
 
 def _convert(
@@ -467,7 +476,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")])
     """Write RUN/report.html from what a run has left on disk."""
     from megatron_tropd.report.html import write_report
 
-    print(write_report(run_dir))
+    print(printable(str(write_report(run_dir))))
 
 
 @app.command()

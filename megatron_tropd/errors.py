@@ -1,8 +1,31 @@
 """The exceptions a user can meet. A message says what is wrong, the value seen, and what to do about it."""
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Write control characters, formatting ones and halves of characters as escapes, all but line breaks and tabs.
+
+    Names of files, words of models and answers of servers are then fit for a terminal, a log and a page.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else _escaped(c) for c in text)
+
+
+def _is_space(character: str) -> bool:
+    return unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class TropdError(Exception):
-    """Root of all errors raised on purpose by this package."""
+    """Root of all errors raised on purpose by this package. What it says is printable, whatever it quotes."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class ConfigError(TropdError, ValueError):

@@ -23,6 +23,7 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
+from megatron_tropd.report.terminal import literal, say
 from megatron_tropd.setup.chat_templates import difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
@@ -137,7 +138,7 @@ def check_plan(config: RunConfig) -> None:
             if found.applies
             else "does not apply: this method is not meant to vanish when student and teacher agree"
         )
-        console.print(f"teacher == student self check {verdict}", highlight=False, soft_wrap=True)
+        say(f"teacher == student self check {verdict}", console=console)
 
 
 def _small(architecture: Architecture, top_k: int) -> Architecture:
@@ -161,7 +162,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
     packs, fill = _expected_packs(config, prompts, sequences)
     packs += len(config.teachers)  # no pack mixes teachers
-    table = Table(title=f"Plan of {config.run_dir}", title_justify="left", show_header=False, box=None)
+    table = Table(title=literal(f"Plan of {config.run_dir}"), title_justify="left", show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),
         ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
@@ -180,7 +181,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("scores", _traffic(config, inputs, sequences)),
         ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
     ):
-        table.add_row(name, value)
+        table.add_row(literal(name), literal(value))
     return table
 
 

@@ -30,7 +30,7 @@ from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model, build_model, check_divisible
 from megatron_tropd.engine.score import pack_alone
 from megatron_tropd.engine.weights import hf_rows, load_weights
-from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.errors import CheckpointError, ConfigError, printable
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.arrays import largest_or_infinite
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
@@ -205,7 +205,7 @@ def _progress(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
 
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 # --------------------------------------------------------------------------- comparing

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_tropd.config.loading import load_config
-from megatron_tropd.errors import ConfigError, ServingError
+from megatron_tropd.errors import ConfigError, ServingError, printable
 
 # so many MiB hold all sequences of a step; vLLM would take a GiB
 _SMALL_CACHE = "rollout.vllm.cache_mib=64"
@@ -70,7 +70,7 @@ def student_server(config: Path, overrides: Sequence[str], *, root: Path) -> Ite
             start_new_session=True,  # with its workers it makes up a group, which ends as one
         )
     try:
-        print(f"starting a vLLM server; it writes to {log}", flush=True)
+        print(printable(f"starting a vLLM server; it writes to {log}"), flush=True)
         _wait_until_well(server, f"http://127.0.0.1:{port}", log)
         yield f"http://127.0.0.1:{port}", key
     finally:

@@ -19,6 +19,7 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.report.progress import Heartbeat
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
 from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import check_finite
@@ -85,7 +86,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
         show_results(results)
         if kept is None:
             left = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
-            Console().print(left, highlight=False, soft_wrap=True)
+            say(left)
         else:
             record_evaluations(kept, results)
 
@@ -108,7 +109,7 @@ def announce(model: str, suites: Sequence[SuiteConfig], problems: Mapping[str, S
         for suite in suites
     )
     text = f"{model}: {sum(counts):,} answers of at most {longest:,} tokens ({parts})"
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+    say(text)
 
 
 def check_numbers(
@@ -193,6 +194,4 @@ def show_results(results: Sequence[Evaluation]) -> None:
             facts.append(f"{result.timed_out} answers took too long to grade and count as wrong")
         if result.left_out:
             facts.append(f"{result.left_out} problems left out (too long, or bad rows)")
-        console.print(
-            f"{result.model}, {result.suite}: {', '.join(facts)}", highlight=False, soft_wrap=True, markup=False
-        )
+        say(f"{result.model}, {result.suite}: {', '.join(facts)}", console=console)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import RolloutConfig, VLLMConfig
@@ -23,6 +22,7 @@ from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
 from megatron_tropd.report.progress import TrainingProgress
+from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import EMBEDDED, ROLLOUT_ENGINES, SamplerContext
 from megatron_tropd.rollout.guidance import make_requests
@@ -277,13 +277,13 @@ def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[st
 
 
 def _conclude(file: ResponseFile, count: int, column: str) -> None:
-    console, out = Console(), file.out
+    out = file.out
     kept = file.finish()
     cut = sum(not row[beside(column, "finished")] for _, row in numbered_rows([out]))
     facts = f"{count} responses in {out} ({cut} cut off by max_new_tokens)"
-    console.print(facts, highlight=False, soft_wrap=True, markup=False)
+    say(facts)
     if kept is not None:
-        console.print(f"the file that was there is kept as {kept}", highlight=False, soft_wrap=True, markup=False)
+        say(f"the file that was there is kept as {kept}")
 
 
 def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.device, longest: int) -> Sampler:

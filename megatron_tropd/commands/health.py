@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.errors import HealthError
+from megatron_tropd.report.terminal import literal
 
 _PACKAGES = ("torch", "megatron-core", "megatron-tropd")
 _MATRIX = {"cpu": 512, "cuda": 8192}  # a product of milliseconds
@@ -367,7 +368,7 @@ def _table(facts: Sequence[Fitness], fabric: Fabric) -> Table:
         here = [fact for fact in facts if fact.host == host]
         speeds = [fact.tflops for fact in here]
         table.add_row(
-            host,
+            literal(host),
             ", ".join(str(fact.rank) for fact in here),
             here[0].device,
             f"{here[0].memory_bytes / 2**30:,.0f}",

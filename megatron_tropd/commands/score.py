@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from rich.console import Console
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.parallel.groups import initialize_distributed
+from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.dispatch import contexts_of, to_rollout
 from megatron_tropd.rollout.engines.recorded import read_rollouts
 from megatron_tropd.rollout.guidance import make_requests
@@ -62,11 +62,9 @@ def score(config: RunConfig) -> Scored:
     if dist.get_rank() == 0:
         size = sum(path.stat().st_size for path in directory.iterdir())
         rate = done.tokens / done.seconds if done.seconds else 0.0
-        Console().print(
+        say(
             f"{done.sequences:,} sequences scored ({done.known:,} were so before), {done.tokens:,} tokens, "
-            f"{rate:,.0f} tokens/s; {directory} holds {size:,} bytes",
-            highlight=False,
-            soft_wrap=True,
+            f"{rate:,.0f} tokens/s; {directory} holds {size:,} bytes"
         )
     return done
 

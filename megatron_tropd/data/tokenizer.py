@@ -215,6 +215,7 @@ class HuggingFaceTokenizer:
         try:
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except Exception as error:  # the Rust library raises plain Exception
+            _refuse_halves(text)
             raise TokenizerError(
                 f"tokenizer {self.path} cannot encode {text[:200]!r}: {error}. "
                 "Its vocabulary may be closed (words it does not know have no token)."
@@ -337,6 +338,18 @@ def _joined(sources: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for source in order for i in sources[source]))
 
 
+def _refuse_halves(text: str) -> None:
+    """Raise TokenizerError for a text that holds half a character, which no tokenizer can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 40) : error.end + 40]
+        raise TokenizerError(
+            f"the text ...{part!r}... holds half a character (a lone surrogate), which is no text. Write it anew as "
+            "UTF-8, or leave the row out."
+        ) from None
+
+
 def _before_end(ids: Iterable[int], ends: Collection[int]) -> list[int]:
     return list(takewhile(lambda i: i not in ends, ids))
 
@@ -386,7 +399,11 @@ class SentencePieceTokenizer:
         return int(self._processor.vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+        try:
+            return list(self._processor.encode(text))
+        except (UnicodeEncodeError, RuntimeError):
+            _refuse_halves(text)
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._processor.decode(list(ids)))

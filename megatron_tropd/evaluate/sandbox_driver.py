@@ -108,7 +108,7 @@ def probe(task: dict[str, Any], program: str) -> None:
 def check_case(task: dict[str, Any], number: int, given: str, expected: str) -> None:
     """Run the program as a script on one standard input, and compare its output."""
     with tempfile.TemporaryFile(dir=".") as stdin, tempfile.TemporaryFile(dir=".") as stdout:
-        stdin.write(given.encode())
+        stdin.write(given.encode("utf-8", "surrogatepass"))
         stdin.seek(0)
         status = in_child(script, task, stdin.fileno(), stdout.fileno())
         stdout.seek(0)

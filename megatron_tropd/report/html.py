@@ -34,6 +34,8 @@ Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, float, float]  # step, value, and its interval
 _MOST_TOKENS = 1500  # shown of one answer
 _NOT_NOISY = {"lr", "prefix_fraction"}
+# what a model or a file says may hold characters that do something elsewhere: the page shows their escapes
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ def write_report(run_dir: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("template.html.j2").render(_context(run_dir))
-    return write_aside(run_dir / "report.html", page)
+    return write_aside(run_dir / "report.html", page.translate(_CONTROLS))
 
 
 def _context(run_dir: Path) -> dict[str, Any]:

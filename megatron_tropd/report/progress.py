@@ -11,6 +11,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_tropd.report.terminal import literal, say
+
 _SHOWN = (
     ("loss", "loss {:.4f}"),
     ("reverse_kl", "reverse KL {:.4f}"),
@@ -84,7 +86,7 @@ class TrainingProgress:
     def say(self, message: str) -> None:
         """Print a line of text above the bar."""
         if self._enabled:
-            self._console.print(message, highlight=False, markup=False)
+            self._console.print(literal(message))
 
     def _line(self, shown: str) -> None:
         now = time.monotonic()
@@ -126,4 +128,4 @@ class Heartbeat:
         started = time.monotonic()
         while not self._over.wait(self._seconds):
             spent = time.monotonic() - started
-            self._console.print(f"{self._what}: {spent:.0f} s so far", highlight=False, markup=False, soft_wrap=True)
+            say(f"{self._what}: {spent:.0f} s so far", console=self._console)

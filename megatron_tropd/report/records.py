@@ -92,7 +92,8 @@ def record_answers(run_dir: str | Path, *, model: str, suite: str, answers: Sequ
 def _file_name(name: str) -> str:
     """Make a name part of a file's; with a few digits of its own where it had to be changed."""
     plain = re.sub(r"[^A-Za-z0-9.=@_]+", "_", name).strip("_.")
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()
+    return plain if plain == name else f"{plain}-{digest[:6]}"
 
 
 def read_evaluations(run_dir: str | Path) -> list[Evaluation]:

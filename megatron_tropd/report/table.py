@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from megatron_tropd.report.records import AFTER, BEFORE, DURING, TEACHER, Evaluation, distance_closed
+from megatron_tropd.report.terminal import literal
 
 
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -23,14 +24,14 @@ def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     )
     table.add_column("", no_wrap=True)
     for suite in suites:
-        table.add_column(suite, justify="right", no_wrap=True)
+        table.add_column(literal(suite), justify="right", no_wrap=True)
     named = (BEFORE, AFTER, TEACHER)
     # the student in mid-training is not a row; a directory of the same name, graded by itself, is
     during = {evaluation.model for evaluation in evaluations if evaluation.step is not None} & {DURING}
     others = [model for model in dict.fromkeys(e.model for e in evaluations) if model not in {*named, *during}]
     for model in (*named, *others):
         if any((model, suite) in found for suite in suites):
-            table.add_row(model, *(_cell(found.get((model, suite))) for suite in suites))
+            table.add_row(literal(model), *(_cell(found.get((model, suite))) for suite in suites))
     left_out = [max((e.left_out for e in evaluations if e.suite == suite), default=0) for suite in suites]
     if any(left_out):
         table.add_section()

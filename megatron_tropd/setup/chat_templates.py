@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import SuiteConfig
@@ -16,6 +15,7 @@ from megatron_tropd.data.prompts import first_prompts
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.report.terminal import literal
 from megatron_tropd.setup.datasets import read_problems, sources_of, teacher_tokenizer
 from megatron_tropd.types import Prompt
 
@@ -111,8 +111,8 @@ def difference_table(found: Sequence[Difference]) -> Table:
         table.add_column(column, overflow="fold")
     for one in found:
         for ours, theirs in one.prompts[:2]:
-            table.add_row(one.role, Text(_cut(ours)), Text(_cut(theirs)))
-        table.add_row(f"{one.role}: ends", Text(one.ends[0]), Text(one.ends[1]))
+            table.add_row(literal(one.role), literal(_cut(ours)), literal(_cut(theirs)))
+        table.add_row(literal(f"{one.role}: ends"), literal(one.ends[0]), literal(one.ends[1]))
     return table
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
-
 from megatron_tropd.data.tokenizer import TEMPLATE, Tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods.options import EndTokens
+from megatron_tropd.report.terminal import say
 
 STUDENT = "student"
 
@@ -68,7 +67,7 @@ def response_ends(
 def tell_ends(ends: ResponseEnds, *, enabled: bool = True) -> None:
     """Print what ends a response, and what is made of it; ``enabled``: on the rank that speaks."""
     for line in ends.lines if enabled else ():
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def stopping_at(tokenizer: Any, ids: tuple[int, ...]) -> Any:

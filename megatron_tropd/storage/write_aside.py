@@ -18,7 +18,8 @@ def write_aside(path: str | Path, content: Content) -> Path:
     """Write a file in one step: a reader sees the old content or the new one, now and after a crash.
 
     Args:
-        content: text (UTF-8), bytes, or a function that writes to the binary file it is given.
+        content: text (UTF-8, half a character as its escape, which JSON has, too), bytes, or a function that writes to
+            the binary file it is given.
 
     Raises:
         StorageError: the file cannot be written. What stood at ``path`` is as it was, and nothing is left aside.
@@ -32,7 +33,7 @@ def write_aside(path: str | Path, content: Content) -> Path:
                 if callable(content):
                     content(file)
                 else:
-                    file.write(content.encode() if isinstance(content, str) else content)
+                    file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
+from megatron_tropd.report.terminal import say
 from megatron_tropd.storage.owned import free_name
 from megatron_tropd.storage.write_aside import storage_errors, sync_directory
 
@@ -43,11 +42,7 @@ def set_aside(run_dir: Path, names: Sequence[str] = RESULTS) -> Path | None:
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name).rename(kept / name)
         sync_directory(run_dir)
-    Console().print(
-        f"{run_dir} held results of an earlier run ({', '.join(found)}): they are in {kept} now",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{run_dir} held results of an earlier run ({', '.join(found)}): they are in {kept} now")
     return kept
 
 

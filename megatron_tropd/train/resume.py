@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 
 from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.engine.checkpoint import content_fault, find_checkpoint, load_checkpoint, read_state
 from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.report.terminal import say
 from megatron_tropd.setup.build import Run
 from megatron_tropd.setup.validate import FINGERPRINTS
 from megatron_tropd.train.earlier_run import CHECKPOINTS, set_aside, set_aside_later
@@ -60,7 +60,7 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
     queue.restore(checkpoint, steps)
     if run.world.is_first:
-        Console().print(f"resuming from {checkpoint} ({steps} steps done)", highlight=False, soft_wrap=True)
+        say(f"resuming from {checkpoint} ({steps} steps done)")
     return steps
 
 

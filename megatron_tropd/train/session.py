@@ -36,6 +36,7 @@ from megatron_tropd.report.records import (
 )
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
@@ -304,6 +305,6 @@ def _conclude(config: RunConfig) -> None:
     if evaluations:
         console.print(accuracy_table(evaluations))
     if config.export.hf is not None:
-        console.print(f"trained student: {config.export.hf}", highlight=False, soft_wrap=True)
+        say(f"trained student: {config.export.hf}", console=console)
     if config.report.html:
-        console.print(f"report: {write_report(config.run_dir)}", highlight=False, soft_wrap=True)
+        say(f"report: {write_report(config.run_dir)}", console=console)

@@ -345,3 +345,10 @@ def test_importing_the_room_does_not_import_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_half_a_character_is_refused_by_name_whatever_the_tokenizer(tmp_path):
+    pieces = load_tokenizer(save_sentencepiece(tmp_path / "spm.model"))
+    for tokenizer in (pieces, load_tokenizer(save_byte_bpe(tmp_path / "hf"))):
+        with pytest.raises(TokenizerError, match=r"'the \\ud800 of'.* holds half a character \(a lone surrogate\)"):
+            tokenizer.encode("the \ud800 of")
