@@ -15,8 +15,8 @@ REQUIRED = os.environ.get("MEGATRON_TROPD_REQUIRE_COMPILED", "0") not in ("", "0
 
 extension = Pybind11Extension(
     "megatron_tropd._C",
-    sources=["csrc/bindings.cpp", "csrc/packing.cpp", "csrc/stream.cpp"],
-    depends=["csrc/integer_set.hpp", "csrc/packing.hpp", "csrc/stream.hpp"],
+    sources=["csrc/bindings.cpp", "csrc/forest.cpp", "csrc/packing.cpp", "csrc/stream.cpp"],
+    depends=["csrc/forest.hpp", "csrc/integer_set.hpp", "csrc/packing.hpp", "csrc/stream.hpp"],
     cxx_std=17,
     extra_compile_args=["-O3"],
     optional=not REQUIRED,

@@ -39,14 +39,15 @@ Ints longest_first(const int64_t* lengths, const int64_t* ids, std::size_t n) {
 
 // The plan while it is being made. Sequences are known by their rank (0 is the longest).
 struct Plan {
-  int64_t capacity, linear_work;
+  int64_t capacity;
   Ranks length;                   // per rank
+  Ints work_of;                   // per rank
   Ranks pack_of;                  // per rank
   Ints pack_work, free, members;  // per pack
   Ints replica_of;                // per pack
   Ints load;                      // per replica
 
-  int64_t work(std::size_t rank) const { return length[rank] * (linear_work + length[rank]); }
+  int64_t work(std::size_t rank) const { return work_of[rank]; }
   int64_t num_packs() const { return static_cast<int64_t>(free.size()); }
 
   void reset_packs(int64_t count) {
@@ -296,18 +297,28 @@ Assignment number_packs(const Plan& plan, const Ints& sorted) {
 
 }  // namespace
 
-Assignment assign_packs(const int64_t* lengths, const int64_t* ids, std::size_t n, int64_t capacity,
-                        int64_t num_replicas, int64_t linear_work) {
-  const Ints sorted = longest_first(lengths, ids, n);
-  Plan plan{capacity, linear_work, Ranks(n), Ranks(n), {}, {}, {}, {}, {}};
-  for (std::size_t rank = 0; rank < n; ++rank) plan.length[rank] = static_cast<int32_t>(lengths[sorted[rank]]);
-  const int64_t total = std::accumulate(lengths, lengths + n, int64_t{0});
+Assignment assign_items(const int64_t* sizes, const int64_t* works, const int64_t* ids, std::size_t n, int64_t capacity,
+                        int64_t num_replicas) {
+  const Ints sorted = longest_first(sizes, ids, n);
+  Plan plan{capacity, Ranks(n), Ints(n), Ranks(n), {}, {}, {}, {}, {}};
+  for (std::size_t rank = 0; rank < n; ++rank) {
+    plan.length[rank] = static_cast<int32_t>(sizes[sorted[rank]]);
+    plan.work_of[rank] = works[sorted[rank]];
+  }
+  const int64_t total = std::accumulate(sizes, sizes + n, int64_t{0});
   best_fit(plan, total);
   const int64_t rounds = (plan.num_packs() + num_replicas - 1) / num_replicas;
   if (num_replicas > 1) open_packs(plan, rounds * num_replicas, total);
   deal(plan, num_replicas);
   rebalance(plan);
   return number_packs(plan, sorted);
+}
+
+Assignment assign_packs(const int64_t* lengths, const int64_t* ids, std::size_t n, int64_t capacity,
+                        int64_t num_replicas, int64_t linear_work) {
+  Ints works(n);
+  for (std::size_t i = 0; i < n; ++i) works[i] = lengths[i] * (linear_work + lengths[i]);
+  return assign_items(lengths, works.data(), ids, n, capacity, num_replicas);
 }
 
 }  // namespace tropd

@@ -27,4 +27,8 @@ struct Assignment {
 Assignment assign_packs(const int64_t* lengths, const int64_t* ids, std::size_t n, int64_t capacity,
                         int64_t num_replicas, int64_t linear_work);
 
+// The same for items whose work is given, and need not follow from their size. Preconditions as above.
+Assignment assign_items(const int64_t* sizes, const int64_t* works, const int64_t* ids, std::size_t n, int64_t capacity,
+                        int64_t num_replicas);
+
 }  // namespace tropd

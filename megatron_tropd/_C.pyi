@@ -1,4 +1,4 @@
-"""Compiled twins of the functions in ``megatron_tropd.data.packing.reference``; same contract, same numbers."""
+"""Compiled twins of functions of ``data.packing.reference`` and ``data.packing.forest``; same contract and numbers."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,15 @@ INTERFACE: int
 
 def assign_packs(
     lengths: _Int64Array, sequence_ids: _Int64Array, *, capacity: int, num_replicas: int, linear_work: int
+) -> tuple[_Int64Array, _Int64Array]: ...
+def assign_items(
+    sizes: _Int64Array, works: _Int64Array, ids: _Int64Array, *, capacity: int, num_replicas: int
+) -> tuple[_Int64Array, _Int64Array]: ...
+def trie_order(
+    tokens: _Int64Array, lengths: _Int64Array, sequence_ids: _Int64Array
+) -> tuple[_Int64Array, _Int64Array]: ...
+def find_rows(
+    tokens: _Int64Array, lengths: _Int64Array, pack_offsets: _Int64Array, token_offsets: _Int64Array
 ) -> tuple[_Int64Array, _Int64Array]: ...
 def build_stream(
     tokens: _Int64Array,

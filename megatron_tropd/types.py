@@ -148,6 +148,9 @@ class Pack:
     sequence_ids: Int64Array  # [S] in stream order
     num_valid: int  # predictions in PREFIX or CONTINUATION
     teacher: str = ""  # name of the one teacher that scores all of its sequences
+    row_T: Int64Array | None = None  # which row computes each token, -1 for padding; None: every token is its own.
+    #                                  Tokens with equal histories are one row, numbered in order of first appearance
+    num_rows: int = 0  # rows of ``row_T``, rounded up to ``multiple_of``: the last ones may be padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 Compared on seeded long-tail lengths, for the assignment of sequences to packs (the part that is a bin-packing
 problem): the compiled packer, its plain twin, and two pure-Python first-fit-decreasing packers: the classic scan over
 all open packs, and a fair fast one with a tournament tree. Every figure is measured, none extrapolated. The time to
-build the per-token arrays is given separately, for the compiled packer and its twin.
+build the per-token arrays is given separately, for the compiled packer and its twin. Last, the whole of packing forests
+(groups of 8 that share a prompt) beside that of packing the same sequences as if they shared nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.data.packing import LINEAR_WORK, backend
+from megatron_tropd.data.packing import LINEAR_WORK, FlatSequences, backend, pack_flat, pack_work, shared_lengths
 from megatron_tropd.data.packing import reference as packing_reference
 from megatron_tropd.types import Int64Array, Region
 
@@ -44,6 +45,24 @@ class PackingRow:
     replica_imbalance: float | None = None  # heaviest replica's work / mean - 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForestRow:
+    """Packs of sequences that share prompts, beside plain ones of the same sequences."""
+
+    tokens: int
+    rows: int  # that are computed
+    plain_seconds: float  # of processor time, arrays included; least of the repetitions
+    seconds: float
+    packs: int
+    fill: float  # rows / (packs * budget)
+    imbalance: float  # heaviest replica's work / mean - 1
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times the processor time of plain packs it takes."""
+        return self.seconds / self.plain_seconds
+
+
 # --------------------------------------------------------------------------- the problem and its bound
 
 
@@ -51,6 +70,26 @@ def long_tail_lengths(count: int, *, max_tokens: int, seed: int = 0) -> Int64Arr
     """Draw lognormal lengths (median ``max_tokens / 32``, sigma 1), clipped to [2, max_tokens]: [count]."""
     draws = np.random.default_rng(seed).lognormal(math.log(max_tokens / 32), 1.0, count)
     return np.clip(draws, 2, max_tokens).astype(np.int64)
+
+
+def grouped_sequences(count: int, *, group: int, max_tokens: int, seed: int = 0) -> FlatSequences:
+    """Draw ``count`` sequences in groups that share a prompt: prompts and answers lognormal, half of the median each.
+
+    A group's rows fit a pack, or nearly always do.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = np.clip(rng.lognormal(math.log(max_tokens / 64), 1.0, count // group), 1, max_tokens // 2)
+    answers = np.clip(rng.lognormal(math.log(max_tokens / 64), 1.0, count), 1, max_tokens // 2).astype(np.int64)
+    prompt_S = np.repeat(prompts.astype(np.int64), group)
+    lengths = prompt_S + answers
+    start_S = np.cumsum(lengths) - lengths
+    at = np.arange(int(lengths.sum())) - np.repeat(start_S, lengths)
+    in_prompt = at < np.repeat(prompt_S, lengths)
+    tokens = rng.integers(0, 50_000, len(at))
+    first_of_group = np.repeat(start_S[::group], group)
+    tokens[in_prompt] = tokens[(np.repeat(first_of_group, lengths) + at)[in_prompt]]
+    regions = np.where(in_prompt, Region.PROMPT, Region.CONTINUATION).astype(np.uint8)
+    return FlatSequences(tokens=tokens, regions=regions, lengths=lengths, sequence_ids=np.arange(count))
 
 
 def fewest_packs(lengths: Int64Array, capacity: int) -> int:
@@ -190,6 +229,28 @@ def measure_build(lengths: Int64Array, *, max_tokens: int) -> dict[str, float]:
     }
 
 
+def measure_forest(flat: FlatSequences, *, max_tokens: int, replicas: int, repetitions: int = 3) -> ForestRow:
+    """Pack the same sequences with and without sharing, in turns."""
+    seconds: dict[bool, float] = {False: math.inf, True: math.inf}
+    for _ in range(repetitions):
+        for share in seconds:
+            start = time.process_time()
+            found = pack_flat(flat, max_tokens=max_tokens, num_replicas=replicas, share_prefixes=share)
+            seconds[share] = min(seconds[share], time.process_time() - start)
+    packs = [one for own in found for one in own]
+    rows = sum(int(one.cu_seqlens[len(one.sequence_ids)]) - int(shared_lengths(one).sum()) for one in packs)
+    work = np.array([sum(pack_work(one) for one in own) for own in found])
+    return ForestRow(
+        tokens=len(flat.tokens),
+        rows=rows,
+        plain_seconds=seconds[False],
+        seconds=seconds[True],
+        packs=len(packs),
+        fill=rows / (len(packs) * max_tokens),
+        imbalance=float(work.max() / work.mean() - 1),
+    )
+
+
 def _print(console: Console, rows: list[PackingRow], *, title: str) -> None:
     table = Table(title=title, caption="FFD: first-fit decreasing in pure Python, assignment to packs only")
     for heading in ("packer", "runs", "time", "ratio", "packs", "bound/packs", "imbalance"):
@@ -233,8 +294,17 @@ def main(
         console.print(
             f"arrays of {tokens:,} tokens, {name}: {seconds * 1e3:,.1f} ms ({tokens / seconds / 1e6:,.0f} M/s)"
         )
+    forest = measure_forest(
+        grouped_sequences(sequences, group=8, max_tokens=max_tokens), max_tokens=max_tokens, replicas=replicas
+    )
+    console.print(
+        f"forests of {forest.tokens:,} tokens in groups of 8: {forest.rows:,} rows in {forest.packs:,} packs, fill "
+        f"{forest.fill:.4f}, imbalance {forest.imbalance:.4%}; {forest.seconds * 1e3:,.0f} ms, {forest.ratio:.2f} x "
+        f"plain packs of the same"
+    )
     if json_path is not None:
         figures = {
+            "forest": asdict(forest),
             "backend": backend(),
             "sequences": sequences,
             "max_tokens": max_tokens,

@@ -299,7 +299,7 @@ def test_a_division_that_cannot_be_is_refused_with_the_rule(
 # --------------------------------------------------------------------------- orders and messages
 
 
-def random_packs(replicas: int) -> list[list[Pack]]:
+def random_packs(replicas: int, *, share_prefixes: bool = False) -> list[list[Pack]]:
     generator = np.random.default_rng(3)
     rollouts = []
     for number, length in enumerate((9, 17, 5, 12, 7, 21, 6)):
@@ -314,19 +314,25 @@ def random_packs(replicas: int) -> list[list[Pack]]:
                 finished=True,
             )
         )
-    return pack(rollouts, max_tokens=24, multiple_of=8, num_replicas=replicas)
+    rollouts[3] = replace(rollouts[3], token_ids=np.append(rollouts[0].token_ids, [50, 51, 52]))
+    return pack(rollouts, max_tokens=24, multiple_of=8, num_replicas=replicas, share_prefixes=share_prefixes)
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_an_order_arrives_as_it_was_given(replicas: int):
-    packs = random_packs(replicas)
+def test_an_order_arrives_as_it_was_given(replicas: int, share: bool):
+    packs = random_packs(replicas, share_prefixes=share)
+    assert {one.row_T is None for part in packs for one in part} == ({True, False} if share else {True})
     spec = TeacherRequest(top_k=5, queries=2, tail_mass=True, end_ids=(3, 1))
     facts = {"vocab_size": 49, "temperature": 0.7}
     found, asked, told = decode_request(encode_request(packs, spec, facts))
     assert asked == spec and told == facts
     assert [len(part) for part in found] == [len(part) for part in packs] and len(packs[0]) > 1
     for a, b in zip((p for part in found for p in part), (p for part in packs for p in part), strict=True):
-        assert a.num_valid == b.num_valid and a.teacher == b.teacher == ""
+        assert a.num_valid == b.num_valid and a.num_rows == b.num_rows and a.teacher == b.teacher == ""
+        assert (a.row_T is None) == (b.row_T is None)
+        if b.row_T is not None:
+            np.testing.assert_array_equal(a.row_T, b.row_T)
         for name in ("token_T", "target_T", "position_T", "region_T", "sequence_T", "cu_seqlens", "sequence_ids"):
             one, other = getattr(a, name), getattr(b, name)
             assert one.dtype == other.dtype and np.array_equal(one, other), name

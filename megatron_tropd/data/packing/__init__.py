@@ -1,6 +1,23 @@
 """Packing of whole sequences into fixed-budget streams: ``pack``, its validation, the plain twin of the C++ core."""
 
-from megatron_tropd.data.packing.api import LINEAR_WORK, FlatSequences, backend, pack, pack_flat, pack_work
+from megatron_tropd.data.packing.api import (
+    LINEAR_WORK,
+    FlatSequences,
+    backend,
+    pack,
+    pack_flat,
+    pack_work,
+    shared_lengths,
+)
 from megatron_tropd.data.packing.validate import check_regions
 
-__all__ = ["LINEAR_WORK", "FlatSequences", "backend", "check_regions", "pack", "pack_flat", "pack_work"]
+__all__ = [
+    "LINEAR_WORK",
+    "FlatSequences",
+    "backend",
+    "check_regions",
+    "pack",
+    "pack_flat",
+    "pack_work",
+    "shared_lengths",
+]

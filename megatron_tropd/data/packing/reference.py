@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tropd.data.packing.forest import find_rows, trie_order
 from megatron_tropd.types import LOSS_REGIONS, Int64Array, Region, UInt8Array
+
+__all__ = ["StreamArrays", "assign_items", "assign_packs", "build_stream", "find_rows", "trie_order"]
 
 StreamArrays = tuple[
     Int64Array,
@@ -75,10 +78,17 @@ def assign_packs(
         ``order`` [n] and ``pack_offsets`` [P+1]: pack p holds ``order[pack_offsets[p]:pack_offsets[p+1]]`` (indices
         into the input), longest first; replica r owns packs r*P/R to (r+1)*P/R, most work first.
     """
-    sorted_ = np.lexsort((sequence_ids, -lengths)).astype(np.int64)
-    length = lengths[sorted_]
+    works = lengths * (linear_work + lengths)
+    return assign_items(lengths, works, sequence_ids, capacity=capacity, num_replicas=num_replicas)
+
+
+def assign_items(
+    sizes: Int64Array, works: Int64Array, ids: Int64Array, *, capacity: int, num_replicas: int
+) -> tuple[Int64Array, Int64Array]:
+    """Assign as ``assign_packs`` items whose work is given, and need not follow from their size."""
+    sorted_ = np.lexsort((ids, -sizes)).astype(np.int64)
+    length, work = sizes[sorted_], works[sorted_]
     pack_of = _best_fit(length.tolist(), capacity)
-    work = length * (linear_work + length)
     plan = _make_plan(length, work, pack_of, num_packs=int(pack_of.max()) + 1, capacity=capacity)
     if num_replicas > 1:
         plan = _open_packs(plan, count=-(-len(plan.free) // num_replicas) * num_replicas, capacity=capacity)

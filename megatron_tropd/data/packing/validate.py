@@ -126,6 +126,15 @@ def check_budget(*, max_tokens: int, multiple_of: int, num_replicas: int, linear
     return capacity
 
 
+def check_boundaries(tokens_P: Int64Array) -> None:
+    """Refuse packs whose tokens 32-bit boundaries cannot count: rows have a budget, their tokens need not."""
+    if int(tokens_P.max()) > np.iinfo(np.int32).max:
+        raise DataError(
+            f"a pack has {int(tokens_P.max())} tokens that share rows, more than 32-bit cu_seqlens can count. Lower "
+            "max_tokens (train.pack_tokens), or pack without sharing (train.share_prefixes)."
+        )
+
+
 def check_sequences(flat: FlatSequences, *, capacity: int, linear_work: int, max_tokens: int) -> None:
     """Refuse, by name of the first offender, every sequence that cannot be packed. Vectorized over sequences."""
     _check_shapes(flat)

@@ -32,7 +32,12 @@ from megatron_tropd.types import Pack, TeacherOutputs
 
 _OF_TOKENS = ("token_T", "target_T", "position_T", "region_T", "sequence_T")
 _OVER, _WITHDRAWN = 0, -1  # in place of a request's length: there will be no more
-_FIELDS = {**dict.fromkeys(_OF_TOKENS, "tokens"), "cu_seqlens": "bounds", "sequence_ids": "sequences"}
+_FIELDS = {
+    **dict.fromkeys(_OF_TOKENS, "tokens"),
+    "cu_seqlens": "bounds",
+    "sequence_ids": "sequences",
+    "row_T": "mapped",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +171,13 @@ def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, fac
         "bounds": np.array([len(pack.cu_seqlens) for pack in flat], np.int64),
         "sequences": np.array([len(pack.sequence_ids) for pack in flat], np.int64),
         "num_valid": np.array([pack.num_valid for pack in flat], np.int64),
+        "mapped": np.array([0 if pack.row_T is None else len(pack.row_T) for pack in flat], np.int64),
+        "num_rows": np.array([pack.num_rows for pack in flat], np.int64),
     }
-    return save(arrays | {name: np.concatenate([getattr(pack, name) for pack in flat]) for name in _FIELDS})
+    empty = np.empty(0, np.int64)  # in place of a map from tokens to rows that a pack does not have
+    columns = {name: [getattr(pack, name) for pack in flat] for name in _FIELDS}
+    columns["row_T"] = [empty if row_T is None else row_T for row_T in columns["row_T"]]
+    return save(arrays | {name: np.concatenate(column) for name, column in columns.items()})
 
 
 def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[str, Any]]:
@@ -176,9 +186,11 @@ def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[
     header = json.loads(arrays["header"].tobytes())
     columns = {name: np.split(arrays[name], np.cumsum(arrays[of])[:-1]) for name, of in _FIELDS.items()}
     flat = []
-    for number, valid in enumerate(arrays["num_valid"].tolist()):
+    counts = zip(arrays["num_valid"].tolist(), arrays["num_rows"].tolist(), strict=True)
+    for number, (valid, rows) in enumerate(counts):
         fields: dict[str, Any] = {name: column[number] for name, column in columns.items()}
-        flat.append(Pack(num_valid=valid, **fields))
+        fields["row_T"] = fields["row_T"] if len(fields["row_T"]) else None
+        flat.append(Pack(num_valid=valid, num_rows=rows, **fields))
     each = len(flat) // header["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
     request = header["request"]
