@@ -23,6 +23,7 @@ from rich.console import Console
 from megatron_tropd.errors import ConfigError, TropdError, printable
 from megatron_tropd.parallel.launch import check_launcher, check_variables
 from megatron_tropd.parallel.leaving import leave
+from megatron_tropd.progress.phases import Heartbeat, Phase
 
 if TYPE_CHECKING:
     from megatron_tropd.commands.generate import Sampling
@@ -36,6 +37,8 @@ app = typer.Typer(
 
 # how long a rank that failed waits for the first one to have said why
 _PATIENCE_S = 3.0
+# verbs that end by themselves, but may take long
+_LONG = ("train", "generate", "score", "evaluate", "check", "convert", "report")
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
@@ -61,9 +64,11 @@ def main() -> None:
     logs = logging.StreamHandler()
     logs.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[logs], level=logging.WARNING if first else logging.ERROR)
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         check_variables(os.environ)
-        app()
+        with Heartbeat(enabled=first and verb in _LONG), Phase(f"tropd {verb}"):
+            app()
     except (TropdError, OSError) as error:
         if not isinstance(error, TropdError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
+from megatron_tropd.progress.phases import Phase
+from megatron_tropd.report.table import print_titled
 from megatron_tropd.report.terminal import literal, say
-from megatron_tropd.setup.chat_templates import difference_table, template_differences
+from megatron_tropd.setup.chat_templates import DIFFERENCES, difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import DTYPES, Inputs, check_export, layout_of, read_inputs, sequences_per_step
@@ -121,17 +124,21 @@ def check_plan(config: RunConfig) -> None:
     )
     optimization = optimize(small, OptimizerConfig(lr=1e-3), steps=1)
     method = replace(inputs.method, end_ids=tuple(range(len(inputs.method.end_ids))))  # the model's ids are fewer
-    found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+    with Phase("self check"):
+        found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
     if dist.get_rank() == 0:
         console = Console()
         tell_ends(inputs.ends)
-        console.print(_plan_table(config, inputs))
+        print_titled(console, f"Plan of {config.run_dir}", _plan_table(config, inputs))
         if differences := template_differences(config, inputs.tokenizer):
-            console.print(difference_table(differences))
-        console.print(_memory_table(memory, config))
+            print_titled(console, DIFFERENCES, difference_table(differences))
+        print_titled(console, "Estimated memory of the fullest rank, MiB", _memory_table(memory, config))
+        if device.type == "cpu":
+            console.print(f"beside it, Python and its libraries, as here: {_resident_bytes() / _MIB:,.0f}")
         if config.teacher.ranks:
             console.print(f"on each of the teacher's own ranks {_teacher_bytes(config, inputs) / _MIB:,.1f}")
-        console.print(_token_table(config, inputs))
+        title = f"Tensors with a row per token, {_tokens_of_rank(config):,} tokens of a pack on a rank"
+        print_titled(console, title, _token_table(config, inputs))
         verdict = (
             f"passed: loss {found.loss:.1e}, gradient {found.gradient:.1e} of maximum likelihood's "
             f"(at most {found.tolerance:.0e})"
@@ -139,6 +146,15 @@ def check_plan(config: RunConfig) -> None:
             else "does not apply: this method is not meant to vanish when student and teacher agree"
         )
         say(f"teacher == student self check {verdict}", console=console)
+
+
+def _resident_bytes() -> int:
+    """Return the memory of this process, in which everything is imported and nothing large is loaded."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _tokens_of_rank(config: RunConfig) -> int:
+    return config.train.pack_tokens // config.student.parallel.context
 
 
 def _small(architecture: Architecture, top_k: int) -> Architecture:
@@ -162,7 +178,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
     packs, fill = _expected_packs(config, prompts, sequences)
     packs += len(config.teachers)  # no pack mixes teachers
-    table = Table(title=literal(f"Plan of {config.run_dir}"), title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),
         ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
@@ -216,7 +232,8 @@ def _ranks(config: RunConfig) -> str:
     models = [config.student.parallel, *others, config.base_parallel]
     models += [] if own else [config.teacher.parallel]
     sizes = [*(parallel.smallest_world for parallel in models), config.rollout.parallel.tensor]
-    multiple = f"a multiple of {int(np.lcm.reduce(sizes))}"
+    size = int(np.lcm.reduce(sizes))
+    multiple = "any number" if size == 1 else f"a multiple of {size}"
     return f"{multiple}, and {own} for the teacher alone" if own else multiple
 
 
@@ -262,7 +279,7 @@ def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> 
 
 
 def _memory_table(memory: Memory, config: RunConfig) -> Table:
-    table = Table(title="Estimated memory of the fullest rank, MiB", title_justify="left", box=None, show_header=False)
+    table = Table(box=None, show_header=False)
     leaves = leaving(rollout=config.rollout, teacher=config.teacher, optimizer=config.optimizer)
     phases = {f"in all while {phase}": size for phase, size in by_phase(memory.parts, leaves).items()}
     for name, size in (memory.parts | phases).items():
@@ -272,7 +289,7 @@ def _memory_table(memory: Memory, config: RunConfig) -> Table:
 
 def _token_table(config: RunConfig, inputs: Inputs) -> Table:
     """List every tensor with a row per token: what a longer pack makes longer."""
-    layout, tokens = layout_of(config.student.parallel), config.train.pack_tokens // config.student.parallel.context
+    layout, tokens = layout_of(config.student.parallel), _tokens_of_rank(config)
     rows = per_token_bytes(
         inputs.student,
         inputs.teacher,
@@ -281,9 +298,7 @@ def _token_table(config: RunConfig, inputs: Inputs) -> Table:
         itemsize=DTYPES[config.dtype].itemsize,
         recompute=config.student.recompute,
     )
-    table = Table(
-        title=f"Tensors with a row per token, {tokens:,} tokens of a pack on a rank", title_justify="left", box=None
-    )
+    table = Table(box=None)
     for column in ("", "bytes per token", "MiB"):
         table.add_column(column, justify="right" if column else "left")
     for name, size in rows.items():

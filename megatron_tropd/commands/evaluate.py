@@ -16,9 +16,8 @@ from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
-from megatron_tropd.report.progress import Heartbeat
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
-from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.report.table import print_accuracies
 from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
@@ -70,8 +69,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     results: list[Evaluation] = []
     for name, path in models.items():
         step, (own, own_problems) = 0 if name == BEFORE else None, posed[name]
-        with Heartbeat(f"loading {path}", enabled=dist.get_rank() == 0):
-            sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
+        sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
         check_numbers(sampler, own_problems, own, name)
         results += answer_suites(
             sampler,
@@ -160,8 +158,7 @@ def evaluate_model(
     name = model.absolute().name
     announce(name, whole, problems)
     groups = GroupBuilder().build(Layout(tensor=tensor))
-    with Heartbeat(f"loading {model}", enabled=dist.get_rank() == 0):
-        sampler = sampler_of(model, groups, dtype=DTYPES[dtype], device=device)
+    sampler = sampler_of(model, groups, dtype=DTYPES[dtype], device=device)
     check_numbers(sampler, problems, tokenizer, str(model))
     results = answer_suites(
         sampler,
@@ -181,7 +178,7 @@ def evaluate_model(
 def show_results(results: Sequence[Evaluation]) -> None:
     """Print the table of accuracies, and a line for every suite with more to say."""
     console = Console()
-    console.print(accuracy_table(results))
+    print_accuracies(console, results)
     for result in results:
         facts = [f"mean length {result.mean_length:.0f} tokens"]
         if result.finished is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.parallel.groups import initialize_distributed
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.dispatch import contexts_of, to_rollout
 from megatron_tropd.rollout.engines.recorded import read_rollouts
@@ -76,8 +78,9 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
     teacher = build_teacher(config, inputs, load_teacher(config, world), world)
     known, done = _Known(Store(directory), request), Scored()
     dist.barrier()  # everyone has seen the same scores
-    try:
-        for rollouts in _batches(config, inputs):
+    phase = Phase("batches scored", total=_count_batches(config, inputs))
+    with phase, contextlib.closing(teacher):
+        for rollouts in phase.watch(_batches(config, inputs)):
             fresh = [rollout for rollout in rollouts if known.is_new(rollout)]
             done.known += len(rollouts) - len(fresh)
             if not fresh:
@@ -89,8 +92,6 @@ def _score(config: RunConfig, inputs: Inputs, directory: Path) -> Scored:
             done.sequences += len(fresh)
             done.tokens += sum(pack.num_valid for replica in packs for pack in replica)
         dist.barrier()
-    finally:
-        teacher.close()
     return done
 
 
@@ -119,6 +120,11 @@ class _Known:
 def _loss_positions(rollout: Rollout) -> Int64Array:
     """List the predictions of a rollout that carry loss."""
     return np.flatnonzero(np.isin(rollout.region_L[1:], LOSS_REGIONS))
+
+
+def _count_batches(config: RunConfig, inputs: Inputs) -> int:
+    recorded = config.rollout.recorded_from is not None
+    return config.train.steps if recorded else -(-len(inputs.prompts) // config.train.prompts_per_step)
 
 
 def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:

@@ -15,6 +15,7 @@ from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.name_table import EMBEDDING, OUTPUT, hf_shapes
 from megatron_tropd.models.registry import architecture_of
 from megatron_tropd.models.rules import strips
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.storage.kinds import adapter_base, foreign_kind
 from megatron_tropd.types import Architecture
 
@@ -168,13 +169,14 @@ def weights_fingerprint(directory: str | Path) -> str | None:
     except CheckpointError:
         return None
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name]
-        digest.update(json.dumps([name, tensor.kind, tensor.shape]).encode())
-        for rows in (slice(0, 1), slice(-1, None)) if len(tensor.shape) > 1 else (slice(0, _SAMPLE),):
-            try:
-                values = tensor[rows].reshape(-1)[:_SAMPLE].contiguous()
-            except CheckpointError:  # quantized: its names and shapes have to do
-                continue
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+    with Phase(f"identifying the weights of {directory}", total=len(weights)) as phase:
+        for name in phase.watch(sorted(weights)):
+            tensor = weights[name]
+            digest.update(json.dumps([name, tensor.kind, tensor.shape]).encode())
+            for rows in (slice(0, 1), slice(-1, None)) if len(tensor.shape) > 1 else (slice(0, _SAMPLE),):
+                try:
+                    values = tensor[rows].reshape(-1)[:_SAMPLE].contiguous()
+                except CheckpointError:  # quantized: its names and shapes have to do
+                    continue
+                digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from megatron_tropd.data.rows import Columns, RowParser, Source
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -118,13 +119,13 @@ class _Reading:
         parser = RowParser(source, tokenizer, require_response=self.limits.require_response, notes=notes)
         kept, too_long, bad = len(self.table), len(self.too_long), len(self.bad)
         most = self.limits.max_rows
-        with closing(self._rows(files, parser)) as rows:
-            for file, row in rows:
+        what = source.name or ", ".join(map(str, files))
+        with closing(self._rows(files, parser)) as rows, Phase(f"reading {what}") as phase:
+            for file, row in phase.watch(rows):
                 notes.place = f"{file}:{row.number}"
                 self._take(file, row, parser)
                 if most is not None and len(self.table) - kept == most:
                     break
-        what = source.name or ", ".join(map(str, files))
         notes.tell(what)
         if unseen := parser.unseen_columns():
             logger.warning("%s: the template reads %s, which no row has", what, ", ".join(map(repr, unseen)))

@@ -31,6 +31,7 @@ from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.storage.checksums import FileRecord, files_below, first_fault, record_files
 from megatron_tropd.storage.owned import beside, free_name, remove_files
 from megatron_tropd.storage.write_aside import rename_directory, storage_errors, sync_tree, write_aside
@@ -44,6 +45,8 @@ _OUR_FILES = re.compile(
     rf"|ahead/[\w.-]+\.(npz|partial)|{COMPANIONS}/.*"
 )
 _NO_ROOM = 1 << 16  # bytes left on a disk that is full
+# what torch's writer of archives says when the system took less than it was given
+_SHORT_WRITES = ("No space left", "unexpected pos", "Disk quota exceeded")
 _OTHER_STEP = "Name another with checkpoint.resume=PATH, or start afresh with checkpoint.resume=never."
 _UNREADABLE = (
     CheckpointException,
@@ -85,7 +88,7 @@ def save_checkpoint(
     """
     root = Path(root)
     target = _directory(root, step)
-    with optimization.states.present():
+    with optimization.states.present(), Phase(f"writing {target}"):
         with use_parallel_state(model.groups):
             sharded = _sharded_state(model, optimization, loading=False)
         _write_whole(target, sharded, {"step": step, **state}, model, beside_it=beside_it)
@@ -104,9 +107,10 @@ def save_model(
     Args:
         companions: config and tokenizer files by their names in its directory ``hf``.
     """
-    with use_parallel_state(model.groups):
-        sharded = _sharded_model(model)
-    _write_whole(target, sharded, {"step": 0, **state}, model, companions)
+    with Phase(f"writing {target}"):
+        with use_parallel_state(model.groups):
+            sharded = _sharded_model(model)
+        _write_whole(target, sharded, {"step": 0, **state}, model, companions)
 
 
 def _write_whole(
@@ -151,13 +155,14 @@ def _saying_why(target: Path) -> Iterator[None]:
     with storage_errors(target):
         try:
             yield
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             found: BaseException | None = error
             while found is not None and not isinstance(found, OSError):
                 found = found.__cause__ or found.__context__
             if isinstance(found, OSError):
                 raise found from error
-            if "No space left" in str(error) or shutil.disk_usage(_existing(target)).free < _NO_ROOM:
+            short = any(text in str(error) for text in _SHORT_WRITES)
+            if short or shutil.disk_usage(_existing(target)).free < _NO_ROOM:
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
 
@@ -271,7 +276,8 @@ def content_fault(checkpoint: str | Path) -> str | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = {name: records[name] for name in sorted(records)[rank::ranks]}
     faults: list[str | None] = [None] * ranks
-    dist.all_gather_object(faults, first_fault(Path(checkpoint), mine, content=True))
+    with Phase(f"comparing checksums of {checkpoint}"):
+        dist.all_gather_object(faults, first_fault(Path(checkpoint), mine, content=True))
     return next((fault for fault in faults if fault is not None), None)
 
 
@@ -297,7 +303,8 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     """
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
-    with optimization.states.present(), use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)):
+    reading = Phase(f"reading {checkpoint}")
+    with optimization.states.present(), use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)), reading:
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
@@ -323,7 +330,8 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
     read_state(checkpoint)
     check_contents(checkpoint)
     check_metadata(Path(checkpoint))
-    with use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)):
+    reading = Phase(f"reading {checkpoint}")
+    with use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)), reading:
         # weights alone: what else a module saves comes as pickles, and is nothing here
         sharded = {
             key: {name: part for name, part in chunk.items() if not name.endswith("_extra_state")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,12 +84,14 @@ def decode_batch(
     params: SamplingParams,
     *,
     vocab_size: int,
+    on_token: Callable[[int, int], None] = lambda count, alive: None,
 ) -> list[Continuation]:
     """Continue every context by at most its budget (>= 1) tokens with ids below ``vocab_size``.
 
     Args:
         contexts: token ids, one array per row, at least one token each.
         uniforms_BL: ``[B, max budget]`` numbers in [0, 1): token ``i`` of a row uses column ``i``.
+        on_token: called with the number of tokens written of each row, and of rows that are still written to.
     """
     device, max_new = model.device, max(budgets)
     uniforms = torch.from_numpy(uniforms_BL).to(device)
@@ -118,6 +120,7 @@ def decode_batch(
             finished[write] = stopped_B[batch.alive_B]
             batch.alive_B = batch.alive_B & ~stopped_B & (step + 1 < batch.budget_B)
             alive = int(batch.alive_B.sum())
+            on_token(step + 1, alive)
             if alive == 0:
                 break
             hidden_BD = batch.advance(batch.drop_finished(drawn.token_B, alive))

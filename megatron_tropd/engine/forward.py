@@ -19,6 +19,7 @@ from megatron_tropd.engine.model import HiddenStateGPT, Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
 from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.types import Pack, Region
 
 # (number of the pack in the call, hidden states of its valid predictions [N, D], output weight shard [v, D])
@@ -81,6 +82,7 @@ def run_packs(
 
     def forward_step(batches: Iterator[_Inputs], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
+        phase.reach(batch.number)
         hidden = module(batch.ids, batch.positions, None, packed_seq_params=batch.plan, padding_mask=batch.unbalanced)
         return hidden, partial(_finish, batch=batch, module=module, model=model, last_stage=last_of_packs)
 
@@ -88,7 +90,7 @@ def run_packs(
     options: dict[str, Any] = {}
     if groups.layout.pipeline > 1:
         options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, model.config)
-    with use_parallel_state(groups), torch.set_grad_enabled(backward):
+    with use_parallel_state(groups), torch.set_grad_enabled(backward), Phase("packs", total=len(prepared)) as phase:
         collected: list[Any] = schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(prepared) for _ in modules],

@@ -18,6 +18,7 @@ from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.family import Entry
 from megatron_tropd.models.name_table import entries, hf_shapes
 from megatron_tropd.models.rules import RULES, Shape, TensorShard, fill, joined_rows
+from megatron_tropd.progress.phases import Phase
 
 Watch = Callable[[list[tuple[Entry, Tensor]]], Iterable[tuple[Entry, Tensor]]]
 # what is gathered at once, over all ranks that hold a part
@@ -105,8 +106,10 @@ def load_weights(model: Model, source: HFWeights, *, watch: Watch = iter) -> Non
     """
     check_weights(source, model.architecture)
     cut = _cut_of(model)
-    for entry, parameter in watch(local_table(model)):
-        fill(entry.rule, parameter, {part: source[name] for part, name in enumerate(entry.hf)}, entry.shapes, cut)
+    table = local_table(model)
+    with Phase(f"loading {source.directory}", total=len(table)) as phase:
+        for entry, parameter in phase.watch(watch(table)):
+            fill(entry.rule, parameter, {part: source[name] for part, name in enumerate(entry.hf)}, entry.shapes, cut)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from megatron_tropd.evaluate.rules import (
     graded_part,
 )
 from megatron_tropd.evaluate.sandbox import SandboxLimits, SandboxTask, detect_isolation, run_program
+from megatron_tropd.progress.phases import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,8 @@ class GraderPool:
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Apply a function to items, several at a time."""
-        with ThreadPoolExecutor(max_workers=self._count) as threads:
-            return list(threads.map(function, items))
+        with ThreadPoolExecutor(max_workers=self._count) as threads, Phase("graded", total=len(items)) as phase:
+            return list(phase.watch(threads.map(function, items)))
 
     def close(self) -> None:
         """End the workers."""

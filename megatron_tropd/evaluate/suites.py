@@ -17,7 +17,7 @@ from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
 from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.evaluate.thinking import opened_thinking
-from megatron_tropd.report.progress import Heartbeat
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.records import AnswerRecord, Evaluation, record_answers
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler, check_finite
@@ -155,12 +155,12 @@ def answer_suite(
         stop_token_ids=tuple(tokenizer.eos_ids),
     )
     what = f"{len(requests):,} answers of at most {budget:,} tokens to the suite {suite.name!r}"
-    with Heartbeat(f"sampling {what}", enabled=_is_first()):
+    with Phase(what):
         rollouts = sampler.generate(requests, params, seed=seed + _SEED_OFFSET, step=0)
     check_finite(rollouts, params, f"the model answering the suite {suite.name!r}")
     blocks = "definitions" if suite.code is None else suite.code.blocks
     rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s, blocks=blocks)
-    with Heartbeat(f"grading {what}", enabled=_is_first()):
+    with Phase(f"grading the suite {suite.name!r}"):
         found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
     _warn_of_ungraded(suite.name, found)
     return Answered(

@@ -91,6 +91,6 @@ def per_token_bytes(
         "loss: log-probs and ids of candidates": candidates * (_FP32 + 8.0),
         "loss: softmax statistics": 6.0 * _FP32,
         "loss: gradient of hidden states": float(student.hidden_size * (_FP32 + (itemsize if itemsize < _FP32 else 0))),
-        "teacher's signal": float(spec.bytes_per_row(hidden_bytes=teacher.hidden_size * itemsize)),
+        "scores of the teacher": float(spec.bytes_per_row(hidden_bytes=teacher.hidden_size * itemsize)),
     }
     return rows

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_tropd.report.terminal import literal, say
+from megatron_tropd.progress.phases import Heartbeat, Phase, heard
+from megatron_tropd.report.terminal import literal
 
 _SHOWN = (
-    ("loss", "loss {:.4f}"),
     ("reverse_kl", "reverse KL {:.4f}"),
+    ("loss", "loss {:.4f}"),
     ("outlier_fraction", "outliers {:.1%}"),
     ("tokens_per_second", "{:,.0f} tokens/s"),
 )
@@ -30,6 +30,7 @@ class TrainingProgress:
         enabled: True on one rank only.
         seconds_between_lines: where the output is no terminal, one line at most this often (first and last always).
         name: of what is done; steps of anything but ``train`` are prompts.
+        hidden: metrics that mean nothing in this run.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class TrainingProgress:
         console: Console | None = None,
         seconds_between_lines: float = 10.0,
         name: str = "train",
+        hidden: Collection[str] = (),
     ) -> None:
         self._total, self._done, self._enabled = total, done, enabled
         self._console = console or Console()
         self._seconds_between_lines = seconds_between_lines
         self._last_line = float("-inf")
+        self._hidden = frozenset(hidden)
         self._bar = Progress(
             TextColumn(f"[bold]{name}"),
             BarColumn(),
@@ -59,8 +62,12 @@ class TrainingProgress:
         )
         self._unit = "step" if name == "train" else "prompt"
         self._task = self._bar.add_task(name, total=total, completed=done, shown="")
+        self._phase = Phase(self._place())
 
     def __enter__(self) -> Self:
+        self._phase.__enter__()
+        if not self._bar.disable and Heartbeat.speaking is not None:
+            Heartbeat.speaking.console = self._console  # which prints above the bar
         self._bar.start()
         return self
 
@@ -68,6 +75,12 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        self._phase.__exit__(kind, error, trace)
+
+    def _place(self) -> str:
+        if self._unit == "step":
+            return f"step {min(self._done + 1, self._total)}/{self._total}"
+        return f"{self._done}/{self._total} {self._unit}s"
 
     def update(self, metrics: Mapping[str, int | float | None]) -> None:
         """Count one step as done."""
@@ -76,8 +89,10 @@ class TrainingProgress:
     def advance(self, count: int, metrics: Mapping[str, int | float | None] | None = None) -> None:
         """Count so many steps as done."""
         self._done += count
+        self._phase.what = self._place()
         facts = metrics or {}
-        shown = "  ".join(form.format(value) for name, form in _SHOWN if (value := facts.get(name)) is not None)
+        values = {name: value for name, value in facts.items() if name not in self._hidden and value is not None}
+        shown = "  ".join(form.format(values[name]) for name, form in _SHOWN if name in values)
         if self._bar.disable:
             self._line(shown)
         else:
@@ -86,6 +101,7 @@ class TrainingProgress:
     def say(self, message: str) -> None:
         """Print a line of text above the bar."""
         if self._enabled:
+            heard()
             self._console.print(literal(message))
 
     def _line(self, shown: str) -> None:
@@ -93,39 +109,3 @@ class TrainingProgress:
         if now - self._last_line >= self._seconds_between_lines or self._done == self._total:
             self._last_line = now
             self.say(f"{self._unit} {self._done}/{self._total}  {shown}")
-
-
-class Heartbeat:
-    """Report now and then that a phase is running, and since when: for phases that count nothing. Quiet if short.
-
-    Args:
-        what: the phase, such as "sampling 1,319 answers".
-        enabled: True on one rank only.
-        seconds: between two lines, and before the first.
-    """
-
-    def __init__(
-        self, what: str, *, enabled: bool = True, console: Console | None = None, seconds: float = 10.0
-    ) -> None:
-        self._what, self._enabled, self._seconds = what, enabled, seconds
-        self._console = console or Console()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Self:
-        if self._enabled:
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        if self._enabled:
-            self._thread.join()
-
-    def _beat(self) -> None:
-        started = time.monotonic()
-        while not self._over.wait(self._seconds):
-            spent = time.monotonic() - started
-            say(f"{self._what}: {spent:.0f} s so far", console=self._console)

@@ -7,6 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from megatron_tropd.progress.phases import Phase
+
+_PHASES = {
+    "rollout": "rollouts",
+    "student": "the student's scores",
+    "teacher": "the teacher's scores",
+    "pack": "packing",
+    "train": "learning",
+    "publish": "handing on the weights",
+}
+
 
 @dataclass(slots=True)
 class Stopwatch:
@@ -23,7 +34,8 @@ class Stopwatch:
     def __call__(self, part: str) -> Iterator[None]:
         before, around = time.perf_counter(), self._inner
         self._inner = 0.0
-        yield
+        with Phase(_PHASES.get(part, part)):
+            yield
         seconds = time.perf_counter() - before
         self.parts[part] = self.parts.get(part, 0.0) + seconds - self._inner
         self._inner = around + seconds

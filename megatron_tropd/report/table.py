@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.report.records import AFTER, BEFORE, DURING, TEACHER, Evaluation, distance_closed
 from megatron_tropd.report.terminal import literal
 
 
+def print_titled(console: Console, title: str, table: Table) -> None:
+    """Print a table under its title, which within it would be wrapped to the table's width."""
+    console.print(literal(title), style="italic", soft_wrap=True)
+    console.print(table)
+
+
+def print_accuracies(console: Console, evaluations: Sequence[Evaluation]) -> None:
+    """Print what ``accuracy_table`` holds."""
+    print_titled(console, "Accuracy on held-out problems, % [95 % interval]", accuracy_table(evaluations))
+
+
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     """Tabulate student before, student after and teacher, one column per suite, in percent with 95 % intervals."""
     suites = list(dict.fromkeys(evaluation.suite for evaluation in evaluations))
     found = {(evaluation.model, evaluation.suite): evaluation for evaluation in evaluations}
-    table = Table(
-        title="Accuracy on held-out problems, % [95 % interval]",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for suite in suites:
         table.add_column(literal(suite), justify="right", no_wrap=True)

@@ -100,13 +100,12 @@ def warn_of_differences(config: RunConfig, student: Tokenizer) -> None:
             )
 
 
+DIFFERENCES = "Chat templates differ: the teacher scores under the student's, and is evaluated under its own"
+
+
 def difference_table(found: Sequence[Difference]) -> Table:
     """Show the renderings of student and teachers side by side."""
-    table = Table(
-        title="Chat templates differ: the teacher scores under the student's, and is evaluated under its own",
-        title_justify="left",
-        show_lines=True,
-    )
+    table = Table(show_lines=True)
     for column in ("", "student", "its own"):
         table.add_column(column, overflow="fold")
     for one in found:

@@ -87,7 +87,10 @@ def _all(tokenizer: Tokenizer) -> frozenset[int]:
 
 def _lines(tokenizers: Mapping[str, Tokenizer]) -> Iterator[str]:
     for role, tokenizer in tokenizers.items():
-        named = "; ".join(f"{_shown(tokenizer, ids)} ({source})" for source, ids in tokenizer.end_sources.items())
+        sources: dict[tuple[int, ...], list[str]] = {}
+        for source, ids in tokenizer.end_sources.items():
+            sources.setdefault(ids, []).append(source)
+        named = "; ".join(f"{_shown(tokenizer, ids)} ({', '.join(where)})" for ids, where in sources.items())
         yield f"responses end, to the {role}, with {named}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed, shared_pool
 from megatron_tropd.evaluate.rules import CODE, GradingRule
 from megatron_tropd.evaluate.suites import rule_of_source
-from megatron_tropd.report.progress import Heartbeat
+from megatron_tropd.progress.phases import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def _unusable(
 ) -> dict[int, str]:
     """Say by row why it cannot be graded against."""
     answers = [prompts[int(row)].answer or "" for row in rows]
-    with Heartbeat(f"checking {len(answers):,} reference answers", enabled=os.environ.get("RANK", "0") == "0"):
+    with Phase(f"checking {len(answers):,} reference answers"):
         reasons = shared_pool(allow_code).check(rule, answers)
     return {int(row): reason for row, reason in zip(rows, reasons, strict=True) if reason}
 

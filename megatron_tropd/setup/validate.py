@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ from megatron_tropd.teacher.engines.checks import check_reported
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -393,6 +396,17 @@ def check_data_lengths(config: RunConfig, inputs: Inputs, models: Mapping[str, A
     check_problem_lengths(suites_of(config), inputs.problems, answering)
 
 
+def warn_of_few_prompts(config: RunConfig, inputs: Inputs) -> None:
+    """Say when a step asks prompts more than once."""
+    wanted, there = config.train.prompts_per_step, len(inputs.prompts)
+    if wanted > there:
+        logger.warning(
+            "train.prompts_per_step=%d is more than the %d prompts there are: every step asks each of them %.3g times. "
+            "Give more prompts, or lower it.",
+            *(wanted, there, wanted / there),
+        )
+
+
 def check_recording(config: RunConfig) -> None:
     """Raise DataError when a recording of rollouts lacks a step of the run."""
     if config.rollout.recorded_from is not None:
@@ -422,6 +436,7 @@ CHECKS = (
     Check("scores of the teacher", ("config", "inputs"), check_teacher),
     Check("token ids of the data", ("inputs", "models"), check_data_ids),
     Check("lengths of the data", ("config", "inputs", "models"), check_data_lengths),
+    Check("prompts of a step", ("config", "inputs"), warn_of_few_prompts),
     Check("chat templates", ("config", "inputs"), check_templates),
 )
 

@@ -14,6 +14,7 @@ from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, bat
 from megatron_tropd.engine.checkpoint import save_checkpoint
 from megatron_tropd.engine.step import StepResult
 from megatron_tropd.engine.views import TrainPack
+from megatron_tropd.losses import gates
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.report.stopwatch import Stopwatch
@@ -33,7 +34,8 @@ def train(
     """Train from ``first_step`` to the end. Collective; ``writer`` on the first rank only."""
     hooks, watch = hooks or Hooks(), Stopwatch()
     mismatch = MismatchMonitor(run.dtype, run.rollout.gap_warning)
-    with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first) as progress:
+    hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
+    with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:
         for step in range(first_step, run.train.steps):
             watch.reset()
             run.world.offload_stats.take_seconds()  # what checkpoints and evaluations have moved is not this step's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.parallel.partition import Launch, join_launch
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import (
     AFTER,
@@ -35,7 +37,7 @@ from megatron_tropd.report.records import (
     record_samples,
 )
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
-from megatron_tropd.report.table import accuracy_table
+from megatron_tropd.report.table import print_accuracies
 from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
@@ -117,11 +119,13 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     queue = RolloutQueue(run)
     first_step = restore(run, queue, checkpoint)
     if first_step == 0:
-        check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
+        with Phase("self check"):
+            check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
     if run.world.is_first:
         dump_config(config, config.run_dir / "config.yaml")
     run.trainer.end_step()
-    loop.publish(run, first_step)
+    with Phase("handing on the weights"):
+        loop.publish(run, first_step)
     evaluator = Evaluator(run, config)
     if first_step == 0:
         evaluator.before()
@@ -247,22 +251,24 @@ class Evaluator:
         problems: Mapping[str, PromptTable] | None = None,
     ) -> None:
         run = self._run
-        results = answer_suites(
-            sampler,
-            suites_of(self._config),
-            problems or run.problems,
-            tokenizer or run.tokenizer,
-            model=EvaluatedModel(name=model, step=step),
-            seed=run.seed,
-            allow_code=run.evaluate.allow_code_execution,
-        )
+        with Phase(f"evaluating the {model}"):
+            results = answer_suites(
+                sampler,
+                suites_of(self._config),
+                problems or run.problems,
+                tokenizer or run.tokenizer,
+                model=EvaluatedModel(name=model, step=step),
+                seed=run.seed,
+                allow_code=run.evaluate.allow_code_execution,
+            )
         if run.world.is_first:
             record_evaluations(run.run_dir, results)
 
     def _show(self, when: Literal["before", "after"]) -> None:
         count = self._config.report.samples
         if count:
-            samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
+            with Phase("sample answers for the report"):
+                samples = sample_answers(self._run, self._student_sampler(0), when=when, count=count)
             if self._run.world.is_first:
                 record_samples(self._config.run_dir, samples)
 
@@ -282,20 +288,22 @@ class SessionHooks(Hooks):
 
 def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
     """Write the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
-    writer = None
+    writer, shapes = None, hf_shapes(run.student.architecture)
     if run.world.is_first:
         writer = HFWriter(
             target,
             companions_from=companions_from,
-            tensors=hf_shapes(run.student.architecture),
+            tensors=shapes,
             dtype=run.student.dtype,
             end_ids=run.method.end_ids,
         )
-    for name, first, rows in hf_rows(run.student):
+    with Phase(f"exporting to {target}", total=sum(map(math.prod, shapes.values()))) as phase:
+        for name, first, rows in hf_rows(run.student):
+            if writer is not None:
+                writer.write_rows(name, first, rows)
+            phase.advance(rows.numel())
         if writer is not None:
-            writer.write_rows(name, first, rows)
-    if writer is not None:
-        writer.finish()
+            writer.finish()
 
 
 def _conclude(config: RunConfig) -> None:
@@ -303,8 +311,10 @@ def _conclude(config: RunConfig) -> None:
     console = Console()
     evaluations: list[Evaluation] = read_evaluations(config.run_dir)
     if evaluations:
-        console.print(accuracy_table(evaluations))
+        print_accuracies(console, evaluations)
     if config.export.hf is not None:
         say(f"trained student: {config.export.hf}", console=console)
     if config.report.html:
-        say(f"report: {write_report(config.run_dir)}", console=console)
+        with Phase("drawing the report"):
+            page = write_report(config.run_dir)
+        say(f"report: {page}", console=console)

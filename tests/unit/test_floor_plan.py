@@ -18,7 +18,7 @@ PACKAGE = Path(megatron_tropd.__file__).parent
 # low to high: a room imports from lower floors only, never from its own floor
 FLOORS = (
     ("errors", "types", "_C"),
-    ("storage",),
+    ("storage", "progress"),
     ("config", "parallel"),
     ("losses",),
     ("models",),

@@ -8,6 +8,7 @@ sequences' lengths alone, never by the number of ranks: every layout generates t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from megatron_tropd.engine.decode import Continuation, decode_batch
 from megatron_tropd.engine.model import Model, build_model
 from megatron_tropd.engine.weights import load_stream
 from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.rollout.dispatch import assigned_to, contexts_of, exchange, to_rollout
-from megatron_tropd.types import Architecture, Rollout, RolloutRequest, SamplingParams
+from megatron_tropd.types import Architecture, Float32Array, Rollout, RolloutRequest, SamplingParams
 
 
 class MegatronSampler:
@@ -57,29 +59,40 @@ class MegatronSampler:
         costs = [max(len(contexts[i]) / 8 + requests[i].max_new_tokens for i in batch) for batch in batches]
         mine = [batches[number] for number in assigned_to(self.model.groups, costs)]
         done: dict[int, Continuation] = {}
-        for batch in mine:
-            budgets = [requests[i].max_new_tokens for i in batch]
-            drawn = np.stack(
-                [
-                    uniforms(
-                        seed=seed,
-                        step=step,
-                        sequence_id=requests[i].sequence_id,
-                        stream=Stream.SAMPLING,
-                        count=max(budgets),
-                    )
-                    for i in batch
-                ]
-            )
-            continuations = decode_batch(
-                self.model, [contexts[i] for i in batch], budgets, drawn, params, vocab_size=self._vocab_size
-            )
-            done.update(zip(batch, continuations, strict=True))
+        with Phase("sampled", total=sum(map(len, mine))) as phase:
+            work = sum(requests[i].max_new_tokens for batch in mine for i in batch)  # tokens, at most
+            written = 0
+            for batch in mine:
+                budgets = [requests[i].max_new_tokens for i in batch]
+                on_token = partial(_count, phase, before=(len(done), written), budgets=budgets, work=work)
+                own = [requests[i] for i in batch]
+                drawn = np.stack([_uniforms(one, max(budgets), seed=seed, step=step) for one in own])
+                continuations = decode_batch(
+                    self.model,
+                    [contexts[i] for i in batch],
+                    budgets,
+                    drawn,
+                    params,
+                    vocab_size=self._vocab_size,
+                    on_token=on_token,
+                )
+                done.update(zip(batch, continuations, strict=True))
+                written += sum(budgets)
         everything = exchange(done, self.model.groups.pg.dp)
         return [
             to_rollout(request, context, everything.get(i), params, version=self.version)
             for i, (request, context) in enumerate(zip(requests, contexts, strict=True))
         ]
+
+
+def _uniforms(request: RolloutRequest, count: int, *, seed: int, step: int) -> Float32Array:
+    return uniforms(seed=seed, step=step, sequence_id=request.sequence_id, stream=Stream.SAMPLING, count=count)
+
+
+def _count(phase: Phase, count: int, alive: int, *, before: tuple[int, int], budgets: Sequence[int], work: int) -> None:
+    """Tell a phase of rows that are finished, and of the tokens there may be at most, how many are written."""
+    rows, tokens = before
+    phase.reach(rows + len(budgets) - alive, share=(tokens + sum(budgets) * count / max(budgets)) / work)
 
 
 def _cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -47,10 +47,10 @@ def test_a_base_student_and_an_instruct_teacher_have_one_class_of_ends_unless_to
     ends = response_ends(pair, None)
     assert ends.ids == (0, 2)
     assert ends.lines == (
-        "responses end, to the student, with 0 '<|endoftext|>' (tokenizer); 0 '<|endoftext|>' "
-        "(generation_config.json); 2 '<|im_end|>' (chat template)",
-        "responses end, to the teacher, with 2 '<|im_end|>' (tokenizer); 2 '<|im_end|>', 0 '<|endoftext|>' "
-        "(generation_config.json); 2 '<|im_end|>' (chat template)",
+        "responses end, to the student, with 0 '<|endoftext|>' (tokenizer, "
+        "generation_config.json); 2 '<|im_end|>' (chat template)",
+        "responses end, to the teacher, with 2 '<|im_end|>' (tokenizer, chat template); 2 '<|im_end|>', "
+        "0 '<|endoftext|>' (generation_config.json)",
         "they count as one token, and sampling stops at each (method.end_tokens=class): 0 '<|endoftext|>', "
         "2 '<|im_end|>'",
     )
