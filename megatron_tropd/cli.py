@@ -318,6 +318,10 @@ def evaluate(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Let the grader `code` run programs that the model wrote.")
     ] = False,
+    sandbox: Annotated[
+        Literal["required", "none"],
+        typer.Option(help="none: run them also where they cannot be kept from this machine's files and network."),
+    ] = "required",
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
     check_launcher(os.environ)
@@ -337,7 +341,7 @@ def evaluate(
             tensor=tensor,
             max_new_tokens=max_new_tokens,
             out=out,
-            allow_code=allow_code_execution,
+            allow_code="unconfined" if allow_code_execution and sandbox == "none" else allow_code_execution,
         )
         _leave()
         return
@@ -346,6 +350,8 @@ def evaluate(
         changes.append(f"evaluate.suites=[{', '.join(f'{{file: {json.dumps(str(file))}}}' for file in suite)}]")
     if allow_code_execution:
         changes.append("evaluate.allow_code_execution=true")
+    if sandbox != "required":
+        changes.append(f"evaluate.sandbox={sandbox}")
     settings = load_config(target, changes, world_size=_world_size())
     if not settings.evaluate.prompts and not any(suite.prompts for suite in settings.evaluate.suites):
         raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_tropd.commands.generate import sampler_of
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
+from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, SuiteConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
@@ -51,7 +51,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     ends = response_ends(tokenizers, check_method(config).settings.end_tokens, vocab_size=vocab_size)
     tokenizer = stopping_at(tokenizers[STUDENT], ends.ids)
     tell_ends(ends, enabled=dist.get_rank() == 0)
-    suites, allowed = limited(suites_of(config), limit), config.evaluate.allow_code_execution
+    suites, allowed = limited(suites_of(config), limit), config.evaluate.code_execution
     problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
     sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
     check_ids({"problem": problems.values()}, tokenizer, vocab_sizes=sizes)
@@ -129,7 +129,7 @@ def evaluate_model(
     tensor: int,
     max_new_tokens: int,
     out: Path | None,
-    allow_code: bool,
+    allow_code: CodeExecution,
 ) -> None:
     """Grade one Hugging Face directory on suites that name their problems; print a table. Collective.
 

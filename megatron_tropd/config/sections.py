@@ -51,6 +51,7 @@ UserPath = Annotated[Path, BeforeValidator(_path)]
 UserPaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]  # a path, a glob, a directory, or a list of them
 Dtype = Literal["fp32", "bf16"]
 Grader = Literal["final_number", "exact", "math", "choice", "regex", "code"]
+CodeExecution = bool | Literal["unconfined"]  # may programs of a model be run; also where nothing confines them
 RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]
 TeacherEngine = Literal["megatron", "vllm", "vllm_server"]
 
@@ -712,6 +713,16 @@ class EvaluateConfig(Section):
     allow_code_execution: bool = key(
         False, "Whether the grader `code` may run programs that the model wrote (docs/evaluation.md says how confined)."
     )
+    sandbox: Literal["required", "none"] = key(
+        "required",
+        "`required` refuses to run them on a machine that cannot keep them from its files, processes and network; "
+        "`none` runs them there all the same (docs/security.md).",
+    )
+
+    @property
+    def code_execution(self) -> CodeExecution:
+        """Return whether programs may be run, and where."""
+        return "unconfined" if self.allow_code_execution and self.sandbox == "none" else self.allow_code_execution
 
     @model_validator(mode="after")
     def _has_problems_and_distinct_names(self) -> Self:
@@ -719,6 +730,11 @@ class EvaluateConfig(Section):
             raise ValueError(f"every = {self.every} needs prompts, a file of held-out problems. Set it, or every to 0.")
         if not self.suites:
             raise ValueError("suites is empty. Leave it out for the default suites, or set prompts to null.")
+        if self.sandbox == "none" and not self.allow_code_execution:
+            raise ValueError(
+                "sandbox = none is about programs, which allow_code_execution = false does not run. Set the one to "
+                "required, or the other to true."
+            )
         names = [suite.name for suite in self.suites]
         for name in names:
             if names.count(name) > 1:

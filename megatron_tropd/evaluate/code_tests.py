@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate.programs import BlockRule, defined_names, free_names, program_of, tree_of
+from megatron_tropd.evaluate.runners import without_runners
 
 # annotations of an answer may name what the prompt imported; more of it comes with code.prelude
 TYPING_PRELUDE = "from typing import *\n"
@@ -227,8 +228,7 @@ def _python_tests(source: str, entry_point: str) -> CodeReference:
         raise _refused(
             source, "runs doctest.testmod(), the examples of the answer's own docstrings: without any it passes"
         )
-    runners = _Runners()
-    tree = runners.visit(tree)
+    removed = without_runners(tree)
     forms, calls = _calls(tree, source, entry_point)
     called = ast.parse("\n".join(calls))
     if not any(_can_fail(node) for node in _reached([*tree.body, *called.body], tree)):
@@ -236,25 +236,9 @@ def _python_tests(source: str, entry_point: str) -> CodeReference:
     wanted = (free_names(tree) | _imported(tree) | {entry_point}) - {""}
     return CodeReference(
         form=", ".join(forms) or "assertions",
-        tests=(ast.unparse(tree) if runners.removed else source, "\n".join(calls)),
+        tests=(ast.unparse(tree) if removed else source, "\n".join(calls)),
         wanted=frozenset(wanted - _harness(tree)),
     )
-
-
-_RUNNERS = ("unittest.main", "pytest.main", "absltest.main")
-
-
-class _Runners(ast.NodeTransformer):
-    """Remove ``unittest.main()`` and ``pytest.main()``, which would end the process: their tests are called by us."""
-
-    removed = 0
-
-    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
-        for part in ast.walk(node):
-            if isinstance(part, ast.Call) and ast.unparse(part.func) in _RUNNERS:
-                self.removed += 1
-                return ast.Pass()
-        return node
 
 
 def _calls(tree: ast.Module, source: str, entry_point: str) -> tuple[list[str], list[str]]:

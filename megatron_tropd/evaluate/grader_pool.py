@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_tropd.config.sections import CodeExecution
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.code_tests import TYPING_PRELUDE, prelude_alone, read_code_reference
 from megatron_tropd.evaluate.rules import (
@@ -37,7 +38,14 @@ from megatron_tropd.evaluate.rules import (
     grade,
     graded_part,
 )
-from megatron_tropd.evaluate.sandbox import SandboxLimits, SandboxTask, detect_isolation, run_program
+from megatron_tropd.evaluate.runners import source_without_runners
+from megatron_tropd.evaluate.sandbox import (
+    SandboxLimits,
+    SandboxTask,
+    detect_isolation,
+    hide_from_programs,
+    run_program,
+)
 from megatron_tropd.progress.phases import Phase
 
 logger = logging.getLogger(__name__)
@@ -45,6 +53,7 @@ logger = logging.getLogger(__name__)
 _BOUNDED = ("final_number", "exact", "choice")
 _START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
 _MOST_WORKERS = 8
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "HOME", "PYTHONHOME", "VIRTUAL_ENV")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 Result = TypeVar("Result")
 
@@ -75,7 +84,7 @@ class GraderPool:
         allow_code: programs are run only when whoever started us has said so.
     """
 
-    def __init__(self, *, workers: int | None = None, allow_code: bool = False) -> None:
+    def __init__(self, *, workers: int | None = None, allow_code: CodeExecution = False) -> None:
         self._count = workers or _workers()
         self._allow_code = allow_code
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -150,18 +159,30 @@ class GraderPool:
             self._idle.put(worker)
 
 
-def check_code_allowed(allowed: bool) -> None:
-    """Raise ConfigError unless programs may be run, and can be; warns once of what they are not kept from here."""
+def check_code_allowed(allowed: CodeExecution) -> None:
+    """Raise ConfigError unless programs may be run, and can be kept from this machine; hide this process from them.
+
+    Where they cannot, ``allowed`` must be "unconfined", and one warning says what they are not kept from.
+    """
     if not allowed:
         raise ConfigError(
             "the grader 'code' runs programs that a model wrote, which is not allowed here. To allow it, set "
             "evaluate.allow_code_execution=true or give --allow-code-execution."
         )
+    isolation = detect_isolation()
+    if not isolation.namespaces and allowed != "unconfined":
+        raise ConfigError(
+            f"this machine gives a program of a model no namespaces of its own ({isolation.reason}): it could "
+            f"{', '.join(isolation.missing)}. Install bubblewrap, allow user namespaces, or evaluate elsewhere. "
+            "evaluate.sandbox=none (or --sandbox none) runs programs here all the same: then nothing that this user "
+            "may do is kept from them."
+        )
+    hide_from_programs()
     _warn_of_missing_isolation()
 
 
 @lru_cache(maxsize=2)
-def shared_pool(allow_code: bool = False) -> GraderPool:
+def shared_pool(allow_code: CodeExecution = False) -> GraderPool:
     """Return the pool of this process; its workers end with it."""
     pool = GraderPool(allow_code=allow_code)
     atexit.register(pool.close)
@@ -199,8 +220,7 @@ def _warn_of_missing_isolation() -> None:
     missing = detect_isolation().missing
     if missing:
         logger.warning(
-            "programs of a model run here with limits but without namespaces: they can %s. "
-            "Allow user namespaces, or evaluate in a machine that may be lost.",
+            "programs of a model run here with limits alone: they can %s. Evaluate on a machine that may be lost",
             "; ".join(missing),
         )
 
@@ -208,6 +228,8 @@ def _warn_of_missing_isolation() -> None:
 def _run_tests(item: Item, program: str) -> Grade:
     reference = read_code_reference(item.answer)
     prelude = TYPING_PRELUDE + prelude_alone(reference.prelude)
+    # a script may end as it likes; what tests follow must not end the process
+    program = program if reference.cases else source_without_runners(program)
     task = SandboxTask(program=program, prelude=prelude, tests=reference.tests, cases=reference.cases)
     outcome = run_program(task, limits=_limits(item.rule))
     return Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
@@ -319,6 +341,12 @@ def _start_worker() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        # programs may run beside it: it has no keys to lose
+        env={
+            **{name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        },
         start_new_session=True,
     )

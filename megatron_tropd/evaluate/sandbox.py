@@ -1,9 +1,10 @@
 """Run a program that nobody has read, such as a model's answer and its tests, where it can do no harm.
 
-Every program has a process group, a process tree and a directory of its own, an empty environment, and limits on wall
-time, CPU time, memory, processes, files and output. Where Linux namespaces are to be had (as root, or with unprivileged
-user namespaces) it also has no network, sees no other process, and no file but the system's and the interpreter's, all
-read-only. ``isolation`` says what this machine can do, and what it cannot.
+Every program has a process group, a process tree and a directory of its own, an empty environment, limits on wall
+time, CPU time, memory, processes, files and output, and a filter of system calls. Where Linux namespaces are to be had
+(with bubblewrap, as root, or with unprivileged user namespaces) it also has no network, sees no other process, and no
+file but the system's and the interpreter's, all read-only. ``detect_isolation`` says what this machine can do, and what
+it cannot; ``grader_pool.check_code_allowed`` refuses where there are no namespaces.
 
 What no sandbox of this kind can do: a program that sets out to fool its own tests runs in one process with them.
 """
@@ -11,10 +12,12 @@ What no sandbox of this kind can do: a program that sets out to fool its own tes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,11 +31,15 @@ from typing import IO, Literal
 import psutil
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.evaluate.memory_limit import MemoryGroup, memory_of, open_group
 from megatron_tropd.evaluate.sandbox_child import SETUP_FAILED
+from megatron_tropd.evaluate.syscall_filter import filter_for
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD_SOURCE = _CHILD.read_text(encoding="utf-8")
 _DRIVER = Path(__file__).with_name("sandbox_driver.py").read_text(encoding="utf-8")
 _NOBODY = 65534
+_SET_DUMPABLE = 4  # linux/prctl.h
 _KEPT_OUTPUT = 4000  # bytes
 _LOOK_EVERY_S = 0.2  # at memory, of all processes together
 _PROBE_SHARE = 0.25  # of the time, for each of the programs that tests must not let pass
@@ -57,14 +64,19 @@ class Isolation:
 
     namespaces: bool  # no network, own processes, own files
     user: Literal["unique", "nobody", "same"]  # whom it runs as
+    filtered: bool = True  # system calls
+    bubblewrap: str = ""  # the program that makes the namespaces; empty: we do
+    reason: str = ""  # why it is not a stronger one
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Name in words what is not guarded here."""
+        calls = () if self.filtered else ("make every system call",)
         if self.namespaces:
-            return ()
+            return calls
         files = "read and write what this user can" if self.user == "same" else "read what everyone can"
-        return ("reach the network", f"{files} on this machine", "see its processes")
+        network = () if self.filtered else ("reach the network",)  # the filter allows no socket
+        return (*network, f"{files} on this machine", "see and signal its processes", *calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +117,12 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="tropd-sandbox-") as directory, tempfile.TemporaryFile() as source:
         source.write(json.dumps(content).encode())
         source.seek(0)
-        return _Run(limits, wanted, directory).run(source)
+        group = open_group(limits.memory_bytes)
+        try:
+            return _Run(limits, wanted, directory, group).run(source)
+        finally:
+            if group is not None:
+                group.close()
 
 
 @lru_cache(maxsize=1)
@@ -118,10 +135,13 @@ def detect_isolation() -> Isolation:
     if sys.platform != "linux":
         raise ConfigError(f"running programs of a model needs Linux, this is {sys.platform}. Evaluate code elsewhere.")
     users: tuple[Literal["unique", "nobody", "same"], ...] = ("unique", "nobody") if os.getuid() == 0 else ("same",)
-    first = ""
-    for namespaces in (True, False):
+    first, filtered = "", filter_for(os.uname().machine, network=False) is not None
+    ways = [("", True), ("", False)]
+    if found := shutil.which("bwrap"):  # it may be allowed to make namespaces where others are not
+        ways.insert(0, (found, True))
+    for bubblewrap, namespaces in ways:
         for user in users:
-            choice = Isolation(namespaces=namespaces, user=user)
+            choice = Isolation(namespaces=namespaces, user=user, filtered=filtered, bubblewrap=bubblewrap, reason=first)
             # nothing is at stake in a program that does nothing, so the machine may take its time
             tried = run_program("pass", limits=replace(SandboxLimits(), seconds=60.0), isolation=choice)
             if tried.ok:
@@ -133,11 +153,23 @@ def detect_isolation() -> Isolation:
     )
 
 
+def hide_from_programs() -> None:
+    """Keep other processes of this user from the memory and the environment of this one (no core dumps either)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise ConfigError(
+            f"this process cannot be hidden from the programs of a model (prctl: {os.strerror(ctypes.get_errno())}), "
+            "and none is run. Evaluate code elsewhere."
+        )
+
+
 class _Run:
     """One program, from its start to the end of its last process."""
 
-    def __init__(self, limits: SandboxLimits, isolation: Isolation, directory: str) -> None:
-        self._limits, self._isolation, self._directory = limits, isolation, directory
+    def __init__(
+        self, limits: SandboxLimits, isolation: Isolation, directory: str, group: MemoryGroup | None = None
+    ) -> None:
+        self._limits, self._isolation, self._directory, self._group = limits, isolation, directory, group
         self._word = secrets.token_hex(16).encode()
         self._output = bytearray()
 
@@ -161,10 +193,16 @@ class _Run:
         return self._outcome(process.returncode, stopped, replied or b"")
 
     def _start(self, source: IO[bytes], fds: tuple[int, int]) -> subprocess.Popen[bytes]:
+        calls = filter_for(os.uname().machine, network=self._isolation.namespaces) if self._isolation.filtered else None
         user = {"unique": 1_000_000_000 + secrets.randbelow(1_000_000_000), "nobody": _NOBODY, "same": 0}
         config = {
             **asdict(self._limits),
             "namespaces": self._isolation.namespaces,
+            "bubblewrap": self._isolation.bubblewrap,
+            "child": _CHILD_SOURCE if self._isolation.bubblewrap else "",
+            "inside": False,
+            "group": "" if self._group is None else self._group.join,
+            "filter": (calls or b"").hex(),
             "user": user[self._isolation.user],
             "directory": self._directory,
             "driver": _DRIVER,
@@ -199,8 +237,8 @@ class _Run:
                         return f"ran longer than {self._limits.seconds:g} s"
                     if now >= look:
                         look = now + _LOOK_EVERY_S
-                        if _memory_of(process.pid) > self._limits.memory_bytes:
-                            return f"used more than {self._limits.memory_bytes >> 20} MiB of memory"
+                        if self._is_full() or memory_of(process.pid) > self._limits.memory_bytes:
+                            return self._too_much_memory
                     ready = [key.fileobj for key, _ in selector.select(timeout=min(deadline, look) - now)]
                     if process.stdout in ready and not self._take(process.stdout):
                         selector.unregister(process.stdout)  # it closed its output and continues
@@ -210,6 +248,13 @@ class _Run:
             os.close(ended)
         self._take(process.stdout)
         return ""
+
+    def _is_full(self) -> bool:
+        return self._group is not None and self._group.was_full()
+
+    @property
+    def _too_much_memory(self) -> str:
+        return f"used more than {self._limits.memory_bytes >> 20} MiB of memory"
 
     def _take(self, stream: IO[bytes]) -> bool:
         """Take what there is; return False at the end of the stream."""
@@ -239,6 +284,8 @@ class _Run:
             return Outcome(ok=True, output=output)
         if status == SETUP_FAILED and printed.startswith("sandbox: "):
             return Outcome(ok=False, reason=printed, output=output)
+        if self._is_full():
+            return Outcome(ok=False, reason=self._too_much_memory, output=output)
         if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and not printed):
             return Outcome(
                 ok=False,
@@ -262,16 +309,6 @@ def _read(fd: int) -> bytes | None:
         return os.read(fd, 1 << 16)
     except BlockingIOError:
         return None
-
-
-def _memory_of(pid: int) -> int:
-    """Count the bytes in the memory of a process and all its descendants."""
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-    return total
 
 
 def _stop(pid: int) -> None:

@@ -1,8 +1,10 @@
 """Confine a process before it runs a program nobody has read. Started by ``evaluate.sandbox``, never imported.
 
-Only the standard library, because it runs with an empty environment and isolated from every package. In order: a new
-user where that is possible, new namespaces (user, mount, process, network, IPC), a file system that shows the
-interpreter and nothing else, limits, then ``exec``. Any step that fails ends it with ``SETUP_FAILED`` and one line.
+Only the standard library, because it runs with an empty environment and isolated from every package. In order: a
+control group where there is one, a new user where that is possible, new namespaces (user, mount, process, network, IPC)
+with a file system that shows the interpreter and nothing else, by this file or by bubblewrap, which runs this file
+again inside; limits, the filter of system calls, then ``exec``. Any step that fails ends it with ``SETUP_FAILED`` and
+one line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 SETUP_FAILED = 125
@@ -21,7 +25,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 # linux/sched.h, sys/mount.h, sys/prctl.h
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE, _DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-_PDEATHSIG, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
+_PDEATHSIG, _DUMPABLE, _SECCOMP, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
+_FILTER = 2  # linux/seccomp.h
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR, _RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, 0x8000, 1, 2
 # what a Python program needs of the machine, besides the interpreter itself
@@ -32,10 +37,18 @@ _WORK = "/sandbox"  # not /tmp, where the interpreter may live
 
 def main() -> None:
     config: dict[str, Any] = json.loads(sys.argv[1])
-    program = sys.stdin.buffer.read()
     try:
         _check(_LIBC.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
-        if config["namespaces"]:
+        if config["group"]:
+            with open(config["group"], "w") as group:
+                group.write("0")
+        if config["bubblewrap"]:
+            _become_bubblewrap(config)
+        program = sys.stdin.buffer.read()
+        if config["inside"]:
+            work = _WORK
+            _become(config, work)
+        elif config["namespaces"]:
             _enter_namespaces(config)
             work = _WORK
         else:
@@ -54,7 +67,39 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-# --------------------------------------------------------------------------- namespaces
+# --------------------------------------------------------------------------- namespaces by bubblewrap
+
+
+def _become_bubblewrap(config: dict[str, Any]) -> None:
+    """Turn into bubblewrap, which makes the namespaces and the file system and runs this file again as process 1."""
+    own = {**config, "bubblewrap": "", "group": "", "inside": True}
+    # root needs no user namespace to make the others, and leaves being root inside
+    kinds = ("user", "ipc", "pid", "net", "uts")[os.getuid() == 0 :]
+    arguments = [f"--unshare-{kind}" for kind in kinds] + ["--die-with-parent", "--as-pid-1"]
+    shown = (*_SYSTEM, *_interpreter())
+    for folder in _folders_above(shown + _DEVICES):  # which bubblewrap would make for their owner alone
+        arguments += ["--perms", "0755", "--dir", folder]
+    for path in shown:
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            arguments += ["--ro-bind", path, path]
+    for path in _DEVICES:
+        arguments += ["--dev-bind", path, path]
+    if not any(path.startswith("/tmp/") for path in shown):
+        arguments += ["--symlink", _WORK, "/tmp"]
+    arguments += ["--proc", "/proc", "--size", str(config["file_bytes"]), "--tmpfs", _WORK]
+    arguments += ["--remount-ro", "/", "--chdir", _WORK, "--", sys.executable, "-I", "-B", "-c", config["child"]]
+    os.execv(config["bubblewrap"], [config["bubblewrap"], *arguments, json.dumps(own)])
+
+
+def _folders_above(paths: Iterable[str]) -> list[str]:
+    """List the directories above the paths, outermost first, that are not among them."""
+    above = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "/" and end}
+    return sorted(above - set(paths))
+
+
+# --------------------------------------------------------------------------- namespaces by ourselves
 
 
 def _enter_namespaces(config: dict[str, Any]) -> None:
@@ -170,6 +215,7 @@ def _run(program: bytes, config: dict[str, Any], work: str) -> None:
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
         command = [sys.executable, "-I", "-B", "-c", config["driver"], *map(str, config["fds"])]
+        _filter_calls(bytes.fromhex(config["filter"]))
         os.execve(sys.executable, command, environment)
     status = _wait_for(child)
     if not config["namespaces"]:
@@ -194,6 +240,16 @@ def _limit(config: dict[str, Any]) -> None:
         # at the lower limit of CPU time comes a signal that says so, at the upper one SIGKILL, which says nothing
         upper = most + 1 if name == "CPU" and (hard == resource.RLIM_INFINITY or hard > most) else most
         resource.setrlimit(kind, (most, upper))
+
+
+def _filter_calls(instructions: bytes) -> None:
+    """Let the kernel refuse, from now on and in all that this process becomes, what the filter refuses."""
+    if not instructions:
+        return
+    array = ctypes.create_string_buffer(instructions, len(instructions))
+    # struct sock_fprog: the number of instructions, of 8 bytes each, and where they are
+    program = struct.pack("@HP", len(instructions) // 8, ctypes.addressof(array))
+    _check(_LIBC.prctl(_SECCOMP, _FILTER, program, 0, 0), "prctl")
 
 
 def _wait_for(child: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron_tropd.config.sections import DataConfig, SuiteConfig
+from megatron_tropd.config.sections import CodeExecution, DataConfig, SuiteConfig
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
@@ -62,7 +62,7 @@ def grades(
     tokenizer: Tokenizer,
     rule: Callable[[Prompt], GradingRule],
     *,
-    allow_code: bool,
+    allow_code: CodeExecution,
 ) -> list[Grade]:
     """Grade every rollout, in order; every prompt has as many of them as the others. Collective.
 
@@ -91,7 +91,7 @@ def _graded_text(rollout: Rollout, prompt: Prompt, tokenizer: Tokenizer) -> str:
     return opened_thinking(prompt_end) + answer_text(rollout, tokenizer)
 
 
-def _shared_out(items: Sequence[Item], *, allow_code: bool) -> list[Grade]:
+def _shared_out(items: Sequence[Item], *, allow_code: CodeExecution) -> list[Grade]:
     """Grade this rank's part of what takes long and exchange it: all know the same, none does the work of others."""
     pool = shared_pool(allow_code)
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -109,7 +109,7 @@ def correctness(
     tokenizer: Tokenizer,
     rule: Callable[[Prompt], GradingRule],
     *,
-    allow_code: bool,
+    allow_code: CodeExecution,
 ) -> np.ndarray:
     """Return ``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
     found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
@@ -141,7 +141,7 @@ def answer_suite(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    allow_code: bool = False,
+    allow_code: CodeExecution = False,
 ) -> Answered:
     """Sample and grade the answers of one complete suite (``setup.datasets.complete_suites``). Collective."""
     assert suite.max_new_tokens is not None and suite.grader is not None
@@ -222,7 +222,7 @@ def answer_suites(
     *,
     model: EvaluatedModel,
     seed: int,
-    allow_code: bool,
+    allow_code: CodeExecution,
 ) -> list[Evaluation]:
     """Answer and grade every suite in turn, and summarize it. Collective."""
     results = []

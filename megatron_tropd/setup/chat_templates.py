@@ -126,7 +126,7 @@ def teacher_problems(
     own = teacher_tokenizer(config)
     if speaks_alike(student, own):
         return student, problems
-    return own, read_problems(suites, config.data, own, allow_code=config.evaluate.allow_code_execution)
+    return own, read_problems(suites, config.data, own, allow_code=config.evaluate.code_execution)
 
 
 def warn_of_unread_options(config: RunConfig, student: Tokenizer) -> None:

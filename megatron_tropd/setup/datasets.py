@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
+from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
 from megatron_tropd.data.prompts import Limits, read_sources
 from megatron_tropd.data.rows import Columns, Source
 from megatron_tropd.data.stream import Share
@@ -159,7 +159,7 @@ def complete_suites(evaluate: EvaluateConfig, data: DataConfig, *, budget: int) 
 
 
 def read_problems(
-    suites: Sequence[SuiteConfig], data: DataConfig, tokenizer: Tokenizer, *, allow_code: bool
+    suites: Sequence[SuiteConfig], data: DataConfig, tokenizer: Tokenizer, *, allow_code: CodeExecution
 ) -> dict[str, PromptTable]:
     """Read the problems of every (complete) suite by its name; suites that name the same share a table.
 

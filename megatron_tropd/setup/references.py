@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_tropd.config.sections import CodeConfig, DataConfig, SuiteConfig
+from megatron_tropd.config.sections import CodeConfig, CodeExecution, DataConfig, SuiteConfig
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed, shared_pool
@@ -50,7 +50,7 @@ def answer_template(template: str | None, *, code: CodeConfig | None) -> str | N
     return "{% if answer is defined and answer is not none %}" + inner + "{% endif %}"
 
 
-def check_problem_answers(suite: SuiteConfig, problems: PromptTable, *, allow_code: bool) -> None:
+def check_problem_answers(suite: SuiteConfig, problems: PromptTable, *, allow_code: CodeExecution) -> None:
     """Raise DataError unless every problem of a (complete) suite has an answer that it can be graded against.
 
     Under ``math`` a few that cannot be read are counted and named instead: an answer that repeats one is right.
@@ -80,7 +80,7 @@ def check_problem_answers(suite: SuiteConfig, problems: PromptTable, *, allow_co
     )
 
 
-def check_training_answers(data: DataConfig, prompts: PromptTable, *, allow_code: bool) -> None:
+def check_training_answers(data: DataConfig, prompts: PromptTable, *, allow_code: CodeExecution) -> None:
     """Warn of reference answers of training prompts that ``accuracy_train`` will leave out, source by source.
 
     Raises:
@@ -122,7 +122,7 @@ def _spread(rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def _unusable(
-    prompts: PromptTable, rows: Sequence[int] | np.ndarray, rule: GradingRule, *, allow_code: bool
+    prompts: PromptTable, rows: Sequence[int] | np.ndarray, rule: GradingRule, *, allow_code: CodeExecution
 ) -> dict[int, str]:
     """Say by row why it cannot be graded against."""
     answers = [prompts[int(row)].answer or "" for row in rows]

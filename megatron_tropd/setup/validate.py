@@ -102,14 +102,12 @@ def read_inputs(config: RunConfig) -> Inputs:
         ends=ends,
         vocab_size=vocab_size,
         prompts=read_training_prompts(config, tokenizer, guided=guided_per_prompt(config, method) > 0),
-        problems=read_problems(
-            suites_of(config), config.data, tokenizer, allow_code=config.evaluate.allow_code_execution
-        ),
+        problems=read_problems(suites_of(config), config.data, tokenizer, allow_code=config.evaluate.code_execution),
     )
     found.learn(models=models, inputs=inputs)
     found.finish()
     if config.rollout.samples_per_prompt:
-        check_training_answers(config.data, inputs.prompts, allow_code=config.evaluate.allow_code_execution)
+        check_training_answers(config.data, inputs.prompts, allow_code=config.evaluate.code_execution)
     return inputs
 
 

@@ -96,7 +96,7 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
         return {}
     alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
     posed = [prompts[number] for number in answered]
-    allowed = run.evaluate.allow_code_execution
+    allowed = run.evaluate.code_execution
     right = correctness(alone, posed, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
     return _accuracy_by_source(right, [prompt.source for prompt in posed], {prompt.source for prompt in prompts})
 

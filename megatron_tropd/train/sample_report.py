@@ -52,7 +52,7 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
         prompt = prompts[number // (1 + guided)]
         right = None
         if prompt.answer is not None:
-            rule, allowed = partial(training_rule, run.data), run.evaluate.allow_code_execution
+            rule, allowed = partial(training_rule, run.data), run.evaluate.code_execution
             mark = correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0]
             right = None if np.isnan(mark) else bool(mark)
         tokens = _sample_tokens(run, rollout, gates.get(rollout.sequence_id))

@@ -259,7 +259,7 @@ class Evaluator:
                 tokenizer or run.tokenizer,
                 model=EvaluatedModel(name=model, step=step),
                 seed=run.seed,
-                allow_code=run.evaluate.allow_code_execution,
+                allow_code=run.evaluate.code_execution,
             )
         if run.world.is_first:
             record_evaluations(run.run_dir, results)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_tropd.evaluate import sandbox
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.evaluate import grader_pool, sandbox
 from megatron_tropd.evaluate.sandbox import Isolation, Outcome, SandboxLimits, run_program
 from tests.support.two_nodes import NAMESPACES_REQUIRED
 
@@ -292,6 +294,7 @@ DRIVER = "REPLY, WORD, DRIVER = "  # in the command of a program's processes, an
 PLAIN = Isolation(namespaces=False, user="same")
 
 
+BUBBLEWRAP = shutil.which("bwrap")
 # without namespaces all processes of this user count
 MANY = replace(ROOMY, processes=100_000, memory_bytes=4 << 30, output_bytes=1 << 16)
 
@@ -380,11 +383,10 @@ def test_many_programs_run_side_by_side():
 
 
 def test_without_namespaces_limits_hold_and_what_is_missing_is_said():
-    assert PLAIN.missing == (
-        "reach the network",
-        "read and write what this user can on this machine",
-        "see its processes",
-    )
+    files = ("read and write what this user can on this machine", "see and signal its processes")
+    assert PLAIN.missing == files
+    unfiltered = replace(PLAIN, filtered=False)
+    assert unfiltered.missing == ("reach the network", *files, "make every system call")
     for program, limits, ok, reason in (
         ("assert True", TIGHT, True, ""),
         ("while True: print('x' * 1000)", TIGHT, False, "printed more than 64 KiB"),
@@ -409,4 +411,137 @@ def test_a_machine_that_can_confine_nothing_runs_nothing(monkeypatch):
     finally:
         sandbox.detect_isolation.cache_clear()
     assert tried[0].namespaces and not tried[-1].namespaces
+    assert [bool(choice.bubblewrap) for choice in tried] == [
+        bool(shutil.which("bwrap")) and i < len(tried) // 3 for i in range(len(tried))
+    ]
     assert os.getuid() != 0 or all(choice.user != "same" for choice in tried)
+
+
+# --------------------------------------------------------------------------- system calls, memory without a process
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    {
+        "a new user namespace": ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", "AssertionError"),
+        "by clone": (
+            "import ctypes\nassert ctypes.CDLL(None).syscall(56, 0x10000000 | 17, 0, 0, 0, 0) >= 0",
+            "AssertionError",
+        ),
+        "vsock": ("import socket\nsocket.socket(40, socket.SOCK_STREAM)", "OSError: [Errno 97]"),
+        "netlink": ("import socket\nsocket.socket(16, socket.SOCK_RAW)", "OSError: [Errno 97]"),
+        "a file without a name": ("import os\nos.memfd_create('x')", "PermissionError: [Errno 1]"),
+        "System V memory": (
+            "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+            "AssertionError",
+        ),
+        "its parent's memory": (
+            "import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+            "AssertionError",
+        ),
+    }.values(),
+)
+def test_system_calls_that_no_program_needs_are_refused(isolation, program, reason):
+    outcome = run_program(program, limits=MANY, isolation=isolation)
+    assert not outcome.ok and outcome.reason.startswith(reason), outcome
+
+
+def test_what_programs_do_need_is_not_refused(isolation):
+    outcome = run_program(
+        textwrap.dedent(
+            """
+            import asyncio, concurrent.futures, mmap, socket, subprocess, sys, tempfile, threading
+            one, other = socket.socketpair()
+            one.send(b"x")
+            assert other.recv(1) == b"x"
+            assert asyncio.run(asyncio.sleep(0, 3)) == 3
+            assert list(concurrent.futures.ThreadPoolExecutor(2).map(abs, (-1, -2))) == [1, 2]
+            assert subprocess.run([sys.executable, "-c", "print(7)"], capture_output=True).stdout == b"7\\n"
+            with tempfile.TemporaryFile() as file:
+                file.write(b"y" * 5000)
+                file.flush()
+                assert mmap.mmap(file.fileno(), 0)[4999:] == b"y"
+            """
+        ),
+        limits=MANY,
+        isolation=isolation,
+    )
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["as the machine counts", "by looking"])
+def test_memory_in_files_without_a_name_counts(isolated, grouped, monkeypatch):
+    if not grouped:
+        monkeypatch.setattr(sandbox, "open_group", lambda memory_bytes: None)
+    hides = """
+        import os, time
+        for _ in range(40):
+            os.write(os.memfd_create("x"), bytes(16 << 20))
+        time.sleep(600)
+    """
+    limits = replace(TIGHT, file_bytes=32 << 20)
+    outcome = run_program(textwrap.dedent(hides), limits=limits, isolation=replace(isolated, filtered=False))
+    assert outcome.reason == "used more than 256 MiB of memory"
+
+
+def test_bubblewrap_confines_as_well(tmp_path):
+    wrapped = Isolation(namespaces=True, user=PLAIN.user if os.getuid() else "unique", bubblewrap=BUBBLEWRAP or "")
+    if not BUBBLEWRAP:
+        pytest.skip("bubblewrap is not installed")
+    (tmp_path / "ours").write_text("ours")
+    program = f"""
+        import os, sys
+        assert not os.path.exists({str(tmp_path / "ours")!r}) and os.getpid() < 10 and os.getuid() != 0
+        assert "CapEff:\\t0000000000000000" in open("/proc/self/status").read()
+        for place in ("/", "/usr", "/dev", os.path.dirname(sys.executable)):
+            try:
+                open(place + "/written", "w")
+            except OSError:
+                continue
+            raise AssertionError(place)
+        assert sum(os.write(os.open("big%d" % i, os.O_CREAT | os.O_WRONLY), b"x" * 1000) for i in range(3)) == 3000
+    """
+    assert run_program(textwrap.dedent(program), limits=ROOMY, isolation=wrapped).ok
+    assert run_program(DAEMON + "while True: print('x' * 1000)", limits=MANY, isolation=wrapped).reason == (
+        "printed more than 64 KiB"
+    )
+
+
+# --------------------------------------------------------------------------- where there are no namespaces
+
+
+def test_nothing_runs_without_namespaces_unless_that_is_said(monkeypatch, caplog):
+    bare = replace(PLAIN, reason="sandbox: unshare: Operation not permitted")
+    hidden: list[bool] = []
+    monkeypatch.setattr(grader_pool, "detect_isolation", lambda: bare)
+    monkeypatch.setattr(grader_pool, "hide_from_programs", lambda: hidden.append(True))
+    grader_pool._warn_of_missing_isolation.cache_clear()
+    with pytest.raises(ConfigError, match=r"no namespaces of its own \(sandbox: unshare.*evaluate.sandbox=none"):
+        grader_pool.check_code_allowed(True)
+    assert not hidden
+    grader_pool.check_code_allowed("unconfined")
+    grader_pool.check_code_allowed("unconfined")
+    grader_pool._warn_of_missing_isolation.cache_clear()
+    assert hidden and caplog.text.count("read and write what this user can on this machine") == 1
+
+
+def test_a_hidden_process_is_closed_to_others_of_its_user():
+    """Memory and environment, and those of the workers, which have no keys to begin with."""
+    code = (
+        "import os, sys\nfrom megatron_tropd.evaluate.sandbox import hide_from_programs\nhide_from_programs()\n"
+        "import ctypes\nprint(ctypes.CDLL(None).prctl(3), os.stat('/proc/self/environ').st_uid, flush=True)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(sandbox.__file__).parents[2])}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["0", "0"]  # PR_GET_DUMPABLE; /proc belongs to root then
+
+
+def test_workers_have_no_keys(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
+    worker = grader_pool._start_worker()
+    try:
+        environment = Path(f"/proc/{worker.pid}/environ").read_bytes()
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert b"PYTHONPATH" in environment and b"s3cret" not in environment

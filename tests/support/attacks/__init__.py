@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = ("server", "rows")
+KINDS = ("sandbox", "server", "rows")
 
 
 class Hole(AssertionError):

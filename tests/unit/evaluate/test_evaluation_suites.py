@@ -237,7 +237,7 @@ def test_sampled_answers_stand_with_their_own_prompt_and_say_what_the_teacher_wr
         rollout=SimpleNamespace(guided_per_prompt=1, max_new_tokens=9, temperature=1.0, top_p=1.0, top_k=0),
         train=SimpleNamespace(steps=6),
         data=DataConfig(prompts=(Path("p"),), grader="exact"),
-        evaluate=SimpleNamespace(allow_code_execution=False),
+        evaluate=SimpleNamespace(code_execution=False),
         seed=5,
         tokenizer=Letters(),
         scores_new=False,  # a recording has no grades for new answers
