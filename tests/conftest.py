@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 
 # as in an activated environment: scripts under test call python, torchrun and shellcheck by name
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+# tables of tokenized prompts are made once for all of a run's tests, and not in the user's own cache
+if "MEGATRON_TROPD_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="megatron_tropd-tests-")
+    os.environ["MEGATRON_TROPD_CACHE"] = _cache.name
 
 # must be chosen before megatron-core imports Triton
 if kernels.installed() and not torch.cuda.is_available():

@@ -244,6 +244,11 @@ class DataConfig(Section):
         None, "Longest response in the data, in tokens; longer rows are left out and counted. null: any.", ge=1
     )
     on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
+    cache_dir: UserPath | None = key(
+        None,
+        "Directory for tokenized rows, which one process of a host makes and all map into memory; null: "
+        "`$MEGATRON_TROPD_CACHE`, or `megatron_tropd` in `$XDG_CACHE_HOME` or `~/.cache`.",
+    )
     max_left_out: Real = key(
         0.9,
         "Largest share of a source's rows that may be left out, bad or too long; more is an error. 1: any number.",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -25,8 +22,9 @@ class Notes:
         """Return how many rows each sentence is true of."""
         return dict(self._count)
 
-    def tell(self, what: str) -> None:
-        """Log one warning per sentence. ``what``: where the rows are from."""
-        for sentence, count in self._count.items():
-            rows = f"{count} row{'s' if count > 1 else ''}"
-            logger.warning("%s: %s %s (the first is %s)", what, rows, sentence, self._first[sentence])
+    def sentences(self, what: str) -> list[str]:
+        """Return what is to be said, a sentence each. ``what``: where the rows are from."""
+        return [
+            f"{what}: {count} row{'s' if count > 1 else ''} {sentence} (the first is {self._first[sentence]})"
+            for sentence, count in self._count.items()
+        ]

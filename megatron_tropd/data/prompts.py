@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import Literal
 
 from megatron_tropd.data.files import BadRow, RawRow, find_files, read_rows
 from megatron_tropd.data.notes import Notes
+from megatron_tropd.data.prompt_cache import kept_table, table_key
 from megatron_tropd.data.rows import Columns, RowParser, Source
 from megatron_tropd.data.table import PromptTable
+from megatron_tropd.data.table_file import StoredTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.progress.phases import Phase
@@ -43,6 +45,7 @@ class PromptSet:
     prompts: PromptTable
     too_long: tuple[int, ...] = ()  # row numbers beyond a limit
     bad_rows: tuple[str, ...] = ()  # "file:line: reason", only with on_bad_row="skip"
+    kept_in: Path | None = None  # the file that is mapped into memory; None: the table is this process's own
 
 
 def read_prompts(
@@ -62,7 +65,12 @@ def read_prompts(
 
 
 def read_sources(
-    sources: Sequence[Source], tokenizer: Tokenizer, *, limits: Limits = Limits(), on_bad_row: OnBadRow = "error"
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    *,
+    limits: Limits = Limits(),
+    on_bad_row: OnBadRow = "error",
+    cache_dir: Path | None = None,
 ) -> PromptSet:
     """Read, check and tokenize every row of every source.
 
@@ -74,6 +82,8 @@ def read_sources(
 
     Args:
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and logs how many.
+        cache_dir: where tokenized rows are kept. The first process there reads the files; the others, and later runs
+            of the same files and rules, map its table into memory and say what it said. None: all read for themselves.
 
     Raises:
         DataError: a file is missing or torn, a row is bad, or a source has no row left. The message has file, line
@@ -82,11 +92,52 @@ def read_sources(
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row is {on_bad_row!r}: use 'error' or 'skip'.")
+    if cache_dir is None:
+        found = _tokenized(sources, tokenizer, limits=limits, on_bad_row=on_bad_row)
+    else:
+        files = [file for source in sources for file in find_files(source.paths)]
+        before = _dates(files)
+        key = table_key(files, tokenizer, rules=[*map(repr, sources), repr(limits), on_bad_row])
+
+        def make() -> StoredTable:
+            made = _tokenized(sources, tokenizer, limits=limits, on_bad_row=on_bad_row)
+            _check_unchanged(before, _dates(files))
+            return made
+
+        found = kept_table(cache_dir, key, make)
+    facts = found.facts
+    for message in () if found.is_new else facts["said"]:
+        logger.warning("%s", message)
+    return PromptSet(
+        prompts=found.table,
+        too_long=tuple(facts["too_long"]),
+        bad_rows=tuple(facts["bad_rows"]),
+        kept_in=found.path,
+    )
+
+
+def _tokenized(sources: Sequence[Source], tokenizer: Tokenizer, *, limits: Limits, on_bad_row: OnBadRow) -> StoredTable:
     reading = _Reading(limits=limits, on_bad_row=on_bad_row)
     for source in sources:
         reading.read(source, tokenizer)
     reading.table.left_out = len(reading.too_long) + len(reading.bad)
-    return PromptSet(prompts=reading.table, too_long=tuple(reading.too_long), bad_rows=tuple(reading.bad))
+    facts = {"too_long": reading.too_long, "bad_rows": reading.bad, "said": reading.said}
+    return StoredTable(table=reading.table, facts=facts)
+
+
+def _dates(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """Return size and date of files; of one that cannot be looked at, nothing."""
+    found = {}
+    for file in files:
+        with suppress(OSError):
+            found[file] = (file.stat().st_size, file.stat().st_mtime_ns)
+    return found
+
+
+def _check_unchanged(before: Mapping[Path, tuple[int, int]], after: Mapping[Path, tuple[int, int]]) -> None:
+    changed = [str(file) for file in before if before[file] != after.get(file)]
+    if changed:
+        raise DataError(f"{', '.join(changed)} changed while being read. Start again once nobody writes to it.")
 
 
 def first_prompts(source: Source, tokenizer: Tokenizer, count: int) -> list[Prompt | BadRow]:
@@ -112,6 +163,7 @@ class _Reading:
     table: PromptTable = field(default_factory=PromptTable)
     too_long: list[int] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # warnings, for those who find the table made
     rows_before: int = 0  # of the files already read
 
     def read(self, source: Source, tokenizer: Tokenizer) -> None:
@@ -126,16 +178,22 @@ class _Reading:
                 self._take(file, row, parser)
                 if most is not None and len(self.table) - kept == most:
                     break
-        notes.tell(what)
+        self._say(*notes.sentences(what))
         if unseen := parser.unseen_columns():
-            logger.warning("%s: the template reads %s, which no row has", what, ", ".join(map(repr, unseen)))
-        _report_left_out(
+            self._say(f"{what}: the template reads {', '.join(map(repr, unseen))}, which no row has")
+        summary = _checked_left_out(
             what,
             kept=len(self.table) - kept,
             too_long=len(self.too_long) - too_long,
             bad=self.bad[bad:],
             limits=self.limits,
         )
+        self._say(*([summary] if summary else []))
+
+    def _say(self, *messages: str) -> None:
+        self.said += messages
+        for message in messages:
+            logger.warning("%s", message)
 
     def _rows(self, files: Sequence[Path], parser: RowParser) -> Generator[tuple[Path, RawRow], None, None]:
         for file in files:
@@ -173,7 +231,8 @@ def _is_too_long(prompt: Prompt, limits: Limits) -> bool:
     )
 
 
-def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str], limits: Limits) -> None:
+def _checked_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str], limits: Limits) -> str | None:
+    """Say what is left out of a source; None when nothing is. Raises DataError when that is too much."""
     allowed = f"{limits.max_prompt_tokens} tokens"
     if limits.max_response_tokens is not None:
         allowed += f" of prompt or {limits.max_response_tokens} of response"
@@ -188,5 +247,4 @@ def _report_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str],
             f"data.max_left_out={limits.max_left_out:g} of them. Check the column names and length limits, or set "
             "data.max_left_out=1 to continue with the rest."
         )
-    if too_long or bad:
-        logger.warning("%s: kept %d prompts, left out %s", what, kept, summary)
+    return f"{what}: kept {kept} prompts, left out {summary}" if dropped else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,20 @@ class Ragged:
     """Sequences of numbers of different lengths, end to end in one array."""
 
     def __init__(self, typecode: str) -> None:
-        self._values = array(typecode)
-        self._ends = array("q", [0])
+        self._values: Any = array(typecode)  # an array of the standard library while it grows, of NumPy once mapped
+        self._ends: Any = array("q", [0])
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any], ends: Int64Array) -> Ragged:
+        """View ``values`` without a copy; sequence ``i`` lies from ``ends[i]`` to ``ends[i + 1]``."""
+        ragged = cls("b")
+        ragged._values, ragged._ends = values, ends
+        return ragged
+
+    def parts(self) -> tuple[npt.NDArray[Any], Int64Array]:
+        """View the values of all sequences, and the ``[N + 1]`` places between them."""
+        ends = np.asarray(self._ends)
+        return np.asarray(self._values), ends
 
     def append(self, values: Iterable[int]) -> None:
         self._values.extend(values)
@@ -41,12 +53,12 @@ class Ragged:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> array[int]:
-        return self._values[self._ends[i] : self._ends[i + 1]]
+    def __getitem__(self, i: int) -> npt.NDArray[Any]:
+        return np.array(self._values[self._ends[i] : self._ends[i + 1]])
 
     def lengths(self) -> Int64Array:
         """Return the ``[N]`` length of every sequence."""
-        ends = np.frombuffer(self._ends, dtype=np.int64)
+        _, ends = self.parts()
         return ends[1:] - ends[:-1]
 
     def maxima(self) -> Int64Array:
@@ -55,19 +67,22 @@ class Ragged:
         largest = np.full(len(lengths), -1, dtype=np.int64)
         some = lengths > 0
         if some.any():
-            values = np.frombuffer(self._values, dtype=self._values.typecode)
-            starts = np.frombuffer(self._ends, dtype=np.int64)[:-1]
-            largest[some] = np.maximum.reduceat(values, starts[some])
+            values, ends = self.parts()
+            largest[some] = np.maximum.reduceat(values, ends[:-1][some])
         return largest
 
     def feed(self, digest: hashlib._Hash) -> None:
         """Add content and boundaries to a digest."""
-        digest.update(memoryview(self._ends))
-        digest.update(memoryview(self._values))
+        values, ends = self.parts()
+        digest.update(ends.data)
+        digest.update(values.data)
 
     @property
     def nbytes(self) -> int:
-        return (len(self._values) * self._values.itemsize) + len(self._ends) * self._ends.itemsize
+        return sum(part.nbytes for part in self.parts())
+
+
+Column: TypeAlias = Ragged | npt.NDArray[Any]
 
 
 class PromptTable(Sequence[Prompt]):
@@ -77,11 +92,38 @@ class PromptTable(Sequence[Prompt]):
         self.left_out = 0  # rows of the files that are not in the table: too long, or bad and skipped
         self._token_ids, self._response_ids = Ragged("i"), Ragged("i")
         self._text, self._answer = Ragged("B"), Ragged("B")
-        self._has_answer, self._finished = bytearray(), bytearray()
-        self._index, self._line = array("q"), array("q")
-        self._file, self._origin = array("i"), array("i")
-        self._files: list[str] = []
-        self._origins: list[Origin] = []
+        self._has_answer: Any = bytearray()
+        self._finished: Any = bytearray()
+        self._index: Any = array("q")
+        self._line: Any = array("q")
+        self._file: Any = array("i")
+        self._origin: Any = array("i")
+        self.files: list[str] = []
+        self.origins: list[Origin] = []
+
+    @classmethod
+    def of_columns(
+        cls, columns: Mapping[str, Column], *, files: Sequence[str], origins: Sequence[Origin], left_out: int
+    ) -> PromptTable:
+        """View what ``columns`` gave, without a copy. Nothing is added."""
+        table = cls()
+        for name, column in columns.items():
+            setattr(table, f"_{name}", column)
+        table.files, table.origins, table.left_out = list(files), list(origins), left_out
+        return table
+
+    def columns(self) -> dict[str, Column]:
+        """View the columns by name, ``[N]`` or ragged; nothing may be added while a view is held."""
+        flat = {"has_answer": self._has_answer, "finished": self._finished}
+        numbers = {"index": self._index, "line": self._line, "file": self._file, "origin": self._origin}
+        return {
+            "token_ids": self._token_ids,
+            "response_ids": self._response_ids,
+            "text": self._text,
+            "answer": self._answer,
+            **{name: _bytes_of(column) for name, column in flat.items()},
+            **{name: np.asarray(column) for name, column in numbers.items()},
+        }
 
     def add(self, prompt: Prompt, *, file: str | Path, line: int) -> None:
         """Append a row; ``file`` and ``line`` are where it was read."""
@@ -93,8 +135,8 @@ class PromptTable(Sequence[Prompt]):
         self._finished.append(prompt.response_finished)
         self._index.append(prompt.index)
         self._line.append(line)
-        self._file.append(_number_of(self._files, str(file)))
-        self._origin.append(_number_of(self._origins, Origin(source=prompt.source, teacher=prompt.teacher)))
+        self._file.append(_number_of(self.files, str(file)))
+        self._origin.append(_number_of(self.origins, Origin(source=prompt.source, teacher=prompt.teacher)))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -107,13 +149,13 @@ class PromptTable(Sequence[Prompt]):
         if isinstance(i, slice):
             return tuple(self[row] for row in range(*i.indices(len(self))))
         row = range(len(self))[i]
-        response, origin = self._response_ids[row], self._origins[self._origin[row]]
+        response, origin = self._response_ids[row], self.origins[self._origin[row]]
         return Prompt(
-            index=self._index[row],
-            token_ids=np.array(self._token_ids[row], dtype=np.int64),
+            index=int(self._index[row]),
+            token_ids=self._token_ids[row].astype(np.int64),
             text=_decode(self._text[row]),
             answer=_decode(self._answer[row]) if self._has_answer[row] else None,
-            response_ids=np.array(response, dtype=np.int64) if response else None,
+            response_ids=response.astype(np.int64) if len(response) else None,
             response_finished=bool(self._finished[row]),
             source=origin.source,
             teacher=origin.teacher,
@@ -121,12 +163,12 @@ class PromptTable(Sequence[Prompt]):
 
     def place(self, row: int) -> str:
         """Name the ``file:line`` of a row."""
-        return f"{self._files[self._file[row]]}:{self._line[row]}"
+        return f"{self.files[self._file[row]]}:{self._line[row]}"
 
     def sources(self) -> dict[str, Int64Array]:
         """Return the rows of every source, in the order in which sources were read."""
-        origin_N = np.frombuffer(self._origin, dtype=np.int32) if len(self) else np.empty(0, np.int32)
-        return {origin.source: np.flatnonzero(origin_N == i) for i, origin in enumerate(self._origins)}
+        origin_N = np.asarray(self._origin)
+        return {origin.source: np.flatnonzero(origin_N == i) for i, origin in enumerate(self.origins)}
 
     def prompt_lengths(self) -> Int64Array:
         """Count the ``[N]`` tokens of every prompt."""
@@ -138,7 +180,7 @@ class PromptTable(Sequence[Prompt]):
 
     def answered(self) -> npt.NDArray[np.bool_]:
         """Say, ``[N]``, whether a row has a reference answer."""
-        return np.frombuffer(self._has_answer, dtype=np.bool_) if len(self) else np.empty(0, np.bool_)
+        return _bytes_of(self._has_answer).view(np.bool_)
 
     def largest_ids(self) -> Int64Array:
         """Return the ``[N]`` largest token id of every row's prompt and response."""
@@ -149,7 +191,7 @@ class PromptTable(Sequence[Prompt]):
         digest = hashlib.sha256()
         for part in (self._token_ids, self._response_ids, self._answer):
             part.feed(digest)
-        digest.update(repr([(o.source, o.teacher) for o in self._origins]).encode() + self._origin.tobytes())
+        digest.update(repr([(o.source, o.teacher) for o in self.origins]).encode() + self._origin.tobytes())
         return digest.hexdigest()
 
     @property
@@ -179,5 +221,9 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _decode(content: array[int]) -> str:
+def _decode(content: npt.NDArray[np.uint8]) -> str:
     return content.tobytes().decode("utf-8", "surrogatepass")
+
+
+def _bytes_of(column: Any) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(column, dtype=np.uint8) if len(column) else np.empty(0, np.uint8)

@@ -83,6 +83,9 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Hash (SHA-256, hex) the vocabulary and the rules that merge it: equal for tokenizers that encode alike."""
 
+    def identity(self) -> str:
+        """Hash (SHA-256, hex) all that decides which ids a row of data becomes: equal ones give the same ids."""
+
 
 def load_tokenizer(
     path: str | Path, *, chat_template: bool = True, template_options: Mapping[str, Any] | None = None
@@ -210,6 +213,12 @@ class HuggingFaceTokenizer:
     def fingerprint(self) -> str:
         model = json.loads(self._tokenizer.backend_tokenizer.to_str())["model"]
         return _digest([sorted(self.vocab.items(), key=lambda item: item[1]), model.get("merges", [])])
+
+    def identity(self) -> str:
+        marks = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        template = None if self.chat is None else self.chat.fingerprint()
+        rules = self._tokenizer.backend_tokenizer.to_str()
+        return _digest([str(self.path), rules, template, marks, self.eos_ids, self.turn_end, self.bos_id, self.pad_id])
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -434,6 +443,10 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]  # they decide what is merged
         return _digest([sorted(self.vocab.items(), key=lambda item: item[1]), scores])
+
+    def identity(self) -> str:
+        model = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
+        return _digest([str(self.path), model, self.eos_ids, self.turn_end, self.bos_id, self.pad_id])
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from rich.console import Console
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
+from megatron_tropd.data.prompt_cache import default_directory
 from megatron_tropd.data.prompts import Limits, read_sources
 from megatron_tropd.data.rows import Columns, Source
 from megatron_tropd.data.stream import Share
@@ -119,7 +122,7 @@ def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bo
         max_left_out=data.max_left_out,
         require_response=guided and data.on_bad_row == "skip",
     )
-    prompts = read_sources(sources_of(data), tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
+    prompts = _read(data, sources_of(data), tokenizer, limits)
     bare = np.flatnonzero(prompts.response_lengths() == 0)
     if guided and bare.size:
         raise DataError(
@@ -129,6 +132,17 @@ def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bo
             "rollout.guided_per_prompt=0 to train without."
         )
     return prompts
+
+
+def _read(data: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, limits: Limits) -> PromptTable:
+    """Read sources as a table that all processes of the host share; the first rank says where it lies."""
+    kept = data.cache_dir or default_directory()
+    found = read_sources(sources, tokenizer, limits=limits, on_bad_row=data.on_bad_row, cache_dir=kept)
+    if found.kept_in is not None and not (dist.is_initialized() and dist.get_rank()):
+        size = found.kept_in.stat().st_size / 2**20
+        text = f"{len(found.prompts):,} prompts, tokenized once for this host: {size:,.1f} MiB in {found.kept_in}"
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    return found.prompts
 
 
 def suites_of(config: RunConfig) -> tuple[SuiteConfig, ...]:
@@ -187,7 +201,7 @@ def read_problems(
                 max_rows=suite.max_problems,
                 max_left_out=data.max_left_out,
             )
-            read[key] = read_sources([source], tokenizer, limits=limits, on_bad_row=data.on_bad_row).prompts
+            read[key] = _read(data, [source], tokenizer, limits)
         problems[suite.name] = read[key]
         check_problem_answers(suite, problems[suite.name], allow_code=allow_code)
     return problems

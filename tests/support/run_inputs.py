@@ -396,7 +396,7 @@ class Commands:
         """Ends the server, which ends what it has started."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        self._server.wait(timeout=240)
 
 
 @functools.cache

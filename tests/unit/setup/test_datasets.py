@@ -30,6 +30,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
+    def identity(self) -> str:
+        return "letters"
+
     def render_prompt(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         lines = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}:{m['content']}" for m in prompt)
         return self.encode(lines)
