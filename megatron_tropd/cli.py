@@ -271,11 +271,14 @@ def _generate_from_config(target: Path, arguments: list[str], given: dict[str, A
 
 def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any], alone: dict[str, Any]) -> None:
     from megatron_tropd.commands.generate import generate_responses
-    from megatron_tropd.data.rows import Columns, Source
+    from megatron_tropd.config.sections import ColumnsConfig
+    from megatron_tropd.data.rows import Source
 
     if len(arguments) != 2:
         raise ConfigError(f"tropd generate MODEL takes PROMPTS and OUT, got {len(arguments)}: {' '.join(arguments)}.")
-    columns = Columns(prompt=alone["--prompt-column"] or "prompt", response=alone["--response-column"] or "response")
+    columns = ColumnsConfig(
+        prompt=alone["--prompt-column"] or "prompt", response=alone["--response-column"] or "response"
+    )
     source = Source(
         paths=(Path(arguments[0]),), columns=columns, template=alone["--template"], system=alone["--system"]
     )
@@ -420,7 +423,7 @@ def _convert(
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         raise typer.Exit(subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)
     from megatron_tropd.commands import convert as conversion
-    from megatron_tropd.parallel.groups import Layout
+    from megatron_tropd.config.sections import Layout
 
     layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert)
     plan = conversion.ConversionPlan(layout=layout, dtype=dtype, texts=tuple(texts or ()))

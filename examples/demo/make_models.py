@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from make_data import HERE, heldout_problems, save_tokenizer, train_problems, write_data
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
@@ -35,7 +35,7 @@ from megatron_tropd.errors import TokenizerError
 from megatron_tropd.evaluate.rules import grade
 from megatron_tropd.methods import build_method
 from megatron_tropd.models.name_table import hf_shapes
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams, single_turn
 

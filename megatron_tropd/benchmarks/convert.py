@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.weights import hf_rows
 from megatron_tropd.models.name_table import hf_shapes
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.setup.build import load_model
 
 _MB = 1e6

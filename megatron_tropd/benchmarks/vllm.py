@@ -30,13 +30,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.config.sections import StudentServersConfig
+from megatron_tropd.config.sections import Layout, StudentServersConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.model import Model
 from megatron_tropd.errors import ServingError
 from megatron_tropd.models.name_table import hf_shapes
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.rollout.engines.vllm import VLLMSampler
 from megatron_tropd.rollout.engines.vllm_server import ServerSampler
 from megatron_tropd.rollout.protocol import Sampler

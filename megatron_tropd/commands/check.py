@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import OptimizerConfig, ParallelConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.data.packing import backend, pack
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.engine.model import build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
@@ -30,7 +30,7 @@ from megatron_tropd.report.terminal import literal, say
 from megatron_tropd.setup.chat_templates import DIFFERENCES, difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
-from megatron_tropd.setup.validate import DTYPES, Inputs, check_export, layout_of, read_inputs, sequences_per_step
+from megatron_tropd.setup.validate import DTYPES, Inputs, check_export, read_inputs, sequences_per_step
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture, Rollout, single_turn
 
@@ -59,7 +59,7 @@ class Memory:
 def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Memory:
     """Estimate bytes per rank: weights, fp32 gradients, Adam states, activations in flight, loss, frozen models."""
     itemsize, student = DTYPES[config.dtype].itemsize, inputs.student
-    layout = layout_of(config.student.parallel)
+    layout = config.student.parallel
     own = trained_states(
         student,
         layout,
@@ -80,9 +80,7 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         activations=int(activations),
         loss=loss_bytes,
         teacher=0 if config.teacher.ranks else _teacher_bytes(config, inputs),
-        base=frozen_states(inputs.base, layout_of(config.base_parallel), itemsize=itemsize).weights
-        if inputs.base
-        else 0,
+        base=frozen_states(inputs.base, config.base_parallel, itemsize=itemsize).weights if inputs.base else 0,
         sampler=sampler.weights,
     )
 
@@ -91,7 +89,7 @@ def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
     itemsize = DTYPES[config.dtype].itemsize
     together = max if config.teacher.offload else sum  # each is then there alone
     return together(
-        frozen_states(architecture, layout_of(parallel), itemsize=itemsize).weights
+        frozen_states(architecture, parallel, itemsize=itemsize).weights
         for _, _, architecture, parallel in _teachers(config, inputs)
     )
 
@@ -201,7 +199,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     return table
 
 
-def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, ParallelConfig]]:
+def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, Layout]]:
     """List role, directory, sizes and layout of every teacher."""
     others = [(f"teacher {t.name!r}", t.model, inputs.teachers[t.name], t.parallel) for t in config.teachers]
     return [("teacher", config.teacher.model, inputs.teacher, config.teacher.parallel), *others]
@@ -242,7 +240,7 @@ def _checkpoints(config: RunConfig) -> str:
     return f"a checkpoint every {every}" if every else "no checkpoints"
 
 
-def _describe(path: Path, a: Architecture, parallel: ParallelConfig) -> str:
+def _describe(path: Path, a: Architecture, parallel: Layout) -> str:
     count = total_parameters(a)
     cut = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
     axes = [f"{name}={getattr(parallel, name)}" for name in cut if getattr(parallel, name) > 1]
@@ -289,7 +287,7 @@ def _memory_table(memory: Memory, config: RunConfig) -> Table:
 
 def _token_table(config: RunConfig, inputs: Inputs) -> Table:
     """List every tensor with a row per token: what a longer pack makes longer."""
-    layout, tokens = layout_of(config.student.parallel), _tokens_of_rank(config)
+    layout, tokens = config.student.parallel, _tokens_of_rank(config)
     rows = per_token_bytes(
         inputs.student,
         inputs.teacher,

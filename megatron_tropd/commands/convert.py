@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rich.progress import Progress, track
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
 from megatron_tropd.convert.lazy import LazyTensor
@@ -33,7 +34,7 @@ from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError, printable
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.arrays import largest_or_infinite
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.storage.owned import beside, check_target, overlaps, settled
 from megatron_tropd.types import Architecture
 

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from megatron_tropd.commands.generate import sampler_of
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, SuiteConfig
+from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, Layout, SuiteConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
 from megatron_tropd.report.table import print_accuracies
 from megatron_tropd.report.terminal import say

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import RolloutConfig, VLLMConfig
+from megatron_tropd.config.sections import ColumnsConfig, Layout, RolloutConfig, VLLMConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
 from megatron_tropd.data.prompts import Limits, OnBadRow, read_sources
 from megatron_tropd.data.response_file import ResponseFile, numbered_rows
-from megatron_tropd.data.rows import Source, beside, ids_digest, tokenizer_digest
+from megatron_tropd.data.rows import Source, ids_digest, tokenizer_digest
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
@@ -136,7 +136,7 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
 
 
 def _unanswered(source: Source) -> Source:
-    columns = replace(source.columns, response=_UNREAD, answer=_UNREAD)
+    columns = source.columns.model_copy(update={"response": _UNREAD, "answer": _UNREAD})
     return replace(source, columns=columns, answer_template=None)
 
 
@@ -247,7 +247,7 @@ def _written(
     samples: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield every row that was answered, whole, once per answer. ``rows`` is read on to where the prompts are."""
-    digest = tokenizer_digest(job.tokenizer)
+    digest, columns = tokenizer_digest(job.tokenizer), ColumnsConfig(response=job.column)
     for number, prompt in enumerate(prompts):
         row = next(row for index, row in rows if index == prompt.index)
         for rollout in rollouts[number * samples : (number + 1) * samples]:
@@ -256,8 +256,8 @@ def _written(
             yield {
                 **row,
                 job.column: job.tokenizer.response_text(ids[:-1] if rollout.finished else ids),
-                beside(job.column, "finished"): rollout.finished,
-                beside(job.column, "generated"): kept,
+                columns.finished: rollout.finished,
+                columns.generated: kept,
             }
 
 
@@ -279,7 +279,8 @@ def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[st
 def _conclude(file: ResponseFile, count: int, column: str) -> None:
     out = file.out
     kept = file.finish()
-    cut = sum(not row[beside(column, "finished")] for _, row in numbered_rows([out]))
+    finished = ColumnsConfig(response=column).finished
+    cut = sum(not row[finished] for _, row in numbered_rows([out]))
     facts = f"{count} responses in {out} ({cut} cut off by max_new_tokens)"
     say(facts)
     if kept is not None:

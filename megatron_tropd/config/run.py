@@ -20,10 +20,10 @@ from megatron_tropd.config.sections import (
     Dtype,
     EvaluateConfig,
     ExportConfig,
+    Layout,
     MethodConfig,
     NamedTeacherConfig,
     OptimizerConfig,
-    ParallelConfig,
     Real,
     ReportConfig,
     RolloutConfig,
@@ -145,7 +145,7 @@ class RunConfig(Section):
         return self.base.model or self.student.model
 
     @property
-    def base_parallel(self) -> ParallelConfig:
+    def base_parallel(self) -> Layout:
         """Return the base model's layout."""
         return self.base.parallel or (self.teacher.parallel if self.base.model else self.student.parallel)
 
@@ -160,7 +160,7 @@ class RunConfig(Section):
                 f"Launch {own + self.student.parallel.smallest_world}, as in `torchrun --nproc-per-node "
                 f"{own + self.student.parallel.smallest_world} -m megatron_tropd ...`, or set teacher.ranks=0."
             )
-        sampler = ParallelConfig(tensor=self.rollout.parallel.tensor)
+        sampler = Layout(tensor=self.rollout.parallel.tensor)
         for role, parallel, ranks in (
             ("student", self.student.parallel, shared),
             ("teacher", self.teacher.parallel, own or world_size),

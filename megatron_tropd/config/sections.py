@@ -65,7 +65,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ParallelConfig(Section):
+class Layout(Section):
     """The layout of one model over the ranks. Data parallelism is what is left of the world."""
 
     tensor: Whole = key(1, "Tensor-parallel ranks: each holds a slice of every matrix.", ge=1)
@@ -122,13 +122,17 @@ class ParallelConfig(Section):
             )
         return data
 
+    def rank_at(self, *, replica: int, replicas: int, stage: int, tensor: int = 0, context: int = 0) -> int:
+        """Return the rank at the given coordinates of a world that holds so many replicas."""
+        return ((stage * replicas + replica) * self.context + context) * self.tensor + tensor
+
 
 class NamedTeacherConfig(Section):
     """A teacher in addition to `teacher`, for the data sources that name it. Never trained."""
 
     name: str = Field(min_length=1, description="Name of the teacher, which `data.sources[i].teacher` gives.")
     model: UserPath = Field(description="A Hugging Face checkpoint directory, with the student's vocabulary.")
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Layout = Layout()
 
 
 class BaseConfig(Section):
@@ -140,14 +144,14 @@ class BaseConfig(Section):
         "the student's own weights before training. Without base.parallel it is laid out as the student where it is "
         "the student's, else as the teacher.",
     )
-    parallel: ParallelConfig | None = None
+    parallel: Layout | None = None
 
 
 class StudentConfig(Section):
     """The model that writes and learns."""
 
     model: UserPath = Field(description="Student: a Hugging Face checkpoint directory.")
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Layout = Layout()
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."
     )
@@ -169,6 +173,19 @@ class ColumnsConfig(Section):
     response: str = key("response", "Column with one teacher response, for guidance.", min_length=1)
     answer: str = key("answer", "Column with the reference answer, for grading.", min_length=1)
     tools: str = key("tools", "Column with the tools that the chat template writes, a list or its JSON.", min_length=1)
+
+    @property
+    def finished(self) -> str:
+        """Name the column that says whether the response ended by itself."""
+        return self._beside("finished")
+
+    @property
+    def generated(self) -> str:
+        """Name the column with what ``tropd generate`` keeps beside the response."""
+        return self._beside("generated")
+
+    def _beside(self, what: str) -> str:
+        return what if self.response == "response" else f"{self.response}_{what}"
 
 
 class CodeConfig(Section):
@@ -365,7 +382,7 @@ class TeacherConfig(Section):
         "student's, so that it sees the very prompts the student sees, or its `own` (`tropd generate` alone so far). "
         "It is always evaluated under its own template and end tokens.",
     )
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Layout = Layout()
     ranks: Whole = key(
         0,
         "Ranks that are the teacher's alone: the last ones of the launch, the others are the student's. 0: the teacher "
@@ -435,7 +452,7 @@ class TeacherConfig(Section):
                 "engine = 'vllm_server' needs vllm_server.urls, addresses of servers started by `tropd serve teacher`."
             )
         if self.engine != "megatron":
-            usable = ParallelConfig(tensor=self.parallel.tensor if self.engine == "vllm" else 1)
+            usable = Layout(tensor=self.parallel.tensor if self.engine == "vllm" else 1)
             fix = (
                 "vLLM's engines are cut by parallel.tensor alone"
                 if self.engine == "vllm"

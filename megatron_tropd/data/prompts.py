@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from megatron_tropd.config.sections import ColumnsConfig
 from megatron_tropd.data.files import BadRow, RawRow, find_files, read_rows
 from megatron_tropd.data.notes import Notes
 from megatron_tropd.data.prompt_cache import kept_table, table_key
-from megatron_tropd.data.rows import Columns, RowParser, Source
+from megatron_tropd.data.rows import RowParser, Source
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.table_file import StoredTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from megatron_tropd.types import Prompt
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
-_COLUMNS = Columns()
+_COLUMNS = ColumnsConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ def read_prompts(
     paths: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
-    columns: Columns = _COLUMNS,
+    columns: ColumnsConfig = _COLUMNS,
     max_prompt_tokens: int | None = None,
     require_response: bool = False,
     on_bad_row: OnBadRow = "error",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_tropd.config.sections import ColumnsConfig
 from megatron_tropd.data.cells import cell_text, is_missing
 from megatron_tropd.data.chat import ChatTemplate, Frame, Message, Tools, first_tag
 from megatron_tropd.data.files import BadRow, column_of
@@ -46,39 +47,13 @@ _FOREIGN = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
-    """Names of the columns, ``a.b`` for a field. GSM8K: ``Columns(prompt="question", response="answer")``."""
-
-    prompt: str = "prompt"  # text, or chat messages
-    messages: str = "messages"  # chat messages; read where a row has no prompt column
-    response: str = "response"  # optional: one response of the teacher, used for guidance
-    answer: str = "answer"  # optional: reference for grading, text or a number
-    tools: str = "tools"  # optional: tools that the chat template writes, a list or its JSON
-
-    @property
-    def finished(self) -> str:
-        """Name the column that says whether the response ended by itself."""
-        return beside(self.response, "finished")
-
-    @property
-    def generated(self) -> str:
-        """Name the column with what ``tropd generate`` keeps beside the response."""
-        return beside(self.response, "generated")
-
-
-def beside(response: str, what: str) -> str:
-    """Name a column that belongs to a response column."""
-    return what if response == "response" else f"{response}_{what}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """The files that prompts come from, and the rules by which a row becomes one."""
 
     paths: tuple[Path, ...]  # files, globs and directories
     name: str = ""
     teacher: str = ""  # who scores it; empty where there is only one teacher
-    columns: Columns = Columns()
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     template: str | None = (
         None  # Jinja over the row's columns, ``{{ prompt }}`` the prompt column; None: the prompt alone
     )

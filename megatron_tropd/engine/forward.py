@@ -13,12 +13,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.attention import PackedPlan, Plan
 from megatron_tropd.engine.context import ContextPlan, carries_loss, held_tokens
 from megatron_tropd.engine.model import HiddenStateGPT, Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.progress.phases import Phase
 from megatron_tropd.types import Pack, Region
 

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
@@ -35,7 +36,7 @@ from megatron_tropd.engine.patches import cuda_calls
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.models.rotary import rotary_frequencies
-from megatron_tropd.parallel.groups import Groups, Layout
+from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.types import Architecture
 
 _VOCAB_MULTIPLE = 64

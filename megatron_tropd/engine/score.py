@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import own_predictions
 from megatron_tropd.engine.forward import run_packs
@@ -16,7 +17,6 @@ from megatron_tropd.engine.step import model_logprob
 from megatron_tropd.engine.views import StudentScores
 from megatron_tropd.losses.end_class import at_ids, class_entropy, with_ends
 from megatron_tropd.losses.vocab_parallel import linear_logprobs, linear_topk
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Int64Array, Pack, Rollout, single_turn
 
 

@@ -18,35 +18,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.wakeup import interruptible
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The parallel sizes of one model. Data parallel size is what is left of the world."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    sequence: bool = False
-
-    def replicas(self, world_size: int) -> int:
-        """Return the number of model replicas; raise ConfigError when the world is not a whole number of them."""
-        model = self.tensor * self.pipeline * self.context
-        if world_size % model:
-            raise ConfigError(
-                f"world size {world_size} is not a multiple of tensor*pipeline*context = "
-                f"{self.tensor}*{self.pipeline}*{self.context} = {model}. "
-                f"Launch {model} ranks (or a multiple), or lower one axis."
-            )
-        return world_size // model
-
-    def rank_at(self, *, replica: int, replicas: int, stage: int, tensor: int = 0, context: int = 0) -> int:
-        """Return the rank at the given coordinates of a world that holds so many replicas."""
-        return ((stage * replicas + replica) * self.context + context) * self.tensor + tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +113,7 @@ class GroupBuilder:
     def build(self, layout: Layout) -> Groups:
         """Make the groups of ``layout`` over the whole world."""
         world = dist.get_world_size()
-        replicas = layout.replicas(world)
+        replicas = layout.data_size(world)
         grid = np.arange(world).reshape(layout.pipeline, replicas, layout.context, layout.tensor)
         axes = {"pp": 0, "dp": 1, "cp": 2, "tp": 3}
 

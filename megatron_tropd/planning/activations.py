@@ -5,7 +5,7 @@ The counts of a layer are those of its operations as this package builds them; a
 
 from __future__ import annotations
 
-from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.planning.parameters import layers_of_stages
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from megatron_tropd.config.sections import (
     DataConfig,
     Dtype,
+    Layout,
     OptimizerConfig,
     Real,
     RolloutConfig,
@@ -32,7 +33,6 @@ from megatron_tropd.config.sections import (
 from megatron_tropd.engine.model import check_divisible, check_trainable, padded_vocab_size
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import Method
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.activations import activation_bytes
 from megatron_tropd.planning.parameters import States, frozen_states, layers_of_stages, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving, moved_bytes
@@ -157,7 +157,7 @@ def estimate(
     """
     packs = -(-job.sequences * job.length // job.train.pack_tokens)
     layouts = {"teacher": teacher, "student": student}
-    shares = {role: -(-packs // layout.replicas(job.part(role).gpus)) for role, layout in layouts.items()}
+    shares = {role: -(-packs // layout.data_size(job.part(role).gpus)) for role, layout in layouts.items()}
     transfers = {
         "student": _student_transfers(job, student, shares["student"], recompute),
         "teacher": _teacher_transfers(job, teacher, shares["teacher"]),
@@ -362,9 +362,7 @@ def _rollout_seconds(job: ClusterJob) -> float:
 
 def chosen(job: ClusterJob) -> Estimate:
     """Return the layouts that the configuration requests."""
-    student, teacher = (
-        Layout(**section.parallel.model_dump()) for section in (job.student_section, job.teacher_section)
-    )
+    student, teacher = (section.parallel for section in (job.student_section, job.teacher_section))
     return estimate(job, student, teacher, job.student_section.recompute)
 
 

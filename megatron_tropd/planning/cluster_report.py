@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.planning.cluster import ClusterJob, Estimate, room
 
 _GIB = 2**30

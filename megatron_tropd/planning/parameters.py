@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.model import padded_vocab_size, uneven_stages
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.types import Architecture
 
 _GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32

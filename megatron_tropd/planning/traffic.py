@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_tropd.parallel.groups import Layout
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.planning.parameters import chunks_of_stage, layers_of_stages, padded_buckets
 from megatron_tropd.types import Architecture
 

@@ -18,6 +18,7 @@ from megatron_tropd.config.sections import (
     DataConfig,
     Dtype,
     EvaluateConfig,
+    Layout,
     RolloutConfig,
     TrainConfig,
 )
@@ -34,7 +35,7 @@ from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.methods import Method
 from megatron_tropd.models.name_table import output_entry
 from megatron_tropd.models.rules import RULES, TensorShard, fill
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.parallel.partition import CrossWorldLink
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext, build_embedded
@@ -45,7 +46,6 @@ from megatron_tropd.setup.validate import (
     Inputs,
     check_method,
     identity,
-    layout_of,
     longest_sequence,
     longest_training_sequence,
     most_alternatives,
@@ -69,7 +69,6 @@ __all__ = [
     "build_world",
     "check_method",
     "embedded_sampler",
-    "layout_of",
     "load_model",
     "load_teacher",
     "output_weight_for",
@@ -280,9 +279,9 @@ def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size
 def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
     """Describe how a launch is divided between the student and a teacher with ranks of its own."""
     return RankSplit(
-        student=layout_of(config.student.parallel),
+        student=config.student.parallel,
         student_ranks=student_ranks,
-        teacher=layout_of(config.teacher.parallel),
+        teacher=config.teacher.parallel,
         teacher_ranks=config.teacher.ranks,
     )
 
@@ -303,12 +302,12 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
     builder = GroupBuilder(timeout_s=config.collective_timeout_s)
     return World(
         device=device,
-        student=builder.build(layout_of(config.student.parallel)),
-        teacher=None if config.teacher.ranks else builder.build(layout_of(config.teacher.parallel)),
+        student=builder.build(config.student.parallel),
+        teacher=None if config.teacher.ranks else builder.build(config.teacher.parallel),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
-        base=builder.build(layout_of(config.base_parallel)) if base else None,
-        teachers={one.name: builder.build(layout_of(one.parallel)) for one in config.teachers},
-        remote=layout_of(config.teacher.parallel) if config.teacher.ranks else None,
+        base=builder.build(config.base_parallel) if base else None,
+        teachers={one.name: builder.build(one.parallel) for one in config.teachers},
+        remote=config.teacher.parallel if config.teacher.ranks else None,
     )
 
 

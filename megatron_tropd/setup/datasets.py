@@ -11,10 +11,16 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, SourceConfig, SuiteConfig
+from megatron_tropd.config.sections import (
+    CodeExecution,
+    DataConfig,
+    EvaluateConfig,
+    SourceConfig,
+    SuiteConfig,
+)
 from megatron_tropd.data.prompt_cache import default_directory
 from megatron_tropd.data.prompts import Limits, read_sources
-from megatron_tropd.data.rows import Columns, Source
+from megatron_tropd.data.rows import Source
 from megatron_tropd.data.stream import Share
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
@@ -94,7 +100,7 @@ def sources_of(data: DataConfig) -> list[Source]:
             paths=source.prompts,
             name=source.name,
             teacher=source.teacher or "",
-            columns=Columns(**(source.columns or data.columns).model_dump()),
+            columns=source.columns or data.columns,
             template=data.template if source.template is None else source.template,
             answer_template=answer_template(
                 data.answer_template if source.answer_template is None else source.answer_template,
@@ -189,7 +195,7 @@ def read_problems(
         assert suite.columns is not None
         source = Source(
             paths=suite.prompts,
-            columns=Columns(**suite.columns.model_dump()),
+            columns=suite.columns,
             template=suite.template,
             answer_template=answer_template(suite.answer_template, code=suite.code if suite.grader == CODE else None),
             system=suite.system,

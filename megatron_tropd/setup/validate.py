@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import ParallelConfig
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.hf import read_architecture, weights_fingerprint
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
@@ -25,7 +25,6 @@ from megatron_tropd.engine.model import check_divisible, check_trainable
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, build_method
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
@@ -217,7 +216,7 @@ def check_one_teacher(config: RunConfig, method: Method) -> None:
 def _check_teachers(config: RunConfig, architectures: Mapping[str, Architecture]) -> None:
     for i, one in enumerate(config.teachers):
         try:
-            check_divisible(architectures[one.name], layout_of(one.parallel))
+            check_divisible(architectures[one.name], one.parallel)
         except ConfigError as error:
             raise ConfigError(f"teachers[{i}].parallel: {error}") from None
 
@@ -297,23 +296,18 @@ def _read_architecture(key: str, path: Path) -> Architecture:
         raise CheckpointError(f"{key} = '{path}': {error}") from error
 
 
-def layout_of(parallel: ParallelConfig) -> Layout:
-    """Build the layout that a config section requests."""
-    return Layout(**parallel.model_dump())
-
-
 def check_layouts(
     config: RunConfig, student: Architecture, teacher: Architecture, base: Architecture | None = None
 ) -> None:
     """Raise ConfigError when a model cannot be cut the way its section requests."""
     sampler = Layout(tensor=config.rollout.parallel.tensor)
     requested = [
-        ("student.parallel", student, layout_of(config.student.parallel)),
-        ("teacher.parallel", teacher, layout_of(config.teacher.parallel)),
+        ("student.parallel", student, config.student.parallel),
+        ("teacher.parallel", teacher, config.teacher.parallel),
         ("rollout.parallel", student, sampler),
     ]
     if base is not None:
-        requested.append(("base.parallel", base, layout_of(config.base_parallel)))
+        requested.append(("base.parallel", base, config.base_parallel))
     if suites_of(config) and config.evaluate.teacher:
         requested.append(("rollout.parallel (evaluating the teacher)", teacher, sampler))
     for key, architecture, layout in requested:

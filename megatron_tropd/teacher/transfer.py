@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.context import valid_positions
-from megatron_tropd.parallel.groups import Groups, Layout
+from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.parallel.partition import PointToPoint, Transfer
 from megatron_tropd.types import Int64Array, Pack
 
@@ -47,7 +48,7 @@ class ReplicaMap:
     @staticmethod
     def remote(layout: Layout, *, ranks: int, round_robin: bool, first_rank: int = 0) -> ReplicaMap:
         """Map the ``ranks`` of another part of the launch."""
-        replicas = layout.replicas(ranks)
+        replicas = layout.data_size(ranks)
         return ReplicaMap(
             layout=layout, num_replicas=replicas, round_robin=round_robin, groups=None, first_rank=first_rank
         )

@@ -54,7 +54,6 @@ from megatron_tropd.setup.validate import (
     check_export,
     check_writable,
     identity,
-    layout_of,
     read_inputs,
 )
 from megatron_tropd.teacher.engines.remote import serve_score_requests
@@ -87,7 +86,7 @@ def run_training(config: RunConfig) -> Run | None:
 def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Serve the student's score requests on the teacher's own ranks, from the beginning to the end of a run."""
     assert launch.bridge is not None
-    groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(layout_of(config.teacher.parallel))
+    groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(config.teacher.parallel)
     model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
     bridge = launch.bridge
 

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.weights import hf_tensors, load_stream
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import Pack, single_turn
 from tests.support.distributed import run_on_ranks

@@ -335,7 +335,8 @@ def record_and_read_grades(directory: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.config.sections import Layout
+    from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
     from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
 
     device = initialize_distributed()
@@ -369,8 +370,8 @@ def reread_under_context_parallelism(home: Path, mine: Any, expected: Any, live:
 
     import torch
 
+    from megatron_tropd.config.sections import Layout
     from megatron_tropd.engine.context import valid_positions
-    from megatron_tropd.parallel.groups import Layout
     from megatron_tropd.teacher.engines.recorded import RecordedTeacher
 
     if expected[0] is None:

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config.loading import load_config
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import ConfigError, EngineError
-from megatron_tropd.parallel.groups import GroupBuilder, Layout
+from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.parallel.partition import CrossWorldLink, Launch, Transfer, join_launch
 from megatron_tropd.teacher.engines import remote as apart
 from megatron_tropd.teacher.engines.remote import RankSplit, RemoteTeacher, decode_request, encode_request

@@ -140,8 +140,9 @@ def test_signals_are_put_together_from_the_answers_to_every_sequence_of_every_pa
 
 def signals_of_a_model_that_looks_at_one_token() -> None:
     """Its log-probs are a table: what any signal must be can be read off it. One pack carries no loss."""
+    from megatron_tropd.config.sections import Layout
     from megatron_tropd.data.packing import pack
-    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
     from megatron_tropd.teacher.engines.vllm import VLLMTeacher
     from megatron_tropd.teacher.protocol import TeacherRequest
     from megatron_tropd.types import Rollout, single_turn

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.context import valid_positions
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import build_method
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.setup.build import World, load_model
 from megatron_tropd.setup.validate import check_one_teacher
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_tropd.commands import convert as conversion
 from megatron_tropd.commands.convert import ConversionPlan, hf_to_megatron, megatron_to_hf
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.checkpoint import _sharded_state, load_checkpoint, load_model_weights, save_checkpoint
@@ -30,7 +30,7 @@ from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.weights import hf_rows, load_weights
 from megatron_tropd.errors import CheckpointError, ConfigError
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from tests.support.distributed import run_on_ranks
 from tests.support.run_inputs import commands
 from tests.support.tiny_families import save_family

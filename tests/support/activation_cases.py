@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import optimize
-from megatron_tropd.parallel.groups import GroupBuilder, Layout
+from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.types import Architecture, Pack, Region
 
 Case = tuple[Architecture, Layout, str, str, Sequence[int]]  # model, layout, dtype, recompute, lengths in the pack

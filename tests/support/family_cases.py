@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.packing import pack
@@ -29,7 +29,7 @@ from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_stream, load_weights
 from megatron_tropd.methods import build_method
 from megatron_tropd.models.name_table import hf_shapes
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import Pack, Rollout, RolloutRequest, SamplingParams, single_turn

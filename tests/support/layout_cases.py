@@ -17,20 +17,20 @@ from torch import Tensor
 
 from megatron_tropd.config.loading import parse_config
 from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization, optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import hf_tensors, local_table
 from megatron_tropd.errors import SelfCheckError
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.setup.build import (
     DTYPES,
     Run,
     World,
     check_method,
-    layout_of,
     load_frozen,
     load_model,
     output_weight_for,
@@ -162,9 +162,9 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
     """``build_run`` without tokenizers, data and sampler."""
     device = initialize_distributed()
     method, dtype = check_method(config), DTYPES[config.dtype]
-    layouts = [layout_of(config.student.parallel), layout_of(config.teacher.parallel), Layout()]
+    layouts = [config.student.parallel, config.teacher.parallel, Layout()]
     student_groups, teacher_groups, sampler_groups = [builder.build(layout) for layout in layouts]
-    base_groups = builder.build(layout_of(config.base_parallel)) if method.needs.base_model else None
+    base_groups = builder.build(config.base_parallel) if method.needs.base_model else None
     world = World(
         device=device, student=student_groups, teacher=teacher_groups, sampler=sampler_groups, base=base_groups
     )

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.score import score_packs
 from megatron_tropd.engine.weights import load_stream
 from megatron_tropd.errors import EngineError
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.rollout.engines.vllm import VLLMSampler
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.setup.build import load_model

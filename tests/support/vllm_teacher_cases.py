@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config.sections import ServersConfig
+from megatron_tropd.config.sections import Layout, ServersConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.context import own_valid_positions
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.vllm import LocalScorer, Scorer, ServerScorer, VLLMTeacher

@@ -19,7 +19,8 @@ PACKAGE = Path(megatron_tropd.__file__).parent
 FLOORS = (
     ("errors", "types", "_C"),
     ("storage", "progress"),
-    ("config", "parallel"),
+    ("config",),
+    ("parallel",),
     ("losses",),
     ("models",),
     ("methods",),

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.model import Model
 from megatron_tropd.errors import EngineError
-from megatron_tropd.parallel.groups import Groups, Layout
+from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.parallel.partition import CrossWorldLink, Transfer
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, TeacherRequest

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megatron_tropd.config.loading import dump_config, load_config, parse_config
 from megatron_tropd.config.reference import config_reference
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import ParallelConfig
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
 
 MINIMAL = """\
@@ -327,12 +327,12 @@ def test_errors_in_python_trees_are_config_errors_too():
 
 
 def test_data_parallel_size_is_what_is_left_of_the_world():
-    assert ParallelConfig(tensor=2, pipeline=3, context=1).data_size(24) == 4
+    assert Layout(tensor=2, pipeline=3, context=1).data_size(24) == 4
 
 
 def test_a_layout_that_does_not_divide_the_world_is_refused(config_path: Path):
     with pytest.raises(ConfigError) as caught:
-        ParallelConfig(tensor=2, pipeline=2, context=2).data_size(12)
+        Layout(tensor=2, pipeline=2, context=2).data_size(12)
     assert str(caught.value) == (
         "world size 12 is not a multiple of tensor*pipeline*context = 2*2*2 = 8. "
         "Launch 8 ranks (or a multiple), as in `torchrun --nproc-per-node 8 -m megatron_tropd ...`, or lower one axis."

@@ -563,7 +563,8 @@ WEIGHT_DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def load_each(directories: list[str]) -> list[str]:
     """On a rank: what loading each directory says, and that nothing but CheckpointError ever comes of it."""
-    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.config.sections import Layout
+    from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
     from megatron_tropd.setup.build import load_model
 
     device = initialize_distributed()

@@ -13,9 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_tropd.config.sections import ColumnsConfig
 from megatron_tropd.data.files import find_files, read_rows
 from megatron_tropd.data.prompts import Limits, read_prompts, read_sources
-from megatron_tropd.data.rows import Columns, Source
+from megatron_tropd.data.rows import Source
 from megatron_tropd.data.table import PromptTable, table_of
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
@@ -127,7 +128,7 @@ def test_only_the_columns_asked_for_are_read_from_a_table(tmp_path):
 def test_fields_of_columns_are_named_with_a_dot(tokenizer, tmp_path):
     chat = [{"role": "user", "content": "Tom?", "name": None}]  # a table gives every message every field
     rows = [{"prompt": chat, "reward_model": {"ground_truth": "34", "style": "rule"}}]
-    columns = Columns(answer="reward_model.ground_truth")
+    columns = ColumnsConfig(answer="reward_model.ground_truth")
     (prompt,) = read_prompts(write_table(tmp_path / "a.parquet", rows), tokenizer, columns=columns).prompts
     assert (prompt.text, prompt.answer) == ("Tom?", "34")
     assert prompt.token_ids.tolist() == tokenizer.render_prompt([{"role": "user", "content": "Tom?"}])
@@ -166,7 +167,9 @@ def test_templates_make_prompt_and_answer_from_any_columns(tokenizer, tmp_path):
 def test_a_template_goes_around_the_last_message_and_sees_the_prompt_column(tokenizer, tmp_path):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "3+4?"}]
     path = write_json(tmp_path / "a.jsonl", [{"messages": chat}, {"q": "5+6? {{ no }}", "answer": "11"}])
-    source = Source(paths=(path,), columns=Columns(prompt="q"), template="{{ prompt }} Answer:", system="Be kind.")
+    source = Source(
+        paths=(path,), columns=ColumnsConfig(prompt="q"), template="{{ prompt }} Answer:", system="Be kind."
+    )
     source_answer = Source(paths=source.paths, columns=source.columns, answer_template="<{{ answer }}>")
     first, second = read_sources([source], tokenizer).prompts
     shown = [*chat[:1], {"role": "user", "content": "3+4? Answer:"}]

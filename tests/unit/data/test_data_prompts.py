@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from megatron_tropd.config.sections import ColumnsConfig
 from megatron_tropd.data.prompts import Limits, read_prompts, read_sources
-from megatron_tropd.data.rows import Columns, Source
+from megatron_tropd.data.rows import Source
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, DataError
 
@@ -74,7 +75,7 @@ def test_gsm8k_files_are_read_by_naming_their_columns(tokenizer, tmp_path):
     if not path.exists():
         path = write(tmp_path / "g.jsonl", *({"question": f"{i} + 1?", "answer": f"x\n#### {i + 1}"} for i in range(9)))
     lines = path.read_text(encoding="utf-8").splitlines()
-    columns = Columns(prompt="question", answer="answer", response="answer")
+    columns = ColumnsConfig(prompt="question", answer="answer", response="answer")
     result = read_prompts(path, tokenizer, columns=columns, on_bad_row="skip")  # letters beyond ASCII: no token here
     unknown = [i for i, line in enumerate(lines, 1) if not set("".join(json.loads(line).values())) <= LETTERS]
     assert [int(row.split(":")[1]) for row in result.bad_rows] == unknown
@@ -189,7 +190,7 @@ def test_the_first_end_token_ends_a_response_that_has_none_of_them(tokenizer, tm
 
 def test_an_answer_template_sees_the_answer_column_whatever_its_name(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "meta": {"gold": 7}}, {"prompt": "b", "meta": {"gold": 0}})
-    source = Source(paths=(path,), columns=Columns(answer="meta.gold"))
+    source = Source(paths=(path,), columns=ColumnsConfig(answer="meta.gold"))
     assert [p.answer for p in read_sources([source], tokenizer).prompts] == ["7", "0"]  # 0 is an answer
     templated = replace(source, answer_template="#### {{ answer }}")
     assert [p.answer for p in read_sources([templated], tokenizer).prompts] == ["#### 7", "#### 0"]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_tropd.config.sections import ColumnsConfig
 from megatron_tropd.data.prompts import PromptSet, read_prompts, read_sources
-from megatron_tropd.data.rows import Columns, Source, ids_digest, tokenizer_digest
+from megatron_tropd.data.rows import Source, ids_digest, tokenizer_digest
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import DataError
 from megatron_tropd.types import Prompt
@@ -206,7 +207,7 @@ def test_a_response_that_was_cut_off_teaches_no_end(loaded, tmp_path: Path, capl
 
 def test_the_mark_of_a_cut_response_stands_beside_its_own_column(loaded, tmp_path: Path):
     row = {"prompt": "Hi", "response": "a", "finished": False, "other": "b", "other_finished": True}
-    (prompt,) = read(tmp_path, loaded["chatml"], row, columns=Columns(response="other")).prompts
+    (prompt,) = read(tmp_path, loaded["chatml"], row, columns=ColumnsConfig(response="other")).prompts
     assert prompt.response_finished and prompt.response_ids[-1] == loaded["chatml"].turn_end
 
 

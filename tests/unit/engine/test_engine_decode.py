@@ -13,11 +13,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.random import Stream, uniforms
 from megatron_tropd.engine.decode import sample
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.parallel.groups import GroupBuilder, Groups, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.types import Region, RolloutRequest, SamplingParams
 from tests.support.distributed import run_on_ranks

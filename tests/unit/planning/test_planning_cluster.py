@@ -11,8 +11,8 @@ import torch
 from megatron_tropd.benchmarks.loss import Shape, _peak_extra, fused, make_inputs
 from megatron_tropd.commands.cluster_plan import job_of, print_cluster_plan
 from megatron_tropd.config.loading import load_config
+from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.parallel.groups import Layout
 from megatron_tropd.planning.activations import pack_bytes, packs_in_flight
 from megatron_tropd.planning.cluster import best, chosen, read_cluster, room
 from megatron_tropd.setup.validate import check_layouts, read_architectures

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
-from megatron_tropd.parallel.groups import GroupBuilder, Layout
+from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.types import Architecture
 from tests.support.distributed import run_on_ranks

@@ -19,7 +19,7 @@ from megatron_tropd.config.sections import (
     SuiteConfig,
 )
 from megatron_tropd.data.prompts import read_sources
-from megatron_tropd.data.rows import Columns, Source
+from megatron_tropd.data.rows import Source
 from megatron_tropd.data.table import table_of
 from megatron_tropd.data.templates import row_template
 from megatron_tropd.errors import ConfigError, DataError
@@ -132,7 +132,7 @@ def test_tests_are_taken_as_they_stand_in_text_and_lists(tmp_path):
     made = answer_template(None, code=CodeConfig())
     rows = [{"test_list": ["assert f(1) == 2"]}, {"test_list": "assert f(1) > 2"}, {"test_list": None}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "q", **row}) + "\n" for row in rows))
-    columns = Columns(**ColumnsConfig(answer="test_list").model_dump())
+    columns = ColumnsConfig(**ColumnsConfig(answer="test_list").model_dump())
     source = Source(paths=(tmp_path / "p.jsonl",), columns=columns, answer_template=made)
     answers = [prompt.answer for prompt in read_sources([source], Letters()).prompts]
     assert read_code_reference(answers[0] or "").form == "list of assertions"
