@@ -8,7 +8,7 @@ rotary embedding already applied at the plan's positions, so packing, prefill an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,7 @@ class Plan(Protocol):
         ...
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Compute causal attention over ``[n, heads, l, d]`` each; grouped key heads are shared by consecutive query
     heads.
     """
@@ -112,13 +112,13 @@ def attend_groups(groups: tuple[_Group, ...], query: Tensor, key: Tensor, value:
 def _attend_group(group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     # [T, 1, h, d] -> [n, h, L, d]
     q, k, v = (x.squeeze(1)[group.gather_NL].transpose(1, 2) for x in (query, key, value))
-    out = _causal_attention(q, k, v, scale).transpose(1, 2)
+    out = causal_attention(q, k, v, scale).transpose(1, 2)
     return out[group.real_NL].unsqueeze(1)
 
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    return _causal_attention(q, k, v, scale).permute(2, 0, 1, 3)
+    return causal_attention(q, k, v, scale).permute(2, 0, 1, 3)
 
 
 def _group(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], device: torch.device) -> _Group:
@@ -130,68 +130,6 @@ def _group(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], device
         torch.from_numpy(real).to(device),
         torch.from_numpy(gather[real]).to(device),
     )
-
-
-@dataclass(slots=True)
-class KeyValueCache:
-    """Rotated keys and values of every layer, ``[b, key heads, max_length, d]``, filled left to right per row."""
-
-    batch_size: int
-    max_length: int
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
-
-    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's buffers, made on first use with the heads and dtype of ``like`` ``[s, b, heads, d]``."""
-        if layer not in self.keys:
-            shape = (self.batch_size, like.size(2), self.max_length, like.size(3))
-            self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
-        return self.keys[layer], self.values[layer]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but ``rows`` (finished sequences leave the batch)."""
-        for buffers in (self.keys, self.values):
-            for layer, buffer in buffers.items():
-                buffers[layer] = buffer[rows]
-        self.batch_size = len(rows)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPlan:
-    """A batch of right-padded prompts; keys and values are cached, and causality alone hides the padding."""
-
-    cache: KeyValueCache
-    qkv_format: str = "prefill"
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        keys[:, :, : k.size(2)] = k
-        values[:, :, : v.size(2)] = v
-        return _causal_attention(q, k, v, scale).permute(2, 0, 1, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """One new token per row, at its own position, attending to what its row has cached."""
-
-    cache: KeyValueCache
-    position_B: Tensor  # where each row's token stands
-    longest: int  # max(position_B) + 1, known without asking the device
-    qkv_format: str = "decode"
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
-        rows = torch.arange(len(self.position_B), device=key.device)
-        keys[rows, :, self.position_B] = key[0]
-        values[rows, :, self.position_B] = value[0]
-        k, v = keys[:, :, : self.longest], values[:, :, : self.longest]
-        # plain products: for one query SDPA's setup costs more than its work
-        batch, kv_heads = k.shape[:2]
-        q = query[0].view(batch, kv_heads, -1, query.size(-1))
-        hidden = torch.arange(self.longest, device=k.device) > self.position_B[:, None]
-        scores = (q @ k.transpose(-1, -2)).float().mul_(scale).masked_fill_(hidden[:, None, None], -math.inf)
-        return (scores.softmax(-1).to(v.dtype) @ v).reshape(1, batch, -1, query.size(-1))
 
 
 class PlannedAttention(MegatronModule):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PrefillPlan
+from megatron_tropd.engine.cache import DistinctContexts, KeyValueCache, PrefillAttention
+from megatron_tropd.engine.functional import FunctionalModel
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.losses.vocab_parallel import project
@@ -36,33 +37,31 @@ class _Batch:
     def __init__(self, model: Model, contexts: Sequence[Int64Array], budgets: Sequence[int]) -> None:
         device, rows = model.device, len(contexts)
         lengths = [len(context) for context in contexts]
-        self.model = model
-        self.longest = max(lengths)
-        self.cache = KeyValueCache(rows, self.longest + max(budgets))
+        room = max(lengths) + max(budgets)
+        self.layers = FunctionalModel(model, positions=room)
         self.index_B = torch.arange(rows, device=device)  # which context a row continues
         self.position_B = torch.tensor(lengths, device=device)  # where its next token will stand
         self.budget_B = torch.tensor(list(budgets), device=device)
         self.alive_B = torch.ones(rows, dtype=torch.bool, device=device)
-        padded = np.zeros((rows, self.longest), dtype=np.int64)
-        for row, context in enumerate(contexts):
-            padded[row, : len(context)] = context
-        self._contexts = torch.from_numpy(padded).to(device)
+        self._distinct = DistinctContexts.of(contexts)
+        self.cache = KeyValueCache(self._distinct, self.position_B, room=room)
 
     def prefill(self) -> Tensor:
-        """Cache the contexts; return ``[B, D]`` hidden states of their last tokens."""
-        positions = torch.arange(self.longest, device=self._contexts.device).expand_as(self._contexts)
-        plan = PrefillPlan(self.cache)
-        hidden = self.model.chunks[0](self._contexts, positions, None, packed_seq_params=plan)
-        return hidden[self.position_B - 1, self.index_B]
+        """Cache the contexts, each distinct one computed once; return ``[B, D]`` hidden states of their last tokens."""
+        token_PL = torch.from_numpy(self._distinct.padded()).to(self.position_B.device)
+        position_PL = torch.arange(token_PL.size(1), device=token_PL.device).expand_as(token_PL)
+        attention = PrefillAttention(self.cache, len(token_PL))
+        hidden_RD = self.layers.hidden(token_PL.flatten(), position_PL.flatten(), attention)
+        source_B = torch.from_numpy(self._distinct.source_B).to(token_PL.device)
+        return hidden_RD[source_B * token_PL.size(1) + self.position_B - 1]
 
     def advance(self, token_B: Tensor) -> Tensor:
         """Append one token per row; return ``[B, D]`` hidden states."""
-        self.longest += 1
-        plan = DecodePlan(self.cache, self.position_B, self.longest)
-        hidden = self.model.chunks[0](token_B[:, None], self.position_B[:, None], None, packed_seq_params=plan)
+        hidden_BD = self.layers.hidden(token_B, self.position_B, self.cache)
+        self.cache.column += 1
         # an idle row stays where it is: it could otherwise walk past the last position the model knows
         self.position_B = self.position_B + self.alive_B
-        return hidden[0]
+        return hidden_BD
 
     def drop_finished(self, token_B: Tensor, alive: int) -> Tensor:
         """Keep only living rows once they are few; return their part of ``token_B``."""
@@ -73,6 +72,16 @@ class _Batch:
         for name in ("index_B", "position_B", "budget_B", "alive_B"):
             setattr(self, name, getattr(self, name)[keep])
         return token_B[keep]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The tokens drawn in one step, row by row; those of rows that are not alive do not count."""
+
+    index_B: Tensor
+    alive_B: Tensor
+    stopped_B: Tensor
+    drawn: Drawn
 
 
 @torch.no_grad()
@@ -93,45 +102,52 @@ def decode_batch(
         uniforms_BL: ``[B, max budget]`` numbers in [0, 1): token ``i`` of a row uses column ``i``.
         on_token: called with the number of tokens written of each row, and of rows that are still written to.
     """
-    device, max_new = model.device, max(budgets)
-    uniforms = torch.from_numpy(uniforms_BL).to(device)
-    stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=device)
-    batch = _Batch(model, contexts, budgets)
-    tokens = torch.zeros(len(contexts), max_new, dtype=torch.long, device=device)
-    logprobs = torch.zeros(2, len(contexts), max_new, device=device)
-    count = torch.zeros(len(contexts), dtype=torch.long, device=device)
-    finished = torch.zeros(len(contexts), dtype=torch.bool, device=device)
-    with use_parallel_state(model.groups):
-        hidden_BD = batch.prefill()
-        for step in range(max_new):
-            drawn = sample(
-                _logits(model, hidden_BD, vocab_size),
-                uniforms[batch.index_B, step],
-                params,
-                stops=stops,
-                step=step,
-            )
-            write = batch.index_B[batch.alive_B]
-            tokens[write, step] = drawn.token_B[batch.alive_B]
-            logprobs[0, write, step] = drawn.sampling_logprob_B[batch.alive_B]
-            logprobs[1, write, step] = drawn.model_logprob_B[batch.alive_B]
-            count[write] = step + 1
-            stopped_B = torch.isin(drawn.token_B, stops)
-            finished[write] = stopped_B[batch.alive_B]
-            batch.alive_B = batch.alive_B & ~stopped_B & (step + 1 < batch.budget_B)
-            alive = int(batch.alive_B.sum())
-            on_token(step + 1, alive)
-            if alive == 0:
-                break
-            hidden_BD = batch.advance(batch.drop_finished(drawn.token_B, alive))
-    return _collect(tokens, logprobs, count, finished)
+    uniforms = torch.from_numpy(uniforms_BL).to(model.device)
+    steps: list[_Step] = []
+    # Megatron's modules, which experts are, read its global state
+    with use_parallel_state(model.groups) if model.config.num_moe_experts else nullcontext():
+        for step, alive in _write(model, _Batch(model, contexts, budgets), uniforms, params, vocab_size=vocab_size):
+            steps.append(step)
+            on_token(len(steps), alive)
+    return _collect(steps, len(contexts), max(budgets))
 
 
-def _collect(tokens: Tensor, logprobs: Tensor, count: Tensor, finished: Tensor) -> list[Continuation]:
+def _write(
+    model: Model, batch: _Batch, uniforms_BL: Tensor, params: SamplingParams, *, vocab_size: int
+) -> Iterator[tuple[_Step, int]]:
+    """Draw tokens until every row has stopped or spent its budget; yield each step, and how many rows go on."""
+    stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=model.device)
+    hidden_BD = batch.prefill()
+    for step in range(uniforms_BL.size(1)):
+        logits_BV = _logits(model, hidden_BD, vocab_size)
+        drawn = sample(logits_BV, uniforms_BL[batch.index_B, step], params, stops=stops, step=step)
+        written = _Step(batch.index_B, batch.alive_B, torch.isin(drawn.token_B, stops), drawn)
+        batch.alive_B = batch.alive_B & ~written.stopped_B & (step + 1 < batch.budget_B)
+        alive = int(batch.alive_B.sum())
+        yield written, alive
+        if alive == 0:
+            return
+        hidden_BD = batch.advance(batch.drop_finished(drawn.token_B, alive))
+
+
+def _collect(steps: Sequence[_Step], rows: int, longest: int) -> list[Continuation]:
+    """Sort what the steps have drawn into rows, all of it at once."""
+    device = steps[0].index_B.device
+    alive = torch.cat([step.alive_B for step in steps])
+    index = torch.cat([step.index_B for step in steps])[alive]
+    drawn_in = torch.repeat_interleave(torch.tensor([len(step.index_B) for step in steps], device=device))[alive]
+    tokens = torch.zeros(rows, longest, dtype=torch.long, device=device)
+    logprobs = torch.zeros(2, rows, longest, device=device)
+    tokens[index, drawn_in] = torch.cat([step.drawn.token_B for step in steps])[alive]
+    logprobs[0, index, drawn_in] = torch.cat([step.drawn.sampling_logprob_B for step in steps])[alive]
+    logprobs[1, index, drawn_in] = torch.cat([step.drawn.model_logprob_B for step in steps])[alive]
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    finished[index[torch.cat([step.stopped_B for step in steps])[alive]]] = True
+    counts = torch.bincount(index, minlength=rows).tolist()
     token_ids, (sampling, model) = tokens.cpu().numpy(), logprobs.cpu().numpy()
     return [
         Continuation(token_ids[row, :n].copy(), sampling[row, :n].copy(), model[row, :n].copy(), done)
-        for row, (n, done) in enumerate(zip(count.tolist(), finished.tolist(), strict=True))
+        for row, (n, done) in enumerate(zip(counts, finished.tolist(), strict=True))
     ]
 
 

@@ -96,6 +96,7 @@ def _count(phase: Phase, count: int, alive: int, *, before: tuple[int, int], bud
 
 
 def _cut_batches(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Cut batches of sequences of similar context length, so that little of a batch is padding."""
+    """Cut as few batches as there can be, equally large, of sequences of similar context length: little is padding."""
     order = sorted(indices, key=lambda i: (lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    count = -(-len(order) // batch_size)
+    return [[order[i] for i in part.tolist()] for part in np.array_split(np.arange(len(order)), count)] if count else []

@@ -1,4 +1,4 @@
-"""Attention plans against one sequence at a time in fp64: values, gradients, packing, caching."""
+"""Attention plans against one sequence at a time in fp64: values, gradients, packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.engine.attention import DecodePlan, KeyValueCache, PackedPlan, PrefillPlan
+from megatron_tropd.engine.attention import PackedPlan
 from megatron_tropd.engine.context import ContextPlan, held_tokens
 from megatron_tropd.errors import EngineError
 from tests.support.distributed import run_on_ranks
@@ -187,42 +187,3 @@ def test_every_token_is_held_once_and_the_causal_work_is_even():
 def test_a_stream_that_cannot_be_cut_evenly_is_refused():
     with pytest.raises(EngineError, match="a pack of 26 tokens does not divide into 4 blocks for 2 context-parallel"):
         held_tokens(26, rank=0, ranks=2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_cached_decoding_attends_as_the_whole_sequence_would(dtype):
-    """Prompts of different lengths are cached together, then every row is continued at its own position."""
-    prompts, total = [3, 7, 1], 12
-    rows = [[x.detach() for x in streams(total, dtype, seed=10 + row)] for row in range(len(prompts))]
-    truth = [one_by_one([x.double() for x in row], [total]) for row in rows]
-    limit = 1e-6 if dtype == torch.float32 else 1e-2
-
-    def batch(part: slice) -> list[Tensor]:  # [s, b, heads, d]
-        return [torch.cat([row[i][part] for row in rows], dim=1) for i in range(3)]
-
-    cache = KeyValueCache(len(prompts), total)
-    # right-padded: what stands behind a shorter prompt is cached too, and overwritten when its turn comes
-    output = PrefillPlan(cache).attend(1, *batch(slice(0, max(prompts))), SCALE)
-    for row, length in enumerate(prompts):
-        assert close(output[:length, row], truth[row][:length], limit)
-    for step in range(total - max(prompts)):
-        position = torch.tensor(prompts) + step
-        query, key, value = (
-            torch.stack([row[i][at, 0] for row, at in zip(rows, position.tolist(), strict=True)])[None]
-            for i in range(3)
-        )
-        plan = DecodePlan(cache, position, int(position.max()) + 1)
-        output = plan.attend(1, query, key, value, SCALE)
-        for row, at in enumerate(position.tolist()):
-            assert close(output[0, row], truth[row][at], limit)
-
-
-def test_dropping_rows_keeps_what_the_others_cached():
-    cache = KeyValueCache(3, 5)
-    keys, values = cache.layer(2, torch.empty(1, 3, KEY_HEADS, DIM))
-    keys.copy_(torch.arange(3.0)[:, None, None, None].expand_as(keys))
-    values.copy_(10 + keys)
-    cache.keep(torch.tensor([0, 2]))
-    keys, values = cache.layer(2, torch.empty(1, 2, KEY_HEADS, DIM))
-    assert cache.batch_size == 2
-    assert keys[:, 0, 0, 0].tolist() == [0, 2] and values[:, 0, 0, 0].tolist() == [10, 12]
