@@ -29,6 +29,7 @@ from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
+from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.progress.phases import Phase
@@ -89,7 +90,7 @@ def save_checkpoint(
     root = Path(root)
     target = _directory(root, step)
     with optimization.states.present(), Phase(f"writing {target}"):
-        with use_parallel_state(model.groups):
+        with use_parallel_state(model.groups), cuda_names_mean_cpu():
             sharded = _sharded_state(model, optimization, loading=False)
         _write_whole(target, sharded, {"step": step, **state}, model, beside_it=beside_it)
     if dist.get_rank() == 0:
@@ -108,7 +109,7 @@ def save_model(
         companions: config and tokenizer files by their names in its directory ``hf``.
     """
     with Phase(f"writing {target}"):
-        with use_parallel_state(model.groups):
+        with use_parallel_state(model.groups), cuda_names_mean_cpu():
             sharded = _sharded_model(model)
         _write_whole(target, sharded, {"step": 0, **state}, model, companions)
 
@@ -129,7 +130,7 @@ def _write_whole(
             aside.mkdir(parents=True)
     dist.barrier()
     with _saying_why(target):
-        with use_parallel_state(model.groups):
+        with use_parallel_state(model.groups), cuda_names_mean_cpu():
             collect_writes_in_process()
             dist_checkpointing.save(sharded, str(aside))
         if beside_it is not None:
@@ -304,7 +305,13 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
     state = read_state(checkpoint)
     check_metadata(Path(checkpoint))
     reading = Phase(f"reading {checkpoint}")
-    with optimization.states.present(), use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)), reading:
+    with (
+        optimization.states.present(),
+        use_parallel_state(model.groups),
+        cuda_names_mean_cpu(),
+        only_plain_objects(Path(checkpoint)),
+        reading,
+    ):
         try:
             loaded = dist_checkpointing.load(
                 _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
@@ -331,7 +338,7 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
     check_contents(checkpoint)
     check_metadata(Path(checkpoint))
     reading = Phase(f"reading {checkpoint}")
-    with use_parallel_state(model.groups), only_plain_objects(Path(checkpoint)), reading:
+    with use_parallel_state(model.groups), cuda_names_mean_cpu(), only_plain_objects(Path(checkpoint)), reading:
         # weights alone: what else a module saves comes as pickles, and is nothing here
         sharded = {
             key: {name: part for name, part in chunk.items() if not name.endswith("_extra_state")}

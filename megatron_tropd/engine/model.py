@@ -33,6 +33,7 @@ from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.patches import cuda_calls
+from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.models.rotary import rotary_frequencies
@@ -185,7 +186,7 @@ def build_model(
     config = transformer_config(architecture, groups, dtype=dtype, recompute=recompute, balance=balance)
     config.perform_initialization = initialize
     virtual = groups.layout.virtual_pipeline
-    with use_parallel_state(groups):
+    with use_parallel_state(groups), cuda_names_mean_cpu():
         chunks = tuple(
             _build_chunk(architecture, groups, config, stage if virtual > 1 else None).to(device)
             for stage in range(virtual)

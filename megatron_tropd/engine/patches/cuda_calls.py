@@ -2,12 +2,14 @@
 
 Megatron-Core names CUDA in a handful of places (``device="cuda"`` literals, ``torch.cuda.current_device()``,
 ``tensor.type()`` strings). On a machine without CUDA these contexts answer for it with the CPU, through
-``torch.overrides``, only while they are active.
+``torch.overrides``, only while they are active: while models are built, saved and loaded. A mode wraps every call (24 %
+of decoding), so what a step names is patched by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Patch, process-wide: two ``torch.cuda`` functions, CUDA RNG of recompute, dispatch to experts.
+    """Patch, process-wide: two ``torch.cuda`` functions, RNG of recompute, literals of a step, dispatch to experts.
 
     Recompute saves and restores the CUDA RNG state; this package trains without dropout, so there is nothing to save.
     """
@@ -29,10 +31,16 @@ def install() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as mcore_optimizer
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as mcore_random
 
     clip_grads.l2_norm_impl = _norm_in_fp64
+    # the literals of a training step, so that no mode need wrap its every call
+    schedules.torch = _TorchOnCpu()
+    mcore_optimizer.get_grad_norm_fp32 = _answering_for_cuda(clip_grads.get_grad_norm_fp32)
+    mcore_optimizer.clip_grad_by_total_norm_fp32 = _answering_for_cuda(clip_grads.clip_grad_by_total_norm_fp32)
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
     mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -110,6 +118,26 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
+
+
+class _TorchOnCpu:
+    """``torch`` for a module that makes its tensors with ``torch.zeros(..., device="cuda")``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> Tensor:
+        return torch.zeros(*size, device=_CPU if _names_cuda(device) else device, **options)
+
+
+def _answering_for_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def answering(*args: Any, **kwargs: Any) -> Any:
+        with cuda_names_mean_cpu():
+            return function(*args, **kwargs)
+
+    return answering
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_tropd.engine.patches import cuda_calls
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.groups import Groups
 
@@ -50,7 +49,10 @@ def _globals_of(groups: Groups) -> dict[str, object]:
 
 @contextlib.contextmanager
 def use_parallel_state(groups: Groups) -> Iterator[None]:
-    """Let Megatron-Core's globals describe ``groups`` within the block; CUDA literals mean the CPU if need be."""
+    """Let Megatron-Core's globals describe ``groups`` within the block.
+
+    What builds, saves and loads also names CUDA devices: ``cuda_calls.cuda_names_mean_cpu`` beside this one.
+    """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     wanted = _globals_of(groups)
@@ -63,7 +65,6 @@ def use_parallel_state(groups: Groups) -> Iterator[None]:
     before = {name: getattr(parallel_state, name) for name in wanted}
     vars(parallel_state).update(wanted)
     try:
-        with cuda_calls.cuda_names_mean_cpu():
-            yield
+        yield
     finally:
         vars(parallel_state).update(before)

@@ -46,6 +46,27 @@ PATCHES = (
         ends="when torch sums it in fp64; unit/engine/test_gradient_norm.py without the patch",
     ),
     ForeignPatch(
+        target="megatron.core.pipeline_parallel.schedules.torch",
+        file="engine/patches/cuda_calls.py",
+        reason="schedules make their token count on device 'cuda'; a mode for that would wrap every call of a step",
+        upstream="",
+        ends=_CPU_TESTS,
+    ),
+    ForeignPatch(
+        target="megatron.core.optimizer.optimizer.get_grad_norm_fp32",
+        file="engine/patches/cuda_calls.py",
+        reason="it names device 'cuda'; the mode that answers for it is active in this call alone",
+        upstream="",
+        ends=_CPU_TESTS,
+    ),
+    ForeignPatch(
+        target="megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
+        file="engine/patches/cuda_calls.py",
+        reason="it compares the names of tensor types with CUDA's, as its neighbor",
+        upstream="",
+        ends=_CPU_TESTS,
+    ),
+    ForeignPatch(
         target="megatron.core.tensor_parallel.random._get_cuda_rng_state",
         file="engine/patches/cuda_calls.py",
         reason="recompute saves the CUDA RNG state; there is no dropout, so there is nothing to save",
