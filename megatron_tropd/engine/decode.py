@@ -115,7 +115,7 @@ def decode_batch(
 def _write(
     model: Model, batch: _Batch, uniforms_BL: Tensor, params: SamplingParams, *, vocab_size: int
 ) -> Iterator[tuple[_Step, int]]:
-    """Draw tokens until every row has stopped or spent its budget; yield each step, and how many rows go on."""
+    """Draw tokens until every row has stopped or spent its budget; yield each step and how many rows are alive."""
     stops = torch.tensor(sorted(params.stop_token_ids), dtype=torch.long, device=model.device)
     hidden_BD = batch.prefill()
     for step in range(uniforms_BL.size(1)):
