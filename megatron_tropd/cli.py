@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -21,12 +20,15 @@ import yaml
 from rich.console import Console
 
 from megatron_tropd.errors import ConfigError, TropdError, printable
+from megatron_tropd.parallel import torchrun
 from megatron_tropd.parallel.launch import check_launcher, check_variables
 from megatron_tropd.parallel.leaving import leave
+from megatron_tropd.parallel.stopping import Stopped, stoppable
 from megatron_tropd.progress.phases import Heartbeat, Phase
 
 if TYPE_CHECKING:
     from megatron_tropd.commands.generate import Sampling
+    from megatron_tropd.train.preemption import Preempted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +37,15 @@ app = typer.Typer(
     help="On-policy distillation of large language models on Megatron-Core.",
 )
 
+# what is left of a command that a signal has stopped, and how it is taken up
+_KEPT = {
+    "generate": "What was written is in OUT.partial: start the same command again to go on from there.",
+    "score": "What was scored is kept: start the same command again for the rest.",
+    "convert": "The target is as it was: start the same command again to go on.",
+    "evaluate": "What was answered is not kept: start the same command again.",
+    "report": "The report is as it was before.",
+    "demo": "Start it again for a new run; the results of this one are kept aside.",
+}
 # how long a rank that failed waits for the first one to have said why
 _PATIENCE_S = 3.0
 # verbs that end by themselves, but may take long
@@ -55,7 +66,10 @@ Verify = Annotated[
 
 
 def main() -> None:
-    """Run the command line. Errors made on purpose are one message and exit status 2; others keep their traceback."""
+    """Run the command line. Errors made on purpose are one message and exit status 2; others keep their traceback.
+
+    A signal that asks to stop is one message, and the exit status 128 and its number.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     # Megatron's checkpoints use it; there is nothing for a user to do
     warnings.filterwarnings("ignore", message=r".*deprecating ShardedTensor")
@@ -67,8 +81,13 @@ def main() -> None:
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         check_variables(os.environ)
-        with Heartbeat(enabled=first and verb in _LONG), Phase(f"tropd {verb}"):
+        heartbeat = Heartbeat(enabled=first and verb in _LONG)
+        with stoppable(_stop_word, spoken=first), heartbeat, Phase(f"tropd {verb}"):
             app()
+    except Stopped as stopped:
+        if first:
+            print(_stop_word(stopped.number), file=sys.stderr, flush=True)
+        leave(128 + stopped.number)
     except (TropdError, OSError) as error:
         if not isinstance(error, TropdError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -82,6 +101,11 @@ class _PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+def _stop_word(number: int) -> str:
+    verb = next((argument for argument in sys.argv[1:] if argument in _KEPT), "")
+    return f"stopped by {signal.Signals(number).name}. {_KEPT.get(verb, '')}".rstrip()
 
 
 def _report(error: TropdError | OSError, first: bool) -> None:
@@ -127,8 +151,8 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _leave_preempted(stop: Exception) -> NoReturn:
-    from megatron_tropd.train.preemption import EXIT_PREEMPTED, SIGNALS
+def _leave_preempted(stop: Preempted) -> NoReturn:
+    from megatron_tropd.train.preemption import SIGNALS
 
     # a launcher that sees the first rank go ends the others, who are on their way out with the same status
     for number in SIGNALS:
@@ -136,14 +160,15 @@ def _leave_preempted(stop: Exception) -> NoReturn:
     if _is_first():
         print(printable(str(stop)), flush=True)
     _leave()
-    leave(EXIT_PREEMPTED)
+    leave(stop.status)
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Distill the student from the teacher.
 
-    SIGTERM and SIGUSR1 ask it to stop: it writes a checkpoint and exits with status 75. Start it again to resume.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask it to stop: it writes a checkpoint and exits with status 75 (130 on Ctrl-C;
+    a second Ctrl-C ends it at once). Start it again to resume.
     """
     from megatron_tropd.config.loading import load_config
 
@@ -418,10 +443,10 @@ def _convert(
     tensor, pipeline, expert = sizes
     ranks = tensor * pipeline * expert
     if ranks > 1 and "RANK" not in os.environ:
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-        command = [sys.executable, *launcher, "-m", "megatron_tropd", *sys.argv[1:]]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        raise typer.Exit(subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode)
+        command = ("-m", "megatron_tropd", *sys.argv[1:])
+        where = ("--standalone", f"--nproc-per-node={ranks}")
+        raise typer.Exit(torchrun.run_ranks(where, command, environment=environment, cwd=Path()))
     from megatron_tropd.commands import convert as conversion
     from megatron_tropd.config.sections import Layout
 
@@ -525,13 +550,33 @@ def demo(
         if engine is not None:
             changes.append(f"rollout.engine={engine}")
         _check_early(config, changes, processes)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-            *("-m", "megatron_tropd", "train", str(config), *changes),
-        ]
+        options = ("--standalone", f"--nproc-per-node={processes}")
+        command = ("-m", "megatron_tropd", "train", str(config), *changes)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
-        done = subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, check=False)
-    raise typer.Exit(done.returncode)
+        status = torchrun.run_ranks(options, command, environment=environment, cwd=root)
+    raise typer.Exit(status)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def launch(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="[OPTIONS OF TORCHRUN] VERB ...", help="As in: --nproc-per-node=8 train CONFIG.yaml."),
+    ],
+) -> None:
+    """Run a command of this program on several ranks: torchrun, without its traceback when a rank ends with an error.
+
+    The exit status is that of the rank that failed first.
+    """
+    words = [*arguments, *context.args]
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    place = next((place for place, word in enumerate(words) if word in verbs | {"convert"}), None)
+    if place is None:
+        raise ConfigError(f"{' '.join(words)} names no command to run: give one of {', '.join(sorted(verbs))}.")
+    raise typer.Exit(torchrun.main([*words[:place], "-m", "megatron_tropd", *words[place:]]))
 
 
 def _of_preset(root: Path, method: str) -> list[str]:

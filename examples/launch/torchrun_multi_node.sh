@@ -25,7 +25,7 @@ set -euo pipefail
 
 # this machine alone: one that takes another's place finds the others training
 [ "${HEALTH:-yes}" = no ] ||
-  python -m torch.distributed.run --standalone --nproc-per-node="${RANKS:-gpu}" -m megatron_tropd health
+  python -m megatron_tropd.parallel.torchrun --standalone --nproc-per-node="${RANKS:-gpu}" -m megatron_tropd health
 
 # torch 2.13 would hand restarted ranks the addresses of the ranks before them (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -34,7 +34,7 @@ meeting="join_timeout=${PATIENCE:-3600}"
 # torch finds out who HEAD is by resolving its own host name, unless it is told
 [ -z "${ADDRESS:-}" ] || meeting+=",is_host=$([ "$ADDRESS" = "$HEAD" ] && echo true || echo false)"
 
-exec python -m torch.distributed.run \
+exec python -m megatron_tropd.parallel.torchrun \
   --nnodes="$NODES" \
   --nproc-per-node="${RANKS:-gpu}" \
   --rdzv-backend=c10d \

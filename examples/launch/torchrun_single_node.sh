@@ -14,7 +14,7 @@ set -euo pipefail
 # torch 2.13 would hand restarted ranks the addresses of the ranks before them (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-torchrun=(python -m torch.distributed.run --standalone --nproc-per-node="${RANKS:-gpu}")
+torchrun=(python -m megatron_tropd.parallel.torchrun --standalone --nproc-per-node="${RANKS:-gpu}")
 "${torchrun[@]}" -m megatron_tropd health
 exec "${torchrun[@]}" \
   --max-restarts="${MAX_RESTARTS:-3}" \

@@ -6,6 +6,7 @@ that of the conversion itself: every rank holds its own shard of the model and n
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from megatron_tropd.convert.hf import HFWeights, check_weights, read_architectur
 from megatron_tropd.convert.lazy import LazyTensor
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.tokenizer import load_tokenizer
-from megatron_tropd.engine.checkpoint import load_model_weights, read_state, save_model
+from megatron_tropd.engine.checkpoint import COMPANIONS, load_model_weights, read_state, save_model
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model, build_model, check_divisible
 from megatron_tropd.engine.score import pack_alone
@@ -35,6 +36,9 @@ from megatron_tropd.errors import CheckpointError, ConfigError, printable
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.arrays import largest_or_infinite
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
+from megatron_tropd.setup.claims import claimed
+from megatron_tropd.setup.claims import target as claim_of
+from megatron_tropd.storage.checksums import files_below
 from megatron_tropd.storage.owned import beside, check_target, overlaps, settled
 from megatron_tropd.types import Architecture
 
@@ -59,22 +63,29 @@ class ConversionPlan:
 def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
     """Write ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
 
-    A target that was finished from the same source is left as it is. Killed before that, there is no target, and the
-    conversion starts over: ranks write their files together, so no part of them is of use alone.
+    A target that was finished from the same source is left as it is: weights of the same sizes and times, and config
+    and tokenizer files of the same content. Killed before that, there is no target, and the conversion starts over:
+    ranks write their files together, so no part of them is of use alone.
 
     Raises:
         CheckpointError: the source cannot be used, or the result gives other logits.
         ConfigError: the layout does not fit the model, or something else stands at ``target``.
     """
-    device = initialize_distributed()
+    initialize_distributed()
     _check_separate(target, {"the source": source})
+    with claimed(claim_of(target, "TARGET")):
+        _import(source, target, plan)
+
+
+def _import(source: Path, target: Path, plan: ConversionPlan) -> None:
+    device = initialize_distributed()
     architecture, weights = read_architecture(source), HFWeights(source)
     check_divisible(architecture, plan.layout)
     check_weights(weights, architecture)
     dtype = DTYPES.get(plan.dtype) or next(iter(weights.values())).dtype
     facts = {"source": _fingerprint(source, source.glob("*.safetensors")), "dtype": str(dtype)}
     groups = GroupBuilder().build(plan.layout)
-    if _already_there(target, facts):
+    if _already_there(target, facts, companions_of(source)):
         _say("it is there already, made of the same source: left as it is")
     else:
         check_target(target, name="the target", protected={})
@@ -104,9 +115,17 @@ def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Pa
         CheckpointError: the source cannot be used, or the result gives other logits.
         ConfigError: the layout does not fit the model, or there is no ``config.json``.
     """
-    device = initialize_distributed()
+    initialize_distributed()
     protected = {"the source": source, **({} if like is None else {"--like": like})}
     _check_separate(target, protected)
+    with claimed(claim_of(target, "TARGET")):
+        _export(source, target, plan, like=like, protected=protected)
+
+
+def _export(
+    source: Path, target: Path, plan: ConversionPlan, *, like: Path | None, protected: Mapping[str, Path]
+) -> None:
+    device = initialize_distributed()
     state = read_state(source)
     companions = _companions(source, like)
     check_target(target, name="the target", protected=protected)
@@ -184,7 +203,7 @@ def _fingerprint(directory: Path, files: Iterable[Path]) -> dict[str, Any]:
     return {str(directory.absolute()): {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 
-def _already_there(target: Path, facts: dict[str, Any]) -> bool:
+def _already_there(target: Path, facts: dict[str, Any], companions: Mapping[str, Path]) -> bool:
     """Say whether ``target`` is finished and of this source; ConfigError when it is something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
@@ -194,6 +213,17 @@ def _already_there(target: Path, facts: dict[str, Any]) -> bool:
         raise ConfigError(f"{target.absolute()} is there and is no whole checkpoint: {error}") from error
     if any(found.get(name) != value for name, value in facts.items()):
         raise ConfigError(f"{target.absolute()} is a checkpoint made of something else. Name another target.")
+    carried = files_below(target / COMPANIONS)
+    changed = sorted(
+        name
+        for name in {*carried, *companions}
+        if name not in carried or name not in companions or not filecmp.cmp(carried[name], companions[name], False)
+    )
+    if changed:
+        raise ConfigError(
+            f"{target.absolute()} was made of the same weights, but {', '.join(changed)} of the source "
+            f"{'have' if len(changed) > 1 else 'has'} changed since. Name another target."
+        )
     return True
 
 

@@ -59,7 +59,7 @@ def student_server(config: Path, overrides: Sequence[str], *, root: Path) -> Ite
     command = [sys.executable, "-m", "megatron_tropd", "serve", "student", str(config), *overrides, f"--port={port}"]
     log = root / settings.run_dir / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         server = subprocess.Popen(
             command,
             cwd=root,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, Layout, SuiteConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.records import BEFORE, TEACHER, Evaluation, record_evaluations
@@ -23,6 +24,7 @@ from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import check_finite
 from megatron_tropd.setup.chat_templates import teacher_problems
+from megatron_tropd.setup.claims import held_here, run_directory
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -62,7 +64,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     posed = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
     if config.evaluate.teacher:
         check_problem_lengths(suites, posed[TEACHER][1], {"teacher": teacher})
-    kept = None if (config.run_dir / "metrics.jsonl").exists() else config.run_dir
+    kept = None if is_of_training(config.run_dir) else config.run_dir
     for name in models:
         announce(name, suites, posed[name][1])
     groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
@@ -82,11 +84,27 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
         )
     if dist.get_rank() == 0:
         show_results(results)
-        if kept is None:
-            left = f"{config.run_dir} holds a training run: its own evaluation.json is left as it is"
-            say(left)
+        _record(config.run_dir, results)
+
+
+def is_of_training(run_dir: Path) -> bool:
+    """Say whether a directory is that of a training run, be it one that has only just begun."""
+    return any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+
+
+def _record(run_dir: Path, results: Sequence[Evaluation]) -> None:
+    """Add to ``evaluation.json``, unless the directory is that of a training run, or has become it meanwhile."""
+    why = "holds a training run"
+    with ExitStack() as held:
+        try:
+            held.enter_context(held_here(run_directory(run_dir)))
+        except StorageError as error:
+            why = f"is not to be had ({error})"
         else:
-            record_evaluations(kept, results)
+            if not is_of_training(run_dir):
+                record_evaluations(run_dir, results)
+                return
+    say(f"{run_dir} {why}: its own evaluation.json is left as it is")
 
 
 def limited(suites: Sequence[SuiteConfig], limit: int | None) -> tuple[SuiteConfig, ...]:

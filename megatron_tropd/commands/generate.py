@@ -27,6 +27,7 @@ from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import EMBEDDED, ROLLOUT_ENGINES, SamplerContext
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler, check_finite
+from megatron_tropd.setup.claims import claimed, target
 from megatron_tropd.setup.datasets import check_ids, read_tokenizer, sources_of, teacher_tokenizer
 from megatron_tropd.setup.validate import DTYPES, why_not_written
 from megatron_tropd.types import Architecture, Prompt, Rollout, SamplingParams
@@ -176,6 +177,11 @@ def _check_arguments(sampling: Sampling, out: Path) -> None:
 def _run(jobs: Sequence[_Job], sampling: Sampling) -> None:
     """Answer every source in turn; everything is read and checked before the first model is loaded."""
     device = initialize_distributed()
+    with claimed(*(target(job.out, "OUT") for job in jobs)):
+        _answer_all(jobs, sampling, device)
+
+
+def _answer_all(jobs: Sequence[_Job], sampling: Sampling, device: torch.device) -> None:
     found = [_read(job, sampling) for job in jobs]
     groups = GroupBuilder().build(Layout(tensor=sampling.tensor))
     sampler, loaded = None, None

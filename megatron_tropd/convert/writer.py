@@ -30,7 +30,7 @@ from megatron_tropd.storage.owned import (
     unfinished_note,
     why_not_ours,
 )
-from megatron_tropd.storage.write_aside import storage_errors, write_aside
+from megatron_tropd.storage.write_aside import remove_partials, storage_errors, write_aside
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.part|\.index\.json)?")
@@ -94,6 +94,7 @@ class HFWriter:
             raise StorageError(
                 f"{self.target.absolute()} {reason}. It is left as it is: name a directory that is not there yet."
             )
+        remove_partials(self._aside)
         if source is None or unfinished_note(self._aside) != source:
             discard_unfinished(self._aside, self._is_ours)
             start_unfinished(self._aside, source or "")
@@ -194,7 +195,7 @@ class HFWriter:
             total = sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
             weight_map = {name: file.name for name, file in self._file_of.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+            write_aside(self._aside / INDEX, json.dumps(index, indent=2, sort_keys=True))
 
 
 def _plan(shapes: Mapping[str, Shape], dtype: torch.dtype, max_file_bytes: int) -> list[_File]:

@@ -10,12 +10,14 @@ checkpoint has; a directory with any other file in it is left, or moved aside.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,17 +36,26 @@ from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.progress.phases import Phase
 from megatron_tropd.storage.checksums import FileRecord, files_below, first_fault, record_files
-from megatron_tropd.storage.owned import beside, free_name, remove_files
-from megatron_tropd.storage.write_aside import rename_directory, storage_errors, sync_tree, write_aside
+from megatron_tropd.storage.owned import UNFINISHED, beside, free_name, remove_files, start_unfinished
+from megatron_tropd.storage.write_aside import (
+    make_directory,
+    remove_partials,
+    rename_directory,
+    storage_errors,
+    sync_tree,
+    write_aside,
+)
 
 _LATEST = "latest"
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
+_CHECKSUM = "checksum"  # of complete.json itself
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there
 _NAME = re.compile(r"step-\d{8,}")
 _OUR_FILES = re.compile(
     rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|{_COMPLETE}(\..*\.partial)?"
-    rf"|ahead/[\w.-]+\.(npz|partial)|{COMPANIONS}/.*"
+    rf"|ahead/[\w.-]+\.(npz|partial)|{re.escape(UNFINISHED)}(\..*\.partial)?"
 )
+_LARGE_BYTES = 64 << 20  # files whose checksum is compared in the background
 _NO_ROOM = 1 << 16  # bytes left on a disk that is full
 # what torch's writer of archives says when the system took less than it was given
 _SHORT_WRITES = ("No space left", "unexpected pos", "Disk quota exceeded")
@@ -94,6 +105,7 @@ def save_checkpoint(
             sharded = _sharded_state(model, optimization, loading=False)
         _write_whole(target, sharded, {"step": step, **state}, model, beside_it=beside_it)
     if dist.get_rank() == 0:
+        remove_partials(root)
         write_aside(root / _LATEST, target.name)
         _drop_others(root, target, keep)
     dist.barrier()
@@ -111,7 +123,7 @@ def save_model(
     with Phase(f"writing {target}"):
         with use_parallel_state(model.groups), cuda_names_mean_cpu():
             sharded = _sharded_model(model)
-        _write_whole(target, sharded, {"step": 0, **state}, model, companions)
+        _write_whole(target, sharded, {"step": 0, **state}, model, companions or {})
 
 
 def _write_whole(
@@ -125,9 +137,10 @@ def _write_whole(
     """Write aside, then the list of what was written, then put it in place. Collective."""
     aside = beside(target, "partial")
     if dist.get_rank() == 0:
-        _make_way(aside)
-        with storage_errors(aside):
-            aside.mkdir(parents=True)
+        _make_way(aside, companions or {})
+        make_directory(aside)
+        if companions is not None:  # a target of the user's choice: the note says whose a killed conversion's is
+            start_unfinished(aside, "a checkpoint")
     dist.barrier()
     with _saying_why(target):
         with use_parallel_state(model.groups), cuda_names_mean_cpu():
@@ -143,10 +156,12 @@ def _write_whole(
     records = _record_all(aside)
     if dist.get_rank() == 0:
         files = {name: record.as_json() for name, record in records.items()}
-        write_aside(aside / _COMPLETE, json.dumps({**facts, "files": files}, indent=2, sort_keys=True))
+        write_aside(aside / _COMPLETE, json.dumps(_signed({**facts, "files": files}), indent=2, sort_keys=True))
         sync_tree(aside)
-        _make_way(target)
+        _make_way(target, companions or {})
         rename_directory(aside, target)
+        if companions is not None:
+            (target / UNFINISHED).unlink()
     dist.barrier()
 
 
@@ -174,7 +189,7 @@ def _existing(path: Path) -> Path:
 
 def _record_all(directory: Path) -> dict[str, FileRecord]:
     """Record sizes and checksums of all files of a directory, each read by one of the ranks. Collective."""
-    names: list[list[str]] = [list(files_below(directory))]
+    names: list[list[str]] = [[name for name in files_below(directory) if name != UNFINISHED]]
     dist.broadcast_object_list(names, src=0)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with storage_errors(directory):
@@ -184,16 +199,17 @@ def _record_all(directory: Path) -> dict[str, FileRecord]:
     return {name: record for part in parts for name, record in part.items()}
 
 
-def _strange_files(directory: Path) -> list[str]:
-    """List files that no checkpoint has."""
-    return [name for name in files_below(directory) if _OUR_FILES.fullmatch(name) is None]
+def _strange_files(directory: Path, companions: Collection[str] = ()) -> list[str]:
+    """List files that no checkpoint, or none with these companions, has."""
+    own = {f"{COMPANIONS}/{name}" for name in companions}
+    return [name for name in files_below(directory) if name not in own and _OUR_FILES.fullmatch(name) is None]
 
 
-def _make_way(directory: Path) -> None:
+def _make_way(directory: Path, companions: Collection[str]) -> None:
     """Free a name that this program writes to: remove what an earlier run left half-done, move all else aside."""
     if not directory.exists() and not directory.is_symlink():
         return
-    if not directory.is_symlink() and directory.is_dir() and not _strange_files(directory):
+    if not directory.is_symlink() and directory.is_dir() and not _strange_files(directory, companions):
         remove_files(directory, files_below(directory))
     if directory.exists() or directory.is_symlink():
         kept = free_name(directory.with_name(directory.name + ".kept"))
@@ -257,6 +273,8 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
     try:
         state = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+        if state.pop(_CHECKSUM, None) not in (None, _checksum(state)):  # None: of a version before 0.2
+            raise ValueError("it has other content than was written")
         records = {str(name): FileRecord.parse(entry) for name, entry in state["files"].items()}
         int(state["step"])
         return dict(state), records
@@ -266,27 +284,57 @@ def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord
         ) from error
 
 
-def content_fault(checkpoint: str | Path) -> str | None:
-    """Return the first file whose checksum is not the recorded one; None when all are. Each is read by one rank.
-    Collective.
+class ContentCheck:
+    """Compare a checkpoint's checksums: small files at once, large ones while other work goes on.
 
-    Raises:
-        CheckpointError: it is not a checkpoint.
+    Each file is read by one rank. Making one and its ``fault`` are collective.
     """
-    _, records = _read_record(Path(checkpoint))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = {name: records[name] for name in sorted(records)[rank::ranks]}
-    faults: list[str | None] = [None] * ranks
-    with Phase(f"comparing checksums of {checkpoint}"):
-        dist.all_gather_object(faults, first_fault(Path(checkpoint), mine, content=True))
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Start. ``small_fault`` is the first fault of a small file, the same on every rank.
+
+        Raises:
+            CheckpointError: it is not a checkpoint.
+        """
+        _, records = _read_record(checkpoint)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mine = {name: records[name] for name in sorted(records)[rank::ranks]}
+        large = {name: record for name, record in mine.items() if record.size >= _LARGE_BYTES}
+        small = {name: record for name, record in mine.items() if name not in large}
+        self._pool = ThreadPoolExecutor(1, "checksums")  # hashing lets other threads run
+        self._large = self._pool.submit(first_fault, checkpoint, large, content=True)
+        self._checkpoint = checkpoint
+        self.small_fault = _first_of_all(first_fault(checkpoint, small, content=True))
+
+    def fault(self) -> str | None:
+        """Wait for the rest; return the first file whose checksum is not the recorded one, None when all are."""
+        with Phase(f"comparing checksums of {self._checkpoint}"):
+            fault = _first_of_all(self._large.result())
+        self._pool.shutdown(wait=False)
+        return self.small_fault or fault
+
+
+def _first_of_all(fault: str | None) -> str | None:
+    """Return the first rank's fault that has one, on every rank. Collective."""
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
     return next((fault for fault in faults if fault is not None), None)
 
 
 def check_contents(checkpoint: str | Path) -> None:
     """Raise CheckpointError when a file of the checkpoint has other content than was written. Collective."""
-    fault = content_fault(checkpoint)
+    fault = ContentCheck(Path(checkpoint)).fault()
     if fault is not None:
         raise _torn(checkpoint, fault)
+
+
+def _signed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the checksum of all else, which the list of checksums needs as well."""
+    return {**state, _CHECKSUM: _checksum(json.loads(json.dumps(state)))}
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _torn(checkpoint: str | Path, fault: str) -> CheckpointError:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megatron_tropd.errors import DataError
 from megatron_tropd.report.sinks import read_jsonl
-from megatron_tropd.storage.write_aside import write_aside
+from megatron_tropd.storage.write_aside import make_directory, write_aside
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -78,8 +78,20 @@ class Sample:
 def record_evaluations(run_dir: str | Path, evaluations: Sequence[Evaluation]) -> None:
     """Add to ``RUN/evaluation.json``; a result of the same model, suite and step is replaced. Atomic."""
     kept = {_identity(evaluation): evaluation for evaluation in (*read_evaluations(run_dir), *evaluations)}
-    text = json.dumps([asdict(evaluation) for evaluation in kept.values()], indent=1)
+    _write_evaluations(run_dir, kept.values())
+
+
+def _write_evaluations(run_dir: str | Path, evaluations: Iterable[Evaluation]) -> None:
+    text = json.dumps([asdict(evaluation) for evaluation in evaluations], indent=1)
     _write(Path(run_dir) / EVALUATION_FILE, text + "\n")
+
+
+def drop_evaluations_after(run_dir: str | Path, step: int) -> None:
+    """Leave out of ``RUN/evaluation.json`` what a run measured after ``step``, from which it is resumed. Atomic."""
+    found = read_evaluations(run_dir)
+    kept = [evaluation for evaluation in found if evaluation.step is None or evaluation.step <= step]
+    if len(kept) < len(found):
+        _write_evaluations(run_dir, kept)
 
 
 def record_answers(run_dir: str | Path, *, model: str, suite: str, answers: Sequence[AnswerRecord]) -> Path:
@@ -103,7 +115,9 @@ def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(rows, list):
+            raise ValueError(f"holds {type(rows).__name__}, expected a list")
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}). Move it away and evaluate again.") from None
     return [_build(Evaluation, row, path) for row in rows]
 
@@ -123,7 +137,7 @@ def read_samples(run_dir: str | Path) -> list[Sample]:
         return []
     samples = []
     for row in read_jsonl(path)[0]:
-        tokens = tuple(_build(SampleToken, token, path) for token in row.get("tokens", ()))
+        tokens = tuple(_build(SampleToken, token, path) for token in _list_of(row.get("tokens", []), path))
         samples.append(_build(Sample, {**row, "tokens": tokens}, path))
     return samples
 
@@ -152,6 +166,12 @@ def _build(kind: type[Record], row: Any, path: Path) -> Record:
         raise DataError(f"{path}: {error}. It was not written by this package, or by another version.") from None
 
 
+def _list_of(value: Any, path: Path) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{path}: tokens are {type(value).__name__}, expected a list. Move the file away.")
+    return value
+
+
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_aside(path, text)

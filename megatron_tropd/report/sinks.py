@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, SupportsFloat
 
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.report.metrics import unknown_names
-from megatron_tropd.storage.write_aside import storage_errors, write_aside
+from megatron_tropd.storage.write_aside import make_directory, storage_errors, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class MetricsWriter:
         self.path = Path(path)
         self.sinks = tuple(sinks)
         self.strict = strict
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         _mend(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -99,18 +99,15 @@ def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
         DataError: a line before the last is not a JSON object.
     """
     rows: list[dict[str, Any]] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text file ({error}). Move it away, or name another directory.") from None
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())  # a torn line may end within a character
             if not isinstance(row, dict):
                 raise ValueError(f"holds {type(row).__name__}, expected an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no line break after it: its writer was killed
                 return rows, True
             raise DataError(
@@ -126,7 +123,9 @@ def _mend(path: Path) -> None:
         return
     rows, torn = read_jsonl(path)
     if torn:
-        logger.warning("%s ends in a torn line, dropped: %s", path, content.rsplit(b"\n", 1)[-1][:80].decode())
+        logger.warning(
+            "%s ends in a torn line, dropped: %s", path, content.rsplit(b"\n", 1)[-1][:80].decode(errors="replace")
+        )
     _replace(path, (json.dumps(row) for row in rows))
 
 
@@ -204,8 +203,8 @@ class WandbSink:
             ) from error
         kept = run_dir / "wandb_id"
         identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else wandb.util.generate_id()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        kept.write_text(identity + "\n", encoding="utf-8")
+        make_directory(run_dir)
+        write_aside(kept, identity + "\n")
         self._run = wandb.init(
             project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tropd.errors import DataError
-from megatron_tropd.storage.write_aside import write_aside
+from megatron_tropd.storage.write_aside import make_directory, remove_partials, write_aside
 from megatron_tropd.types import SamplingParams
 
 FILE = "recording.json"
@@ -34,7 +34,8 @@ def claim_recording(
     _check_owner(directory, facts, resumed=resumed)
     dist.barrier()  # nobody looks any more
     if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
+        remove_partials(directory)
         write_aside(directory / FILE, json.dumps(facts, indent=2, sort_keys=True))
 
 

@@ -43,6 +43,7 @@ from megatron_tropd.setup.ends import STUDENT, ResponseEnds, response_ends, stop
 from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.setup.references import check_training_answers
 from megatron_tropd.storage.owned import check_target
+from megatron_tropd.storage.write_aside import sync_directory
 from megatron_tropd.teacher.engines.checks import check_reported
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -234,6 +235,7 @@ def check_writable(config: RunConfig) -> None:
             continue
         try:
             path.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")
         except OSError as error:

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.storage.checksums import FileRecord, files_below, first_fault, record_files
-from megatron_tropd.storage.write_aside import rename_directory, storage_errors, sync_tree, write_aside
+from megatron_tropd.storage.write_aside import (
+    abandoned_partials,
+    make_directory,
+    remove_partials,
+    rename_directory,
+    sync_tree,
+    write_aside,
+)
 
 MARKER = ".megatron_tropd.json"
 UNFINISHED = ".megatron_tropd-unfinished"
@@ -50,8 +57,9 @@ def why_not_ours(directory: Path) -> str | None:
         return None
     if not directory.is_dir():
         return "is a file"
-    there = files_below(directory)
-    if not there and not any(directory.iterdir()):
+    left = {path.name for path in abandoned_partials(directory)}  # of a killed process of ours, and in nobody's way
+    there = [name for name in files_below(directory) if name not in left]
+    if not there and all(entry.name in left for entry in directory.iterdir()):
         return None
     records = read_marker(directory)
     if records is None:
@@ -92,6 +100,7 @@ def remove_owned(directory: Path) -> None:
     reason = why_not_ours(directory)
     if reason is not None:
         raise StorageError(f"{directory.absolute()} {reason}. {_MOVE}")
+    remove_partials(directory)
     remove_files(directory, [*(read_marker(directory) or {}), MARKER])
 
 
@@ -179,9 +188,8 @@ def replace_directory(aside: Path, target: Path) -> None:
 
 def start_unfinished(directory: Path, note: str) -> None:
     """Make a directory in which something will be written that may be resumed: the note says of what."""
-    with storage_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_aside(directory / UNFINISHED, note)
+    make_directory(directory)
+    write_aside(directory / UNFINISHED, note)
 
 
 def unfinished_note(directory: Path) -> str | None:
@@ -199,12 +207,14 @@ def discard_unfinished(directory: Path, is_ours: Callable[[str], bool]) -> None:
         is_ours: whether a file of that name (relative to the directory) is one that would be written there.
 
     Raises:
-        StorageError: the directory has no note, or something else is in it; that is left.
+        StorageError: the directory is not this program's, or something else is in it; that is left.
     """
+    remove_partials(directory)
     if not directory.exists() or not any(directory.iterdir()):
         return
     if unfinished_note(directory) is None:
-        raise StorageError(f"{directory.absolute()} {why_not_ours(directory) or 'is in the way'}. {_MOVE}")
+        remove_owned(directory)  # whole, but for the last rename; or somebody's
+        return
     strange = [name for name in files_below(directory) if name != UNFINISHED and not is_ours(name)]
     if strange:
         raise StorageError(f"{directory.absolute()} holds more than this program wrote ({_listed(strange)}). {_MOVE}")

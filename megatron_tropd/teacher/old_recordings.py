@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_tropd.errors import DataError
+from megatron_tropd.storage.write_aside import make_directory
 from megatron_tropd.teacher.recording import UNKNOWN, read_facts, write_facts
 from megatron_tropd.teacher.schema import SCORE_FIELDS
 from megatron_tropd.teacher.store import SequenceScores, write_part
@@ -27,6 +28,7 @@ FORMAT = 2
 SUFFIX = ".grades"
 _MAGIC = b"TROPDGR2"
 _BF16 = "bfloat16"
+_DTYPES = {_BF16, "<f2", "<f4", "<f8", "<i4", "<i8", "<u2", "<u4"}
 # names of attributes that have changed since; the others are those of SCORE_FIELDS
 _RENAMED = {"topk_logtail_N": "logtail", "asked_ids_NJ": "query_ids", "asked_logprob_NJ": "query_logprob"}
 _NAMES = {field.attribute: field.name for field in SCORE_FIELDS} | {f.name: f.name for f in SCORE_FIELDS} | _RENAMED
@@ -56,7 +58,7 @@ def convert_recording(old: Path, new: Path) -> int:
     if new.exists() and any(new.iterdir()):
         raise DataError(f"{new.absolute()} is not empty. Name a directory that does not exist yet.")
     parts = [_read_part(path) for path in sorted(old.glob(f"*{SUFFIX}"))]
-    new.mkdir(parents=True, exist_ok=True)
+    make_directory(new)
     for part in parts:
         has_fp16 = any(field["dtype"] == "<f2" for field in part.fields.values())
         scores = list(_scores(part))
@@ -91,7 +93,7 @@ def _read(part: _Part, row: np.ndarray, name: str) -> torch.Tensor:
         kind = np.dtype(np.int16 if field["dtype"] == _BF16 else field["dtype"])
         planes = np.frombuffer(zlib.decompress(blob), np.uint8).reshape(kind.itemsize, -1)
         array = np.ascontiguousarray(planes.T).reshape(-1).view(kind).reshape(int(row["rows"]), *field["shape"])
-    except (OSError, ValueError, zlib.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, zlib.error) as error:
         raise _torn(part.path, error) from error
     if field["dtype"] == _BF16:
         return torch.from_numpy(array).view(torch.bfloat16)
@@ -114,11 +116,14 @@ def _read_part(path: Path) -> _Part:
             start = file.tell()
             if zlib.crc32(content) != header["index"] or size != start + int(header["bytes"]):
                 raise ValueError("a checksum does not match, or it ends too early")
+            kinds = {field["dtype"] for field in fields.values()} - _DTYPES
+            if kinds:  # the header has no checksum: a bit that flips must not turn the bytes of numbers round
+                raise ValueError(f"it has numbers of kinds that no version wrote: {', '.join(map(repr, kinds))}")
             unknown = sorted(set(fields) - set(_NAMES))
             if unknown:
                 raise ValueError(f"it has fields that no version wrote: {', '.join(unknown)}")
             return _Part(path, fields, np.frombuffer(content, kind), start)
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError) as error:
         raise _torn(path, error) from error
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from torch import Tensor
 from megatron_tropd.errors import DataError
 from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.teacher import schema
+from megatron_tropd.teacher.seal import Seal, read_seal, seal
 from megatron_tropd.types import Int64Array
 
 Values = Literal["fp16", "fp32"]
@@ -41,6 +43,17 @@ SUFFIX = ".parquet"
 _METADATA = b"tropd scores"
 _GROUP_ROWS = 1024  # of a row group, at least: what reading one sequence costs
 _CACHED = 64  # columns of row groups that are kept in memory
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    pa.ArrowException,
+)
 _LOWEST = -65504.0  # a log-prob below that is as good as this one; fp16 has no lower
 _INDEX = np.dtype(
     [
@@ -195,6 +208,7 @@ def _write_tables(file: Any, tables: Sequence[pa.Table], footer: Mapping[bytes, 
         for table in tables:
             writer.write_table(table, row_group_size=len(table))
         writer.add_key_value_metadata(footer)
+    seal(file)
 
 
 # --------------------------------------------------------------------------- reading
@@ -203,7 +217,7 @@ def _write_tables(file: Any, tables: Sequence[pa.Table], footer: Mapping[bytes, 
 @dataclass(frozen=True, slots=True)
 class _Part:
     path: Path
-    metadata: pq.FileMetaData
+    seal: Seal
     columns: Mapping[str, int]  # of every field
     dtypes: Mapping[str, str]
     index: np.ndarray
@@ -297,24 +311,33 @@ def _place(part: int, entry: np.ndarray) -> Place:
 
 def _read_column(part: _Part, group: int, name: str) -> Tensor:
     try:
+        metadata = part.seal.metadata
+        leaf = next(i for i in range(metadata.num_columns) if _column_name(metadata, i) == name)
         with part.path.open("rb") as file:
-            opened = pq.ParquetFile(file, metadata=part.metadata, page_checksum_verification=True)
+            part.seal.check(file, group, leaf)
+            opened = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
             column = opened.read_row_group(group, columns=[name]).column(name).combine_chunks()
         width = part.columns.get(name, 1)
         listed = pa.types.is_fixed_size_list(column.type)
         array = (column.flatten() if listed else column).to_numpy(zero_copy_only=False)
         value = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
         value = value.view(-1, width) if listed else value
-        if len(value) != part.metadata.row_group(group).num_rows:
+        if len(value) != metadata.row_group(group).num_rows:
             raise ValueError("a column has another length than its row group")
         return value.to(getattr(torch, part.dtypes[name])) if part.dtypes.get(name) == "bfloat16" else value
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+    except (*_UNREADABLE, StopIteration, RuntimeError) as error:
         raise _torn(part.path, error) from error
+
+
+def _column_name(metadata: pq.FileMetaData, column: int) -> str:
+    return str(metadata.schema.column(column).path).split(".")[0]
 
 
 def _read_part(path: Path) -> _Part:
     try:
-        metadata = pq.read_metadata(path)
+        with path.open("rb") as file:
+            found = read_seal(file)
+        metadata = found.metadata
         footer = json.loads((metadata.metadata or {})[_METADATA])
         raw = base64.b64decode(footer["index"], validate=True)
         if zlib.crc32(raw) != footer["crc"]:
@@ -323,8 +346,8 @@ def _read_part(path: Path) -> _Part:
         sizes = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], np.int64)
         if len(index) and (index["row"] + index["rows"] > sizes[index["group"]]).any():
             raise ValueError("its index does not fit its rows")
-        return _Part(path, metadata, _columns_of(metadata.schema.to_arrow_schema()), dict(footer["dtypes"]), index)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, pa.ArrowException) as error:
+        return _Part(path, found, _columns_of(metadata.schema.to_arrow_schema()), dict(footer["dtypes"]), index)
+    except _UNREADABLE as error:
         raise _torn(path, error) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
 from megatron_tropd.report.terminal import say
 from megatron_tropd.storage.owned import free_name
-from megatron_tropd.storage.write_aside import storage_errors, sync_directory
+from megatron_tropd.storage.write_aside import storage_errors, sync_directory, write_aside
 
 CHECKPOINTS = "checkpoints"
 # all that a run writes to its directory by itself, and that the next one would take for its own
@@ -24,6 +24,7 @@ RESULTS = (
     "wandb",
     "mlflow_id",
 )
+MEASURED = ("metrics.jsonl", EVALUATION_FILE)
 _ASIDE = "earlier-run"
 
 
@@ -47,14 +48,23 @@ def set_aside(run_dir: Path, names: Sequence[str] = RESULTS) -> Path | None:
 
 
 def set_aside_later(run_dir: Path, step: int) -> Path | None:
-    """Move checkpoints after ``step``, which a run that goes back to it will write anew, likewise. On one rank only."""
+    """Move checkpoints after ``step``, which a run that goes back to it will write anew, likewise. On one rank only.
+
+    Copies of the metrics and evaluations, which are cut back, go with them.
+    """
     root = run_dir / CHECKPOINTS
     later = [
         f"{CHECKPOINTS}/{path.name}"
         for path in sorted(root.glob("step-*"))
         if path.name.removeprefix("step-").isdecimal() and int(path.name.removeprefix("step-")) > step
     ]
-    return set_aside(run_dir, later)
+    kept = set_aside(run_dir, later)
+    if kept is None:
+        return None
+    for name in MEASURED:  # what was measured after that step will be cut from them
+        if (run_dir / name).is_file():
+            write_aside(kept / name, (run_dir / name).read_bytes())
+    return kept
 
 
 def _is_something(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Leaving in good order when the machines are wanted back: SIGTERM and SIGUSR1 mean "write a checkpoint and go".
+"""Leaving in good order: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C mean "write a checkpoint and go".
 
 The signal may reach one rank or all of them, at any moment. Ranks agree at fixed places of the loop, so none is left in
 a collective that another will never enter. A step whose rollouts were still being written is abandoned (its prompts
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_tropd.engine.checkpoint import find_checkpoint, read_state
 from megatron_tropd.parallel.leaving import leave
+from megatron_tropd.parallel.stopping import Repeats, handlers, write_word
 from megatron_tropd.parallel.wakeup import hearing
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.loop import save
@@ -29,43 +28,45 @@ from megatron_tropd.train.rollout_queue import RolloutQueue
 
 # EX_TEMPFAIL of sysexits.h: not done, worth another try; what job scripts requeue on
 EXIT_PREEMPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_BY_HAND = (signal.SIGHUP, signal.SIGINT)  # a scheduler repeats the others, and kills when it has lost patience
+_AGAIN = "Start the same command again to resume from the newest checkpoint."
 _GRACE_S = 0.5  # in which the main thread comes to a handler unless it waits in a library
 
 
 class Preempted(Exception):
     """The run was asked to stop and has a checkpoint to resume from. Not an error, so not one of ``errors``."""
 
+    def __init__(self, text: str, *, status: int = EXIT_PREEMPTED) -> None:
+        super().__init__(text)
+        self.status = status
+
 
 class StopRequest:
-    """Hear ``SIGNALS`` while it is entered: then the process ends at once with ``EXIT_PREEMPTED``.
+    """Hear ``SIGNALS`` while it is entered: then the process ends at once with ``EXIT_PREEMPTED``, or 130 on Ctrl-C.
 
     Before the first step nothing is lost by that, and after the last one there is a checkpoint. In between, within
-    ``deferred``, the signal is only remembered, for ``agreed``. Outside the main thread nothing is heard.
+    ``deferred``, the signal is only remembered, for ``agreed``, with a word of the first rank; Ctrl-C or SIGHUP after
+    that ends the process at once. Outside the main thread nothing is heard.
 
-    A rank that waits for others in a library hears them as well, and Ctrl-C: outside ``deferred`` at once, within it
-    the second time.
+    A rank that waits for others in a library hears them as well.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._heard: signal.Signals | None = None
         self._deferring = False
         self._others: Callable[[], int] | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._waiting = hearing(self._hear_while_waiting)
-        self._interrupts = 0
+        self._stack = ExitStack()
+        self._repeats = Repeats(clock)
         self._seen, self._answered = 0, 0  # signals, by the thread that hears them and by their handler
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._waiting.__enter__()
+        self._stack.enter_context(handlers(SIGNALS, self._handle))
+        self._stack.enter_context(hearing(self._hear_while_waiting))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._waiting.__exit__(None, None, None)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._stack.close()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -92,24 +93,28 @@ class StopRequest:
             _leave_at_once(self._heard)
 
     def _hear_while_waiting(self, number: int) -> None:
-        """Handle a signal from a thread, where the main thread has not come to its handler after a while."""
-        if number in SIGNALS:
-            self._seen += 1
-            until = time.monotonic() + _GRACE_S
-            while self._answered < self._seen and time.monotonic() < until:
-                time.sleep(0.01)
-            if self._answered < self._seen:
-                self._handle(number, None)
-        elif number == signal.SIGINT:
-            self._interrupts += 1
-            if not self._deferring or self._interrupts > 1:
-                _leave_at_once(signal.SIGINT)
+        """Handle a signal from a thread, where the main thread has not come to its handler after a while.
+
+        It is here that signals are counted: a handler may run much later than its signal came.
+        """
+        if number not in SIGNALS:
+            return
+        if self._repeats.is_again() and number in _BY_HAND:
+            _leave_at_once(signal.Signals(number), deferring=self._deferring)
+        self._seen += 1
+        until = time.monotonic() + _GRACE_S
+        while self._answered < self._seen and time.monotonic() < until:
+            time.sleep(0.01)
+        if self._answered < self._seen:
+            self._handle(number, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._answered += 1
-        self._heard = self._heard or signal.Signals(number)
+        first, self._heard = self._heard is None, self._heard or signal.Signals(number)
         if not self._deferring:
             _leave_at_once(self._heard)
+        elif first and os.environ.get("RANK", "0") == "0":
+            write_word(f"{self._heard.name}: a checkpoint is written before the run stops; Ctrl-C now stops it at once")
 
     def agreed(self) -> signal.Signals | None:
         """Return the signal that some rank has heard, None when none has; the same on every rank. Collective."""
@@ -120,10 +125,16 @@ class StopRequest:
         return signal.Signals(number) if number else None
 
 
-def _leave_at_once(heard: signal.Signals) -> None:
+def _leave_at_once(heard: signal.Signals, *, deferring: bool = False) -> None:
     # no cleaning up: that could wait for ranks that have left already
-    os.write(2, f"stopped by {heard.name} outside of training\n".encode())
-    leave(EXIT_PREEMPTED if heard in SIGNALS else 128 + heard)
+    if os.environ.get("RANK", "0") == "0":
+        write_word(f"stopped by {heard.name} {'at once' if deferring else 'outside of training'}. {_AGAIN}")
+    leave(_status(heard))
+
+
+def _status(heard: signal.Signals) -> int:
+    """Return the exit status: nobody puts a run back into the queue that was stopped by hand."""
+    return 128 + heard if heard == signal.SIGINT else EXIT_PREEMPTED
 
 
 def leave_if_requested(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int, *, first_step: int) -> None:
@@ -143,7 +154,8 @@ def leave_if_requested(run: Run, queue: RolloutQueue, stop: StopRequest, steps: 
     again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(
         f"stopped by {heard.name} after {steps} of {run.train.steps} steps; {newest}. "
-        f"Start the same command again{again} to resume."
+        f"Start the same command again{again} to resume.",
+        status=_status(heard),
     )
 
 

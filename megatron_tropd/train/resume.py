@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_tropd.config.sections import CheckpointConfig
-from megatron_tropd.engine.checkpoint import content_fault, find_checkpoint, load_checkpoint, read_state
+from megatron_tropd.engine.checkpoint import ContentCheck, find_checkpoint, load_checkpoint, read_state
 from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.report.records import drop_evaluations_after
 from megatron_tropd.report.terminal import say
 from megatron_tropd.setup.build import Run
 from megatron_tropd.setup.validate import FINGERPRINTS
@@ -27,11 +29,46 @@ _NOT_THESE = ("train.prompts_per_step",)
 _MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
 
 
-def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_dir: Path, steps: int) -> Path | None:
-    """Find the checkpoint that a run of this ``validate.identity`` resumes from; None to start afresh. Collective.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run resumes from, and what is still to be read of it before it is trusted; None to start afresh."""
+
+    checkpoint: Path | None
+    check: ContentCheck | None = None
+
+
+def confirmed(start: Start, find_again: Callable[[Sequence[Path]], Start]) -> Path | None:
+    """Wait until the large files have been read, too; of a torn checkpoint, return the one found in its place.
+
+    Collective. ``find_again`` is ``find_start`` without the checkpoints that it is given.
+    """
+    torn: list[Path] = []
+    while start.checkpoint is not None and start.check is not None:
+        fault = start.check.fault()
+        if fault is None:
+            break
+        torn.append(start.checkpoint)
+        _say_torn(start.checkpoint, fault)
+        start = find_again(torn)
+    return start.checkpoint
+
+
+def find_start(
+    section: CheckpointConfig,
+    identity: Mapping[str, Any],
+    *,
+    run_dir: Path,
+    steps: int,
+    torn: Sequence[Path] = (),
+) -> Start:
+    """Find the checkpoint that a run of this ``validate.identity`` resumes from. Collective.
 
     What an earlier run left in ``run_dir`` is moved aside when the run starts afresh, and its later checkpoints when it
-    goes back to an earlier one. ``steps``: of the whole run.
+    goes back to an earlier one.
+
+    Args:
+        steps: of the whole run.
+        torn: checkpoints of which that is known.
 
     Raises:
         CheckpointError: the requested checkpoint is torn, or the one found is of another run.
@@ -39,7 +76,8 @@ def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_di
     """
     first, wanted = dist.get_rank() == 0, section.resume
     _check_accepted(section.accept_changes, identity)
-    checkpoint = None if wanted == "never" else _agreed_checkpoint(wanted, run_dir / CHECKPOINTS)
+    start = Start(None) if wanted == "never" else _agreed_checkpoint(wanted, run_dir / CHECKPOINTS, [*torn])
+    checkpoint = start.checkpoint
     if checkpoint is not None:
         changed = _changes(checkpoint, read_state(checkpoint), identity, steps=steps)
         _check_changes(checkpoint, changed, insisted=frozenset(section.accept_changes))
@@ -50,7 +88,7 @@ def find_start(section: CheckpointConfig, identity: Mapping[str, Any], *, run_di
     dist.barrier()  # every rank has read what may be moved now
     if first:
         _set_aside(run_dir, checkpoint)
-    return checkpoint
+    return start
 
 
 def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
@@ -60,6 +98,7 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
     queue.restore(checkpoint, steps)
     if run.world.is_first:
+        drop_evaluations_after(run.run_dir, steps)
         say(f"resuming from {checkpoint} ({steps} steps done)")
     return steps
 
@@ -74,22 +113,30 @@ def _set_aside(run_dir: Path, checkpoint: Path | None) -> None:
         set_aside_later(run_dir, int(read_state(checkpoint)["step"]))
 
 
-def _agreed_checkpoint(wanted: str, directory: Path) -> Path | None:
-    """Return the newest whole checkpoint of the run, or the one requested by path.
+def _agreed_checkpoint(wanted: str, directory: Path, torn: list[Path]) -> Start:
+    """Return the newest checkpoint of the run that looks whole and is not ``torn``, or the one requested by path.
 
     One rank looks for all, all compare checksums.
     """
-    torn: list[Path] = []
     while True:
         found, is_newest = _look(wanted, directory, torn)
-        fault = None if found is None else content_fault(found)
-        if found is None or fault is None:
-            return found
+        if found is None:
+            return Start(None)
+        if found in torn:  # requested by its own name
+            raise CheckpointError(f"{found.absolute()} is torn. Name another with checkpoint.resume=PATH.")
+        check = ContentCheck(found)
+        if check.small_fault is None:
+            return Start(found, check)
+        fault = check.fault()
         if not is_newest:
             raise CheckpointError(f"{found.absolute()} is torn: {fault}. Name another with checkpoint.resume=PATH.")
         torn.append(found)
-        if dist.get_rank() == 0:
-            warnings.warn(f"skipping a torn checkpoint: {found.absolute()} is torn: {fault}", stacklevel=2)
+        _say_torn(found, fault)
+
+
+def _say_torn(checkpoint: Path, fault: str | None) -> None:
+    if dist.get_rank() == 0:
+        warnings.warn(f"skipping a torn checkpoint: {checkpoint.absolute()} is torn: {fault}", stacklevel=3)
 
 
 def _look(wanted: str, directory: Path, torn: list[Path]) -> tuple[Path | None, bool]:

@@ -24,10 +24,11 @@ from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.engine.views import StudentScores
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.stopwatch import Stopwatch
-from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
+from megatron_tropd.rollout.engines.recorded import read_arrays, read_rollouts, write_rollouts
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import AsyncSampler, GenerationHandle
 from megatron_tropd.setup.build import Run, pack_for
+from megatron_tropd.storage.write_aside import write_aside
 from megatron_tropd.teacher.protocol import PendingScores, start_scoring
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
@@ -161,8 +162,9 @@ class RolloutQueue:
                 rows = own_valid_positions(item, groups)
                 columns.append(_columns(item, rows, score))
         whole = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else ())}
-        with (folder / f"scores-{number:08d}-{torch.distributed.get_rank():05d}.npz").open("wb") as file:
-            np.savez(file, **whole)  # type: ignore[arg-type]
+        path = folder / f"scores-{number:08d}-{torch.distributed.get_rank():05d}.npz"
+        # numpy's stub takes the arrays for allow_pickle
+        write_aside(path, lambda file: np.savez(file, **whole))  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- sampling
@@ -323,8 +325,8 @@ class _Stored:
     def __init__(self, folder: Path, number: int) -> None:
         parts: list[dict[str, np.ndarray]] = []
         for path in sorted(folder.glob(_scores_files(number))):
-            with np.load(path, allow_pickle=False) as stored:
-                parts += [{name: stored[name] for name in stored.files}] if stored.files else []
+            part = read_arrays(path)
+            parts += [part] if part else []
         self._folder, self._number = folder, number
         self._columns = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         self._order = np.argsort(self._columns["key"], kind="stable") if parts else np.empty(0, np.int64)

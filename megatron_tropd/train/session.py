@@ -45,6 +45,7 @@ from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.rollout.recording import claim_recording
 from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.chat_templates import teacher_problems
+from megatron_tropd.setup.claims import claimed, exports, run_directory
 from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
@@ -60,7 +61,7 @@ from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
-from megatron_tropd.train.resume import find_start, restore
+from megatron_tropd.train.resume import confirmed, find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
 
@@ -106,17 +107,24 @@ def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     if dist.get_rank() == 0:
         check_export(config)
+    with claimed(run_directory(config.run_dir), *exports(config.export.hf)):
+        return _train(config, launch, stop)
+
+
+def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     inputs = read_inputs(config)
     tell_ends(inputs.ends, enabled=dist.get_rank() == 0)
     check_writable(config)
     facts = _agreed_identity(config, inputs)
-    checkpoint = find_start(config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
-    _claim_recording(config, inputs, facts, resumed=checkpoint is not None)
+    find = partial(find_start, config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
+    start = find()
+    _claim_recording(config, inputs, facts, resumed=start.checkpoint is not None)
     run = build_run(config, inputs, launch.bridge, known=facts)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
     queue = RolloutQueue(run)
-    first_step = restore(run, queue, checkpoint)
+    # large files of the checkpoint have been read meanwhile
+    first_step = restore(run, queue, confirmed(start, lambda torn: find(torn=torn)))
     if first_step == 0:
         with Phase("self check"):
             check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)

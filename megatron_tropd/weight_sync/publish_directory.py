@@ -9,10 +9,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 from megatron_tropd.parallel.leaving import forget, on_leave
+from megatron_tropd.storage.locks import Process, is_unlocked, keep_from_children
 
 _log = logging.getLogger(__name__)
 
@@ -26,11 +28,11 @@ class PublishDirectory:
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
-        self.path = parent / f"{PREFIX}-{os.getuid()}-{os.getpid()}"
+        self.path = parent / f"{PREFIX}-{os.getuid()}-{os.getpid()}-{secrets.token_hex(4)}"
         # under its name only once it is locked, or another run that starts now might take it for abandoned
         unnamed = parent / f".{self.path.name}"
         unnamed.mkdir(mode=0o700)
-        self._lock = os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._lock = keep_from_children(os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unnamed.rename(self.path)
         on_leave(self.close)
@@ -52,7 +54,8 @@ class PublishDirectory:
 
 def remove_abandoned(parent: Path) -> list[Path]:
     """Remove this user's publish directories below ``parent`` whose owners have ended; say how many there were."""
-    found = [path for path in parent.glob(f"{PREFIX}-{os.getuid()}-*") if path.is_dir() and not path.is_symlink()]
+    names = (f"{PREFIX}-{os.getuid()}-*", f".{PREFIX}-{os.getuid()}-*")
+    found = [path for name in names for path in parent.glob(name) if path.is_dir() and not path.is_symlink()]
     removed = [path for path in found if _is_abandoned(path)]
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
@@ -62,17 +65,18 @@ def remove_abandoned(parent: Path) -> list[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Say whether nobody holds the lock in it. Without a lock file it is somebody's who has just made it, or not
-    ours.
+    """Say whether nobody holds the lock in it. Without a lock file it is not ours.
+
+    One that is not named yet is its maker's, locked or not, for as long as that lives.
     """
-    try:
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+    if not (path / _LOCK).is_file() and not _is_unnamed(path):
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(lock)
-    return True
+    if _is_unnamed(path):
+        pid = path.name.split("-")[-2]
+        if not pid.isdecimal() or Process.lives(int(pid)) or any(entry.name != _LOCK for entry in path.iterdir()):
+            return False
+    return not (path / _LOCK).exists() or is_unlocked(path / _LOCK)
+
+
+def _is_unnamed(path: Path) -> bool:
+    return path.name.startswith(".")

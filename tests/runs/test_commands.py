@@ -6,11 +6,11 @@ import datetime
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ from megatron_tropd.config.sections import SuiteConfig
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.evaluate.suites import Answered, summarize
 from megatron_tropd.methods import PRESETS
+from megatron_tropd.parallel import torchrun
+from megatron_tropd.storage.locks import take_lock
+from megatron_tropd.storage.owned import UNFINISHED, start_unfinished
 from tests.support.run_inputs import TEACHER, Task, commands, make_task, save_model
 
 CHECK = "check"  # reads and refuses what train does, without a world to fit
@@ -140,7 +143,7 @@ def test_evaluate_grades_both_models_and_leaves_the_results_of_a_training_run_al
     greedy = {row["model"]: row["accuracy"] for row in recorded if row["suite"] == "greedy"}
     assert greedy == {"student before": 0.6, "teacher": 0.0}
 
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "config.yaml").touch()  # what a run that has just begun has left
     again = commands().run(*command, "evaluate.max_problems=2", ranks=2).expect_success()
     assert "100.0" in again.output and "is left as it is" in again.output
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == recorded
@@ -195,18 +198,18 @@ def test_report_is_made_again_from_what_a_run_left(tmp_path: Path):
 def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
 
-    def run(command: list[str], **options: Any) -> Any:
-        seen.extend((command, options))
-        return type("Done", (), {"returncode": 3})
+    def run(*words: Any, **options: Any) -> int:
+        seen.extend((*words, options))
+        return 3
 
-    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(torchrun, "run_ranks", run)
     result = CliRunner().invoke(cli.app, ["demo", "--method", "opd", "--processes", "3", "train.steps=9", "seed=4"])
     assert result.exit_code == 3
-    command, options = seen
-    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    assert command[5:8] == ["-m", "megatron_tropd", "train"]
-    assert Path(command[8]) == options["cwd"] / "examples" / "demo" / "demo.yaml" and Path(command[8]).exists()
-    assert command[9:] == [
+    launch, command, options = seen
+    assert launch == ("--standalone", "--nproc-per-node=3")
+    assert command[:3] == ("-m", "megatron_tropd", "train")
+    assert Path(command[3]) == options["cwd"] / "examples" / "demo" / "demo.yaml" and Path(command[3]).exists()
+    assert list(command[4:]) == [
         "method.name=opd",
         "rollout.temperature=1.0",
         "rollout.top_p=1.0",
@@ -221,13 +224,10 @@ def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pyte
 @pytest.mark.parametrize("method", PRESETS)
 def test_demo_gives_every_method_the_rollouts_it_wants(monkeypatch: pytest.MonkeyPatch, method: str):
     seen: list[str] = []
-    done = SimpleNamespace(returncode=0)
-    monkeypatch.setattr(
-        cli, "subprocess", SimpleNamespace(run=lambda command, **_: seen.extend(command) or done, DEVNULL=None)
-    )
+    monkeypatch.setattr(torchrun, "run_ranks", lambda launch, command, **_: seen.extend(command) or 0)
     assert CliRunner().invoke(cli.app, ["demo", "--method", method], catch_exceptions=False).exit_code == 0
-    config = load_config(seen[8], seen[9:], check_paths=False)
-    wanted = yaml.safe_load((Path(seen[8]).parents[1] / "methods" / f"{method}.yaml").read_text())
+    config = load_config(seen[3], seen[4:], check_paths=False)
+    wanted = yaml.safe_load((Path(seen[3]).parents[1] / "methods" / f"{method}.yaml").read_text())
     assert config.method.options == {key: value for key, value in wanted["method"].items() if key != "name"}
     assert config.rollout.model_dump().items() >= wanted.get("rollout", {}).items()
     # what the preset says nothing of stays the demo's
@@ -251,19 +251,19 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()"""
         servers.append(start([sys.executable, "-c", well, command[-1].removeprefix("--port=")], **options))
         return servers[0]
 
-    def run(command: list[str], **options: Any) -> Any:
+    def run(launch: Any, command: Any, **options: Any) -> int:
         assert servers[0].poll() is None
-        seen.extend((command, options["env"]["TROPD_API_KEY"]))
-        return SimpleNamespace(returncode=0)
+        seen.extend((command, options["environment"]["TROPD_API_KEY"]))
+        return 0
 
     monkeypatch.setattr("subprocess.Popen", stand_in)
-    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(torchrun, "run_ranks", run)
     monkeypatch.delenv("TROPD_API_KEY", raising=False)
     arguments = ["demo", "--engine", "vllm_server", f"run_dir={tmp_path}", "train.steps=9"]
     assert CliRunner().invoke(cli.app, arguments, catch_exceptions=False).exit_code == 0
     serving, training, key = seen
     assert serving[1:5] == ["-m", "megatron_tropd", "serve", "student"] and "train.steps=9" in serving
-    settings = load_config(training[8], training[9:], check_paths=False)
+    settings = load_config(training[3], list(training[4:]), check_paths=False)
     port = serving[-1].removeprefix("--port=")
     assert settings.rollout.engine == "vllm_server"
     assert settings.rollout.vllm_server.urls == (f"http://127.0.0.1:{port}",)
@@ -272,7 +272,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()"""
 
 
 def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("launched")))
+    monkeypatch.setattr(torchrun, "run_ranks", lambda *_, **__: pytest.fail("launched"))
     for arguments, message in (
         (["--method", "tropdd"], "Did you mean 'tropd'?"),
         (["train.stepz=2"], "Did you mean train.steps?"),
@@ -280,6 +280,66 @@ def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             CliRunner().invoke(cli.app, ["demo", *arguments], catch_exceptions=False)
+
+
+# --------------------------------------------------------------------------- one writer at a time
+
+
+def refused_everywhere(run_dir: str) -> None:
+    """On the ranks: what one of them finds, all of them raise."""
+    from megatron_tropd.errors import StorageError
+    from megatron_tropd.parallel.groups import initialize_distributed
+    from megatron_tropd.setup.claims import claimed, run_directory
+
+    initialize_distributed()
+    with pytest.raises(StorageError, match="is in use by process"), claimed(run_directory(Path(run_dir))):
+        pass
+
+
+def test_a_second_writer_is_refused_by_name_and_touches_nothing(task: Task, tmp_path: Path):
+    run, out, export = tmp_path / "run", tmp_path / "out.jsonl", tmp_path / "export"
+    run.mkdir()
+    train = ("train", task.config, f"run_dir={run}")
+    cases: dict[Path, tuple[object, ...]] = {
+        run / ".tropd.lock": train,
+        tmp_path / ".export.tropd.lock": (*train, f"export.hf={export}"),
+        tmp_path / ".out.jsonl.tropd.lock": ("generate", task.student, task.prompts, out),
+        tmp_path / ".mega.tropd.lock": ("convert", "hf-to-megatron", task.student, tmp_path / "mega"),
+    }
+    for path, command in cases.items():
+        held = take_lock(path, name="x", fix="y")
+        before = sorted(tmp_path.rglob("*"))
+        refused = commands().run(*command)
+        assert refused.status == 2
+        assert f"is in use by process {os.getpid()} on {socket.gethostname()} since " in refused.output, refused.output
+        if command is train:
+            commands().call(refused_everywhere, run, ranks=2)
+        assert sorted(tmp_path.rglob("*")) == before
+        held.release()
+
+
+def test_what_is_written_under_a_lock_leaves_none_behind(task: Task, tmp_path: Path):
+    command = ("convert", "hf-to-megatron", task.student, tmp_path / "mega")
+    commands().run(*command).expect_success()
+    assert [path.name for path in tmp_path.iterdir()] == ["mega"]
+    assert "left as it is" in commands().run(*command).expect_success().output
+    config = task.student / "config.json"
+    was = config.read_text()
+    try:
+        config.write_text(json.dumps(json.loads(was) | {"rope_theta": 20000.0}))
+        refused = commands().run(*command)
+    finally:
+        config.write_text(was)
+    assert refused.status == 2 and "but config.json of the source has changed since" in refused.output
+    # a conversion that was killed leaves a note; what is the user's beside or in it stays
+    partial = tmp_path / "other.partial"
+    start_unfinished(partial, "a checkpoint")
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    (partial / "hf").mkdir()
+    (partial / "hf" / "notes.txt").write_text("mine")
+    commands().run("convert", "hf-to-megatron", task.student, tmp_path / "other").expect_success()
+    assert (tmp_path / "other.partial.kept" / "hf" / "notes.txt").read_text() == "mine"
+    assert not partial.exists() and not (tmp_path / "other" / UNFINISHED).exists()
 
 
 # --------------------------------------------------------------------------- mistakes

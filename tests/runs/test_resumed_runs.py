@@ -67,7 +67,7 @@ def start(
     accepted: tuple[str, ...] = (),
 ) -> Path | None:
     section = CheckpointConfig(resume=asked, accept_changes=accepted)
-    return resume.find_start(section, identity, run_dir=run_dir, steps=steps)
+    return resume.find_start(section, identity, run_dir=run_dir, steps=steps).checkpoint
 
 
 # --------------------------------------------------------------------------- which checkpoint

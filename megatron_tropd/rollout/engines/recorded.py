@@ -6,7 +6,10 @@ of integers per sequence. Files of format 1 had the lengths of prompt and prefix
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,10 +20,27 @@ from megatron_tropd.data.packing import check_regions
 from megatron_tropd.errors import DataError
 from megatron_tropd.rollout.dispatch import versions_of
 from megatron_tropd.rollout.recording import check_sampling
-from megatron_tropd.storage.write_aside import write_aside
+from megatron_tropd.storage.write_aside import make_directory, write_aside
 from megatron_tropd.types import Region, Rollout, RolloutRequest, SamplingParams, single_turn
 
 FORMAT = 2
+# what numpy and zipfile say of damaged files; RuntimeError of one that seems to be encrypted, or packed in another way
+_UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _COLUMNS = ("sequence_id", "prompt_index", "finished", "weight_version")
 _COLUMNS_1 = ("sequence_id", "prompt_index", "prompt_length", "prefix_length", "finished", "weight_version")
 
@@ -32,7 +52,7 @@ def _file(directory: Path, step: int) -> Path:
 def write_rollouts(directory: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
     """Write one step's rollouts; the file appears whole or not at all."""
     path = _file(Path(directory), step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     rows = [[getattr(rollout, name) for name in _COLUMNS] for rollout in rollouts]
     columns = {}
     if any(rollout.token_versions is not None for rollout in rollouts):
@@ -62,18 +82,30 @@ def read_rollouts(directory: str | Path, step: int) -> list[Rollout]:
     """
     check_recorded(directory, range(step, step + 1))
     path = _file(Path(directory), step)
+    arrays = read_arrays(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
         if int(arrays.get("format", 1)) <= FORMAT:
             return _rollouts(arrays)
-    # a file that is a single array opens, but is no archive: it has neither `with` nor names
-    except (KeyError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.") from error
+    except _UNREADABLE as error:
+        raise _torn(path, error) from error
     raise DataError(
         f"{path.absolute()} is a recording of format {int(arrays['format'])}; read are formats up to {FORMAT}. "
         "Replay it with the version of megatron_tropd that wrote it, or record it again."
     )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an ``.npz`` file, none of them pickled; DataError when it is torn."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    # a file that is a single array opens, but is no archive: it has neither `with` nor names
+    except _UNREADABLE as error:
+        raise _torn(path, error) from error
+
+
+def _torn(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path.absolute()} is torn or not a recording: {error}. Record it again.")
 
 
 def check_recorded(directory: str | Path, steps: Iterable[int]) -> None:

@@ -21,6 +21,7 @@ from megatron_tropd.losses.end_class import with_ends
 from megatron_tropd.losses.support import first_of_each
 from megatron_tropd.parallel.collectives import all_gather_stack
 from megatron_tropd.parallel.groups import Groups
+from megatron_tropd.storage.write_aside import make_directory, remove_partials
 from megatron_tropd.teacher.protocol import PendingScores, QueryIds, Teacher, TeacherRequest, start_scoring
 from megatron_tropd.teacher.recording import FILE, check_facts, write_facts
 from megatron_tropd.teacher.schema import lacking, mapped, outputs_of, present, requested
@@ -78,12 +79,13 @@ class RecordingTeacher:
         self._student = student
         self._values = values
         self._vocab_size = int(facts["vocab_size"])
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         dist.barrier()
         if (self._directory / FILE).exists():
             facts = check_facts(self._directory, facts, fix="Record into another directory", adding=True)
         dist.barrier()  # nobody looks any more
         if dist.get_rank() == 0:
+            remove_partials(self._directory)
             write_facts(self._directory, facts)
 
     def score(

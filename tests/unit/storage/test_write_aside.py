@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +25,9 @@ from megatron_tropd.storage.owned import (
     start_unfinished,
     why_not_ours,
 )
-from megatron_tropd.storage.write_aside import write_aside
+from megatron_tropd.storage.write_aside import abandoned_partials, make_directory, remove_partials, write_aside
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -81,6 +86,59 @@ def test_two_writers_of_one_file_do_not_write_into_each_other(tmp_path):
 
     write_aside(path, outer)
     assert tree(tmp_path) == {"file": b"outer, whole"}
+
+
+WRITES = """
+import os, signal, sys
+from megatron_tropd.storage.write_aside import write_aside
+def stall(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+write_aside(sys.argv[1], stall)
+"""
+
+
+def killed_while_writing(path: Path) -> list[str]:
+    """A process that is killed in the midst of ``path``; the names that it leaves."""
+    before = {entry.name for entry in path.parent.iterdir()}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", WRITES, str(path)], env=environment, timeout=120, check=False)
+    assert ended.returncode == -9
+    return sorted({entry.name for entry in path.parent.iterdir()} - before)
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_run_and_nothing_else(tmp_path):
+    path = tmp_path / "scores.parquet"
+    users = ("scores.parquet.partial", "notes.12-abc.partial", "x.partial")
+    for name in users:
+        (tmp_path / name).write_text("mine")
+    old = tmp_path / "old.4194304-0123abcd.partial"  # of a version that did not write the host; no such process
+    old.write_text("half")
+    (left,) = killed_while_writing(path)
+
+    def write_and_look(file: BinaryIO) -> None:
+        file.write(b"whole")
+        file.flush()
+        assert [entry.name for entry in abandoned_partials(tmp_path)] == [left]  # not the one being written
+
+    write_aside(path, write_and_look)
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert sorted(entry.name for entry in remove_partials(tmp_path)) == sorted([left, old.name])
+    assert tree(tmp_path) == {"scores.parquet": b"whole", **dict.fromkeys(users, b"mine")}
+
+
+def test_new_directories_last_and_so_do_their_names(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        module.os, "fsync", lambda handle: (synced.append(Path(os.readlink(f"/proc/self/fd/{handle}"))), sync(handle))
+    )
+    assert make_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert set(synced) == {tmp_path, tmp_path / "a"}
+    synced.clear()
+    make_directory(tmp_path / "a" / "b")
+    assert synced == []
 
 
 # --------------------------------------------------------------------------- directories
@@ -175,6 +233,22 @@ def test_directories_of_the_user_beside_the_target_are_refused_too(suffix, tmp_p
     (place / "precious.txt").write_text("mine")
     with pytest.raises(ConfigError, match=rf"out\.{suffix} holds what this program did not write \(precious.txt\)"):
         check_target(tmp_path / "out", name="export.hf", protected={})
+
+
+def test_a_writer_killed_just_before_the_last_rename_is_in_nobodys_way(tmp_path):
+    """The note is gone by then, and the directory whole."""
+    aside = ours(tmp_path / "out.partial", new="1")
+    killed_while_writing(aside / MARKER)
+    check_target(tmp_path / "out", name="export.hf", protected={})
+    discard_unfinished(aside, lambda name: False)
+    assert not aside.exists()
+    place = tmp_path / "other.partial"
+    place.mkdir()
+    killed_while_writing(place / owned.UNFINISHED)  # killed before it had its note
+    check_target(tmp_path / "other", name="export.hf", protected={})
+    discard_unfinished(place, lambda name: False)
+    start_unfinished(place, "a note")
+    assert tree(tmp_path) == {f"other.partial/{owned.UNFINISHED}": b"a note"}
 
 
 def test_what_was_left_half_done_goes_but_for_what_is_not_ours(tmp_path):

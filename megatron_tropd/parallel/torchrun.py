@@ -1,0 +1,102 @@
+"""torchrun without its traceback: what went wrong has been said by the rank that it went wrong on.
+
+``python -m megatron_tropd.parallel.torchrun OPTIONS -m megatron_tropd VERB ...`` takes torchrun's options, starts ranks
+as torchrun does, and ends with the status of the rank that failed first. ``tropd launch`` is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_tropd.parallel.stopping import handlers
+
+MODULE = "megatron_tropd.parallel.torchrun"
+_SAID = (2, 75)  # statuses with which a rank, or the first one, has said why: an error of ours, a run asked to stop
+_LEAVING_S = 5.0
+# what comes later among the options counts: a rank that saves may take longer than torchrun's 30 seconds
+_DEFAULTS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun's own main with these arguments; return the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # what it says of a rank that failed is said here, in one line
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # five lines on OMP_NUM_THREADS
+    try:
+        torchrun([*_DEFAULTS, *arguments])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = int(failure.exitcode)
+        if status not in _SAID:
+            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            print(f"rank {rank} (process {failure.pid}) {how}", file=sys.stderr, flush=True)
+        return status if status >= 0 else 128 - status
+    except SignalException as error:
+        _end(_children(os.getpid()))  # there are some when a second signal has come while the first was passed on
+        return 128 + int(error.sigval)
+    return 0
+
+
+def run_ranks(options: Sequence[str], command: Sequence[str], *, environment: Mapping[str, str], cwd: Path) -> int:
+    """Run ``python COMMAND`` on several ranks of this machine; pass on what signals come. Return the exit status.
+
+    The launcher gets a session of its own: a terminal would send Ctrl-C to it as well, and it would count it twice.
+    """
+    line = [sys.executable, "-m", MODULE, *options, *command]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for ranks in started:
+            ranks.send_signal(number)
+
+    with handlers((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), pass_on):
+        started.append(
+            subprocess.Popen(line, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
+        )
+        return started[0].wait()
+
+
+def _children(parent: int) -> list[int]:
+    """List the processes that this one has started and that are still there."""
+    found: list[int] = []
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError, ValueError):
+            found += [int(pid) for pid in task.read_text().split()]
+    return found
+
+
+def _end(pids: Sequence[int]) -> None:
+    """Have ranks leave at once: they are asked again, and ended when that does not help."""
+    for number, patience in ((signal.SIGINT, _LEAVING_S), (signal.SIGKILL, _LEAVING_S)):
+        deadline = time.monotonic() + patience
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while time.monotonic() < deadline and set(pids) & set(_running(pids)):
+            time.sleep(0.05)
+
+
+def _running(pids: Sequence[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Locks on what a command writes to: one run, one directory, and one export at a time to a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tropd.errors import StorageError
+from megatron_tropd.parallel.leaving import forget, on_leave
+from megatron_tropd.storage.locks import take_lock
+from megatron_tropd.storage.owned import settled
+from megatron_tropd.storage.write_aside import make_directory
+
+LOCK = ".tropd.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Name what is written, as the user calls it, and the directory in which its lock lies."""
+
+    name: str
+    directory: Path
+    lock: str = LOCK
+
+
+def run_directory(path: Path) -> Claim:
+    """Claim a directory of a run: the lock lies in it."""
+    return Claim(f"run_dir = '{path}'", path)
+
+
+def target(path: Path, name: str) -> Claim:
+    """Claim a file or directory that is written in one piece: the lock lies beside it."""
+    place = settled(path)
+    return Claim(f"{name} = '{path}'", place.parent, f".{place.name}{LOCK}")
+
+
+@contextmanager
+def claimed(*claims: Claim) -> Iterator[None]:
+    """Hold the locks of these claims within the block; the first rank does. Collective.
+
+    Raises:
+        StorageError: on every rank, when another process holds one of them.
+    """
+    with ExitStack() as held:
+        refused = [""]
+        if dist.get_rank() == 0:
+            try:
+                for claim in claims:
+                    held.enter_context(held_here(claim))
+            except StorageError as error:
+                refused = [str(error)]
+        dist.broadcast_object_list(refused, src=0)
+        if refused[0]:
+            raise StorageError(refused[0])
+        yield
+
+
+@contextmanager
+def held_here(claim: Claim) -> Iterator[None]:
+    """Hold the lock of a claim within the block, on this rank alone.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    made = [folder for folder in (claim.directory, *claim.directory.parents) if not folder.exists()]
+    make_directory(claim.directory)
+    lock = take_lock(
+        claim.directory / claim.lock,
+        name=claim.name,
+        fix=f"Wait for it to end, or stop it, or give another {claim.name.split(' ')[0]}.",
+    )
+    on_leave(lock.release)
+    try:
+        yield
+    finally:
+        forget(lock.release)
+        lock.release()
+        for folder in made:  # a command that is refused leaves nothing behind
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def exports(path: Path | None) -> Sequence[Claim]:
+    """Claim ``export.hf``, where there is one."""
+    return () if path is None else (target(path, "export.hf"),)
