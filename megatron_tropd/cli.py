@@ -39,9 +39,9 @@ app = typer.Typer(
 
 # what is left of a command that a signal has stopped, and how it is taken up
 _KEPT = {
-    "generate": "What was written is in OUT.partial: start the same command again to go on from there.",
+    "generate": "What was written is in OUT.partial: start the same command again to continue from there.",
     "score": "What was scored is kept: start the same command again for the rest.",
-    "convert": "The target is as it was: start the same command again to go on.",
+    "convert": "The target is as it was: start the same command again to continue.",
     "evaluate": "What was answered is not kept: start the same command again.",
     "report": "The report is as it was before.",
     "demo": "Start it again for a new run; the results of this one are kept aside.",

@@ -88,7 +88,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
 
 
 def is_of_training(run_dir: Path) -> bool:
-    """Say whether a directory is that of a training run, be it one that has only just begun."""
+    """Say whether a directory is that of a training run, be it one that has only just started."""
     return any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl"))
 
 

@@ -48,7 +48,7 @@ from megatron_tropd.storage.write_aside import (
 
 _LATEST = "latest"
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
-_CHECKSUM = "checksum"  # of complete.json itself
+_FORMAT, _CHECKSUM = 2, "checksum"  # of complete.json itself
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there
 _NAME = re.compile(r"step-\d{8,}")
 _OUR_FILES = re.compile(
@@ -273,8 +273,7 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
     try:
         state = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-        if state.pop(_CHECKSUM, None) not in (None, _checksum(state)):  # None: of a version before 0.2
-            raise ValueError("it has other content than was written")
+        _check_signature(state)
         records = {str(name): FileRecord.parse(entry) for name, entry in state["files"].items()}
         int(state["step"])
         return dict(state), records
@@ -285,7 +284,7 @@ def _read_record(checkpoint: Path) -> tuple[dict[str, Any], dict[str, FileRecord
 
 
 class ContentCheck:
-    """Compare a checkpoint's checksums: small files at once, large ones while other work goes on.
+    """Compare a checkpoint's checksums: small files at once, large ones beside other work.
 
     Each file is read by one rank. Making one and its ``fault`` are collective.
     """
@@ -330,7 +329,16 @@ def check_contents(checkpoint: str | Path) -> None:
 
 def _signed(state: Mapping[str, Any]) -> dict[str, Any]:
     """Add the checksum of all else, which the list of checksums needs as well."""
-    return {**state, _CHECKSUM: _checksum(json.loads(json.dumps(state)))}
+    state = {**json.loads(json.dumps(state)), "format": _FORMAT}
+    return {**state, _CHECKSUM: _checksum(state)}
+
+
+def _check_signature(state: dict[str, Any]) -> None:
+    """Raise ValueError where the checksum does not match; versions before 0.2 wrote neither it nor a format."""
+    if {"format", _CHECKSUM} & state.keys():
+        if state.pop(_CHECKSUM, None) != _checksum(state):
+            raise ValueError("it has other content than was written")
+        del state["format"]
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

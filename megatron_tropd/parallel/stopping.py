@@ -21,7 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ctrl-C reaches a process from the terminal and from its launcher, SIGHUP from the terminal and from the shell: what
 # comes so soon after the first is the first
 SAME_S = 2.0
-_GRACE_S = 0.5  # in which the main thread comes to a handler unless it waits in a library
+_GRACE_S = (
+    5.0  # in which the main thread comes to a handler unless it waits in a library; a busy machine takes its time
+)
 _TIDYING_S = 20.0  # for what a command does on its way out
 
 

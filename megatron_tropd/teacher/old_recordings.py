@@ -28,7 +28,7 @@ FORMAT = 2
 SUFFIX = ".grades"
 _MAGIC = b"TROPDGR2"
 _BF16 = "bfloat16"
-_DTYPES = {_BF16, "<f2", "<f4", "<f8", "<i4", "<i8", "<u2", "<u4"}
+_DTYPES = {_BF16, "|u1", "<f2", "<f4", "<f8", "<i4", "<i8", "<u2", "<u4"}
 # names of attributes that have changed since; the others are those of SCORE_FIELDS
 _RENAMED = {"topk_logtail_N": "logtail", "asked_ids_NJ": "query_ids", "asked_logprob_NJ": "query_logprob"}
 _NAMES = {field.attribute: field.name for field in SCORE_FIELDS} | {f.name: f.name for f in SCORE_FIELDS} | _RENAMED

@@ -55,7 +55,7 @@ def test_a_command_that_is_stopped_unwinds_tidies_up_and_says_what_is_left(numbe
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (128 + number, "unwound\ntidied\n")
-    kept = "What was written is in OUT.partial: start the same command again to go on from there."
+    kept = "What was written is in OUT.partial: start the same command again to continue from there."
     assert err == f"stopped by {number.name}. {kept}\n"
 
 
