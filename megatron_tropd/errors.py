@@ -44,6 +44,10 @@ class CheckpointError(TropdError, RuntimeError):
     """A checkpoint (Hugging Face or our own) is missing, torn, or of another model."""
 
 
+class ModelFileError(CheckpointError):
+    """A file of a model directory is no file, or takes more time or memory than that of any model does."""
+
+
 class SelfCheckError(TropdError, RuntimeError):
     """A launch-time self check found that something which must be equal is not."""
 

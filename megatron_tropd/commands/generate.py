@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import ColumnsConfig, Layout, RolloutConfig, VLLMConfig
-from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
+from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture, weights_fingerprint
 from megatron_tropd.data.prompts import Limits, OnBadRow, read_sources
 from megatron_tropd.data.response_file import ResponseFile, numbered_rows
 from megatron_tropd.data.rows import Source, ids_digest, tokenizer_digest
@@ -328,8 +328,10 @@ def sampler_of(
     path: Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
 ) -> MegatronSampler:
     """Build a sampler with the weights of a Hugging Face directory."""
+    architecture, weights = read_architecture(path), HFWeights(path)
+    check_weights(weights, architecture)  # a wrong config.json may give a model of any size
     sampler = MegatronSampler(
-        read_architecture(path), groups, dtype=dtype, device=device, batch_size=_BATCH, vocab_size=vocab_size
+        architecture, groups, dtype=dtype, device=device, batch_size=_BATCH, vocab_size=vocab_size
     )
-    load_weights(sampler.model, HFWeights(path))
+    load_weights(sampler.model, weights)
     return sampler

@@ -30,6 +30,7 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
     """
     gpu = torch.cuda.is_available()
     teaches = role == "teacher"
+    read_architecture(config.teacher.model if teaches else config.student.model)  # vLLM opens whatever is there
     servers = config.teacher.vllm_server if teaches else config.rollout.vllm_server
     vllm = config.teacher.vllm if teaches else config.rollout.vllm
     options = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_tropd.errors import CheckpointError, TokenizerError
+from megatron_tropd.storage.model_files import check_model_files
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _LARGEST = 256 << 20  # bytes; the largest tokenizers take some tens of megabyte
 
 def companions_of(directory: Path) -> dict[str, Path]:
     """List the files to carry along, by their path relative to the model directory, in order."""
+    check_model_files(directory)
     found = {path.name: path for path in _files(directory) if _is_companion(path)}
     for folder in _FOLDERS:
         found |= {f"{folder}/{path.name}": path for path in _files(directory / folder)}

@@ -17,6 +17,7 @@ from megatron_tropd.models.registry import architecture_of
 from megatron_tropd.models.rules import strips
 from megatron_tropd.progress.phases import Phase
 from megatron_tropd.storage.kinds import adapter_base, foreign_kind
+from megatron_tropd.storage.model_files import check_model_files
 from megatron_tropd.types import Architecture
 
 INDEX = "model.safetensors.index.json"
@@ -35,10 +36,13 @@ def read_json(path: Path) -> Any:
         if kind := foreign_kind(path):
             raise CheckpointError(f"{path.absolute()} is {kind}") from error
         raise CheckpointError(f"{path.absolute()} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path.absolute()} holds lists within lists, deeper than can be read.") from error
 
 
 def read_architecture(directory: str | Path) -> Architecture:
-    """Read the model's sizes from ``config.json``; CheckpointError when missing or unsupported."""
+    """Read the model's sizes from ``config.json``; CheckpointError when missing or unsupported, or a file is none."""
+    check_model_files(directory)
     return architecture_of(read_json(Path(directory) / "config.json"))
 
 

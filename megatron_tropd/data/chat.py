@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.data.template_cost import is_bounded
+from megatron_tropd.data.template_renderer import RENDERER, ChatRequest
 from megatron_tropd.errors import TokenizerError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, and whatever else the template reads of a message
@@ -47,6 +49,7 @@ class ChatTemplate:
 
         Raises:
             TokenizerError: the template refuses the conversation.
+            ModelFileError: it takes more time or memory than any template does.
         """
         emptied = [{**m, "content": ""} if m.get("content") is None else m for m in messages]
         if emptied == list(messages):
@@ -59,18 +62,39 @@ class ChatTemplate:
         return plain if text.count("None") > plain.count("None") else text
 
     def _render(self, messages: Sequence[Message], tools: Tools | None, generate: bool) -> str:
-        given = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
+        given = {**self.options, **({} if tools is None else {"tools": [dict(tool) for tool in tools]})}
+        if not self._in_place:
+            return self._render_apart(messages, given, generate)
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=generate,
-                    tokenize=False,
-                    **{**self.options, **given},
+                    [dict(message) for message in messages], add_generation_prompt=generate, tokenize=False, **given
                 )
             )
         except Exception as error:  # templates are programs: they raise whatever their author chose
             raise TokenizerError(f"the chat template of {self.path} refuses {str(messages)[:300]}: {error}") from error
+
+    def _render_apart(self, messages: Sequence[Message], given: Mapping[str, Any], generate: bool) -> str:
+        """Render within limits, in another process."""
+        request = ChatRequest(
+            path=self.path,
+            chat_template=self._tokenizer.chat_template,
+            special_tokens_map=self._tokenizer.special_tokens_map,
+            messages=messages,
+            options=given,
+            generate=generate,
+        )
+        return RENDERER.render(request)
+
+    @cached_property
+    def _in_place(self) -> bool:
+        """Say whether every template is bounded, or is not Jinja's: few tokenizer classes write chats by themselves."""
+        from transformers import PreTrainedTokenizerBase
+
+        if type(self._tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return True
+        given = self._tokenizer.chat_template
+        return all(is_bounded(str(text)) for text in (given.values() if isinstance(given, Mapping) else [given]))
 
     @cached_property
     def frame(self) -> Frame:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tropd.data.chat import ChatTemplate, Message, Tools
+from megatron_tropd.data.tokenizer_growth import check_growth
 from megatron_tropd.errors import TokenizerError
 from megatron_tropd.storage.kinds import adapter_base, foreign_kind
+from megatron_tropd.storage.model_files import check_model_files
 
 TOKENIZER, GENERATION, CONFIG = "tokenizer", "generation_config.json", "config.json"  # where end tokens are named
 TEMPLATE = "chat template"
@@ -223,7 +225,8 @@ class HuggingFaceTokenizer:
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # the Rust library raises plain Exception
+        except BaseException as error:  # the Rust library raises plain Exception, or panics
+            _raise_if_ours(error)
             _refuse_halves(text)
             raise TokenizerError(
                 f"tokenizer {self.path} cannot encode {text[:200]!r}: {error}. "
@@ -269,6 +272,8 @@ def _turn_end(tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None
 
 
 def _open_fast_tokenizer(path: Path) -> Any:
+    check_model_files(path)
+    check_growth(path)
     names = {entry.name for entry in path.iterdir()}
     for file in sorted(path.glob("*token*")) + sorted(path.glob("*.json")):
         if file.is_file() and (kind := foreign_kind(file)):
@@ -284,7 +289,8 @@ def _open_fast_tokenizer(path: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # any of a dozen kinds, from JSON errors to missing packages
+    except BaseException as error:  # any of a dozen kinds, from JSON errors to missing packages and panics
+        _raise_if_ours(error)
         raise TokenizerError(
             f"tokenizer {path} cannot be loaded: {error}. It must load without running code from the model directory."
         ) from error
@@ -301,7 +307,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} is not valid JSON: {error}. Fetch it again, or remove it.") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{file} holds {type(config).__name__}, expected a JSON object.")
@@ -345,6 +351,12 @@ def _joined(sources: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """List every id once, those of ``config.json`` last."""
     order = sorted(sources, key=lambda source: source == CONFIG)
     return tuple(dict.fromkeys(i for source in order for i in sources[source]))
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    """Raise what ends this process (Ctrl-C and the like); a panic of the Rust library, which is none, returns."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _refuse_halves(text: str) -> None:

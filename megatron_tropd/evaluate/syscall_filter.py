@@ -2,8 +2,8 @@
 
 Calls that make namespaces, reach into other processes, hide memory where no limit counts it, load code into the kernel,
 or open sockets of another kind than the network's and the machine's own are refused with an error, as a kernel without
-them would: a right program that tries one still runs. The numbers are Linux's (``asm/unistd.h``), the layout of a filter
-``linux/filter.h``'s and ``linux/seccomp.h``'s.
+them would: a right program that tries one still runs. The numbers are Linux's (``asm/unistd.h``), the layout of a
+filter ``linux/filter.h``'s and ``linux/seccomp.h``'s.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tropd.errors import CheckpointError
+from megatron_tropd.types import Architecture
 
 Config = Mapping[str, Any]
 
@@ -57,6 +58,34 @@ def common(config: Config, *, window: int | None = None, theta: float = 1e4) -> 
         "norm_eps": float(config["rms_norm_eps"]),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+# sizes for which nothing can be built, or lists alone would fill the memory; the largest public models have 126 layers
+# of width 16,384, 61 of 256 experts, and 262,144 tokens
+_LIMITS = {
+    "num_layers": (1, 2_000),
+    "hidden_size": (1, 1 << 18),
+    "ffn_size": (1, 1 << 22),
+    "num_heads": (1, 1 << 14),
+    "num_kv_heads": (1, 1 << 14),
+    "head_dim": (1, 1 << 14),
+    "vocab_size": (1, 1 << 24),
+    "max_positions": (1, 1 << 34),
+    "num_experts": (0, 1 << 14),
+}
+_MOST_EXPERTS = 1 << 18  # over all layers
+
+
+def within_limits(architecture: Architecture) -> Architecture:
+    """Return the same; CheckpointError when a size is none that a model has."""
+    for name, (least, most) in _LIMITS.items():
+        size = getattr(architecture, name)
+        if not least <= size <= most:
+            raise CheckpointError(f"config.json gives {name}={size}: it must be from {least} to {most:,}.")
+    experts = architecture.num_layers * architecture.num_experts
+    if experts > _MOST_EXPERTS:
+        raise CheckpointError(f"config.json gives {experts:,} experts in all: there must be at most {_MOST_EXPERTS:,}.")
+    return architecture
 
 
 def rope(config: Config, default_theta: float) -> tuple[float, dict[str, float | str] | None]:

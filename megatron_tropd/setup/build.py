@@ -22,7 +22,7 @@ from megatron_tropd.config.sections import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_tropd.convert.hf import HFWeights, read_architecture, weights_fingerprint
+from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture, weights_fingerprint
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
@@ -332,8 +332,10 @@ def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hid
 
 def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
     """Build a model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
-    model = build_model(read_architecture(path), groups, dtype=dtype, device=device, initialize=False, **options)
-    load_weights(model, HFWeights(path))
+    architecture, weights = read_architecture(path), HFWeights(path)
+    check_weights(weights, architecture)  # a wrong config.json may give a model of any size
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False, **options)
+    load_weights(model, weights)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 GZIP = b"\x1f\x8b"
@@ -20,8 +21,10 @@ _TABLES = {b"PAR1": (".parquet", "Parquet"), b"ARROW1": (".arrow", "Arrow")}
 def head_of(path: Path) -> bytes:
     """Read the first bytes of a file; none where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return file.read(_HEAD)
+        # of a pipe that nobody writes to there is nothing, and no waiting
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            return file.read(_HEAD) or b""
     except OSError:
         return b""
 

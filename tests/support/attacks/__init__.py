@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = ("server", "rows", "sandbox", "flips", "kills", "paths")
+KINDS = ("sandbox", "server", "model", "rows", "flips", "kills", "paths")
 
 
 class Hole(AssertionError):

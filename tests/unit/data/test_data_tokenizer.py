@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_tropd.data import tokenizer as tokenizer_module
 from megatron_tropd.data.synthetic import problems, sft_examples, solution
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_tropd.errors import TokenizerError
@@ -352,3 +353,15 @@ def test_half_a_character_is_refused_by_name_whatever_the_tokenizer(tmp_path):
     for tokenizer in (pieces, load_tokenizer(save_byte_bpe(tmp_path / "hf"))):
         with pytest.raises(TokenizerError, match=r"'the \\ud800 of'.* holds half a character \(a lone surrogate\)"):
             tokenizer.encode("the \ud800 of")
+
+
+def test_a_panic_of_the_library_is_an_error_that_names_the_tokenizer(tmp_path):
+    directory = save_byte_bpe(tmp_path / "m")
+    tree = json.loads((directory / "tokenizer.json").read_text())
+    insert = {"type": "Replace", "pattern": {"Regex": ""}, "content": "xyz"}
+    rules = {"type": "Sequence", "normalizers": [insert, {"type": "NFC"}]}
+    (directory / "tokenizer.json").write_text(json.dumps(tree | {"normalizer": rules}))
+    with pytest.raises(TokenizerError, match=r"tokenizer .*m cannot (encode 'a'|be loaded)"):
+        load_tokenizer(directory).encode("a")
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer_module._raise_if_ours(KeyboardInterrupt())
