@@ -53,6 +53,10 @@ _LONG = ("train", "generate", "score", "evaluate", "check", "convert", "report")
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
+Like = Annotated[
+    Path | None,
+    typer.Option(help="Hugging Face directory with config and tokenizer, of a Megatron checkpoint's model."),
+]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 convert = typer.Typer(no_args_is_help=True, help="Checkpoints between Hugging Face and Megatron.")
 app.add_typer(convert, name="convert")
@@ -213,7 +217,7 @@ def check(
 
 @app.command()
 def generate(
-    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or Hugging Face directory of one model.")],
+    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or directory of one model.")],
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -238,6 +242,7 @@ def generate(
     template_option: Annotated[
         list[str] | None, typer.Option(help="With a model: name=value for the chat template; may be given often.")
     ] = None,
+    like: Like = None,
 ) -> None:
     """Write one or more responses of a model to every prompt: the teacher's, to guide a student.
 
@@ -261,6 +266,7 @@ def generate(
         "--system": system,
         "--template": template,
         "--template-option": template_option,
+        "--like": like,
     }
     if target.suffix in (".yaml", ".yml"):
         _generate_from_config(target, arguments, given, [name for name, value in alone.items() if value is not None])
@@ -298,6 +304,7 @@ def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any]
     from megatron_tropd.commands.generate import generate_responses
     from megatron_tropd.config.sections import ColumnsConfig
     from megatron_tropd.data.rows import Source
+    from megatron_tropd.types import ModelSource
 
     if len(arguments) != 2:
         raise ConfigError(f"tropd generate MODEL takes PROMPTS and OUT, got {len(arguments)}: {' '.join(arguments)}.")
@@ -314,7 +321,13 @@ def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any]
             raise ConfigError(f"--template-option is {text}: give name=value, such as enable_thinking=false.")
         options[name] = yaml.safe_load(value)
     defaults = {"max_new_tokens": 1024, "temperature": 1.0, "top_p": 1.0, "seed": 0, "dtype": "bf16", "tensor": 1}
-    generate_responses(target, source, Path(arguments[1]), sampling=_sampling(given, defaults), options=options)
+    generate_responses(
+        ModelSource(target, alone["--like"]),
+        source,
+        Path(arguments[1]),
+        sampling=_sampling(given, defaults),
+        options=options,
+    )
 
 
 def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
@@ -328,7 +341,7 @@ def _sampling(given: dict[str, Any], defaults: dict[str, Any]) -> Sampling:
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or Hugging Face directory of one model.")],
+    target: Annotated[Path, typer.Argument(help="Configuration (YAML), or directory of one model.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value of the configuration; with a model, of every suite.")
     ] = None,
@@ -350,6 +363,7 @@ def evaluate(
         Literal["required", "none"],
         typer.Option(help="none: run them also where they cannot be kept from this machine's files and network."),
     ] = "required",
+    like: Like = None,
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
     check_launcher(os.environ)
@@ -360,9 +374,10 @@ def evaluate(
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
         suites = [load_suite(file, overrides or []) for file in suite]
         from megatron_tropd.commands.evaluate import evaluate_model, limited
+        from megatron_tropd.types import ModelSource
 
         evaluate_model(
-            target,
+            ModelSource(target, like),
             limited(suites, limit),
             seed=seed,
             dtype=dtype,
@@ -373,6 +388,8 @@ def evaluate(
         )
         _leave()
         return
+    if like is not None:
+        raise ConfigError("--like is for a model; in a configuration set student.like and teacher.like.")
     changes = [*(overrides or []), "teacher.ranks=0"]  # all ranks answer
     if suite:
         changes.append(f"evaluate.suites=[{', '.join(f'{{file: {json.dumps(str(file))}}}' for file in suite)}]")
@@ -405,7 +422,13 @@ def hf_to_megatron(
 
 @convert.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(help="Megatron checkpoint: RUN/checkpoints/step-..., or a converted one.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Megatron checkpoint: RUN, RUN/checkpoints/step-..., a converted one, or a directory of Megatron-LM, "
+            "Megatron-Bridge or NeMo 2 (format torch_dist)."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")],
     like: Annotated[Path | None, typer.Option(help="Model directory to take config and tokenizer from.")] = None,
     tensor: Tensor = 1,

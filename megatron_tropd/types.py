@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -250,6 +251,14 @@ class Needs:
 
 
 # --------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from: a Hugging Face directory, or a checkpoint of Megatron."""
+
+    weights: Path
+    like: Path | None = None  # a Hugging Face directory with the config and tokenizer of a checkpoint without its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

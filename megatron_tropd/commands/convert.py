@@ -24,7 +24,9 @@ from torch import Tensor
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture
-from megatron_tropd.convert.lazy import LazyTensor
+from megatron_tropd.convert.lazy import LazyTensor, WeightsSource
+from megatron_tropd.convert.megatron.locate import find_megatron
+from megatron_tropd.convert.source import open_weights, source_files
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import COMPANIONS, load_model_weights, read_state, save_model
@@ -40,7 +42,7 @@ from megatron_tropd.setup.claims import claimed
 from megatron_tropd.setup.claims import target as claim_of
 from megatron_tropd.storage.checksums import files_below
 from megatron_tropd.storage.owned import beside, check_target, overlaps, settled
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import Architecture, ModelSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of the largest logit; both models in fp32
@@ -99,12 +101,14 @@ def _import(source: Path, target: Path, plan: ConversionPlan) -> None:
         save_model(settled(target), model, state=state, companions=companions_of(source))
     _say(f"Megatron checkpoint: {target}")
     if plan.texts:
-        _verify(source, target, architecture, groups, dtype=dtype, texts=plan.texts)
+        written = _Given(path=settled(target), companions=source, state={})
+        _verify(source, written, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:
     """Write ``source``, a Megatron checkpoint, as the Hugging Face directory ``target``. Collective.
 
+    The source is a checkpoint of ours, or of Megatron-LM, Megatron-Bridge or NeMo 2 (``convert.megatron``).
     Killed and started again, it continues after the last safetensors file that was finished.
 
     Args:
@@ -126,27 +130,26 @@ def _export(
     source: Path, target: Path, plan: ConversionPlan, *, like: Path | None, protected: Mapping[str, Path]
 ) -> None:
     device = initialize_distributed()
-    state = read_state(source)
-    companions = _companions(source, like)
+    given = _open(source, like)
     check_target(target, name="the target", protected=protected)
-    architecture = read_architecture(companions)
+    architecture = read_architecture(given.companions)
     check_divisible(architecture, plan.layout)
-    dtype = DTYPES[plan.dtype] if plan.dtype != "auto" else _saved_dtype(state)
+    dtype = DTYPES[plan.dtype] if plan.dtype != "auto" else given.saved_dtype()
     groups = GroupBuilder().build(plan.layout)
     model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False)
-    load_model_weights(source, model)
+    given.load(model)
     _check_finite(model, source)
     shapes = hf_shapes(architecture)
     writer, done = None, [frozenset[str]()]
     if dist.get_rank() == 0:
-        made_from = json.dumps([_fingerprint(source, source.glob("*.distcp")), str(dtype)], sort_keys=True)
+        made_from = json.dumps([_fingerprint(given.path, given.path.glob("*.distcp")), str(dtype)], sort_keys=True)
         writer = HFWriter(
             target,
-            companions_from=companions,
+            companions_from=given.companions,
             tensors=shapes,
             dtype=dtype,
             resume_from=made_from,
-            end_ids=state.get("run", {}).get("method.end_ids", ()),
+            end_ids=given.state.get("run", {}).get("method.end_ids", ()),
         )
         done = [writer.done]
     dist.broadcast_object_list(done)
@@ -163,7 +166,49 @@ def _export(
     del model
     _say(f"Hugging Face directory: {target}")
     if plan.texts:
-        _verify(target, source, architecture, groups, dtype=dtype, texts=plan.texts)
+        _verify(target, given, architecture, groups, dtype=dtype, texts=plan.texts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """A Megatron checkpoint that is converted: of ours, with its record, or of somebody else."""
+
+    path: Path
+    companions: Path
+    state: Mapping[str, Any]  # of a checkpoint of ours
+    weights: WeightsSource | None = None  # None: of ours
+
+    def load(self, model: Model) -> None:
+        """Fill the model. Collective."""
+        if self.weights is None:
+            load_model_weights(self.path, model)
+        else:
+            load_weights(model, self.weights)
+
+    def saved_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        return _saved_dtype(self.state) if self.weights is None else self.weights[next(iter(self.weights))].dtype
+
+
+def _open(source: Path, like: Path | None) -> _Given:
+    """Open the checkpoint that a directory holds.
+
+    Raises:
+        CheckpointError: it holds none, or one that cannot be read. ConfigError: there is no ``config.json``.
+    """
+    found = find_megatron(source)
+    if found is None and not source.is_dir():
+        raise CheckpointError(f"{source.absolute()} does not exist, or is a file. Give the directory of a checkpoint.")
+    if found is None:
+        raise CheckpointError(
+            f"{source.absolute()} holds no checkpoint of Megatron: neither one of ours, nor of Megatron-LM or "
+            "Megatron-Bridge (latest_checkpointed_iteration.txt, iter_...), nor of NeMo 2 (weights/, context/). It is "
+            "left as it is. Give the directory of a checkpoint."
+        )
+    if found.is_ours:
+        return _Given(path=found.path, companions=_companions(found.path, like), state=read_state(found.path))
+    given = ModelSource(source, like)
+    return _Given(path=found.path, companions=source_files(given), state={}, weights=open_weights(given))
 
 
 def _check_separate(target: Path, protected: Mapping[str, Path]) -> None:
@@ -187,7 +232,7 @@ def _companions(source: Path, like: Path | None) -> Path:
     return found
 
 
-def _saved_dtype(state: dict[str, Any]) -> torch.dtype:
+def _saved_dtype(state: Mapping[str, Any]) -> torch.dtype:
     # a conversion says it of the checkpoint, training of its run
     said = state.get("dtype") or dict(state.get("run") or {}).get("dtype", "")
     name = str(said).removeprefix("torch.")
@@ -273,7 +318,7 @@ def _check_finite(model: Model, source: Path, weights: Mapping[str, LazyTensor] 
 
 def _verify(
     hf: Path,
-    checkpoint: Path,
+    given: _Given,
     architecture: Architecture,
     groups: Groups,
     *,
@@ -291,8 +336,8 @@ def _verify(
     sequences = [np.array(tokenizer.encode(text), dtype=np.int64)[: architecture.max_positions] for text in texts]
     device = initialize_distributed()
     truths = _transformers_logits(hf, sequences, architecture, torch.float32)
-    worst = _worst(checkpoint, architecture, groups, torch.float32, sequences, truths)
-    _check_difference(worst, _TOLERANCE, hf, checkpoint, torch.float32)
+    worst = _worst(given, architecture, groups, torch.float32, sequences, truths)
+    _check_difference(worst, _TOLERANCE, hf, given.path, torch.float32)
     said = f"{worst:.1e}"
     if dtype != torch.float32:
         theirs = _transformers_logits(hf, sequences, architecture, dtype)
@@ -304,14 +349,14 @@ def _verify(
                 f"{hf.absolute()} in transformers gives logits in {dtype} that are infinite or not a number, "
                 "though finite ones in fp32: the model does not fit the dtype. Convert with --dtype bf16 or fp32."
             )
-        rounded = _worst(checkpoint, architecture, groups, dtype, sequences, truths)
-        _check_difference(rounded, allowed, hf, checkpoint, dtype)
+        rounded = _worst(given, architecture, groups, dtype, sequences, truths)
+        _check_difference(rounded, allowed, hf, given.path, dtype)
         said += f" in fp32, and by {rounded:.1e} in {dtype} (theirs there: {rounding:.1e})"
     _say(f"logits differ from transformers' by {said} of the largest, over {len(texts)} texts")
 
 
 def _worst(
-    checkpoint: Path,
+    given: _Given,
     architecture: Architecture,
     groups: Groups,
     dtype: torch.dtype,
@@ -321,7 +366,7 @@ def _worst(
     """Return the largest difference of a logit over all sequences, as a share of the largest logit. Collective."""
     device = truths[0].device
     model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False).freeze()
-    load_model_weights(checkpoint, model)
+    given.load(model)
     found = [_difference(model, sequence, truth) for sequence, truth in zip(sequences, truths, strict=True)]
     return largest_or_infinite(torch.tensor(found))
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from megatron_tropd.commands.generate import sampler_of
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, Layout, SuiteConfig
-from megatron_tropd.convert.hf import read_architecture
+from megatron_tropd.convert.source import ModelPath, as_source, source_architecture, source_tokenizer
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
@@ -57,9 +57,9 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     problems = read_problems(suites, config.data, tokenizer, allow_code=allowed)
     sizes = {"student": student.vocab_size, "teacher": teacher.vocab_size}
     check_ids({"problem": problems.values()}, tokenizer, vocab_sizes=sizes)
-    models, answering = {BEFORE: config.student.model}, {"student": student}
+    models, answering = {BEFORE: config.student.source}, {"student": student}
     if config.evaluate.teacher:
-        models[TEACHER], answering["teacher"] = config.teacher.model, teacher
+        models[TEACHER], answering["teacher"] = config.teacher.source, teacher
     check_problem_lengths(suites, problems, answering)
     posed = {BEFORE: (tokenizer, problems), TEACHER: teacher_problems(config, suites, tokenizer, problems)}
     if config.evaluate.teacher:
@@ -69,9 +69,9 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
         announce(name, suites, posed[name][1])
     groups = GroupBuilder().build(Layout(tensor=config.rollout.parallel.tensor))
     results: list[Evaluation] = []
-    for name, path in models.items():
+    for name, source in models.items():
         step, (own, own_problems) = 0 if name == BEFORE else None, posed[name]
-        sampler = sampler_of(path, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
+        sampler = sampler_of(source, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
         check_numbers(sampler, own_problems, own, name)
         results += answer_suites(
             sampler,
@@ -139,7 +139,7 @@ def check_numbers(
 
 
 def evaluate_model(
-    model: Path,
+    model: ModelPath,
     suites: Sequence[SuiteConfig],
     *,
     seed: int,
@@ -149,7 +149,7 @@ def evaluate_model(
     out: Path | None,
     allow_code: CodeExecution,
 ) -> None:
-    """Grade one Hugging Face directory on suites that name their problems; print a table. Collective.
+    """Grade one model on suites that name their problems; print a table. Collective.
 
     Args:
         max_new_tokens: for suites that do not say.
@@ -161,7 +161,7 @@ def evaluate_model(
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype}: use one of {', '.join(DTYPES)}.")
     device = initialize_distributed()
-    architecture, tokenizer = read_architecture(model), load_tokenizer(model)
+    architecture, tokenizer = source_architecture(model), load_tokenizer(source_tokenizer(model))
     # of a training configuration only the defaults of ``data`` count here
     data = DataConfig(prompts=(Path("none"),), max_prompt_tokens=architecture.max_positions)
     whole = complete_suites(EvaluateConfig(suites=tuple(suites)), data, budget=max_new_tokens)
@@ -173,11 +173,11 @@ def evaluate_model(
     problems = read_problems(whole, data, tokenizer, allow_code=allow_code)
     check_ids({"problem": problems.values()}, tokenizer, vocab_sizes={"model": architecture.vocab_size})
     check_problem_lengths(whole, problems, {"model": architecture})
-    name = model.absolute().name
+    name = as_source(model).weights.absolute().name
     announce(name, whole, problems)
     groups = GroupBuilder().build(Layout(tensor=tensor))
     sampler = sampler_of(model, groups, dtype=DTYPES[dtype], device=device)
-    check_numbers(sampler, problems, tokenizer, str(model))
+    check_numbers(sampler, problems, tokenizer, str(as_source(model).weights))
     results = answer_suites(
         sampler,
         whole,

@@ -12,7 +12,16 @@ import torch.distributed as dist
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import ColumnsConfig, Layout, RolloutConfig, VLLMConfig
-from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture, weights_fingerprint
+from megatron_tropd.convert.hf import check_weights
+from megatron_tropd.convert.source import (
+    ModelPath,
+    as_source,
+    open_weights,
+    source_architecture,
+    source_files,
+    source_fingerprint,
+    source_tokenizer,
+)
 from megatron_tropd.data.prompts import Limits, OnBadRow, read_sources
 from megatron_tropd.data.response_file import ResponseFile, numbered_rows
 from megatron_tropd.data.rows import Source, ids_digest, tokenizer_digest
@@ -30,7 +39,7 @@ from megatron_tropd.rollout.protocol import Sampler, check_finite
 from megatron_tropd.setup.claims import claimed, target
 from megatron_tropd.setup.datasets import check_ids, read_tokenizer, sources_of, teacher_tokenizer
 from megatron_tropd.setup.validate import DTYPES, why_not_written
-from megatron_tropd.types import Architecture, Prompt, Rollout, SamplingParams
+from megatron_tropd.types import Architecture, ModelSource, Prompt, Rollout, SamplingParams
 
 _BATCH = 64
 _BLOCK = 256  # sequences sampled, and written, at a time: whatever the number of ranks, so that all write the same
@@ -55,7 +64,7 @@ class Sampling:
 class _Job:
     """One model that answers one source into one file."""
 
-    model: Path
+    model: ModelSource
     source: Source
     out: Path
     column: str
@@ -67,7 +76,7 @@ class _Job:
 
 
 def generate_responses(
-    model: Path, source: Source, out: Path, *, sampling: Sampling, options: Mapping[str, Any] | None = None
+    model: ModelPath, source: Source, out: Path, *, sampling: Sampling, options: Mapping[str, Any] | None = None
 ) -> None:
     """Copy the rows of ``source`` to ``out`` with the model's responses. Collective; the first rank writes.
 
@@ -79,10 +88,10 @@ def generate_responses(
         ConfigError, DataError, CheckpointError, TokenizerError: what is wrong with the arguments and files.
     """
     _check_arguments(sampling, out)
-    read_architecture(model)
-    tokenizer = load_tokenizer(model, template_options=options)
+    source_architecture(model)
+    tokenizer = load_tokenizer(source_tokenizer(model), template_options=options)
     job = _Job(
-        model=model,
+        model=as_source(model),
         source=_unanswered(source),
         out=out,
         column=source.columns.response,
@@ -110,9 +119,9 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
             )
     jobs = []
     for source in sources:
-        model = next((t.model for t in config.teachers if t.name == source.teacher), config.teacher.model)
+        model = next((t.source for t in config.teachers if t.name == source.teacher), config.teacher.source)
         student, own = read_tokenizer(config), teacher_tokenizer(config, model)
-        shared = min(read_architecture(model).vocab_size, read_architecture(config.student.model).vocab_size)
+        shared = min(source_architecture(model).vocab_size, source_architecture(config.student.source).vocab_size)
         prompted = own if config.teacher.chat_template == "own" else student
         file = out / f"{source.name}.jsonl" if several else out
         _check_arguments(sampling, file)
@@ -195,7 +204,7 @@ def _answer_all(jobs: Sequence[_Job], sampling: Sampling, device: torch.device) 
 
 
 def _read(job: _Job, sampling: Sampling) -> PromptTable:
-    architecture = read_architecture(job.model)
+    architecture = source_architecture(job.model)
     reading = read_sources([job.source], job.tokenizer, limits=job.limits, on_bad_row=job.on_bad_row)
     check_ids({"prompt": [reading.prompts]}, job.tokenizer, vocab_sizes={"model": architecture.vocab_size})
     _check_room(reading.prompts, sampling.params.max_new_tokens, architecture.max_positions)
@@ -230,7 +239,7 @@ def _answer(job: _Job, prompts: PromptTable, sampler: Sampler, sampling: Samplin
         for block in blocks[done[0] :]:
             posed = [prompts[i] for i in block]
             rollouts = sampler.generate(_requests(posed, block.start, sampling), params, seed=sampling.seed, step=0)
-            check_finite(rollouts, params, str(job.model))
+            check_finite(rollouts, params, str(job.model.weights))
             if file is not None:
                 file.append(list(_written(job, posed, rollouts, rows, sampling.samples)))
             progress.advance(len(block))
@@ -270,8 +279,8 @@ def _written(
 def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[str, Any]:
     """Name what shapes the rows of a file."""
     return {
-        "model": str(job.model),
-        "weights": weights_fingerprint(job.model),
+        "model": str(job.model.weights),
+        "weights": source_fingerprint(job.model),
         "prompts": prompts.fingerprint()[:16],
         "column": job.column,
         "params": repr(replace(sampling.params, stop_token_ids=job.stops)),
@@ -295,12 +304,12 @@ def _conclude(file: ResponseFile, count: int, column: str) -> None:
 
 def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.device, longest: int) -> Sampler:
     """Build the sampler of ``--engine``, with the model's weights."""
-    dtype, architecture = DTYPES[sampling.dtype], read_architecture(job.model)
+    dtype, architecture = DTYPES[sampling.dtype], source_architecture(job.model)
     if ROLLOUT_ENGINES[sampling.engine].exact_vocabulary:
         return sampler_of(job.model, groups, dtype=dtype, device=device, vocab_size=job.vocab_size)
     context = _context(job, sampling, architecture, groups, device, longest)
     sampler = ROLLOUT_ENGINES[sampling.engine].build(context)
-    weights = HFWeights(job.model)
+    weights = open_weights(job.model)
     sampler.update_weights(((name, weights[name][:].to(dtype)) for name in weights), version=0)
     return sampler
 
@@ -313,7 +322,7 @@ def _context(
     )
     return SamplerContext(
         section=section,
-        model=job.model,
+        model=source_files(job.model),
         architecture=architecture,
         groups=groups,
         dtype=DTYPES[sampling.dtype],
@@ -325,10 +334,10 @@ def _context(
 
 
 def sampler_of(
-    path: Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
+    source: ModelPath, groups: Groups, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
 ) -> MegatronSampler:
-    """Build a sampler with the weights of a Hugging Face directory."""
-    architecture, weights = read_architecture(path), HFWeights(path)
+    """Build a sampler with the weights of a Hugging Face directory or a checkpoint of Megatron."""
+    architecture, weights = source_architecture(source), open_weights(source)
     check_weights(weights, architecture)  # a wrong config.json may give a model of any size
     sampler = MegatronSampler(
         architecture, groups, dtype=dtype, device=device, batch_size=_BATCH, vocab_size=vocab_size

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.convert.hf import read_architecture, weights_fingerprint
+from megatron_tropd.convert.source import source_architecture, source_files, source_fingerprint
 from megatron_tropd.setup.validate import (
     DTYPES,
     check_method,
@@ -30,7 +30,7 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
     """
     gpu = torch.cuda.is_available()
     teaches = role == "teacher"
-    read_architecture(config.teacher.model if teaches else config.student.model)  # vLLM opens whatever is there
+    source_architecture(config.teacher.source if teaches else config.student.source)  # vLLM opens whatever is there
     servers = config.teacher.vllm_server if teaches else config.rollout.vllm_server
     vllm = config.teacher.vllm if teaches else config.rollout.vllm
     options = {
@@ -41,9 +41,9 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
     }
     top_k = 0
     if teaches:
-        top_k = most_alternatives(config, check_method(config), read_architecture(config.teacher.model))
+        top_k = most_alternatives(config, check_method(config), source_architecture(config.teacher.source))
     command = server_command(
-        config.teacher.model if teaches else config.student.model,
+        config.teacher.model if teaches else source_files(config.student.source),
         options,
         host=host,
         port=port,
@@ -52,5 +52,5 @@ def serve(config: RunConfig, role: Role, *, host: str, port: int) -> None:
         takes_weights=not teaches,
     )
     # a student's are those of the run's present step, whatever it was started with
-    weights = weights_fingerprint(config.teacher.model) if teaches else None
+    weights = source_fingerprint(config.teacher.source) if teaches else None
     become_server(command, host=host, key=os.environ.get(servers.key_variable, ""), weights=weights)

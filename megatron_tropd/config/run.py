@@ -36,6 +36,7 @@ from megatron_tropd.config.sections import (
     key,
 )
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.types import ModelSource
 
 
 class RunConfig(Section):
@@ -145,6 +146,11 @@ class RunConfig(Section):
         return self.base.model or self.student.model
 
     @property
+    def base_source(self) -> ModelSource:
+        """Return where the base model's weights come from, and its config and tokenizer."""
+        return ModelSource(self.base.model, self.base.like) if self.base.model else self.student.source
+
+    @property
     def base_parallel(self) -> Layout:
         """Return the base model's layout."""
         return self.base.parallel or (self.teacher.parallel if self.base.model else self.student.parallel)
@@ -182,12 +188,16 @@ class RunConfig(Section):
     def check_paths(self) -> None:
         """Raise ConfigError when a path that the run reads does not exist."""
         resume = self.checkpoint.resume
-        model = "Give a Hugging Face checkpoint directory on this machine; hub names are not downloaded."
+        model = "Give a Hugging Face directory, or a checkpoint, on this machine; hub names are not downloaded."
         for name, path, fix in (
             ("student.model", self.student.model, model),
             ("teacher.model", self.teacher.model, model),
             *((f"teachers[{i}].model", teacher.model, model) for i, teacher in enumerate(self.teachers)),
             ("base.model", self.base.model, model),
+            ("student.like", self.student.like, model),
+            ("teacher.like", self.teacher.like, model),
+            *((f"teachers[{i}].like", teacher.like, model) for i, teacher in enumerate(self.teachers)),
+            ("base.like", self.base.like, model),
             *(("data.prompts", path, PROMPT_FILES) for path in self.data.prompts),
             *(
                 (f"data.sources[{i}].prompts", path, PROMPT_FILES)

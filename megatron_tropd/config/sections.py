@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.types import ModelSource
 
 
 def _not_bool(value: object) -> object:
@@ -63,6 +64,13 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+MODEL = "a Hugging Face directory, or a checkpoint of Megatron-LM, Megatron-Bridge, NeMo 2 or of a run"
+LIKE = (
+    "With a checkpoint of Megatron as `model`: the Hugging Face directory with its config.json and tokenizer; null: "
+    "the checkpoint's own (`hf/` or `tokenizer/` in it)."
+)
 
 
 class Layout(Section):
@@ -131,8 +139,14 @@ class NamedTeacherConfig(Section):
     """A teacher in addition to `teacher`, for the data sources that name it. Never trained."""
 
     name: str = Field(min_length=1, description="Name of the teacher, which `data.sources[i].teacher` gives.")
-    model: UserPath = Field(description="A Hugging Face checkpoint directory, with the student's vocabulary.")
+    model: UserPath = Field(description=f"With the student's vocabulary: {MODEL}.")
+    like: UserPath | None = key(None, LIKE)
     parallel: Layout = Layout()
+
+    @property
+    def source(self) -> ModelSource:
+        """Return where its weights come from, and its config and tokenizer."""
+        return ModelSource(self.model, self.like)
 
 
 class BaseConfig(Section):
@@ -140,17 +154,27 @@ class BaseConfig(Section):
 
     model: UserPath | None = key(
         None,
-        "Base model of `exopd`: a Hugging Face checkpoint directory, such as what the teacher was trained from; null: "
+        f"Base model of `exopd`, such as what the teacher was trained from: {MODEL}; null: "
         "the student's own weights before training. Without base.parallel it is laid out as the student where it is "
         "the student's, else as the teacher.",
     )
+    like: UserPath | None = key(None, LIKE)
     parallel: Layout | None = None
+
+    @model_validator(mode="after")
+    def _like_is_for_a_model_of_its_own(self) -> Self:
+        if self.like is not None and self.model is None:
+            raise ValueError(
+                f"like = '{self.like}' belongs to base.model, which is null. Give the model, or take it out."
+            )
+        return self
 
 
 class StudentConfig(Section):
     """The model that writes and learns."""
 
-    model: UserPath = Field(description="Student: a Hugging Face checkpoint directory.")
+    model: UserPath = Field(description=f"Student: {MODEL}.")
+    like: UserPath | None = key(None, LIKE)
     parallel: Layout = Layout()
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."
@@ -163,6 +187,11 @@ class StudentConfig(Section):
         "Coefficient of the load-balancing loss of a mixture of experts, a mean over response tokens; 0 is none.",
         ge=0,
     )
+
+    @property
+    def source(self) -> ModelSource:
+        """Return where its weights come from, and its config and tokenizer."""
+        return ModelSource(self.model, self.like)
 
 
 class ColumnsConfig(Section):
@@ -372,7 +401,8 @@ class ServersConfig(Section):
 class TeacherConfig(Section):
     """The model that scores. Never trained."""
 
-    model: UserPath = Field(description="Teacher: a Hugging Face checkpoint directory.")
+    model: UserPath = Field(description=f"Teacher: {MODEL}.")
+    like: UserPath | None = key(None, LIKE)
     engine: TeacherEngine = key(
         "megatron", "Who runs it: Megatron or vLLM in the trainer's processes, or vLLM servers (`tropd serve teacher`)."
     )
@@ -412,6 +442,11 @@ class TeacherConfig(Section):
     recorded_from: UserPath | None = key(
         None, "Directory of recorded scores to use instead of the model, of the same sequences in packs of any kind."
     )
+
+    @property
+    def source(self) -> ModelSource:
+        """Return where its weights come from, and its config and tokenizer."""
+        return ModelSource(self.model, self.like)
 
     @model_validator(mode="after")
     def _records_or_replays(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_tropd.convert.lazy import LazyTensor, SafetensorsFile
+from megatron_tropd.convert.lazy import LazyTensor, SafetensorsFile, WeightsSource
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.name_table import EMBEDDING, OUTPUT, hf_shapes
 from megatron_tropd.models.registry import architecture_of
@@ -112,7 +112,7 @@ class HFWeights(Mapping[str, LazyTensor]):
         return len(self._file_of)
 
 
-def check_weights(weights: HFWeights, architecture: Architecture) -> None:
+def check_weights(weights: WeightsSource, architecture: Architecture) -> None:
     """Compare names, shapes and types with what the architecture needs, from the files' headers alone.
 
     Raises:
@@ -143,7 +143,7 @@ def check_weights(weights: HFWeights, architecture: Architecture) -> None:
     _check_tied(weights, architecture)
 
 
-def _check_tied(weights: HFWeights, architecture: Architecture) -> None:
+def _check_tied(weights: WeightsSource, architecture: Architecture) -> None:
     """Refuse a tied model that carries two different output layers; twice the same one is fine."""
     (name,), (source,) = OUTPUT.hf, EMBEDDING.hf
     if not architecture.tied_embeddings or name not in weights:
@@ -164,16 +164,20 @@ _SAMPLE = 1024
 
 
 def weights_fingerprint(directory: str | Path) -> str | None:
-    """Hash (hex) of names, shapes, types and some values of every tensor, however they are cut into files.
-
-    None where there are no weights. Any training changes all matrices, so their first and last rows distinguish models.
-    """
+    """Hash the weights of a Hugging Face directory, as ``fingerprint_of`` does; None where there are none."""
     try:
-        weights = HFWeights(directory)
+        return fingerprint_of(HFWeights(directory))
     except CheckpointError:
         return None
+
+
+def fingerprint_of(weights: WeightsSource) -> str:
+    """Hash (hex) names, shapes, types and some values of every tensor, however they are cut into files.
+
+    Any training changes all matrices, so their first and last rows distinguish models.
+    """
     digest = hashlib.sha256()
-    with Phase(f"identifying the weights of {directory}", total=len(weights)) as phase:
+    with Phase(f"identifying the weights of {weights.directory}", total=len(weights)) as phase:
         for name in phase.watch(sorted(weights)):
             tensor = weights[name]
             digest.update(json.dumps([name, tensor.kind, tensor.shape]).encode())

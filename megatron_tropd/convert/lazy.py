@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,37 +26,53 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 
 
-class SafetensorsFile:
-    """One file: the names, shapes and places of its tensors. Nothing of a tensor is read before it is sliced.
+class LazyWeight(Protocol):
+    """A tensor on disk under its Hugging Face name, whatever file and layout it is in."""
 
-    Raises:
-        CheckpointError: the file is torn, or not safetensors.
-    """
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+class WeightsSource(Protocol):
+    """The tensors of a model by their Hugging Face names, and the directory they are in."""
+
+    directory: Path
+
+    def __getitem__(self, name: str) -> LazyWeight: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __len__(self) -> int: ...
+
+
+class RawFile:
+    """A file of which ranges of bytes are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = -1
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # the library's own checks of header and length
-            self._file = os.open(path, os.O_RDONLY)
-            length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-            header = json.loads(os.pread(self._file, length, 8))
-        except (SafetensorError, OSError, ValueError) as error:
-            if kind := foreign_kind(path):
-                raise CheckpointError(f"{path.absolute()} is {kind}") from error
-            raise CheckpointError(f"{path.absolute()} is torn or not safetensors: {error}. Copy it again.") from error
-        header.pop("__metadata__", None)
-        self.tensors = {
-            name: LazyTensor(self, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
+        self._file = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if self._file >= 0:
             os.close(self._file)
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Read so many bytes from ``offset``; fewer where the file ends."""
+        return os.pread(self._file, count, offset)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the file's bytes from ``offset``."""
@@ -67,10 +84,36 @@ class SafetensorsFile:
             done += count
 
 
+class SafetensorsFile:
+    """One file: the names, shapes and places of its tensors. Nothing of a tensor is read before it is sliced.
+
+    Raises:
+        CheckpointError: the file is torn, or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the library's own checks of header and length
+            file = RawFile(path)
+            length = int.from_bytes(file.read(8, 0), "little")
+            header = json.loads(file.read(length, 8))
+        except (SafetensorError, OSError, ValueError) as error:
+            if kind := foreign_kind(path):
+                raise CheckpointError(f"{path.absolute()} is {kind}") from error
+            raise CheckpointError(f"{path.absolute()} is torn or not safetensors: {error}. Copy it again.") from error
+        header.pop("__metadata__", None)
+        self.tensors = {
+            name: LazyTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+
+
 class LazyTensor:
     """A tensor on disk. Indexing with one slice, or of a matrix two, reads those rows and columns."""
 
-    def __init__(self, file: SafetensorsFile, name: str, kind: str, shape: tuple[int, ...], offset: int) -> None:
+    def __init__(self, file: RawFile, name: str, kind: str, shape: tuple[int, ...], offset: int) -> None:
         self.name = name
         self.kind = kind  # safetensors' own name of the dtype
         self.shape = shape

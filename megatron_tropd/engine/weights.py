@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_tropd.convert.hf import HFWeights, check_weights
+from megatron_tropd.convert.hf import check_weights
+from megatron_tropd.convert.lazy import WeightsSource
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.family import Entry
@@ -95,8 +96,8 @@ def _global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: Model, source: HFWeights, *, watch: Watch = iter) -> None:
-    """Fill this rank's parameters from a Hugging Face directory, reading only this rank's slices.
+def load_weights(model: Model, source: WeightsSource, *, watch: Watch = iter) -> None:
+    """Fill this rank's parameters from tensors on disk, reading only this rank's slices.
 
     ``watch`` passes the parameters on as they are filled: a progress bar.
 

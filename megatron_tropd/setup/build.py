@@ -22,7 +22,14 @@ from megatron_tropd.config.sections import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_tropd.convert.hf import HFWeights, check_weights, read_architecture, weights_fingerprint
+from megatron_tropd.convert.hf import check_weights
+from megatron_tropd.convert.source import (
+    ModelPath,
+    open_weights,
+    source_architecture,
+    source_files,
+    source_fingerprint,
+)
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
@@ -152,7 +159,7 @@ def build_run(
     method, dtype = inputs.method, DTYPES[config.dtype]
     world = build_world(config, device, base=inputs.base is not None)
     student = load_model(
-        config.student.model,
+        config.student.source,
         world.student,
         dtype=dtype,
         device=device,
@@ -172,7 +179,7 @@ def build_run(
         ),
         method,
         vocab_size=inputs.vocab_size,
-        teacher_weight_vE=output_weight_for(config.teacher.model, inputs.teacher, student)
+        teacher_weight_vE=output_weight_for(config.teacher.source, inputs.teacher, student)
         if request.hidden_states
         else None,
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
@@ -258,9 +265,9 @@ def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     }
     if config.teacher.record is None and config.teacher.recorded_from is None:
         return facts
-    models = {"teacher weights": config.teacher.model}
-    models |= {} if inputs.base is None else {"base model weights": config.base_model}
-    prints = {name: weights_fingerprint(path) for name, path in models.items()}
+    models = {"teacher weights": config.teacher.source}
+    models |= {} if inputs.base is None else {"base model weights": config.base_source}
+    prints = {name: source_fingerprint(source) for name, source in models.items()}
     # a model that is not there any more cannot be compared
     return facts | {name: found for name, found in prints.items() if found is not None}
 
@@ -271,7 +278,7 @@ def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size
         teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
     if world.base is None:
         return teacher
-    base = load_frozen(config, config.base_model, world.base, world)
+    base = load_frozen(config, config.base_source, world.base, world)
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherWithBase(teacher, beside)
 
@@ -289,7 +296,7 @@ def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
 def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
     found: dict[str, Teacher] = {}
     for one in config.teachers:
-        model = load_frozen(config, one.model, world.teachers[one.name], world)
+        model = load_frozen(config, one.source, world.teachers[one.name], world)
         role = f"teacher {one.name!r}"
         found[one.name] = MegatronTeacher(
             model, world.student, vocab_size=vocab_size, temperature=temperature, role=role
@@ -330,9 +337,12 @@ def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hid
     return replicas
 
 
-def load_model(path: str | Path, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
-    """Build a model with the weights of a Hugging Face directory. ``options``: those of ``build_model``."""
-    architecture, weights = read_architecture(path), HFWeights(path)
+def load_model(source: ModelPath, groups: Groups, *, dtype: torch.dtype, device: torch.device, **options: Any) -> Model:
+    """Build a model with the weights of a Hugging Face directory or a checkpoint of Megatron.
+
+    ``options``: those of ``build_model``.
+    """
+    architecture, weights = source_architecture(source), open_weights(source)
     check_weights(weights, architecture)  # a wrong config.json may give a model of any size
     model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False, **options)
     load_weights(model, weights)
@@ -343,12 +353,12 @@ def load_teacher(config: RunConfig, world: World) -> Model | None:
     """Load the teacher's model; None where vLLM, a recording or other ranks stand in for it."""
     if world.teacher is None or not scoring_engine(config.teacher).loads_model:
         return None
-    return load_frozen(config, config.teacher.model, world.teacher, world)
+    return load_frozen(config, config.teacher.source, world.teacher, world)
 
 
-def load_frozen(config: RunConfig, path: Path, groups: Groups, world: World) -> Model:
+def load_frozen(config: RunConfig, source: ModelPath, groups: Groups, world: World) -> Model:
     """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores."""
-    model = load_model(path, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
+    model = load_model(source, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.with_offload(world.offload_stats) if config.teacher.offload else model
 
 
@@ -370,7 +380,7 @@ def _sampler_context(
 ) -> SamplerContext:
     return SamplerContext(
         section=config.rollout,
-        model=config.student.model,
+        model=source_files(config.student.source),
         architecture=architecture,
         groups=world.sampler,
         dtype=DTYPES[config.dtype],
@@ -381,8 +391,8 @@ def _sampler_context(
     )
 
 
-def output_weight_for(directory: Path, teacher: Architecture, student: Model) -> Tensor:
-    """Read, ``[v, E]``, the output weight of the teacher in ``directory`` under the student's vocabulary partition.
+def output_weight_for(source: ModelPath, teacher: Architecture, student: Model) -> Tensor:
+    """Read, ``[v, E]``, the output weight of the teacher ``source`` under the student's vocabulary partition.
 
     The partition is that of the *student's* padded vocabulary: the teacher's own size, and so its padding, may differ.
 
@@ -394,5 +404,5 @@ def output_weight_for(directory: Path, teacher: Architecture, student: Model) ->
     padded = padded_vocab_size(student.architecture.vocab_size, tensor)
     cut = TensorShard(teacher, student.groups.tensor_rank, tensor, padded)
     weight = torch.empty(RULES[entry.rule].shard_shape(entry.shapes, cut), dtype=student.dtype, device=student.device)
-    fill(entry.rule, weight, {0: HFWeights(directory)[entry.hf[0]]}, entry.shapes, cut)
+    fill(entry.rule, weight, {0: open_weights(source)[entry.hf[0]]}, entry.shapes, cut)
     return weight

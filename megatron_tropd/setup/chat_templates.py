@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.report.terminal import literal
 from megatron_tropd.setup.datasets import read_problems, sources_of, teacher_tokenizer
-from megatron_tropd.types import Prompt
+from megatron_tropd.types import ModelSource, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +43,12 @@ def speaks_alike(first: Tokenizer, second: Tokenizer) -> bool:
 
 def template_differences(config: RunConfig, student: Tokenizer) -> list[Difference]:
     """Render the first training prompts under the templates of student and teachers, and compare."""
-    models = {"teacher": config.teacher.model} | {f"teacher {t.name!r}": t.model for t in config.teachers}
+    models = {"teacher": config.teacher.source} | {f"teacher {t.name!r}": t.source for t in config.teachers}
     found = (_difference(config, student, role, model) for role, model in models.items())
     return [one for one in found if one is not None]
 
 
-def _difference(config: RunConfig, student: Tokenizer, role: str, model: Path) -> Difference | None:
+def _difference(config: RunConfig, student: Tokenizer, role: str, model: ModelSource) -> Difference | None:
     teacher = teacher_tokenizer(config, model)
     if speaks_alike(student, teacher):
         return None

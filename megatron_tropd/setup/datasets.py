@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from megatron_tropd.config.sections import (
     SourceConfig,
     SuiteConfig,
 )
+from megatron_tropd.convert.source import source_tokenizer
 from megatron_tropd.data.prompt_cache import default_directory
 from megatron_tropd.data.prompts import Limits, read_sources
 from megatron_tropd.data.rows import Source
@@ -29,7 +29,7 @@ from megatron_tropd.evaluate.grader_pool import check_code_allowed
 from megatron_tropd.evaluate.rules import CODE
 from megatron_tropd.setup.ends import STUDENT
 from megatron_tropd.setup.references import answer_template, check_problem_answers
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import Architecture, ModelSource
 
 # --------------------------------------------------------------------------- tokenizers
 
@@ -42,13 +42,15 @@ def read_tokenizers(config: RunConfig, *, base: bool = False) -> dict[str, Token
     """
     data = config.data
     tokenizer = load_tokenizer(
-        config.student.model, chat_template=data.chat_template, template_options=data.template_options
+        source_tokenizer(config.student.source),
+        chat_template=data.chat_template,
+        template_options=data.template_options,
     )
     found = {STUDENT: tokenizer}
-    models = {"teacher": config.teacher.model}
-    models |= {f"teacher {teacher.name!r}": teacher.model for teacher in config.teachers}
-    for role, model in (models | ({"base model": config.base_model} if base else {})).items():
-        found[role] = load_tokenizer(model, chat_template=data.chat_template)
+    models = {"teacher": config.teacher.source}
+    models |= {f"teacher {teacher.name!r}": teacher.source for teacher in config.teachers}
+    for role, model in (models | ({"base model": config.base_source} if base else {})).items():
+        found[role] = load_tokenizer(source_tokenizer(model), chat_template=data.chat_template)
         check_same_vocabulary(tokenizer, found[role], role=role)
     return found
 
@@ -58,11 +60,13 @@ def read_tokenizer(config: RunConfig) -> Tokenizer:
     return read_tokenizers(config)[STUDENT]
 
 
-def teacher_tokenizer(config: RunConfig, model: Path | None = None) -> Tokenizer:
-    """Load the tokenizer of a teacher (``teacher.model`` by default) with its own chat template and end tokens."""
+def teacher_tokenizer(config: RunConfig, model: ModelSource | None = None) -> Tokenizer:
+    """Load the tokenizer of a teacher (that of ``teacher`` by default) with its own chat template and end tokens."""
     data = config.data
     return load_tokenizer(
-        model or config.teacher.model, chat_template=data.chat_template, template_options=data.template_options
+        source_tokenizer(model or config.teacher.source),
+        chat_template=data.chat_template,
+        template_options=data.template_options,
     )
 
 

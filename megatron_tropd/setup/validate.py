@@ -18,7 +18,7 @@ import torch
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import Layout
-from megatron_tropd.convert.hf import read_architecture, weights_fingerprint
+from megatron_tropd.convert.source import source_architecture, source_fingerprint
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_tropd.engine.model import check_divisible, check_trainable
@@ -29,6 +29,7 @@ from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.setup.chat_templates import warn_of_differences, warn_of_unread_options
+from megatron_tropd.setup.checkpoints import check_checkpoints
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -47,7 +48,7 @@ from megatron_tropd.storage.write_aside import sync_directory
 from megatron_tropd.teacher.engines.checks import check_reported
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import Architecture, ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     found.learn(config=config, method=method)
     student, teacher = read_architectures(config)
     teachers = {
-        one.name: _read_architecture(f"teachers[{i}].model", one.model) for i, one in enumerate(config.teachers)
+        one.name: _read_architecture(f"teachers[{i}].model", one.source) for i, one in enumerate(config.teachers)
     }
-    base = _read_architecture("base.model", config.base_model) if method.needs.base_model else None
+    base = _read_architecture("base.model", config.base_source) if method.needs.base_model else None
     found.learn(student=student, teacher=teacher, teachers=teachers, base=base)
     models = {"student": student, "teacher": teacher}
     models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
@@ -286,16 +287,16 @@ def why_not_written(error: OSError) -> str:
 def read_architectures(config: RunConfig) -> tuple[Architecture, Architecture]:
     """Read the sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
     return (
-        _read_architecture("student.model", config.student.model),
-        _read_architecture("teacher.model", config.teacher.model),
+        _read_architecture("student.model", config.student.source),
+        _read_architecture("teacher.model", config.teacher.source),
     )
 
 
-def _read_architecture(key: str, path: Path) -> Architecture:
+def _read_architecture(key: str, source: ModelSource) -> Architecture:
     try:
-        return read_architecture(path)
+        return source_architecture(source)
     except CheckpointError as error:
-        raise CheckpointError(f"{key} = '{path}': {error}") from error
+        raise CheckpointError(f"{key} = '{source.weights}': {error}") from error
 
 
 def check_layouts(
@@ -420,6 +421,7 @@ CHECKS = (
     Check("attention kernels", ("config",), check_available),
     Check("engines and packages", ("config",), check_packages),
     Check("learning from rollouts of older weights", ("config", "method"), check_ahead),
+    Check("checkpoints of Megatron", ("config",), check_checkpoints),
     Check("sequences of a step", ("config", "method"), check_sequences),
     Check("recorded rollouts", ("config",), check_recording),
     Check("several teachers", ("config", "method"), check_one_teacher),
@@ -475,14 +477,14 @@ FINGERPRINTS = (".weights", ".vocabulary", ".chat_template", ".end_tokens")
 
 
 def _fingerprints(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    models = {"student": config.student.model, "teacher": config.teacher.model}
-    models |= {f"teachers.{one.name}": one.model for one in config.teachers}
-    models |= {} if inputs.base is None else {"base": config.base_model}
-    found: dict[Path, str | None] = {path: weights_fingerprint(path) for path in set(models.values())}
+    models = {"student": config.student.source, "teacher": config.teacher.source}
+    models |= {f"teachers.{one.name}": one.source for one in config.teachers}
+    models |= {} if inputs.base is None else {"base": config.base_source}
+    found: dict[ModelSource, str | None] = {source: source_fingerprint(source) for source in set(models.values())}
     template = inputs.tokenizer.chat_template if isinstance(inputs.tokenizer, HuggingFaceTokenizer) else None
     settings = [config.data.chat_template and template, config.data.template_options]
     return {
-        **{f"{role}.weights": found[path] for role, path in models.items()},
+        **{f"{role}.weights": found[source] for role, source in models.items()},
         "tokenizer.vocabulary": inputs.tokenizer.fingerprint(),
         "tokenizer.chat_template": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "tokenizer.end_tokens": list(inputs.tokenizer.eos_ids),

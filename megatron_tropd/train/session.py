@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_tropd.config.loading import dump_config
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.convert.hf import HFWeights, read_architecture
+from megatron_tropd.convert.source import open_weights, source_architecture, source_files
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Serve the student's score requests on the teacher's own ranks, from the beginning to the end of a run."""
     assert launch.bridge is not None
     groups = GroupBuilder(timeout_s=config.collective_timeout_s).build(config.teacher.parallel)
-    model = load_model(config.teacher.model, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
+    model = load_model(config.teacher.source, groups, dtype=DTYPES[config.dtype], device=launch.device).freeze()
     bridge = launch.bridge
 
     def pass_on() -> None:
@@ -147,7 +147,7 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
             raise
     evaluator.after()
     if config.export.hf is not None:
-        export_student(run, config.export.hf, companions_from=config.student.model)
+        export_student(run, config.export.hf, companions_from=source_files(config.student.source))
     if run.world.is_first:
         _conclude(config)
     dist.barrier()
@@ -228,10 +228,10 @@ class Evaluator:
 
     def _teacher_sampler(self) -> MegatronSampler:
         run = self._run
-        path = self._config.teacher.model
-        sampler = embedded_sampler(self._config, read_architecture(path), run.world, run.vocab_size)
+        source = self._config.teacher.source
+        sampler = embedded_sampler(self._config, source_architecture(source), run.world, run.vocab_size)
         if run.teacher_model is None:  # vLLM or a recording stands in for it
-            load_weights(sampler.model, HFWeights(path))
+            load_weights(sampler.model, open_weights(source))
         else:
             with run.teacher_model.present():
                 sampler.update_weights(hf_tensors(run.teacher_model), version=0)
@@ -245,7 +245,7 @@ class Evaluator:
         """Evaluate the teacher under its own chat template and end tokens."""
         run, suites = self._run, suites_of(self._config)
         tokenizer, problems = teacher_problems(self._config, suites, run.tokenizer, run.problems)
-        check_problem_lengths(suites, problems, {"teacher": read_architecture(self._config.teacher.model)})
+        check_problem_lengths(suites, problems, {"teacher": source_architecture(self._config.teacher.source)})
         self._evaluate(self._teacher_sampler(), TEACHER, None, tokenizer=tokenizer, problems=problems)
 
     def _evaluate(

@@ -14,6 +14,7 @@ import yaml
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.setup.datasets import read_tokenizer, read_training_prompts
+from megatron_tropd.types import ModelSource
 from tests.support.run_inputs import Task, commands, make_task
 
 ASKED = ('data.template="{{ prompt }}7"', "rollout.max_new_tokens=7", "seed=3", "dtype=fp32")
@@ -111,7 +112,8 @@ def _description_of(task: Task, source: Path, options: tuple[Any, ...], tmp_path
     tokenizer = load_tokenizer(task.student)
     sampling = generate.Sampling(params=SamplingParams(max_new_tokens=2), samples=100, dtype="fp32")
     job = generate._Job(
-        model=task.student, source=source_, out=tmp_path / "d.jsonl", column="response", tokenizer=tokenizer,
+        model=ModelSource(task.student), source=source_, out=tmp_path / "d.jsonl", column="response",
+        tokenizer=tokenizer,
         stops=tuple(tokenizer.eos_ids), limits=generate.Limits(), on_bad_row="skip",
     )  # fmt: skip
     ResponseFile(job.out, generate._description(job, generate._read(job, sampling), sampling))

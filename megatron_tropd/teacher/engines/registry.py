@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.config.sections import TeacherConfig
-from megatron_tropd.convert.hf import weights_fingerprint
+from megatron_tropd.convert.source import source_fingerprint
 from megatron_tropd.engine.model import Model
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.parallel.partition import CrossWorldLink
@@ -110,7 +110,7 @@ def _build_servers(context: TeacherContext) -> VLLMTeacher:
         "max_model_len": context.max_tokens + 1,
         "max_logprobs": context.top_k,
     }
-    weights = weights_fingerprint(section.model)
+    weights = source_fingerprint(section.source)
     if weights is not None:  # weights that are not on this machine cannot be compared
         needs["weights"] = weights
     pool = open_pool(section.vllm_server, section="teacher.vllm_server", needs=needs)

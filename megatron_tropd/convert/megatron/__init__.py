@@ -1,0 +1,1 @@
+"""Megatron's distributed checkpoints read as if they were Hugging Face directories, slice by slice."""
