@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
+from megatron_tropd.config.megatron_flags import answer_to
 from megatron_tropd.config.reference import (
     Loc,
     Model,
@@ -84,6 +85,8 @@ def _parse(text: str, path: Path) -> DictConfig:
 
 def _apply(config: DictConfig, override: str) -> None:
     key, equals, _ = override.partition("=")
+    if key.startswith("--") and (answer := answer_to(key)) is not None:
+        raise ConfigError(f"override {override!r} is not key=value. {answer}")
     if not equals or not all(key.strip().split(".")):
         raise ConfigError(f"override {override!r} is not key=value. Write for example train.steps=10.")
     try:
@@ -186,6 +189,8 @@ def _rule(item: dict[str, Any], model: Model, loc: Loc) -> str:
 
 def _nearest_key(model: Model, loc: Loc, whole: str) -> str:
     parent, name = loc[:-1], str(loc[-1])
+    if (answer := answer_to(name)) is not None:
+        return answer
     section = section_at(model, parent)
     valid = list(section.model_fields) if section else []
     near = difflib.get_close_matches(name, valid, n=1) or [key for key in valid if key.startswith(name)]
