@@ -189,14 +189,14 @@ def _rule(item: dict[str, Any], model: Model, loc: Loc) -> str:
 
 def _nearest_key(model: Model, loc: Loc, whole: str) -> str:
     parent, name = loc[:-1], str(loc[-1])
-    if (answer := answer_to(name)) is not None:
+    elsewhere = [row.key for row in reference_rows(model) if row.key.rsplit(".", 1)[-1] == name]
+    if not elsewhere and (answer := answer_to(name)) is not None:
         return answer
     section = section_at(model, parent)
     valid = list(section.model_fields) if section else []
     near = difflib.get_close_matches(name, valid, n=1) or [key for key in valid if key.startswith(name)]
     if near:
         return f"Did you mean {dotted((*parent, near[0]))}?"
-    elsewhere = [row.key for row in reference_rows(model) if row.key.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f"Did you mean {' or '.join(elsewhere[:3])}?"
     return f"Valid keys of {dotted(parent) or whole}: {', '.join(valid)}."

@@ -13,7 +13,6 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from megatron_tropd.config.messages import explain
 from megatron_tropd.config.sections import Real, Section, Whole, key
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.gates import RatioSource
@@ -79,6 +78,9 @@ def parse_options(options: type[_Options], values: Mapping[str, object], *, meth
     try:
         return options.model_validate(dict(values))
     except ValidationError as error:
+        # it reads YAML too, which whoever uses the methods alone need not have
+        from megatron_tropd.config.messages import explain
+
         name = f"method '{method}'"
         message, valid = explain(error, options, source=name, whole=name), f"Valid keys of {name}: "
         if any(item["type"] == "extra_forbidden" for item in error.errors()) and valid not in message:

@@ -220,6 +220,7 @@ def _build(case: Written, said: dict[str, Any], hf: dict[str, Tensor]) -> list[A
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
             share_embeddings_and_output_weights=said.get("tie_word_embeddings", False),
             position_embedding_type="rope",
+            rotary_base=arguments(case, said)["rotary_base"],
             vp_stage=number,
         )
         _fill(model, hf, config, said)
@@ -298,7 +299,7 @@ def _slice(
         )
         rows = padded(said["vocab_size"], size) - said["vocab_size"]
         # what lies in the padding is no row of the model: a number that would show
-        return torch.cat([hf[own], torch.full((rows, hf[own].shape[1]), 7.0)]).chunk(size)[rank]
+        return torch.cat([hf[own], hf[own].new_full((rows, hf[own].shape[1]), 7.0)]).chunk(size)[rank]
     at = f"model.layers.{layer}."
     plain = {
         "input_layernorm.weight": "input_layernorm.weight",

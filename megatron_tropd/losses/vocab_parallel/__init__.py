@@ -2,7 +2,24 @@
 
 from megatron_tropd.losses.vocab_parallel.divergence import linear_divergence
 from megatron_tropd.losses.vocab_parallel.logprobs import LogProbs, linear_logprobs
+from megatron_tropd.losses.vocab_parallel.output_layer import (
+    enter_vocabulary,
+    hand_on_hidden_states,
+    output_weight,
+    unwrapped,
+)
 from megatron_tropd.losses.vocab_parallel.projection import project
 from megatron_tropd.losses.vocab_parallel.topk import TopK, linear_topk
 
-__all__ = ["LogProbs", "TopK", "linear_divergence", "linear_logprobs", "linear_topk", "project"]
+__all__ = [
+    "LogProbs",
+    "TopK",
+    "enter_vocabulary",
+    "hand_on_hidden_states",
+    "linear_divergence",
+    "linear_logprobs",
+    "linear_topk",
+    "output_weight",
+    "project",
+    "unwrapped",
+]
