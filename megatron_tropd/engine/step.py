@@ -31,6 +31,7 @@ class _Sums:
 
     loss: Tensor
     denominator: Tensor
+    predictions: Tensor  # with a weight
     gap_max: Tensor  # largest difference between the sampler's and the trainer's log-prob
     stats: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class StepResult:
     lr: float
     stats: Mapping[str, float]
     optimizer_seconds: float = 0.0  # gradient norm and update, of the step's wall time
+    predictions: int = 0  # that carried loss: those that are masked do not
     weight: float = 0.0  # sum of the weights that the loss is a mean under
     counts: Mapping[str, float] = field(default_factory=dict)  # tokens that each statistic is a mean of
 
@@ -174,7 +176,7 @@ class Trainer:
 
     def _new_sums(self) -> _Sums:
         zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        return _Sums(zero.clone(), zero.clone(), zero.clone())
+        return _Sums(zero.clone(), zero.clone(), zero.clone(), zero.clone())
 
     def _pack_loss(self, item: TrainPack, hidden_ND: Tensor, weight_vD: Tensor) -> Tensor:
         """Sum one pack's weighted token losses."""
@@ -184,6 +186,7 @@ class Trainer:
         loss = (answer.loss_T * weight_N).sum()
         self._sums.loss += loss.detach().double()
         self._sums.denominator += weight_N.double().sum()
+        self._sums.predictions += (weight_N != 0).sum()
         self._add_stats(answer, item)
         return loss
 
@@ -270,19 +273,19 @@ class Trainer:
         """Return global loss and means of statistics, on every rank. The denominator is already global."""
         sums, groups = self._sums, self.model.groups
         names = self._names_of_stats()
-        flat = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.model.device)
+        flat = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=self.model.device)
         if groups.is_last_stage:
-            flat[0] = sums.loss
+            flat[0], flat[1] = sums.loss, sums.predictions
             for i, name in enumerate(names):
-                flat[2 + 2 * i] = sums.stats[name]
-                flat[3 + 2 * i] = sums.counts[name]
+                flat[3 + 2 * i] = sums.stats[name]
+                flat[4 + 2 * i] = sums.counts[name]
             dist.all_reduce(flat, group=groups.pg.dp_cp)
             dist.all_reduce(sums.gap_max, op=dist.ReduceOp.MAX, group=groups.pg.dp_cp)
-            flat[1] = sums.gap_max
+            flat[2] = sums.gap_max
         if groups.layout.pipeline > 1:
             last = dist.get_global_rank(groups.pg.pp, groups.layout.pipeline - 1)
             dist.broadcast(flat, src=last, group=groups.pg.pp)
-        total, gap_max, *pairs = flat.tolist()
+        total, predictions, gap_max, *pairs = flat.tolist()
         counts = {name: count for name, count in zip(names, pairs[1::2], strict=True) if count > 0}
         means = {name: value / counts[name] for name, value in zip(names, pairs[::2], strict=True) if name in counts}
         for name in [name for name in means if name.split("/")[0] == "logprob_gap"]:
@@ -292,7 +295,7 @@ class Trainer:
             means[LARGEST] = gap_max
         denominator = float(sums.denominator)
         loss = total / denominator if denominator > 0 else 0.0
-        return StepResult(loss, 0.0, 0.0, means, weight=denominator, counts=counts)
+        return StepResult(loss, 0.0, 0.0, means, predictions=round(predictions), weight=denominator, counts=counts)
 
     def _names_of_stats(self) -> list[str]:
         """Return the names of the statistics in a fixed order; other stages learn them once from the last."""

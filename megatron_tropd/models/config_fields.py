@@ -5,8 +5,10 @@ Defaults are those that `transformers` gives to an absent key, for checkpoints o
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from megatron_tropd.errors import CheckpointError
@@ -19,6 +21,65 @@ _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# what the families' readers look at
+_READ = _names(
+    "architectures attention_bias decoder_sparse_step head_dim hidden_act hidden_size intermediate_size "
+    "layer_types max_position_embeddings max_window_layers mlp_bias mlp_only_layers moe_intermediate_size "
+    "norm_topk_prob num_attention_heads num_experts num_experts_per_tok num_hidden_layers "
+    "num_key_value_heads num_local_experts partial_rotary_factor quantization_config rms_norm_eps "
+    "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window "
+    "vocab_size"
+)
+_ROPE_READ = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    *(n for ns in _ROPE_NEEDS.values() for n in ns),
+}
+# what changes no log-prob: names, ids of tokens (the tokenizer is asked), training's dropout and losses, classifiers,
+# generation (``rollout`` and suites say how), and what `transformers` keeps for itself
+_HARMLESS = _names(
+    "attention_dropout attn_implementation bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "id2label initializer_range is_decoder is_encoder_decoder label2id language max_length model_type "
+    "name_or_path output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp "
+    "problem_type return_dict router_aux_loss_coef router_jitter_noise tokenizer_class torch_dtype "
+    "transformers_version unk_token_id use_cache use_return_dict unsloth_fixed unsloth_version"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def unread_fields(config: Config) -> list[str]:
+    """List the settings of a ``config.json`` that are neither read nor known to change nothing."""
+    found = [name for name in _set(config) if name.lstrip("_") not in _READ | _HARMLESS]
+    for table in ("rope_scaling", "rope_parameters"):
+        values = config.get(table)
+        if isinstance(values, Mapping):
+            found += [f"{table}.{name}" for name in _set(values) if name not in _ROPE_READ]
+    return sorted(found)
+
+
+def _set(table: Config) -> list[str]:
+    return [name for name, value in table.items() if value not in (None, False, [], {}, "")]
+
+
+@cache
+def say_unread(family: str, names: tuple[str, ...]) -> None:
+    """Name settings that are not read, once."""
+    if names:
+        own = " Its own code (auto_map) is never run." if "auto_map" in names else ""
+        logger.warning(
+            "config.json of a %s sets %s, which this family does not have and which is not read.%s If the model was "
+            "trained with it, its log-probs are wrong here.",
+            *(family, ", ".join(names), own),
+        )
 
 
 def refuse(config: Config, **expected: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from megatron_tropd.models.config_fields import Config, within_limits
+from megatron_tropd.models.config_fields import Config, say_unread, unread_fields, within_limits
 from megatron_tropd.models.family import Family
 from megatron_tropd.types import Architecture
 
@@ -40,8 +40,10 @@ def architecture_of(config: Config) -> Architecture:
             f"Supported: {', '.join(sorted(FAMILIES))}."
         )
     try:
-        return within_limits(FAMILIES[names[0]].read(config))
+        architecture = within_limits(FAMILIES[names[0]].read(config))
     except KeyError as error:
         raise CheckpointError(f"config.json of a {names[0]} lacks {error}: it needs all its sizes.") from error
     except (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json of a {names[0]} has a value of the wrong kind: {error}.") from error
+    say_unread(names[0], tuple(unread_fields(config)))
+    return architecture

@@ -79,7 +79,7 @@ class Heartbeat:
 
     speaking: Heartbeat | None = None
 
-    def __init__(self, *, enabled: bool = True, console: Console | None = None, seconds: float = 8.0) -> None:
+    def __init__(self, *, enabled: bool = True, console: Console | None = None, seconds: float = 6.0) -> None:
         self._enabled, self._seconds = enabled, seconds
         self.console = console or Console()
         self.heard_at = time.monotonic()

@@ -27,7 +27,9 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "step": Metric("", "Training step that the line describes.", "count"),
-    "tokens": Metric("tokens", "Predictions that carried loss, over all ranks.", "count"),
+    "tokens": Metric(
+        "tokens", "Predictions that carried loss, over all ranks: those that are masked are none.", "count"
+    ),
     "sequences": Metric("sequences", "Sequences trained on, over all ranks.", "count"),
     "loss": Metric("nats/token", "The method's loss. Its zero and its sign depend on the method.", "loss"),
     "reverse_kl": Metric(

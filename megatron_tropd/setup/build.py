@@ -63,6 +63,7 @@ from megatron_tropd.teacher.engines.recorded import RecordingTeacher
 from megatron_tropd.teacher.engines.registry import TeacherContext, scoring_engine
 from megatron_tropd.teacher.engines.remote import RankSplit
 from megatron_tropd.teacher.protocol import Teacher, TeacherRequest
+from megatron_tropd.teacher.recording import FILE, check_facts
 from megatron_tropd.teacher.routing import RoutedTeacher, TeacherWithBase
 from megatron_tropd.types import Architecture, Pack, Rollout
 
@@ -270,6 +271,15 @@ def recorded_facts(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     prints = {name: source_fingerprint(source) for name, source in models.items()}
     # a model that is not there any more cannot be compared
     return facts | {name: found for name, found in prints.items() if found is not None}
+
+
+def check_teacher_recording(config: RunConfig, inputs: Inputs) -> None:
+    """Raise DataError when scores cannot be recorded beside those that are there, or replayed, before work begins."""
+    facts = recorded_facts(config, inputs)
+    if config.teacher.record is not None and (config.teacher.record / FILE).exists():
+        check_facts(config.teacher.record, facts, fix="Record into another directory", adding=True, quiet=True)
+    if config.teacher.recorded_from is not None:
+        check_facts(config.teacher.recorded_from, facts, fix="Use the models and method of the recording", quiet=True)
 
 
 def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size: int, temperature: float) -> Teacher:

@@ -37,12 +37,14 @@ def write_facts(directory: Path, facts: Mapping[str, Any]) -> None:
     write_aside(directory / FILE, json.dumps({"format": FORMAT, **facts}, indent=2, sort_keys=True))
 
 
-def check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str, adding: bool = False) -> dict[str, Any]:
+def check_facts(
+    directory: Path, facts: Mapping[str, Any], *, fix: str, adding: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Compare a recording's facts with the present ones; return the recording's with what is new to it.
 
     ``adding``: a base model may be new to it, whose log-probs are a column of their own.
 
-    What the recording does not know of itself, and another budget of tokens, is said in a warning.
+    What the recording does not know of itself, and another budget of tokens, is said in a warning, unless ``quiet``.
 
     Raises:
         DataError: the recording is of an old format, or one of the facts differs.
@@ -59,6 +61,8 @@ def check_facts(directory: Path, facts: Mapping[str, Any], *, fix: str, adding: 
     ]
     if changed:
         raise DataError(f"{directory.absolute()} was recorded {'; '.join(changed)}. {fix}.")
+    if quiet:
+        return recorded
     unsaid = [key for key in wanted if key in unknown and key not in recorded]
     if unsaid:
         warnings.warn(

@@ -40,7 +40,7 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
     metrics: dict[str, float] = {
         "step": step + 1,
         "sequences": len(rollouts),
-        "tokens": sum(responses),
+        "tokens": sum(result.predictions for result in results),
         "loss": loss,
         "grad_norm": float(np.mean([result.grad_norm for result in results])),
         "lr": results[-1].lr,

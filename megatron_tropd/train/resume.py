@@ -63,9 +63,6 @@ def find_start(
 ) -> Start:
     """Find the checkpoint that a run of this ``validate.identity`` resumes from. Collective.
 
-    What an earlier run left in ``run_dir`` is moved aside when the run starts afresh, and its later checkpoints when it
-    goes back to an earlier one.
-
     Args:
         steps: of the whole run.
         torn: checkpoints of which that is known.
@@ -74,7 +71,7 @@ def find_start(
         CheckpointError: the requested checkpoint is torn, or the one found is of another run.
         ConfigError: ``checkpoint.accept_changes`` names what there is not, or what cannot be accepted.
     """
-    first, wanted = dist.get_rank() == 0, section.resume
+    wanted = section.resume
     _check_accepted(section.accept_changes, identity)
     start = Start(None) if wanted == "never" else _agreed_checkpoint(wanted, run_dir / CHECKPOINTS, [*torn])
     checkpoint = start.checkpoint
@@ -85,9 +82,6 @@ def find_start(
         raise CheckpointError(
             f"{Path(wanted).absolute()} holds no whole checkpoint. Name another, or use auto or never."
         )
-    dist.barrier()  # every rank has read what may be moved now
-    if first:
-        _set_aside(run_dir, checkpoint)
     return start
 
 
@@ -103,8 +97,15 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     return steps
 
 
-def _set_aside(run_dir: Path, checkpoint: Path | None) -> None:
-    """Move away what an earlier run in this directory would otherwise mix into this one."""
+def clear_way(run_dir: Path, checkpoint: Path | None) -> None:
+    """Move aside what an earlier run in this directory would otherwise mix into this one. Collective.
+
+    All of it when the run starts afresh, later checkpoints when it goes back to an earlier one. To be called when
+    nothing is left that could be refused.
+    """
+    dist.barrier()  # every rank has read what may be moved now
+    if dist.get_rank():
+        return
     own = (run_dir / CHECKPOINTS).resolve()
     if checkpoint is None or checkpoint.resolve().parent != own:
         # a run that resumes from another's checkpoint in a used directory is a new run there

@@ -43,7 +43,7 @@ from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.rollout.recording import claim_recording
-from megatron_tropd.setup.build import Run, build_run, embedded_sampler, load_model, rank_split
+from megatron_tropd.setup.build import Run, build_run, check_teacher_recording, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.claims import claimed, exports, run_directory
 from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
@@ -61,7 +61,7 @@ from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
-from megatron_tropd.train.resume import confirmed, find_start, restore
+from megatron_tropd.train.resume import clear_way, confirmed, find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
 
@@ -118,13 +118,18 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     facts = _agreed_identity(config, inputs)
     find = partial(find_start, config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
     start = find()
+    check_teacher_recording(config, inputs)
     _claim_recording(config, inputs, facts, resumed=start.checkpoint is not None)
+    clear_way(config.run_dir, start.checkpoint)
     run = build_run(config, inputs, launch.bridge, known=facts)
     if launch.bridge is not None and run.world.is_first:
         stop.listen_to(launch.bridge.asked_to_stop)
     queue = RolloutQueue(run)
     # large files of the checkpoint have been read meanwhile
-    first_step = restore(run, queue, confirmed(start, lambda torn: find(torn=torn)))
+    checkpoint = confirmed(start, lambda torn: find(torn=torn))
+    if checkpoint != start.checkpoint:
+        clear_way(config.run_dir, checkpoint)
+    first_step = restore(run, queue, checkpoint)
     if first_step == 0:
         with Phase("self check"):
             check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)

@@ -12,13 +12,14 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.engine import checkpoint
-from megatron_tropd.errors import CheckpointError, ConfigError
-from megatron_tropd.train import preemption, resume
+from megatron_tropd.errors import CheckpointError, ConfigError, DataError
+from megatron_tropd.train import preemption, resume, session
 
 IDENTITY: dict[str, Any] = {
     "seed": 7,
@@ -46,6 +47,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(resume, "dist", fake)
     monkeypatch.setattr(checkpoint, "dist", fake)
     monkeypatch.setattr(preemption, "dist", fake)
+    monkeypatch.setattr(session, "dist", fake)
     return fake
 
 
@@ -67,7 +69,26 @@ def start(
     accepted: tuple[str, ...] = (),
 ) -> Path | None:
     section = CheckpointConfig(resume=asked, accept_changes=accepted)
-    return resume.find_start(section, identity, run_dir=run_dir, steps=steps).checkpoint
+    checkpoint = resume.find_start(section, identity, run_dir=run_dir, steps=steps).checkpoint
+    resume.clear_way(run_dir, checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("refusing", ["check_teacher_recording", "_claim_recording"])
+def test_a_recording_that_is_refused_is_refused_before_anything_is_moved(tmp_path, monkeypatch, refusing: str):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("holds another run's rollouts")
+
+    left(tmp_path, 2)
+    for name in ("read_inputs", "tell_ends", "check_writable", "_agreed_identity"):
+        monkeypatch.setattr(session, name, lambda *_, **__: MagicMock())
+    for name in ("check_teacher_recording", "_claim_recording"):
+        monkeypatch.setattr(session, name, refuse if name == refusing else lambda *_, **__: None)
+    section = CheckpointConfig(resume="never")
+    config = SimpleNamespace(checkpoint=section, run_dir=tmp_path, train=SimpleNamespace(steps=9))
+    with pytest.raises(DataError, match="another run's rollouts"):
+        session._train(config, MagicMock(), MagicMock())  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
 # --------------------------------------------------------------------------- which checkpoint

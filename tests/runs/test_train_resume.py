@@ -332,12 +332,13 @@ def start_over(config: str, overrides: list[str]) -> None:
     """On the ranks: what `resume=never` leaves before the first step, should the run be killed there."""
     from megatron_tropd.config.loading import load_config
     from megatron_tropd.parallel.groups import initialize_distributed
-    from megatron_tropd.train.resume import find_start
+    from megatron_tropd.train.resume import clear_way, find_start
 
     initialize_distributed()
     settings = load_config(config, [*overrides, "checkpoint.resume=never"])
     found = find_start(settings.checkpoint, {}, run_dir=settings.run_dir, steps=settings.train.steps)
     assert found.checkpoint is None
+    clear_way(settings.run_dir, found.checkpoint)
     assert not (settings.run_dir / "checkpoints").exists()
     assert not (settings.run_dir / "evaluation.json").exists()
 
