@@ -147,7 +147,7 @@ def _array_in(stream: IO[bytes]) -> list[Any] | None:
     if not start.startswith(b"["):
         return None
     try:
-        rows = json.loads(stream.read().decode("utf-8-sig"))
+        rows = json.loads(stream.read().decode("utf-8-sig"), parse_constant=_constant)
     except (ValueError, RecursionError):  # lines that are arrays each, which are reported one by one
         rows = None
     stream.seek(0)
@@ -167,7 +167,9 @@ def _lines_in(stream: IO[bytes]) -> Iterator[RawRow]:
 
 def _parse(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_object)
+    except BadRow as reason:
+        return reason
     except (ValueError, RecursionError) as error:  # of the JSON or of the UTF-8
         return BadRow(f"not valid JSON: {error}.")
     return row if isinstance(row, dict) else _no_object(row)
@@ -175,6 +177,16 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow:
 
 def _no_object(row: Any) -> BadRow:
     return BadRow(f"holds {type(row).__name__}, expected a JSON object with a prompt.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; BadRow where it has a key twice, of which JSON does not say which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"has the key {twice!r} twice.")
+    return found
 
 
 def _constant(name: str) -> float | None:

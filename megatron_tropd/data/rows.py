@@ -23,10 +23,16 @@ from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.errors import TokenizerError
 from megatron_tropd.types import Int64Array, Prompt
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
 RENDERED_ALREADY = "hold a whole rendered prompt: taken as it stands, without the chat template around it once more"
 BEGUN_TWICE = "hold a text that begins with the beginning token, which is added anyway: cut there once"
 ENDED_PROMPT = "hold a prompt or message that ends in an end or padding token: cut there"
 SYSTEM_LEFT_OUT = "have a system message (their own, or data.system), which the chat template does not write"
+SPELLED = "hold a conversation as JSON text: read as its messages"
+TWO_PROMPTS = "have a prompt and messages: the prompt is read"
+ODD_ROLE = "have a message whose role is none of " + ", ".join(ROLES)
+ODD_FIELD = "have a message with the field {!r}, which nothing reads"
+ODD_REASON = "say finish_reason {!r}, which is not known: taken for an end of its own"
 TWO_RESPONSES = "end in an assistant message and have a response column: the column is read"
 OTHER_END = "hold a response that ended in a token which does not end the student's: its own stands there"
 EDITED = "hold a response that was changed since `tropd generate` wrote it: tokenized anew"
@@ -36,12 +42,21 @@ OTHER_PROMPT = (
     "template_options or model differ); `tropd generate CONFIG.yaml OUT` takes the prompts of training"
 )
 
+# ``finish_reason`` (``stop_reason``) of responses that were cut off, and of those that were not, in lower case
+_CUT = ("length", "max_tokens", "max_output_tokens", "max_new_tokens", "model_length", "context_length", "abort")
+_ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "tool_calls", "function_call", "")
+_REASONS = ("finish_reason", "stop_reason")
+# fields of a message that chat templates write, or that say nothing
+_MESSAGE_FIELDS = {"role", "content", "tool_call_id", "id", *SPOKEN_FIELDS}
+
 # columns of other programs' rows that would change what a row means; each is noted where nothing reads it
 _FOREIGN = {
     **dict.fromkeys(("system", "system_prompt"), "data.system or data.template may use it"),
     **dict.fromkeys(("functions", "documents", "context"), "data.template may use it"),
-    **dict.fromkeys(("completion", "completions", "chosen"), "data.columns.response may name it"),
+    **dict.fromkeys(("completion", "completions", "chosen", "output"), "data.columns.response may name it"),
+    **dict.fromkeys(("input", "instruction", "question", "query"), "data.columns.prompt or data.template may use it"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the response"),
+    "truncated": "give `finished: false` where a response was cut off",
     "teacher_prompt": "the teacher scores under the student's prompt",
 }
 
@@ -71,11 +86,12 @@ class RowParser:
         self._repeats = _PromptRepeats(tokenizer, source.system, notes)
         names, used = source.columns, [t.columns for t in (self._template, self._answer_template) if t]
         self._template_columns = frozenset().union(*used) - {"prompt", "answer"}
+        self._used_by_templates = frozenset().union(*used)
         self._seen: set[str] = set()
         self._unread: dict[str, str] = {}  # what is said of a column, by its name
         self._system_is_written = False
         own = {names.prompt, names.messages, names.response, names.answer, names.tools}
-        self._used = frozenset(own | {names.finished, names.generated, "finish_reason"}.union(*used))
+        self._used = frozenset(own | {names.finished, names.generated, *_REASONS}.union(*used))
         self.columns = self._used | frozenset(_FOREIGN)
         # with a template of its own a source may have neither
         self.one_of = () if self._template else (names.prompt, names.messages)
@@ -143,20 +159,36 @@ class RowParser:
     def _given(self, row: dict[str, Any]) -> str | list[Message] | None:
         """Return the prompt column as it stands; None where a template does without."""
         names = self._source.columns
-        prompt = column_of(row, names.prompt)
+        prompt, messages = column_of(row, names.prompt), column_of(row, names.messages)
         if prompt is None:
-            prompt = column_of(row, names.messages)
+            prompt = messages
+        elif messages is not None and names.messages not in self._used_by_templates:
+            self._notes.add(TWO_PROMPTS)
+        if isinstance(prompt, str) and (spelled := _spelled(prompt)) is not None:
+            self._notes.add(SPELLED)
+            prompt = spelled
         if prompt is None and self._template is None:
             raise BadRow(f"has neither {names.prompt!r} nor {names.messages!r}, only {sorted(row)}.")
         if prompt is None or isinstance(prompt, str):
             return prompt
         if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+            self._look_at_messages(prompt)
             return list(prompt)
         if self._template is not None:
             return str(prompt)
         raise BadRow(
             f"prompt holds {str(prompt)[:80]!r}, expected text or a list of messages with text 'role' and 'content'."
         )
+
+    def _look_at_messages(self, messages: Sequence[Message]) -> None:
+        """Note roles that templates do not know and fields that they do not write."""
+        if any(message["role"] not in ROLES for message in messages):
+            self._notes.add(ODD_ROLE)
+        written = "" if self._tokenizer.chat is None else self._tokenizer.chat.source
+        odd = {name for message in messages for name, value in message.items() if value not in (None, "", [], {})}
+        for name in sorted(odd - _MESSAGE_FIELDS):
+            if name not in written:
+                self._notes.add(ODD_FIELD.format(name))
 
     def _filled(
         self, template: RowTemplate, given: str | list[Message] | None, row: dict[str, Any]
@@ -250,10 +282,15 @@ class RowParser:
     def _finished(self, row: dict[str, Any]) -> bool:
         """Say whether the row's response ended by itself; also from ``finish_reason``, as servers call it."""
         name = self._source.columns.finished
-        finished, reason = column_of(row, name), row.get("finish_reason")
+        finished = column_of(row, name)
+        reason = next((str(row[name]) for name in _REASONS if row.get(name) is not None), "")
         if not isinstance(finished, bool | None):
             raise BadRow(f"column {name!r} holds {str(finished)[:80]!r}, expected true, or false for a cut response.")
-        return reason != "length" if finished is None else finished
+        if finished is not None:
+            return finished
+        if reason.lower() not in (*_CUT, *_ENDED):
+            self._notes.add(ODD_REASON.format(reason))
+        return reason.lower() not in _CUT
 
     def _generated(self, kept: Any, response: str, prompt: Rendered, *, finished: bool) -> Int64Array | None:
         """Return the ids that ``tropd generate`` kept, where they still are what the row says."""
@@ -352,6 +389,17 @@ def _is_message(message: Any) -> bool:
         return False
     content = message.get("content")
     return isinstance(content, str) or (content is None and any(message.get(name) for name in SPOKEN_FIELDS))
+
+
+def _spelled(text: str) -> list[Any] | None:
+    """Return the messages that a text spells as JSON; None where it is anything else."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, list) and found and all(_is_message(message) for message in found) else None
 
 
 def _tools(given: Any) -> Tools | None:

@@ -27,6 +27,13 @@ _STATED = tuple(
         rf"(?:\u7b54\u6848|\u9009\u9879|\u9009\u62e9|\u9009)(?:\u662f|\u4e3a|\u5e94\u4e3a)? ?[:\uff1a]? ?{_LETTER}",
     )
 )
+# "A or B" settles on nothing; "A, and B is wrong" does
+_ANOTHER = re.compile(
+    r"[*_\"')\]$}]{0,4},? ?(?:or|and|/|&) ?[*_\"'(\[{$]{0,4}(?:option |choice )?[*_\"'(\[{$]{0,4}"
+    r"([A-Ja-j])\b(?!['\u2019]?\w)(?!(?<=[AIai]) [a-z])(?!\W{0,4}(?:is|are|was|would|cannot|can)\b)"
+)
+_FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathsf|bf) ?\{([^{}]{0,40})\}")
+_SMALL = re.compile(r"(?m:^\W{0,3}\(([a-j])\)\W{0,3}$)|(?i:\banswer|\bchoice|\boption)(?: is)?:? \(([a-j])\)")
 _NAMED = re.compile(rf"(?i:\banswer|\bchoice|\boption)[*_]{{0,2}} ?{_LETTER}{_NOT_A_WORD}")
 _BEGINS = re.compile(r"^\W{0,3}([A-J])(?:[.):]|\W{0,3}$)")
 _LINE = re.compile(r"(?m:^\W{0,3}([A-J])\W{0,3}$)")
@@ -37,23 +44,24 @@ def chosen_letter(response: str) -> str | None:
 
     Believed in this order, the last one of a kind: ``\\\\boxed{B}``, also ``\\\\boxed{B. 42}``; ``#### B``; a statement
     ("the answer is (B)", "B is correct", "I choose B"); one that is named ("option B"); a response that begins with the
-    letter ("B) because ..."); a line that holds nothing else. Only capital letters count outside a box: "a" is mostly
-    a word.
+    letter ("B) because ..."); a line that holds nothing else. Outside a box only capital letters count, or small ones
+    in parentheses: "a" is mostly a word. One that another is named beside ("A or B") settles on none.
     """
     # runs of white space become one character: every pattern then looks at a bounded stretch of text
     text = re.sub(r"\s+", lambda run: "\n" if "\n" in run.group() else " ", response.strip())
-    for pattern in (_BOX, _MARKED):
-        found = pattern.findall(text)
-        if found:
-            return str(found[-1]).upper()
-    stated = [match for pattern in _STATED for match in _last(pattern, text)]
-    if stated:
-        return str(max(stated, key=lambda match: match.end()).group(1))
-    for pattern in (_NAMED, _BEGINS, _LINE):
-        found = pattern.findall(text)
-        if found:
-            return str(found[-1])
+    text = _FONT.sub(r"\1", text)
+    for patterns in ((_BOX,), (_MARKED,), _STATED, (_NAMED,), (_BEGINS,), (_LINE,), (_SMALL,)):
+        stated = [match for pattern in patterns for match in _last(pattern, text)]
+        if stated:
+            return _settled(max(stated, key=lambda match: match.end()))
     return None
+
+
+def _settled(match: re.Match[str]) -> str | None:
+    """Return the letter of a match; None where another one stands beside it."""
+    group = match.lastindex or 1
+    letter, other = match.group(group).upper(), _ANOTHER.match(match.string, match.end(group))
+    return None if other and other.group(1).upper() != letter else letter
 
 
 def _last(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:

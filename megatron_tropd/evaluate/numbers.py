@@ -18,6 +18,11 @@ _UNIT = (
 )
 _NEXT = rf"(?={_UNIT}(?![A-Za-z0-9^])|(?![\w/^*]|[.,:]\d)(?!\s*[-+*/^=\u00d7\u00f7]\s*[\d.(]|\s+\d))"
 _PLAIN = re.compile(NUMBER)
+# "1.2 million" is not 1.2; a dozen is a unit, too
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf"{_SPACE}?({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
+# "42 or 43" settles on nothing
+_ALTERNATIVE = re.compile(rf"[ ,;(]{{0,3}}(?:or|and|/|&)[ (~$]{{0,3}}({NUMBER})", re.IGNORECASE)
 _BEGINS = re.compile(rf"({NUMBER}){_NEXT}")
 _MARKER = re.compile("#{4,}")
 _WORDS = re.compile(
@@ -42,7 +47,8 @@ def final_answer(text: str) -> Decimal | None:
 
     Signs, currencies, thousands separators and decimals are understood, and what people put around a number: emphasis,
     boxes, parentheses, "The answer is", ``x =``, a unit (``#### -$1,234.50`` is -1234.50). Text may follow the number
-    (``#### 42 apples``); an expression or a fraction is no number. Later headings without a number are passed over.
+    (``#### 42 apples``), ``million`` multiplies it; an expression, a fraction, and one of two different numbers
+    (``#### 42 or 43``) are no number. Later headings without a number are passed over.
     """
     end = len(text)
     for marker in reversed(list(_MARKER.finditer(text))[-_MOST_MARKERS:]):
@@ -66,8 +72,18 @@ def number_that_begins(line: str) -> Decimal | None:
     for part in (line.rpartition("=")[2], line.partition("=")[0]) if "=" in line else (line,):
         match = _BEGINS.match(part.lstrip(" =\u2248~:([\"'"))
         if match:
-            return _to_decimal(match.group(1))
+            return _settled(match)
     return None
+
+
+def _settled(match: re.Match[str]) -> Decimal | None:
+    """Return the number of a match, scaled by the word behind it; None where another number stands beside it."""
+    number, rest = _to_decimal(match.group(1)), match.string[match.end() :]
+    other = _ALTERNATIVE.match(rest)
+    if other and _to_decimal(other.group(1)) != number:
+        return None
+    scale = _SCALE.match(rest)
+    return number * _SCALES[scale.group(1).lower()] if scale else number
 
 
 def _is_passed_over(before: str, line: str) -> bool:

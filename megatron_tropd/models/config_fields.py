@@ -58,7 +58,8 @@ logger = logging.getLogger(__name__)
 
 def unread_fields(config: Config) -> list[str]:
     """List the settings of a ``config.json`` that are neither read nor known to change nothing."""
-    found = [name for name in _set(config) if name.lstrip("_") not in _READ | _HARMLESS]
+    # what begins with an underscore is a library's own
+    found = [name for name in _set(config) if name not in _READ | _HARMLESS and not name.startswith("_")]
     for table in ("rope_scaling", "rope_parameters"):
         values = config.get(table)
         if isinstance(values, Mapping):

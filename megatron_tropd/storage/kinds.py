@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from pathlib import Path
 
 GZIP = b"\x1f\x8b"
@@ -13,8 +15,18 @@ _ARCHIVES = {
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd {path}"),
     b"BZh": ("compressed with bzip2", "bunzip2 {path}"),
     b"\xfd7zXZ\x00": ("compressed with xz", "unxz {path}"),
-    b"PK\x03\x04": ("a zip archive", "unzip {path}"),
+    b"PK\x03\x04": ("a zip archive (an Excel sheet is one, too)", "unzip {path}"),
 }
+# read by no program of ours, whatever is in them
+_OTHERS = {
+    b"SQLite format 3\x00": "an SQLite database. Write the rows of its table as JSON lines.",
+    b"\x80\x02": "a pickle, which is never loaded. Save its rows as JSON lines.",
+    b"\x80\x03": "a pickle, which is never loaded. Save its rows as JSON lines.",
+    b"\x80\x04": "a pickle, which is never loaded. Save its rows as JSON lines.",
+    b"\x80\x05": "a pickle, which is never loaded. Save its rows as JSON lines.",
+    b"Obj\x01": "an Avro file. Save its rows as JSON lines, or as Parquet.",
+}
+_TAR, _TAR_AT = b"ustar", 257
 _TABLES = {b"PAR1": (".parquet", "Parquet"), b"ARROW1": (".arrow", "Arrow")}
 
 
@@ -52,9 +64,8 @@ def foreign_rows(path: Path) -> str | None:
     kind = None if head.startswith(GZIP) else foreign_kind(path)
     if kind is not None:
         return kind
-    for magic, (suffix, what) in _TABLES.items():
-        if head.startswith(magic) and path.suffix != suffix:
-            return f"a table in {what}'s format. Give it the ending {suffix}."
+    if other := _other_content(path, head):
+        return other
     if path.suffix in {suffix for suffix, _ in _TABLES.values()} or head.startswith(GZIP):
         return None
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:64]:
@@ -70,9 +81,34 @@ def foreign_rows(path: Path) -> str | None:
             f".to_json('{path.with_suffix('.jsonl').name}', orient='records', lines=True)\"`."
         )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() in (".yaml", ".yml", ".toml", ".xml") and not start.startswith((b"{", b"[")):
+        return "no JSON lines, by its name and its first character. Save its rows as JSON lines."
     if start.startswith(b"{") and start.split(b"\n", 1)[0].strip() == b"{":
         return f"JSON over several lines, not one object per line. Convert it: `jq -c . {path} > rows.jsonl`."
     return None
+
+
+def _other_content(path: Path, head: bytes) -> str | None:
+    """Return what ``foreign_rows`` says of databases, pickles, archives, and tables under another name."""
+    if is_tar(path):
+        return f"a tar archive. Unpack it: `tar xf {path}`."
+    named = {magic: what for magic, what in _OTHERS.items() if head.startswith(magic)}
+    for magic, (suffix, what) in _TABLES.items():
+        if head.startswith(magic) and path.suffix != suffix:
+            named[magic] = f"a table in {what}'s format. Give it the ending {suffix}."
+    return next(iter(named.values()), None)
+
+
+def is_tar(path: Path) -> bool:
+    """Say whether a file, which may be compressed with gzip, is a tar archive."""
+    head = head_of(path)
+    if head.startswith(GZIP):
+        try:
+            with gzip.open(path) as stream:
+                head = stream.read(_TAR_AT + len(_TAR))
+        except (OSError, EOFError, zlib.error):
+            return False
+    return head[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR
 
 
 def _looks_like_csv(head: bytes) -> bool:

@@ -39,6 +39,8 @@ UNION_RENORM = Objective(name="rkl", support="union", k=9, tail="renorm")
 STUDENT_NONE = Objective(name="fkl", support="student", k=3, tail="none")
 EXOPD = Objective(name="exopd")
 SAMPLED = Objective(name="fkl", support="teacher_and_sampled", k=4)
+OPD_ENDS, FKL_ENDS = Objective(name="opd", ends=(0, 35, 96)), Objective(name="fkl", ends=(0, 35, 96))
+RKL_ENDS = Objective(name="rkl", support="union", k=5, ends=(0, 35, 96))
 TP2, PP2 = {"tensor": 2}, {"pipeline": 2}
 TP2_SP = {"tensor": 2, "sequence": True}
 TP2_PP2, TP2_SP_PP2 = TP2 | PP2, TP2_SP | PP2
@@ -101,6 +103,9 @@ TWO_RANKS = [
     Case(name="exopd-tp2-teacher-pp2", ranks=2, student=TP2, teacher=PP2, objective=EXOPD),
     Case(name="exopd-pp2-base-tp2", ranks=2, student=PP2, base=TP2_SP, objective=EXOPD, pack_tokens=64),
     Case(name="sampled-tp2", ranks=2, student=TP2, teacher=TP2, objective=SAMPLED),
+    Case(name="ends-opd-pp2-teacher-cp2", ranks=2, student=PP2, teacher=CP2, objective=OPD_ENDS, pack_tokens=64),
+    Case(name="ends-fkl-cp2-teacher-tp2", ranks=2, student=CP2, teacher=TP2, objective=FKL_ENDS, pack_tokens=64),
+    Case(name="ends-rkl-pp2-minibatches", ranks=2, student=PP2, objective=RKL_ENDS, minibatches=2, pack_tokens=64),
     Case(name="bf16-tp2-sp", ranks=2, student=TP2_SP, teacher=TP2, dtype="bf16", objective=OPD),
     Case(name="bf16-pp2-tied", ranks=2, student=PP2, teacher=TP2, dtype="bf16", objective=OPD, tied=True),
 ]
@@ -197,6 +202,9 @@ def test_five_steps_are_those_of_plain_autograd(case, outcome, reference):
     for loss, exact, size in zip(ranks[0]["loss"], truth.losses, truth.sizes, strict=True):
         assert abs(loss - exact) < 1e-5 * size
     assert ranks[0]["grad_norm"] == pytest.approx(truth.grad_norms, rel=1e-5)
+    assert ranks[0]["tokens"] == truth.tokens
+    for loss, exact, size in zip(ranks[0]["over_tokens"], truth.over_tokens, truth.sizes, strict=True):
+        assert abs(loss - exact) < 1e-5 * size
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)

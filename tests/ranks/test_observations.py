@@ -32,6 +32,7 @@ from tests.support.tiny_models import Objective, Reference, hf_logprobs, load_hf
 CASES = [
     Case(name="alone", turns=True, pack_tokens=64),
     Case(name="cut", ranks=2, turns=True, student={"context": 2}, teacher={"tensor": 2}, pack_tokens=64),
+    Case(name="stages", ranks=2, turns=True, student={"pipeline": 2}, teacher={"context": 2}, pack_tokens=64),
     Case(name="shards", ranks=2, turns=True, student={"tensor": 2, "sequence": True}, teacher={"pipeline": 2}),
 ]
 BATCH = batch_of(CASES[0], 0)

@@ -39,6 +39,7 @@ from tests.support.tiny_models import STUDENT, TEACHER, hf_logprobs, load_hf, ra
 VOCAB = STUDENT["vocab_size"]
 # the last one has a single sequence: on one of two replicas there is nothing for it to grade
 NAMES = ("", "b", "", "b", "b", "", "", "b", "", "c", "")
+ENDS = (90, 3)  # that count as one token: on both shards of a tensor-parallel teacher
 ROLLOUTS = [replace(one, teacher=name) for one, name in zip(random_rollouts(0, vocab_size=VOCAB), NAMES, strict=True)]
 
 
@@ -77,7 +78,7 @@ def grade(root: str) -> dict[str, Any]:
         model = load_model(Path(root) / f"teacher-{name}", own, dtype=torch.float32, device=device).freeze()
         teachers[name] = Watched(model, student, vocab_size=VOCAB, role=name)
     packs = packed(ROLLOUTS, world)
-    signals = RoutedTeacher(teachers).score(packs, TeacherRequest(top_k=2))
+    signals = RoutedTeacher(teachers).score(packs, TeacherRequest(top_k=2, end_ids=ENDS))
     found: dict[int, Any] = {}
     for pack, signal in zip(packs[student.replica], signals, strict=True):
         assert signal is not None
@@ -85,7 +86,12 @@ def grade(root: str) -> dict[str, Any]:
         for sequence in pack.sequence_ids.tolist():
             own_N = sequence_N == sequence
             assert signal.topk_logprob_NK is not None
-            found[sequence] = signal.logprob_N[own_N], signal.topk_logprob_NK[own_N]
+            assert signal.end_logprob_NX is not None
+            found[sequence] = (
+                signal.logprob_N[own_N],
+                signal.topk_logprob_NK[own_N],
+                signal.end_logprob_NX[own_N],
+            )
     only = [one for one in ROLLOUTS if one.teacher == "b"]
     before = dict(given)
     given.clear()
@@ -114,7 +120,8 @@ def test_every_sequence_gets_the_grades_of_its_own_teacher(graded, root):
         with torch.no_grad():
             truth_LV = hf_logprobs(models[one.teacher], one.token_ids, VOCAB)[one.prompt_length - 1 :]
         target_L = torch.from_numpy(one.token_ids[one.prompt_length :])
-        logprob_N, top_NK = found[one.sequence_id]
+        logprob_N, top_NK, end_NX = found[one.sequence_id]
+        torch.testing.assert_close(end_NX.double(), truth_LV[:, list(ENDS)], atol=1e-4, rtol=0)
         torch.testing.assert_close(logprob_N.double(), truth_LV.gather(1, target_L[:, None])[:, 0], atol=1e-4, rtol=0)
         torch.testing.assert_close(top_NK.double(), truth_LV.topk(2).values, atol=1e-4, rtol=0)
 

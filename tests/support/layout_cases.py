@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization, optimize
-from megatron_tropd.engine.step import Trainer
+from megatron_tropd.engine.step import Trainer, means_over_tokens
 from megatron_tropd.engine.weights import hf_tensors, local_table
 from megatron_tropd.errors import SelfCheckError
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
@@ -158,10 +158,10 @@ def student_directory(case: Case) -> str:
 _BUCKET = 3000  # elements, where there are buckets: several of them
 
 
-def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
+def assemble(config: RunConfig, builder: GroupBuilder, *, ends: tuple[int, ...] = ()) -> Run:
     """``build_run`` without tokenizers, data and sampler."""
     device = initialize_distributed()
-    method, dtype = check_method(config), DTYPES[config.dtype]
+    method, dtype = replace(check_method(config), end_ids=ends), DTYPES[config.dtype]
     layouts = [config.student.parallel, config.teacher.parallel, Layout()]
     student_groups, teacher_groups, sampler_groups = [builder.build(layout) for layout in layouts]
     base_groups = builder.build(config.base_parallel) if method.needs.base_model else None
@@ -205,11 +205,14 @@ def assemble(config: RunConfig, builder: GroupBuilder) -> Run:
 def run_cases(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]:
     """Every case's losses, gradient norms and statistics by step, and its first gradient under HF names."""
     builder = GroupBuilder()
-    return {case.name: _train(case, assemble(config_of(case, Path(models)), builder)) for case in cases}
+    return {
+        case.name: _train(case, assemble(config_of(case, Path(models)), builder, ends=case.objective.ends))
+        for case in cases
+    }
 
 
 def _train(case: Case, run: Run) -> dict[str, Any]:
-    outcome: dict[str, Any] = {"loss": [], "grad_norm": [], "stats": [], "packs": []}
+    outcome: dict[str, Any] = {"loss": [], "over_tokens": [], "tokens": [], "grad_norm": [], "stats": [], "packs": []}
     for step in range(case.steps):
         rollouts = batch_of(case, step)
         minibatches = score_and_pack(
@@ -225,6 +228,8 @@ def _train(case: Case, run: Run) -> dict[str, Any]:
             run.trainer.step(packs, update=step * case.minibatches + number) for number, packs in enumerate(minibatches)
         ]
         outcome["loss"].append(sum(r.loss for r in results) / len(results))
+        outcome["over_tokens"].append(means_over_tokens(results)[0])
+        outcome["tokens"].append(sum(r.predictions for r in results))
         outcome["grad_norm"].append(sum(r.grad_norm for r in results) / len(results))
         outcome["stats"].append({name: results[-1].stats[name] for name in sorted(results[-1].stats)})
         outcome["packs"].append([len(packs) for packs in minibatches])

@@ -134,6 +134,7 @@ class Objective:
     seed: int = 5
     support: str = ""  # fkl and rkl: whose k tokens; "" is the whole vocabulary
     tail: str = "bucket"
+    ends: tuple[int, ...] = ()  # ids that count as one token; opd, fkl and rkl alone
 
     def options(self) -> dict[str, object]:
         """The method section of a config."""
@@ -157,6 +158,8 @@ class Reference:
     sizes: list[float] = field(default_factory=list)  # mean absolute loss of a token: what a loss's rounding is about
     grad_norms: list[float] = field(default_factory=list)
     outliers: list[float] = field(default_factory=list)
+    over_tokens: list[float] = field(default_factory=list)  # loss of a step's minibatches together: a mean over tokens
+    tokens: list[int] = field(default_factory=list)  # that carry loss, of a step
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def train(
@@ -187,7 +190,10 @@ class Reference:
                 for group in adam.param_groups:
                     group["lr"] = now
                 results.append(self._update(rollouts[a:b], old, step, adam, optimizer["clip_grad"]))
-            loss, size, norm, outliers = np.mean(results, axis=0).tolist()
+            loss, size, norm, outliers, _ = np.mean(results, axis=0).tolist()
+            counts = [count for *_, count in results]
+            self.tokens.append(sum(counts))
+            self.over_tokens.append(sum(result[0] * result[-1] for result in results) / sum(counts))
             self.losses.append(loss)
             self.sizes.append(size)
             self.grad_norms.append(norm)
@@ -195,7 +201,7 @@ class Reference:
 
     def _update(
         self, rollouts: list[Rollout], old: dict[int, Tensor], step: int, adam: Any, clip: float
-    ) -> tuple[float, float, float, float]:
+    ) -> tuple[float, float, float, float, int]:
         adam.zero_grad()
         losses, outliers, written = [], 0, 0
         for rollout in rollouts:
@@ -212,13 +218,13 @@ class Reference:
         norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip))
         adam.step()
         loss_T = loss_T.detach()
-        return float(loss_T.mean()), float(loss_T.abs().mean()), norm, outliers / max(written, 1)
+        return float(loss_T.mean()), float(loss_T.abs().mean()), norm, outliers / max(written, 1), len(loss_T)
 
     def _support(self, logp_NV: Tensor, old_NV: Tensor, target_N1: Tensor) -> Tensor:
         """True at the candidates, bool ``[N, V]``; the student's own are those at the weights of the rollout."""
         inside_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
         whose = {
-            "": [torch.arange(self.vocab_size).expand(len(logp_NV), -1)],
+            "": [torch.arange(logp_NV.size(1)).expand(len(logp_NV), -1)],
             "teacher": [logp_NV.topk(self.objective.k).indices],
             "student": [old_NV.topk(self.objective.k).indices],
             "union": [x.topk(self.objective.k).indices for x in (logp_NV, old_NV)],
@@ -227,6 +233,18 @@ class Reference:
         for ids_NK in whose[self.objective.support]:
             inside_NV.scatter_(1, ids_NK, True)
         return inside_NV
+
+    def _others(self) -> list[int]:
+        return [i for i in range(self.vocab_size) if i not in self.objective.ends]
+
+    def _merged(self, logprob_LV: Tensor) -> Tensor:
+        """Log-probs of all ids that are no end, and in the last column those of the ends together."""
+        ends_L1 = logprob_LV[:, list(self.objective.ends)].logsumexp(-1, keepdim=True)
+        return torch.cat([logprob_LV[:, self._others()], ends_L1], dim=1)
+
+    def _category(self, token: int) -> int:
+        others = self._others()
+        return len(others) if token in self.objective.ends else others.index(token)
 
     def _token_losses(self, rollout: Rollout, old_LV: Tensor, step: int) -> tuple[Tensor, int]:
         """Loss of every token of the sequence that carries one, and its number of outliers."""
@@ -242,6 +260,10 @@ class Reference:
         with torch.no_grad():
             logp_NV = hf_logprobs(self.teacher, rollout.token_ids, self.vocab_size)[first:]
         target_N1 = tokens[first + 1 :, None]
+        old_LV = old_LV if not self.objective.ends else self._merged(old_LV)
+        if self.objective.ends:
+            logq_NV, logp_NV = self._merged(logq_NV), self._merged(logp_NV)
+            target_N1 = torch.tensor([[self._category(int(i))] for i in target_N1])
         logq, logp, old = (x.gather(1, target_N1)[:, 0] for x in (logq_NV, logp_NV, old_LV[first:]))
         continuation = torch.from_numpy(rollout.region_L[first + 1 :] == Region.CONTINUATION)
         on_policy = -(logp - logq).detach() * logq
