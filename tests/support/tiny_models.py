@@ -221,7 +221,10 @@ class Reference:
         return float(loss_T.mean()), float(loss_T.abs().mean()), norm, outliers / max(written, 1), len(loss_T)
 
     def _support(self, logp_NV: Tensor, old_NV: Tensor, target_N1: Tensor) -> Tensor:
-        """True at the candidates, bool ``[N, V]``; the student's own are those at the weights of the rollout."""
+        """True at the candidates, bool ``[N, V]``; the student's own are those at the weights of the rollout.
+
+        Candidates are ids; the ends are one when one of them is.
+        """
         inside_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
         whose = {
             "": [torch.arange(logp_NV.size(1)).expand(len(logp_NV), -1)],
@@ -232,7 +235,10 @@ class Reference:
         }
         for ids_NK in whose[self.objective.support]:
             inside_NV.scatter_(1, ids_NK, True)
-        return inside_NV
+        if not self.objective.ends:
+            return inside_NV
+        ends_N1 = inside_NV[:, list(self.objective.ends)].any(-1, keepdim=True)
+        return torch.cat([inside_NV[:, self._others()], ends_N1], dim=1)
 
     def _others(self) -> list[int]:
         return [i for i in range(self.vocab_size) if i not in self.objective.ends]
@@ -260,18 +266,18 @@ class Reference:
         with torch.no_grad():
             logp_NV = hf_logprobs(self.teacher, rollout.token_ids, self.vocab_size)[first:]
         target_N1 = tokens[first + 1 :, None]
-        old_LV = old_LV if not self.objective.ends else self._merged(old_LV)
+        compared = self.objective.name in ("fkl", "rkl")
+        inside_NV = self._support(logp_NV, old_LV[first:], target_N1) if compared else None
         if self.objective.ends:
+            old_LV = self._merged(old_LV)
             logq_NV, logp_NV = self._merged(logq_NV), self._merged(logp_NV)
             target_N1 = torch.tensor([[self._category(int(i))] for i in target_N1])
         logq, logp, old = (x.gather(1, target_N1)[:, 0] for x in (logq_NV, logp_NV, old_LV[first:]))
         continuation = torch.from_numpy(rollout.region_L[first + 1 :] == Region.CONTINUATION)
         on_policy = -(logp - logq).detach() * logq
-        if self.objective.name in ("fkl", "rkl"):
+        if inside_NV is not None:
             first_NV, second_NV = (logp_NV, logq_NV) if self.objective.name == "fkl" else (logq_NV, logp_NV)
-            divergence = kl_within(
-                first_NV, second_NV, self._support(logp_NV, old_LV[first:], target_N1), self.objective.tail
-            )
+            divergence = kl_within(first_NV, second_NV, inside_NV, self.objective.tail)
             return torch.where(continuation, divergence, 0.0), 0
         if self.objective.name == "exopd":
             with torch.no_grad():
