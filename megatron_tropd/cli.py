@@ -144,6 +144,17 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _settings(config: Path, overrides: list[str], **options: Any) -> Any:
+    """Load the configuration, and decide on the device before anything else looks for one."""
+    from megatron_tropd.config.loading import load_config
+
+    settings = load_config(config, overrides, **options)
+    from megatron_tropd.parallel.device import use_device
+
+    use_device(settings.device)
+    return settings
+
+
 def _leave() -> None:
     """End the process group, so that no rank is torn down while another still talks to it."""
     import torch
@@ -178,10 +189,8 @@ def train(config: Config, overrides: Overrides = None) -> None:
     SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask it to stop: it writes a checkpoint and exits with status 75 (130 on Ctrl-C;
     a second Ctrl-C ends it at once). Start it again to resume.
     """
-    from megatron_tropd.config.loading import load_config
-
     check_launcher(os.environ)
-    settings = load_config(config, overrides or [], world_size=_world_size())
+    settings = _settings(config, overrides or [], world_size=_world_size())
     from megatron_tropd.train.preemption import Preempted
     from megatron_tropd.train.session import run_training
 
@@ -205,14 +214,13 @@ def check(
     ] = None,
 ) -> None:
     """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
-    from megatron_tropd.config.loading import load_config
-
     if cluster is not None:
         from megatron_tropd.commands.cluster_plan import print_cluster_plan
+        from megatron_tropd.config.loading import load_config
 
         print_cluster_plan(load_config(config, overrides or [], check_paths=False), cluster)
         return
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides or [])
     from megatron_tropd.commands.check import check_plan
 
     check_plan(settings)
@@ -281,14 +289,13 @@ def generate(
 
 def _generate_from_config(target: Path, arguments: list[str], given: dict[str, Any], alone: list[str]) -> None:
     from megatron_tropd.commands.generate import generate_from_config
-    from megatron_tropd.config.loading import load_config
 
     if alone:
         raise ConfigError(f"{alone[0]} is for a model; with a configuration set data.* instead, as in data.system=...")
     out, *overrides = arguments
     if "=" in out:
         raise ConfigError(f"{out} stands where the file to write is expected: tropd generate CONFIG OUT [key=value]...")
-    config = load_config(target, overrides)
+    config = _settings(target, overrides)
     rollout, teacher = config.rollout, config.teacher
     defaults = {
         "max_new_tokens": rollout.max_new_tokens,
@@ -371,11 +378,11 @@ def evaluate(
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
     check_launcher(os.environ)
-    from megatron_tropd.config.loading import load_config, load_suite
-
     if target.is_dir():
         if not suite:
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
+        from megatron_tropd.config.loading import load_suite
+
         suites = [load_suite(file, overrides or []) for file in suite]
         from megatron_tropd.commands.evaluate import evaluate_model, limited
         from megatron_tropd.types import ModelSource
@@ -401,7 +408,7 @@ def evaluate(
         changes.append("evaluate.allow_code_execution=true")
     if sandbox != "required":
         changes.append(f"evaluate.sandbox={sandbox}")
-    settings = load_config(target, changes, world_size=_world_size())
+    settings = _settings(target, changes, world_size=_world_size())
     if not settings.evaluate.prompts and not any(suite.prompts for suite in settings.evaluate.suites):
         raise ConfigError("evaluate.prompts is null: there is nothing to evaluate on. Give a file of problems.")
     from megatron_tropd.commands.evaluate import evaluate_models
@@ -485,6 +492,10 @@ def _convert(
 
 @app.command()
 def health(
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs that the ranks of every machine must have, each its own; default: any number."),
+    ] = None,
     shared: Annotated[
         Path | None, typer.Option(help="A directory that all ranks should see, such as that of the runs.")
     ] = None,
@@ -494,7 +505,7 @@ def health(
     from megatron_tropd.commands.health import check_health
     from megatron_tropd.errors import HealthError
 
-    problems = check_health(shared=shared, timeout_s=timeout_s)
+    problems = check_health(gpus=gpus, shared=shared, timeout_s=timeout_s)
     if problems and _is_first():
         raise HealthError(f"{len(problems)} problem(s):\n" + "\n".join(f"  {problem}" for problem in problems))
     if problems:
@@ -513,9 +524,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
 ) -> None:
     """Start a vLLM server that this configuration can train with, on GPUs or on CPU."""
-    from megatron_tropd.config.loading import load_config
-
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides or [])
     from megatron_tropd.commands import serve as serving
 
     serving.serve(settings, role, host=host, port=port)
@@ -528,9 +537,7 @@ def score(config: Config, overrides: Overrides = None) -> None:
     A run with teacher.recorded_from then needs no teacher.
     """
     check_launcher(os.environ)
-    from megatron_tropd.config.loading import load_config
-
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides or [])
     from megatron_tropd.commands import score as scoring
 
     scoring.score(settings)
@@ -561,8 +568,9 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    from megatron_tropd.commands.demo import of_engine, student_server
+    from megatron_tropd.commands.demo import of_engine, ranks_for, student_server
 
+    processes = ranks_for(processes, overrides or [])
     changes = [*_of_preset(root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
     added, needs_servers = of_engine(engine)

@@ -8,6 +8,7 @@
 #   RANKS         processes per machine                               (default: one per GPU)
 #   PORT          port of the meeting                                 (default: 29400)
 #   RUN           name of the run, where several meet at one port     (default: tropd)
+#   INTERFACE     network interface between the machines, where NCCL and gloo choose another
 #   ADDRESS       this machine's address, where its host name means nothing to the others
 #   MAX_RESTARTS  restarts from the newest checkpoint after a failure (default: 100)
 #   PATIENCE      seconds that the others wait for a machine to come back (default: 3600)
@@ -22,6 +23,9 @@
 set -euo pipefail
 [ $# -ge 1 ] && [ -n "${HEAD:-}" ] && [ -n "${NODES:-}" ] ||
   { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0" >&2; exit 64; }
+
+# shellcheck source=/dev/null
+. "$(dirname "$0")/environment.sh"
 
 # this machine alone: one that takes another's place finds the others training
 [ "${HEALTH:-yes}" = no ] ||

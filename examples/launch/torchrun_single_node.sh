@@ -11,6 +11,9 @@
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "$0" >&2; exit 64; }
 
+# shellcheck source=/dev/null
+. "$(dirname "$0")/environment.sh"
+
 # torch 2.13 would hand restarted ranks the addresses of the ranks before them (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 

@@ -22,11 +22,13 @@ from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
+from megatron_tropd.planning.decoding import advice
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving
 from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.table import print_titled
 from megatron_tropd.report.terminal import literal, say
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.setup.chat_templates import DIFFERENCES, difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
@@ -183,6 +185,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(config, inputs)),
         *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
         ("ranks", _ranks(config)),
+        *_sampler(inputs.student, config),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
         (
             "step",
@@ -197,6 +200,14 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     ):
         table.add_row(literal(name), literal(value))
     return table
+
+
+def _sampler(student: Architecture, config: RunConfig) -> list[tuple[str, str]]:
+    """Say what sampling with the trainer's own model costs where there is a GPU; nothing of other samplers."""
+    if not ROLLOUT_ENGINES[config.rollout.engine].is_embedded:
+        return []
+    cost = advice(student, total_parameters(student), new_tokens=config.rollout.max_new_tokens)
+    return [("sampler", f"the trainer's own model; on a GPU {cost}")]
 
 
 def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, Layout]]:

@@ -44,6 +44,17 @@ def of_engine(name: str | None) -> tuple[list[str], bool]:
     return [_SMALL_CACHE] if row.needs_vllm or row.needs_servers else [], row.needs_servers
 
 
+def ranks_for(wanted: int, overrides: Sequence[str]) -> int:
+    """Return how many ranks this machine has room for, with a sentence where that is fewer: a GPU serves one rank."""
+    import torch
+
+    gpus = 0 if "device=cpu" in overrides or not torch.cuda.is_available() else torch.cuda.device_count()
+    if not 0 < gpus < wanted:
+        return wanted
+    print(f"{gpus} GPU(s) here: the demo runs on {gpus} rank(s) instead of {wanted}", flush=True)
+    return gpus
+
+
 @contextmanager
 def student_server(config: Path, overrides: Sequence[str], *, root: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Run a server on a free port of loopback, ended with the block: its address, and the variable that holds its key.

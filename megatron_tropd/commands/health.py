@@ -1,13 +1,14 @@
 """Check in seconds whether machines are fit to train on: devices, versions, collectives, the shared file system.
 
-``tropd health``, under the launcher that will start the training. Nothing of the package but its errors is needed, so
-that what a broken installation breaks is not this. Ranks exchange words by the store they meet at, as JSON, before
-any collective is tried: a rank that is missing or unfit is named instead of waited for.
+``tropd health``, under the launcher that will start the training. Little of the package is needed, so that what a
+broken installation breaks is not this: the rest is imported as one of the checks. Ranks exchange words by the store
+they meet at, as JSON, before any collective is tried: a rank that is missing or unfit is named instead of waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import secrets
@@ -27,9 +28,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.errors import HealthError
+from megatron_tropd.errors import ConfigError, HealthError
+from megatron_tropd.parallel.device import device_id, local_device, unused_gpus
 from megatron_tropd.report.terminal import literal
 
+_TRAINER = "megatron_tropd.train.session"
 _PACKAGES = ("torch", "megatron-core", "megatron-tropd")
 _MATRIX = {"cpu": 512, "cuda": 8192}  # a product of milliseconds
 _MESSAGE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -52,6 +55,7 @@ class Fitness:
     tflops: float  # of a square matrix product
     versions: dict[str, str]
     problems: list[str]  # empty when it is fit
+    gpu: str = ""  # what tells its GPU from all others; empty for a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +100,11 @@ class _Meeting:
         return _Meeting(self.store, self.rank, self.world, patient_s).hear(topic, 0)
 
 
-def check_health(*, shared: Path | None = None, timeout_s: float = 120.0) -> list[str]:
+def check_health(*, gpus: int | None = None, shared: Path | None = None, timeout_s: float = 120.0) -> list[str]:
     """Check every rank alone, then all of them together; the first prints a table. Collective.
 
     Args:
+        gpus: so many GPUs the ranks of every machine must have between them; None: any number.
         shared: a directory that all ranks should see, such as that of the runs.
         timeout_s: how long ranks wait for one another.
 
@@ -110,7 +115,7 @@ def check_health(*, shared: Path | None = None, timeout_s: float = 120.0) -> lis
         HealthError: the ranks cannot meet at all.
     """
     meeting = _meet(timeout_s)
-    problems, facts = _agree_alone(meeting)
+    problems, facts = _agree_alone(meeting, gpus)
     if not problems:
         problems, fabric = _try_together(meeting, facts, shared)
         if meeting.rank == 0:
@@ -142,7 +147,7 @@ def _meet(timeout_s: float) -> _Meeting:
 # --------------------------------------------------------------------------- alone
 
 
-def _agree_alone(meeting: _Meeting) -> tuple[list[str], list[Fitness]]:
+def _agree_alone(meeting: _Meeting, gpus: int | None) -> tuple[list[str], list[Fitness]]:
     """Return what is wrong with single ranks, on every rank, and what they are (on the first only)."""
     meeting.tell("fitness", asdict(_examine(meeting.rank)))
     facts: list[Fitness] = []
@@ -150,7 +155,8 @@ def _agree_alone(meeting: _Meeting) -> tuple[list[str], list[Fitness]]:
         reported = meeting.hear_all("fitness")
         missing = [rank for rank, word in enumerate(reported) if word is None]
         facts = [Fitness(**word) for word in reported if word is not None]
-        meeting.tell("alone", [*_absence(missing, facts, meeting), *_problems_of(facts)])
+        found = [*_absence(missing, facts, meeting), *_problems_of(facts), *_gpu_problems(facts, gpus)]
+        meeting.tell("alone", found)
     verdict = meeting.hear_verdict("alone")
     return (["the first rank has not answered"] if verdict is None else verdict), facts
 
@@ -167,15 +173,21 @@ def _absence(missing: Sequence[int], facts: Sequence[Fitness], meeting: _Meeting
 
 def _examine(rank: int) -> Fitness:
     """Examine this rank's own device."""
-    problems: list[str] = []
+    problems, gpu = _import_trainer(), ""
     device, name, memory, tflops = torch.device("cpu"), "cpu", _ram_bytes(), 0.0
+    if (unused := unused_gpus()) and not torch.cuda.is_available():
+        problems.append(f"the CPU would be used: {unused}")
     try:
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            device = local_device(os.environ)
             torch.cuda.set_device(device)
-            name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+            name, memory, gpu = (
+                torch.cuda.get_device_name(device),
+                torch.cuda.mem_get_info(device)[1],
+                device_id(device),
+            )
         tflops = _product(device)
-    except RuntimeError as error:  # of a device that is not there, is broken, or gets its sums wrong
+    except (RuntimeError, ConfigError) as error:  # of a device that is not there, is broken, or gets its sums wrong
         problems.append(str(error).splitlines()[0])
     return Fitness(
         rank=rank,
@@ -185,7 +197,18 @@ def _examine(rank: int) -> Fitness:
         tflops=tflops,
         versions={package: _version(package) for package in _PACKAGES},
         problems=problems,
+        gpu=gpu,
     )
+
+
+def _import_trainer() -> list[str]:
+    """Import what ``tropd train`` does: a package that is there by half raises anything."""
+    try:
+        importlib.import_module(_TRAINER)
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        return [f"the trainer cannot be imported: {type(error).__name__}: {said[0]}"]
+    return []
 
 
 def _ram_bytes() -> int:
@@ -232,6 +255,22 @@ def _problems_of(facts: Sequence[Fitness]) -> list[str]:
         for fact in facts
         if fact.device != "cpu" and not fact.problems and fact.tflops < _SLOW * usual
     ]
+    return problems
+
+
+def _gpu_problems(facts: Sequence[Fitness], wanted: int | None) -> list[str]:
+    """List the machines whose ranks share a GPU, or have others than the wanted number of them."""
+    problems = []
+    for host in dict.fromkeys(fact.host for fact in facts):
+        here = [fact for fact in facts if fact.host == host and fact.gpu]
+        used = {fact.gpu: [other.rank for other in here if other.gpu == fact.gpu] for fact in here}
+        problems += [
+            f"ranks {', '.join(map(str, ranks))} on {host} share one GPU: each needs its own"
+            for ranks in used.values()
+            if len(ranks) > 1
+        ]
+        if wanted is not None and len(used) != wanted:
+            problems.append(f"{host}: its ranks use {len(used)} GPU(s), and --gpus is {wanted}")
     return problems
 
 

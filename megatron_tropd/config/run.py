@@ -17,6 +17,7 @@ from megatron_tropd.config.sections import (
     BaseConfig,
     CheckpointConfig,
     DataConfig,
+    Device,
     Dtype,
     EvaluateConfig,
     ExportConfig,
@@ -45,6 +46,11 @@ class RunConfig(Section):
     run_dir: UserPath = Field(description="Directory of the run: metrics, config, checkpoints, report.")
     seed: Whole = key(0, "Seed of every random number of the run.", ge=0, lt=2**63)
     dtype: Dtype = key("bf16", "Compute type. `bf16` keeps fp32 master weights.")
+    device: Device = key(
+        "auto",
+        "Where to compute: `cuda` refuses to run without a GPU; `auto` takes one, and says so where a machine has one "
+        "that torch does not see.",
+    )
     collective_timeout_s: Real = key(
         1800.0,
         "Seconds that ranks wait for one another before they give up; a node that is cut off is noticed no sooner. "

@@ -51,6 +51,7 @@ Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
 UserPaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]  # a path, a glob, a directory, or a list of them
 Dtype = Literal["fp32", "bf16"]
+Device = Literal["auto", "cuda", "cpu"]
 Grader = Literal["final_number", "exact", "math", "choice", "regex", "code"]
 CodeExecution = bool | Literal["unconfined"]  # may programs of a model be run; also where nothing confines them
 RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]

@@ -436,7 +436,11 @@ def _sharded_state(model: Model, optimization: Optimization, *, loading: bool) -
         # of the distributed optimizer: its default is refused by the same version's checkpoints
         dict(state),
         is_loading=loading,
-        metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+        # Gathered through gloo onto the first data rank: NCCL would have whole states on every rank, and on its GPU.
+        metadata={
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        },
     )
     state["scheduler"] = optimization.scheduler.state_dict()
     state["torch_rng"] = torch.get_rng_state()

@@ -57,6 +57,8 @@ def expert_options(architecture: Architecture, *, balance: float) -> dict[str, A
         "moe_router_pre_softmax": not architecture.normalize_experts,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": balance,
+        # in bf16 experts near a tie would be chosen by rounding, in another way than Hugging Face's and vLLM's
+        "moe_router_dtype": "fp32",
     }
 
 

@@ -314,13 +314,20 @@ def transformer_config(
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         use_cpu_initialization=not torch.cuda.is_available(),
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fuses_activations(torch.cuda.is_available()),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **options,
     )
+
+
+def fuses_activations(gpu: bool) -> bool:
+    """Say whether SwiGLU is one kernel, compiled by torch, that keeps its input alone for backward. On a CPU compiling
+    takes longer than it saves.
+    """
+    return gpu
 
 
 def uneven_stages(num_layers: int, pipeline: int) -> dict[str, int]:

@@ -92,7 +92,7 @@ class OffloadedTensors:
                         host_bytes.copy_(device_bytes, non_blocking=True)
                 self._copied = True
                 self._stats.to_host += sum(sizes)
-            _wait_for(self._device)  # for kernels that still read them, and for the copies
+            wait_for_device(self._device)  # for kernels that still read them, and for the copies
             for storage in storages:
                 storage.resize_(0)
             self._gone, self.away = list(zip(storages, sizes, strict=True)), True
@@ -112,7 +112,7 @@ class OffloadedTensors:
                 for device_bytes, host_bytes in _paired(storage, self._host.pieces[number]):
                     device_bytes.copy_(host_bytes, non_blocking=True)
                 self._stats.to_device += size
-            _wait_for(self._device)
+            wait_for_device(self._device)
             self._gone, self.away = [], False
 
     @contextmanager
@@ -200,6 +200,7 @@ def device_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(unique.values())
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
+    """Wait for all that this process has asked of the device; a CPU has done it already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -79,6 +80,17 @@ class Optimization:
             self.states.offload()
             self.gradients.offload()
 
+    def apply(self, grad_norm: float) -> None:
+        """Clip the gradients, of which ``prepare_grads`` has been called and the norm is known, and update.
+        Collective.
+
+        Megatron's own ``step`` would copy the gradients and take their norm another time.
+        """
+        for part in _parts(self.optimizer):
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+
     def set_update(self, update: int) -> float:
         """Set learning rate and weight decay for the ``update``-th update (from 0); return the learning rate.
 
@@ -115,6 +127,16 @@ def _states(optimizer: Any, wrapped: Sequence[torch.nn.Module]) -> Iterator[Tens
 def _gradients(wrapped: Sequence[DistributedDataParallel]) -> Iterator[Tensor]:
     for module in wrapped:
         yield from (buffer.grad_data for buffer in (*module.buffers, *module.expert_parallel_buffers))
+
+
+def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let torch's AdamW, which Megatron takes for want of Transformer Engine and apex, update in one kernel on a GPU.
+
+    By default its temporaries are as large as the states.
+    """
+    if device.type == "cuda" and isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
 
 
 def _is_distributed_torch(part: Any) -> bool:
@@ -190,6 +212,10 @@ def optimize(
     for module in wrapped:
         module.register_forward_pre_hook(lambda *_: gradients.check())
     for part in _parts(optimizer):
+        fuse_adam(part.optimizer, model.device)
+        if isinstance(part, DistributedOptimizer):
+            # gathers of checkpoints take host memory on one rank alone; the group has a gloo end for that
+            part.data_parallel_group_gloo = part.data_parallel_group
         part.optimizer.register_step_pre_hook(lambda *_: states.check())
         if _is_distributed_torch(part):
             load_without_steps(part)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tropd.engine.forward import run_packs
 from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.offload import wait_for_device
 from megatron_tropd.engine.optimizer import Optimization
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.engine.views import StudentRows, TrainPack, picked_ids, student_rows, views_of
@@ -125,9 +126,10 @@ class Trainer:
                 f"the gradient norm of update {update} is {grad_norm}. No weight was changed. Lower optimizer.lr."
             )
         with optimization.states.present(), use_parallel_state(self.model.groups):
-            optimization.optimizer.step()
+            optimization.apply(grad_norm)
         if optimization.overlap is not None:
             optimization.overlap.updated()
+        wait_for_device(self.model.device)  # or the seconds would be those of asking for it
         return replace(sums, grad_norm=grad_norm, lr=lr, optimizer_seconds=time.perf_counter() - started)
 
     def probe(self, packs: Sequence[TrainPack]) -> StepResult:

@@ -81,7 +81,7 @@ def reduce_scatter_rows(x_TD: Tensor, group: Group) -> Tensor:
             f"Pad the pack to a multiple of {ranks} tokens."
         )
     rows = x_TD.shape[0] // ranks
-    if dist.get_backend(group) == dist.Backend.NCCL:
+    if x_TD.is_cuda:  # NCCL; the group's own name is that of all its backends, "cpu:gloo,cuda:nccl"
         share_tD = x_TD.new_empty((rows, *x_TD.shape[1:]))
         _reduce_scatter_single(share_tD, x_TD.contiguous(), op=dist.ReduceOp.SUM, group=group)
         return share_tD

@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.parallel.device import local_device
 from megatron_tropd.parallel.wakeup import interruptible
 
 
@@ -74,12 +75,14 @@ def initialize_distributed(
     """Join torchrun's world, or make a world of one. Return this rank's device.
 
     Safe to call twice. Uses NCCL where there are GPUs and gloo elsewhere. Joining may take as long as it takes; from
-    then on a collective over all ranks that lasts longer than ``timeout_s`` is an error. ``place``: (store to meet at,
-    rank, size) of a world that is not all of torchrun's.
+    then on, all ranks having met, a collective over them that lasts longer than ``timeout_s`` is an error. ``place``:
+    (store to meet at, rank, size) of a world that is not all of torchrun's.
+
+    Raises:
+        ConfigError: this machine has more ranks than GPUs.
     """
-    has_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    device = local_device(os.environ)
+    has_gpu = device.type == "cuda"
     if has_gpu:
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -95,8 +98,18 @@ def initialize_distributed(
             dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _connect_all(device)
     distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))
     return device
+
+
+def _connect_all(device: torch.device) -> None:
+    """Have all ranks meet in one collective.
+
+    NCCL makes a group's communicator at its first use, by all ranks. Were that a batch of point-to-point messages
+    (``PointToPoint.exchange``), in which some ranks have no part, it would wait for those.
+    """
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 class GroupBuilder:

@@ -46,7 +46,8 @@ class PointToPoint:
 
     def exchange(self, messages: Sequence[Transfer]) -> Callable[[], None]:
         """Start all messages and return what waits for them, which is to be kept until then: a message that nobody
-        can wait for any more may never be sent. Between two ranks they keep their order.
+        can wait for any more may never be sent. Between two ranks they keep their order. Ranks without messages need
+        not call: all have met before (``initialize_distributed``).
         """
         operations = [dist.P2POp(dist.isend if m.sent else dist.irecv, m.tensor, m.peer) for m in messages]
         requests = dist.batch_isend_irecv(operations) if operations else []

@@ -34,6 +34,7 @@ from megatron_tropd.engine.model import check_divisible, check_trainable, padded
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import Method
 from megatron_tropd.planning.activations import activation_bytes
+from megatron_tropd.planning.decoding import host_seconds
 from megatron_tropd.planning.parameters import States, frozen_states, layers_of_stages, total_parameters, trained_states
 from megatron_tropd.planning.phases import by_phase, leaving, moved_bytes
 from megatron_tropd.planning.traffic import (
@@ -50,6 +51,8 @@ from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture
 
 _GIB = 2**30
+# of one group's channels, in both directions; of Hopper within and between nodes, and not measured here
+_COMMUNICATOR_BYTES = 64 * 2**20
 _TILE_BYTES = 2 * 4 * 2**26  # of logits, in fp32, that the loss holds on a GPU whatever the number of tokens
 
 
@@ -243,7 +246,36 @@ def _memory(job: ClusterJob, student: Layout, teacher: Layout, recompute: str, s
         "teacher": 0 if job.teacher_section.ranks else _teacher_weights(job, teacher),
         "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
         "key-value cache": cache * embedded,
+        "communicators": _COMMUNICATOR_BYTES * _communicators(job, student, teacher),
     }
+
+
+def _communicators(job: ClusterJob, student: Layout, teacher: Layout) -> int:
+    """Count the groups of a rank that NCCL holds buffers for: each that communicates, of as many ranks as it may.
+
+    Groups of the same ranks are one, whichever model's they are.
+    """
+    layouts = [(student, "student")] + ([] if job.teacher_section.ranks else [(teacher, "teacher")])
+    gpus = job.part("student").gpus
+    found = {(1, gpus)} if gpus > 1 else set()  # all ranks
+    for layout, _ in layouts:
+        model = layout.tensor * layout.context
+        data = gpus // (layout.tensor * layout.pipeline)
+        # (ranks apart, number of ranks) tells a regular group from others
+        groups = [(1, layout.tensor), (layout.tensor, layout.context), (gpus // layout.pipeline, layout.pipeline)]
+        groups += [(layout.tensor, data), (layout.tensor, layout.expert), (1, model)]
+        found.update((apart, size) for apart, size in groups if size > 1)
+    return len(found)
+
+
+def checkpoint_bytes(job: ClusterJob, student: Layout) -> int:
+    """Return the bytes of host memory that the first of a model's data ranks fills while a checkpoint is written: all
+    ranks' shares of weights and moments, in fp32.
+    """
+    if not job.optimizer.distributed:
+        return 0
+    moments = 2 if job.optimizer.name == "adam" else int(job.optimizer.momentum > 0)
+    return states_of(job, student).weights // job.itemsize * 4 * (1 + moments)
 
 
 def _teacher_weights(job: ClusterJob, layout: Layout) -> int:
@@ -345,16 +377,20 @@ def _compute_seconds(job: ClusterJob, role: str, layout: Layout, packs: int, rec
 
 
 def _rollout_seconds(job: ClusterJob) -> float:
-    """Return the seconds of generation token by token: each reads all weights, and every sequence's own past."""
+    """Return the seconds of generation token by token: each reads all weights, and every sequence's own past. The
+    embedded sampler takes Python's time where that is longer.
+    """
     a, cluster, rollout = job.student, job.part("student"), job.rollout
-    if not ROLLOUT_ENGINES[rollout.engine].generates:
+    engine = ROLLOUT_ENGINES[rollout.engine]
+    if not engine.generates:
         return 0.0
     tensor = rollout.parallel.tensor
     at_once = max(1, min(rollout.batch_size, -(-job.sequences * tensor // cluster.gpus)))
     rounds = -(-job.sequences * tensor // (cluster.gpus * at_once))
     past = at_once * job.length / 2 * 2 * a.num_kv_heads * a.head_dim * a.num_layers * job.itemsize
     read = (total_parameters(a) * job.itemsize + past) / tensor
-    return rounds * job.response * read / (cluster.memory_gb_s * 1e9 * cluster.efficiency)
+    reading = read / (cluster.memory_gb_s * 1e9 * cluster.efficiency)
+    return rounds * job.response * max(reading, host_seconds(a) if engine.is_embedded else 0.0)
 
 
 # --------------------------------------------------------------------------- ranking

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tropd.config.sections import Layout
-from megatron_tropd.planning.cluster import ClusterJob, Estimate, room
+from megatron_tropd.planning.cluster import ClusterJob, Estimate, checkpoint_bytes, room
 
 _GIB = 2**30
 
@@ -25,6 +25,13 @@ def print_requested(console: Console, job: ClusterJob, requested: Estimate) -> N
     _print_columns(console, "of which at the same time, GiB", requested.phases, _GIB, total=False)
     if requested.teacher_memory:
         _print_columns(console, "Memory of the teacher's fullest rank, GiB", requested.teacher_memory, _GIB)
+    if saving := checkpoint_bytes(job, requested.student):
+        console.print(
+            f"While a checkpoint is written, the first data rank of each part of the model fills {saving / _GIB:.1f} "
+            "GiB of host memory.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if requested.total_memory > room(job.cluster):
         console.print(
             f"[bold red]does not fit[/]: {requested.total_memory / _GIB:.1f} GiB of {room(job.cluster) / _GIB:.1f} GiB",

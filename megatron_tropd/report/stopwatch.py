@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,23 +19,34 @@ _PHASES = {
 }
 
 
+def _nothing() -> None:
+    """Wait for nothing."""
+
+
 @dataclass(slots=True)
 class Stopwatch:
-    """``with watch("part")`` adds to a part; what a part inside it takes is the inner one's alone."""
+    """``with watch("part")`` adds to a part; what a part inside it takes is the inner one's alone.
 
+    ``settle`` waits for what a device has been asked to do: else its time would be that of whoever waits for it next.
+    """
+
+    settle: Callable[[], None] = _nothing
     started: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     _inner: float = 0.0  # seconds of finished parts inside the one that is being measured
 
     def reset(self) -> None:
+        self.settle()
         self.started, self.parts, self._inner = time.perf_counter(), {}, 0.0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        self.settle()
         before, around = time.perf_counter(), self._inner
         self._inner = 0.0
         with Phase(_PHASES.get(part, part)):
             yield
+        self.settle()
         seconds = time.perf_counter() - before
         self.parts[part] = self.parts.get(part, 0.0) + seconds - self._inner
         self._inner = around + seconds

@@ -185,6 +185,8 @@ def build_run(
         else None,
         keep_logits_bytes=int(config.train.keep_logits_gb * 2**30),
     )
+    # an engine in these processes takes a share of what it finds free: what is offloaded leaves before it comes
+    trainer.end_step()
     return Run(
         **sections_of(config),
         world=world,

@@ -12,6 +12,7 @@ from itertools import chain
 
 from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
+from megatron_tropd.engine.offload import wait_for_device
 from megatron_tropd.engine.step import StepResult
 from megatron_tropd.engine.views import TrainPack
 from megatron_tropd.losses import gates
@@ -32,7 +33,7 @@ def train(
     run: Run, queue: RolloutQueue, *, first_step: int, writer: MetricsWriter | None, hooks: Hooks | None = None
 ) -> None:
     """Train from ``first_step`` to the end. Collective; ``writer`` on the first rank only."""
-    hooks, watch = hooks or Hooks(), Stopwatch()
+    hooks, watch = hooks or Hooks(), Stopwatch(partial(wait_for_device, run.world.device))
     mismatch = MismatchMonitor(run.dtype, run.rollout.gap_warning)
     hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
     with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:

@@ -118,7 +118,8 @@ class LocalEngine:
         self._vocab_size = 0 if scoring is None else scoring.vocab_size
         self._llm = _new_llm(str(model), arguments | dict(options), section=section)
         self._sleeps = bool(options.get("enable_sleep_mode", False))
-        self._asleep = False
+        self._asleep_level = 0  # 0: awake
+        self._again: tuple[Iterable[tuple[str, Tensor]], int] | None = None  # weights and version, to be read anew
 
     def write(self, tasks: Sequence[Task], params: SamplingParams, *, forbidden: range = range(0)) -> list[Written]:
         """Continue every task.
@@ -163,27 +164,41 @@ class LocalEngine:
         return answers
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Take whole tensors under Hugging Face names; nothing computed with the old ones is used again."""
-        self._wake()
+        """Take whole tensors under Hugging Face names; nothing computed with the old ones is used again.
+
+        Tensors that can be iterated over again need not wait in host memory while the engine sleeps.
+        """
+        if self._asleep_level:
+            self._llm.wake_up(tags=["weights"])  # the cache's room still serves the gathering of the new ones
         # vLLM cuts its own slices; it logs what the stream lacks but does not refuse it: see engine.publish.verify
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        if self._asleep_level:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep_level = 0
+        self._again = None if iter(tensors) is tensors else (tensors, version)
         self._llm.reset_prefix_cache()
         self._llm.update_weight_version(str(version))
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the trainer (weights wait in host memory, the cache is dropped) until next used."""
-        if self._sleeps and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = True
+        """Give the GPU's memory to the trainer until next used: the cache is dropped, and so are weights that can be
+        had again; others wait in host memory.
+        """
+        if self._sleeps and not self._asleep_level:
+            self._asleep_level = 1 if self._again is None else 2
+            self._llm.sleep(level=self._asleep_level)
 
     def close(self) -> None:
         """End the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _wake(self) -> None:
-        if self._asleep:
+        """Wake the engine with the weights that it had. Collective where these are read anew."""
+        if self._asleep_level == 2 and self._again is not None:
+            tensors, version = self._again
+            self.load(tensors, version=version)
+        elif self._asleep_level:
             self._llm.wake_up()
-            self._asleep = False
+            self._asleep_level = 0
 
     def _ask(self, sequences: Sequence[Int64Array], options: Sequence[Any]) -> list[Any]:
         self._wake()

@@ -183,7 +183,9 @@ class BroadcastPublisher:
         self._group = None
 
     def _leave_group(self) -> None:
-        """Make the next update meet anew. A broadcast that is stuck is left to its thread until its time is over."""
+        """Make the next update meet anew. A broadcast that is stuck ends with the group."""
+        if self._group is not None:
+            self._group.abort()
         self._sender.shutdown(wait=False, cancel_futures=True)
         self._sender, self._group, self._members = _new_sender(), None, []
 
@@ -202,7 +204,7 @@ class BroadcastPublisher:
                 continue  # the stream is collective: it is drawn to its end
             flat, slots = packed([(name, tensor.to(self._device)) for name, tensor in bucket])
             update.bucket({"slots": [list(slot) for slot in slots], "nbytes": flat.numel()})
-            under_way.append(self._sender.submit(self._group.broadcast, flat))
+            under_way.append(self._sender.submit(self._group.broadcast, flat, after=self._group.mark()))
             # one bucket is sent while the next is gathered
             broken = len(under_way) > 1 and _failed(under_way[-2], update)
         broken = broken or any(_failed(future, update) for future in under_way[-2:])

@@ -2,18 +2,30 @@
 
 The same code on both sides: gloo for CPU tensors, NCCL for CUDA ones. The first member holds the meeting point; it, and
 gloo's connections, use the address given and no other interface.
+
+NCCL knows no lost member: its ``wait`` only queues the wait on a stream, and the watchdog that would end a late
+collective ends the process with it. So all members meet at the store before NCCL is used, every broadcast runs on a
+stream of its own and is watched from the host, and a late one aborts this group and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+
+_LOOKS_S = (0.0005, 0.01)  # shortest and longest time between two looks at a broadcast
+_NEVER = timedelta(days=365)  # of NCCL's watchdog, which is not needed and would end the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +35,57 @@ class SideGroup:
     backend: Any
     store: Any  # the group lives as long as this does
     timeout: timedelta  # of one broadcast
+    stream: torch.cuda.Stream | None = None  # that broadcasts run on; None: there are none
+    aborted: threading.Event = field(default_factory=threading.Event)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Broadcast the first member's contiguous ``tensor`` into everyone's. RuntimeError when a member is lost or
-        too late.
+    def mark(self) -> torch.cuda.Event | None:
+        """Return the point on this thread's stream at which what it has issued so far is done; None without
+        streams.
         """
+        return None if self.stream is None else torch.cuda.current_stream(self.stream.device).record_event()
+
+    def broadcast(self, tensor: Tensor, *, after: torch.cuda.Event | None = None) -> None:
+        """Broadcast the first member's contiguous ``tensor`` into everyone's, and wait for it. RuntimeError when a
+        member is lost or too late, or the group was aborted.
+
+        ``after``: the point (``mark``) at which the tensor is there; None: what this thread has issued by now.
+        """
+        if self.aborted.is_set():
+            raise RuntimeError("the group was given up")
         options = BroadcastOptions()
         options.timeout = self.timeout
         options.rootRank = options.rootTensor = 0
-        self.backend.broadcast([tensor], options).wait()
+        with self._own_stream(tensor, after or self.mark()):
+            work = self.backend.broadcast([tensor], options)
+            self._watch(work)
+
+    def abort(self) -> None:
+        """Give the group up: what is under way ends with an error."""
+        if not self.aborted.is_set():
+            self.aborted.set()
+            self.backend.abort()
+
+    def _watch(self, work: Any) -> None:
+        deadline, pause = time.monotonic() + self.timeout.total_seconds(), _LOOKS_S[0]
+        while not work.is_completed():
+            if self.aborted.is_set():
+                raise RuntimeError("the group was given up")
+            if time.monotonic() > deadline:
+                self.abort()
+                raise RuntimeError(f"a broadcast took longer than {self.timeout.total_seconds():g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOKS_S[1])
+        work.wait()  # raises what it has failed with
+
+    @contextlib.contextmanager
+    def _own_stream(self, tensor: Tensor, after: torch.cuda.Event | None) -> Iterator[None]:
+        if self.stream is None or after is None:
+            yield
+            return
+        self.stream.wait_event(after)
+        tensor.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
 
 
 # longest time to meet: nothing is sent yet, so who takes longer is lost
@@ -80,16 +134,62 @@ def _join(
 ) -> SideGroup:
     meeting = PrefixStore(name, store)
     if device.type == "cuda":
-        from torch.distributed import ProcessGroupNCCL
-
-        nccl = ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return SideGroup(ProcessGroupNCCL(meeting, rank, size, nccl), store, timeout)
+        meet_at(meeting, rank=rank, size=size, timeout=_to_meet(timeout))
+        group = SideGroup(_nccl(meeting, rank, size), store, timeout, torch.cuda.Stream(device))
+        # NCCL makes its communicator at the first use: on the host, and for as long as that takes
+        nothing = torch.zeros(1, dtype=torch.uint8, device=device)
+        within(_to_meet(timeout), lambda: group.broadcast(nothing), device=device)
+        return group
     backend: Any = ProcessGroupGloo  # torch's own type stub lacks its options
     gloo = backend._Options()
     gloo._devices = [backend.create_device(hostname=address)]
     gloo._timeout = _to_meet(timeout)
     return SideGroup(backend(meeting, rank, size, gloo), store, timeout)
+
+
+def _nccl(store: Any, rank: int, size: int) -> Any:
+    """Make a group whose watchdog leaves the process alone: what is late is found, and aborted, here."""
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = _NEVER
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read by the group's constructor
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        return ProcessGroupNCCL(store, rank, size, options)
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def meet_at(store: Any, *, rank: int, size: int, timeout: timedelta) -> None:
+    """Wait until all members have reached this point. RuntimeError when one has not in time."""
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(size)], timeout)
+
+
+def within(timeout: timedelta, call: Callable[[], None], *, device: torch.device | None = None) -> None:
+    """Make a call that may never return, in a thread that nobody waits for. RuntimeError when it takes too long."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="tropd-meeting", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds())
+    if thread.is_alive():
+        raise RuntimeError(f"the group was not made within {timeout.total_seconds():g} s")
+    if failed:
+        raise failed[0]
 
 
 def _to_meet(timeout: timedelta) -> timedelta:

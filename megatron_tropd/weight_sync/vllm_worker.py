@@ -57,7 +57,7 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc]
     _group: SideGroup | None = None
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
-        self._group = None  # an older group, if any, is of a trainer or of servers that are lost
+        self._leave()  # an older group, if any, is of a trainer or of servers that are lost
         self._group = other_member(
             init_info.address,
             init_info.port,
@@ -86,7 +86,12 @@ class WeightReceiver(WeightTransferEngine):  # type: ignore[misc]
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        self._group = None
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
 
     def _from_file(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         with safe_open(bucket.path, framework="pt", device=str(self.device)) as file:

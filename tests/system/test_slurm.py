@@ -20,9 +20,12 @@ SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
 
 # --------------------------------------------------------------------------- with stand-ins that write down their calls
 
-# every call is a line; "srun" of the trainer waits for the signal that the script must hand on, then ends as told
+# every call is a line; "srun" of the trainer waits for the signal that the script must hand on, then ends as told.
+# What sbatch was told of CPUs does not count for a step (man srun, --exact and --cpus-per-task): it would have one
 _SRUN = """#!/usr/bin/env bash
+case "$*" in *--cpus-per-task=*) ;; *) echo "a step without its CPUs: srun $*" >&2; exit 9 ;; esac
 echo "srun $*" >> "$CALLS"
+printenv | grep -E '^(CUDA_DEVICE|PYTORCH_.*ALLOC_CONF|TRITON_CACHE|.*_IFNAME)' | sort > "$CALLS.env"
 case "$*" in
   *" train "*)
     [ -n "${ASKED:-}" ] || exit "$STATUS"
@@ -43,6 +46,7 @@ def submit_to_stand_ins(folder: Path, *argv: str, nodes: str, **environment: str
         (folder / name).chmod(0o755)
     calls = folder / "calls"
     job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "?", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS_PER_NODE": "8"}
+    job["SLURM_CPUS_PER_TASK"] = "12"
     variables = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "NODES": nodes, "ACTIVATE": "none"}
     # as SLURM does: the script is copied elsewhere
     copied = shutil.copy(SCRIPT, folder / "slurm_script")
@@ -60,11 +64,11 @@ def submit_to_stand_ins(folder: Path, *argv: str, nodes: str, **environment: str
 
 
 def step(name: str, folder: Path, nodes: str, per_node: int, command: str) -> str:
-    """The line of one step of job 41."""
+    """The line of one step of job 41, whose tasks share the node's 96 CPUs."""
     count = nodes.count(",") + 1
     return (
         f"srun --exact --nodes={count} --ntasks={count * per_node} --ntasks-per-node={per_node} --nodelist={nodes} "
-        f"--output={folder}/logs/41/{name}-%N.log --open-mode=append {command}"
+        f"--cpus-per-task={96 // per_node} --output={folder}/logs/41/{name}-%N.log --open-mode=append {command}"
     )
 
 
@@ -76,6 +80,40 @@ def test_the_batch_script_checks_the_nodes_and_then_trains_on_all_of_them(tmp_pa
         step("health", tmp_path, "a1,a2", 8, f"--wait=60 {rank} health --shared {tmp_path}"),
         step("train", tmp_path, "a1,a2", 8, f"--wait=120 {rank} train c.yaml seed=3"),
     ]
+
+
+def test_steps_have_what_megatron_nccl_and_triton_want_and_what_is_set_already_stays(tmp_path: Path):
+    (tmp_path / "first").mkdir()
+    submit_to_stand_ins(tmp_path / "first", "c.yaml", nodes="a1", TMPDIR="/local")
+    assert (tmp_path / "first" / "calls.env").read_text().splitlines() == [
+        "CUDA_DEVICE_MAX_CONNECTIONS=1",
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        f"TRITON_CACHE_DIR=/local/tropd-triton-{os.getuid()}",
+    ]
+    submit_to_stand_ins(
+        tmp_path,
+        "c.yaml",
+        nodes="a1",
+        CUDA_DEVICE_MAX_CONNECTIONS="8",
+        PYTORCH_ALLOC_CONF="max_split_size_mb:512",
+        TRITON_CACHE_DIR="/elsewhere",
+        INTERFACE="ib0",
+        GLOO_SOCKET_IFNAME="eth1",
+    )
+    assert (tmp_path / "calls.env").read_text().splitlines() == [
+        "CUDA_DEVICE_MAX_CONNECTIONS=8",
+        "GLOO_SOCKET_IFNAME=eth1",
+        "NCCL_SOCKET_IFNAME=ib0",
+        "PYTORCH_ALLOC_CONF=max_split_size_mb:512",
+        "TRITON_CACHE_DIR=/elsewhere",
+    ]
+
+
+def test_where_the_job_has_gpus_health_counts_them_and_nothing_runs_without(tmp_path: Path):
+    status, calls, said = submit_to_stand_ins(tmp_path, "c.yaml", nodes="a1", SLURM_GPUS_ON_NODE="8")
+    assert status == 0, said
+    assert calls[0].endswith(f"health --gpus 8 --shared {tmp_path}")
+    assert calls[1].endswith("train c.yaml device=cuda")
 
 
 def test_servers_get_the_last_nodes_and_the_trainer_their_addresses(tmp_path: Path):

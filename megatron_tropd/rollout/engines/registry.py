@@ -6,6 +6,9 @@ reads a capability off the row, so that a new engine is a file and a row.
 
 from __future__ import annotations
 
+import logging
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config.sections import RolloutConfig
+from megatron_tropd.models.name_table import EMBEDDING, hf_shapes
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.recorded import RecordedSampler
@@ -27,6 +31,8 @@ from megatron_tropd.vllm_bridge.connect import open_pool
 from megatron_tropd.vllm_bridge.local_engine import check_installed
 from megatron_tropd.vllm_bridge.options import engine_options
 from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,14 @@ class SamplerContext:
     vocab_size: int | None  # ids that may be drawn; None: all
     run_dir: Path
 
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of a whole copy of the weights as they are published: tied embeddings twice."""
+        shapes = hf_shapes(self.architecture)
+        (embedding,) = EMBEDDING.hf
+        tied = shapes[embedding] if self.architecture.tied_embeddings else (0,)
+        return self.dtype.itemsize * sum(math.prod(shape) for shape in (*shapes.values(), tied))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutEngineRow:
@@ -55,6 +69,11 @@ class RolloutEngineRow:
     needs_servers: bool
     needs_vllm: bool  # in this environment
     build: Callable[[SamplerContext], Sampler]
+
+    @property
+    def is_embedded(self) -> bool:
+        """Say whether it is the trainer's own code that samples, in the trainer's processes."""
+        return self.generates and self.colocated and not self.needs_vllm
 
     def check(self) -> None:
         """Raise ConfigError when the engine is not installed here."""
@@ -107,7 +126,9 @@ def _build_servers(context: SamplerContext) -> ServerSampler:
     pool = open_pool(servers, section="rollout.vllm_server", needs=needs) if dist.get_rank() == 0 else None
     publisher: Publisher
     if servers.publish == "files":
-        directory = servers.publish_dir or _publish_directory(context.run_dir)
+        directory = servers.publish_dir or context.run_dir
+        if servers.publish_dir is None and pool is not None:
+            directory = publish_directory(context.run_dir, context.weight_bytes)
         publisher = FilePublisher(pool, directory, bucket_bytes=servers.bucket_mib << 20, transfer_s=servers.transfer_s)
     else:
         publisher = BroadcastPublisher(
@@ -127,10 +148,22 @@ def _build_servers(context: SamplerContext) -> ServerSampler:
     )
 
 
-def _publish_directory(run_dir: Path) -> Path:
-    """Return where weights lie for servers on this host: memory where there is a file system of it."""
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else run_dir.absolute() / "publish"
+def publish_directory(run_dir: Path, weight_bytes: int, *, memory: Path = Path("/dev/shm")) -> Path:
+    """Return where weights lie for servers on this host: memory, where its file system has room for those of two
+    steps, the older of which go when the newer have arrived.
+    """
+    disk = run_dir.absolute() / "publish"
+    if not memory.is_dir():
+        return disk
+    free, needed = shutil.disk_usage(memory).free, 2 * weight_bytes
+    if free >= needed:
+        return memory
+    _log.warning(
+        "%s has %.1f GiB free, and the weights of two steps take %.1f: they are published through %s. Give it more "
+        "(docker run --shm-size), or name a directory (rollout.vllm_server.publish_dir).",
+        *(memory, free / 2**30, needed / 2**30, disk),
+    )
+    return disk
 
 
 EMBEDDED = "megatron"  # the engine that is always there

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.commands import health
+from megatron_tropd.commands.health import Fitness
 from tests.support.run_inputs import commands
 
 
@@ -35,8 +37,6 @@ def test_a_directory_that_cannot_be_shared_is_one_message_and_exit_status_2(tmp_
 def faulty(fault: str, message: str, shared: str) -> None:
     """On the ranks: rank 1 has the fault, and all ranks are told of it in the same words."""
     import torch
-
-    from megatron_tropd.commands import health
 
     rank, here, wait_s = int(os.environ["RANK"]), Path(shared), 20.0
     if fault == "absent":
@@ -97,3 +97,40 @@ def test_a_first_rank_that_cannot_be_reached_is_told_with_its_address():
     assert outcome.status == 2
     assert f"HealthError on rank 1: {socket.gethostname()} cannot reach the first rank at 127.0.0.1:9" in outcome.output
     assert "Traceback" not in outcome.output
+
+
+def fact(rank: int, *, gpu: str, host: str = "a1") -> Fitness:
+    return Fitness(rank=rank, host=host, device="H200", memory_bytes=1, tflops=1.0, versions={}, problems=[], gpu=gpu)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "said"),
+    [
+        (("A", "B"), 2, []),
+        (("A", "B"), None, []),
+        (("A", "B"), 8, ["a1: its ranks use 2 GPU(s), and --gpus is 8"]),
+        (("", ""), 2, ["a1: its ranks use 0 GPU(s), and --gpus is 2"]),
+        (("", ""), None, []),
+        (("A", "A"), None, ["ranks 0, 1 on a1 share one GPU: each needs its own"]),
+    ],
+)
+def test_gpus_of_a_machine_are_counted_and_shared_ones_named(
+    gpus: tuple[str, str], wanted: int | None, said: list[str]
+):
+    assert health._gpu_problems([fact(rank, gpu=gpu) for rank, gpu in enumerate(gpus)], wanted) == said
+
+
+def test_a_package_that_breaks_the_trainers_import_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def broken(name: str) -> None:
+        raise RuntimeError("Found empty `transformer-engine` meta package installed.\nand more lines")
+
+    monkeypatch.setattr(health.importlib, "import_module", broken)
+    assert health._import_trainer() == [
+        "the trainer cannot be imported: RuntimeError: Found empty `transformer-engine` meta package installed."
+    ]
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "unused_gpus", lambda: "this machine has a GPU, but torch sees none.")
+    monkeypatch.setattr(health, "_import_trainer", lambda: [])
+    assert health._examine(0).problems == ["the CPU would be used: this machine has a GPU, but torch sees none."]

@@ -33,8 +33,9 @@ from tests.ranks.test_losses_vocab_parallel import (
 
 # a fixture: the switch is on for every test here
 from tests.unit.losses.test_triton_kernels import kernels_on as kernels_on
-from tests.unit.losses.test_triton_kernels import pytestmark as pytestmark
+from tests.unit.losses.test_triton_kernels import needs_triton
 
+pytestmark = needs_triton
 SMALL = {"tokens": 3, "vocab": 27, "hidden": 7, "teacher_hidden": 5}
 ON_RANKS = pytest.mark.parametrize("world_size", [0, 2], ids="tp{}".format)
 

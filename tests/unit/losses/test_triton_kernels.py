@@ -1,6 +1,6 @@
 """Claims about the Triton kernels of ``losses.vocab_parallel``: each against fp64 and against its plain twin.
 
-On a machine with a GPU the same tests run the compiled kernels; elsewhere Triton's interpreter runs them.
+On a GPU, with ``make test-gpu``, the same tests run the compiled kernels; else Triton's interpreter runs them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 from megatron_tropd.losses.vocab_parallel.statistics import KlStatistics, Statistics, chunk_statistics
 
 REQUIRED = os.environ.get("MEGATRON_TROPD_REQUIRE_COMPILED", "0") not in ("", "0")
-pytestmark = pytest.mark.skipif(not kernels.installed() and not REQUIRED, reason="Triton is optional here")
+needs_triton = pytest.mark.skipif(not kernels.installed() and not REQUIRED, reason="Triton is optional here")
+pytestmark = [needs_triton, pytest.mark.gpu]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS, WIDTH, FIRST = 3, 83, 200  # of the tile; FIRST is the global id of its column 0

@@ -14,7 +14,7 @@ from megatron_tropd.config.loading import load_config
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.activations import pack_bytes, packs_in_flight
-from megatron_tropd.planning.cluster import best, chosen, read_cluster, room
+from megatron_tropd.planning.cluster import best, checkpoint_bytes, chosen, read_cluster, room
 from megatron_tropd.setup.validate import check_layouts, read_architectures
 from tests.support.activation_cases import Case, kept
 from tests.support.distributed import run_on_ranks
@@ -100,9 +100,18 @@ def test_a_plan_is_what_one_works_out_by_hand():
     assert found.sent["student: tensor, node"] == pytest.approx(12 * crossings * whole * 3 / 4, rel=0.01)
     # gradients in fp32 are scattered and weights gathered over 16 ranks
     assert found.sent["student: data, network"] == pytest.approx((4 + 2) * student / 4 * 15 / 16, rel=0.005)
-    # 8192 times all weights and, on average, half of the cache are read at 0.45 of 3350 GB/s
+    # student's and teacher's tensor ranks, their data ranks, the student's 4 and the teacher's 8 apart, and all ranks
+    assert memory["communicators"] == 5 * 64 * 2**20
+    # 8192 times all weights and, on average, half of the cache are read at 0.45 of 3350 GB/s: 13 ms each
     reads = 2 * student + memory["key-value cache"] / 2
     assert found.seconds["rollout"] == pytest.approx(8192 * reads / (0.45 * 3350e9), rel=0.005)
+    # which are 4,172 calls of the embedded sampler: 21 ms
+    embedded = ["rollout.engine=megatron"]
+    in_python = chosen(job_of(load_config(SCALE / "8b-from-32b.yaml", embedded, check_paths=False), CLUSTER))
+    assert in_python.seconds["rollout"] == pytest.approx(8192 * 4172 * 5e-6)
+    # weights and two moments of a quarter of the model in fp32, on the first of its 16 data ranks
+    job = job_of(load_config(SCALE / "8b-from-32b.yaml", check_paths=False), CLUSTER)
+    assert checkpoint_bytes(job, found.student) == pytest.approx(12 * student / 4, rel=0.005)
     # six operations per parameter and two more for the recomputation, on all tokens; attention adds some
     products = 8 * (student - 151936 * 4096) * 320 * 9216 / 64 / (0.45 * 989e12)
     assert products < found.seconds["student: computing"] < 1.5 * products
@@ -117,7 +126,7 @@ def test_what_leaves_the_device_is_counted_where_it_is_used():
     )
     assert moved.memory == kept.memory
     part = kept.memory
-    stays = part["weights"] + part["sampler"]
+    stays = part["weights"] + part["sampler"] + part["communicators"]
     assert moved.phases == pytest.approx(
         {
             "writing rollouts": stays + part["key-value cache"],
@@ -163,7 +172,8 @@ def test_a_cluster_that_will_not_do_is_refused(tmp_path, change, said):
 def test_the_plan_is_printed(capsys):
     print_cluster_plan(load_config(SCALE / "8b-from-32b.yaml", check_paths=False), CLUSTER)
     text = capsys.readouterr().out
-    for words in ("320 sequences", "key-value cache", "student: tensor, node", "rollout", "Layouts that fit"):
+    parts = ("320 sequences", "key-value cache", "student: tensor, node", "rollout", "Layouts that fit")
+    for words in (*parts, "the first data rank of each part of the model fills 22.9 GiB of host memory"):
         assert words in text
     assert read_cluster(CLUSTER).gpus == 64
 

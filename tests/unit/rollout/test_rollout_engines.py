@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,8 @@ from megatron_tropd.config.sections import RolloutConfig
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.rollout.engines import registry
 from megatron_tropd.rollout.engines.checks import check_logprobs
-from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext, publish_directory
+from megatron_tropd.types import Architecture
 
 CPU = torch.device("cpu")
 URLS = ["http://127.0.0.1:8100"]
@@ -97,6 +100,38 @@ def test_only_the_first_rank_talks_to_servers(monkeypatch: pytest.MonkeyPatch):
     )
     made.open_pool.assert_not_called()
     assert made.ServerSampler.call_args.args[0] is None and made.FilePublisher.call_args.args[0] is None
+
+
+def test_weights_lie_in_memory_only_where_two_copies_of_them_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 * 2**20))  # Docker's default
+    assert publish_directory(tmp_path / "run", 32 * 2**20, memory=tmp_path) == tmp_path
+    found = publish_directory(tmp_path / "run", 32 * 2**20 + 1, memory=tmp_path)
+    assert found == tmp_path / "run" / "publish"
+    assert publish_directory(Path("run"), 1, memory=tmp_path / "none") == Path("run").absolute() / "publish"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_counted_as_they_are_published_tied_embeddings_twice(tied: bool):
+    of_a_llama = Architecture(
+        family="LlamaForCausalLM",
+        num_layers=3,
+        hidden_size=8,
+        ffn_size=12,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        vocab_size=7,
+        max_positions=16,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        tied_embeddings=tied,
+        qkv_bias=False,
+        qk_norm=False,
+    )
+    # q, k, v, o; gate, up, down; two norms. Then embedding, final norm, output
+    layer = 8 * 8 + 4 * 8 + 4 * 8 + 8 * 8 + 3 * 12 * 8 + 2 * 8
+    assert replace(context({}), architecture=of_a_llama).weight_bytes == 2 * (3 * layer + 7 * 8 + 8 + 7 * 8)
 
 
 def test_a_recording_is_read_from_where_the_section_says(monkeypatch: pytest.MonkeyPatch):
