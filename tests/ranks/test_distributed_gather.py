@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.engine.checkpoint import load_checkpoint, save_checkpoint
 from megatron_tropd.engine.model import Model, build_model
 from megatron_tropd.engine.optimizer import Optimization, optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from tests.support.distributed import run_on_ranks
 from tests.support.tiny_families import save_family
 
