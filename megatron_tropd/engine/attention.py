@@ -143,6 +143,7 @@ class PlannedAttention(MegatronModule):
         softmax_scale = options.get("softmax_scale")
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.layer_number = layer_number
+        self.last_plan: Plan | None = None  # of this layer's pass under way, for the experts that follow it
         # without it, sharded_state_dict reads Megatron's global state
         self.tp_group = options["pg_collection"].tp
 
@@ -151,6 +152,7 @@ class PlannedAttention(MegatronModule):
     ) -> Tensor:
         """Attend: ``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; needs a Plan as ``packed_seq_params``."""
         plan: Plan = options["packed_seq_params"]
+        self.last_plan = plan
         out = plan.attend(self.layer_number, query, key, value, self.scale)
         return out.reshape(*out.shape[:2], -1)
 

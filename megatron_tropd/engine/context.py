@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tropd.engine.attention import PackedPlan, attend_groups, groups_of
+from megatron_tropd.engine.rows import computed_rows, row_of
 from megatron_tropd.errors import EngineError
 from megatron_tropd.parallel.collectives import Group, gather_sequence, group_rank, group_size
 from megatron_tropd.parallel.groups import Groups
@@ -64,9 +65,15 @@ def carries_loss(pack: Pack) -> npt.NDArray[np.bool_]:
 
 
 def valid_positions(pack: Pack, *, rank: int = 0, ranks: int = 1) -> Int64Array:
-    """Return ``[N]`` stream positions whose prediction carries loss and that context rank ``rank`` holds, ascending."""
-    held_t = held_tokens(len(pack.token_T), rank=rank, ranks=ranks)
-    return held_t[carries_loss(pack)[held_t]]
+    """Return ``[N]`` stream positions whose prediction carries loss and that context rank ``rank`` holds, ascending.
+
+    A rank holds blocks of rows, and the predictions that read them.
+    """
+    valid_N = np.flatnonzero(carries_loss(pack))
+    if ranks == 1:
+        return valid_N
+    held_r = held_tokens(computed_rows(pack), rank=rank, ranks=ranks)
+    return valid_N[np.isin(row_of(pack)[valid_N], held_r, assume_unique=False)]
 
 
 def own_valid_positions(pack: Pack, groups: Groups) -> Int64Array:

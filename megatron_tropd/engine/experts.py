@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,9 @@ class BalancingRouter(TopKRouter):
     number of these ranks (https://github.com/NVIDIA/Megatron-LM/pull/5047).
     """
 
+    # how many tokens each row of the pass under way counts for; None, or a result of None: one each
+    tokens_of_rows: Callable[[], Tensor | None] | None = None
+
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
     ) -> Tensor:
@@ -32,10 +35,17 @@ class BalancingRouter(TopKRouter):
 
         ``f_e`` is the fraction of choices that fell on expert e and ``p_e`` the mean probability it was given, over the
         pack's unmasked tokens on all tensor- and context-parallel ranks (Switch Transformer, eq. 4, for top-k). The
-        trainer divides the whole gradient by its token count, which leaves a mean over tokens.
+        trainer divides the whole gradient by its token count, which leaves a mean over tokens. A row that several
+        tokens share counts as many times.
         """
         del with_padding_mask  # masked tokens are already out of scores and map
         coefficient, experts = self.get_aux_loss_coeff("aux_loss"), scores_for_aux_loss.size(1)
+        tokens_r = None if self.tokens_of_rows is None else self.tokens_of_rows()
+        if tokens_r is not None:
+            if len(tokens_r) > len(probs):  # activations are cut along the sequence between tensor-parallel regions
+                tokens_r = tokens_r.chunk(self.tp_group.size())[self.tp_group.rank()]
+            scores_for_aux_loss = scores_for_aux_loss * tokens_r[:, None]
+            routing_map = routing_map * tokens_r[:, None]
         choices_E = routing_map.sum(dim=0, dtype=scores_for_aux_loss.dtype)
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(choices_E, group=self.tp_cp_group)

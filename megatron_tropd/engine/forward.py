@@ -15,12 +15,14 @@ from torch import Tensor
 
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.attention import PackedPlan, Plan
-from megatron_tropd.engine.context import ContextPlan, carries_loss, held_tokens
+from megatron_tropd.engine.context import ContextPlan, held_tokens, own_valid_positions
+from megatron_tropd.engine.forest import ForestPlan
 from megatron_tropd.engine.model import HiddenStateGPT, Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
+from megatron_tropd.engine.rows import computed_rows, gather_rows, is_forest, row_inputs, row_of
 from megatron_tropd.parallel.collectives import copy_to_region, gather_sequence
 from megatron_tropd.progress.phases import Phase
-from megatron_tropd.types import Pack, Region
+from megatron_tropd.types import Int64Array, Pack, Region
 
 # (number of the pack in the call, hidden states of its valid predictions [N, D], output weight shard [v, D])
 LastStage = Callable[[int, Tensor, Tensor], Any]
@@ -31,28 +33,35 @@ class _Inputs:
     """One pack on the device."""
 
     number: int
-    ids: Tensor  # [1, T]
-    positions: Tensor  # [1, T]
+    ids: Tensor  # [1, r]
+    positions: Tensor  # [1, r]
     plan: Plan
-    read_N: Tensor  # rows of this rank's tokens that predictions which carry loss read
-    unbalanced: Tensor | None  # [1, T] bool, True where a token does not count for the balance of experts' loads
+    read_N: Tensor  # of this rank's rows, those that predictions which carry loss read
+    unbalanced: Tensor | None  # [1, r] bool, True where a row does not count for the balance of experts' loads
 
 
 def _inputs(number: int, pack: Pack, model: Model) -> _Inputs:
     groups, device = model.groups, model.device
-    held_t = held_tokens(len(pack.token_T), rank=groups.context_rank, ranks=groups.layout.context)
-    carries_t = carries_loss(pack)[held_t]
-    alone = groups.layout.context == 1
+    held_r = held_tokens(computed_rows(pack), rank=groups.context_rank, ranks=groups.layout.context)
+    ids, positions = row_inputs(pack)
+    row_N = row_of(pack)[own_valid_positions(pack, groups)]
+    tokens_r = np.bincount(row_N, minlength=computed_rows(pack))[held_r]  # predictions that read each row
     return _Inputs(
         number=number,
-        ids=torch.from_numpy(pack.token_T[held_t])[None].to(device),
-        positions=torch.from_numpy(pack.position_T[held_t])[None].to(device),
-        plan=PackedPlan.build(pack.cu_seqlens, device)
-        if alone
-        else ContextPlan.build(pack.cu_seqlens, groups.pg.cp, device),
-        read_N=torch.from_numpy(np.flatnonzero(carries_t)).to(device),
-        unbalanced=torch.from_numpy(~carries_t)[None].to(device) if model.config.moe_aux_loss_coeff else None,
+        ids=torch.from_numpy(ids[held_r])[None].to(device),
+        positions=torch.from_numpy(positions[held_r])[None].to(device),
+        plan=_plan(pack, tokens_r, model),
+        read_N=torch.from_numpy(np.searchsorted(held_r, row_N)).to(device),
+        unbalanced=torch.from_numpy(tokens_r == 0)[None].to(device) if model.config.moe_aux_loss_coeff else None,
     )
+
+
+def _plan(pack: Pack, tokens_r: Int64Array, model: Model) -> Plan:
+    if is_forest(pack):
+        return ForestPlan.build(pack, tokens_r, model.groups.pg.cp, model.device)
+    if model.groups.layout.context == 1:
+        return PackedPlan.build(pack.cu_seqlens, model.device)
+    return ContextPlan.build(pack.cu_seqlens, model.groups.pg.cp, model.device)
 
 
 def run_packs(
@@ -96,7 +105,7 @@ def run_packs(
             data_iterator=[iter(prepared) for _ in modules],
             model=modules,
             num_microbatches=len(prepared),
-            seq_length=max(len(pack.token_T) for pack in packs) // groups.layout.context,
+            seq_length=max(computed_rows(pack) for pack in packs) // groups.layout.context,
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,
@@ -145,14 +154,14 @@ def _finish(
 
 
 def _read_hidden(hidden: Tensor, read_N: Tensor, model: Model) -> Tensor:
-    """Pick, of ``[T / tp or T, 1, D]``, the ``[N, D]`` rows that predictions read, whole on every tensor rank.
+    """Pick, of ``[r / tp or r, 1, D]``, the ``[N, D]`` rows that predictions read, whole on every tensor rank.
 
     Backward adds up the tensor ranks' partial gradients (the losses return one per vocabulary shard).
     """
     rows = hidden.squeeze(1)
     if model.config.sequence_parallel:
-        return gather_sequence(rows, model.groups.tp).index_select(0, read_N)
-    return copy_to_region(rows.index_select(0, read_N), model.groups.tp)
+        return gather_rows(gather_sequence(rows, model.groups.tp), read_N)
+    return copy_to_region(gather_rows(rows, read_N), model.groups.tp)
 
 
 def unwrap(module: torch.nn.Module) -> HiddenStateGPT:

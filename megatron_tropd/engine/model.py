@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -371,7 +372,17 @@ def _build_chunk(
     )
     rotary = chunk.rotary_pos_emb
     rotary.inv_freq = rotary_frequencies(architecture).to(rotary.inv_freq.device)
+    for layer in chunk.decoder.layers if config.num_moe_experts else ():
+        layer.mlp.router.tokens_of_rows = partial(_tokens_of_rows, layer.self_attention.core_attention)
     return chunk
+
+
+def _tokens_of_rows(attention: PlannedAttention) -> Tensor | None:
+    """Return how many tokens each row counts for in the pass of this layer, of which attention comes first.
+
+    A recomputed layer attends again, too: this is the pack that it is recomputed for.
+    """
+    return getattr(attention.last_plan, "tokens_r", None)
 
 
 def _block_spec(config: TransformerConfig, groups: Groups, vp_stage: int | None) -> TransformerBlockSubmodules:

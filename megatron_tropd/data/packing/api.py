@@ -273,7 +273,7 @@ def shared_lengths(pack: Pack) -> Int64Array:
         return np.zeros(len(pack.sequence_ids), np.int64)
     most = np.maximum.accumulate(np.concatenate([[-1], pack.row_T]))[:-1]
     again = (pack.row_T <= most) & (pack.row_T >= 0)
-    return _sums(again.astype(np.int64), pack.cu_seqlens[: len(pack.sequence_ids) + 1])
+    return _sums(again.astype(np.int64), pack.cu_seqlens[: len(pack.sequence_ids) + 1].astype(np.int64))
 
 
 def _cut(stream: _Stream, *, sequence_ids: Int64Array, pack_offsets: Int64Array) -> list[Pack]:
