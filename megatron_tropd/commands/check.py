@@ -125,7 +125,14 @@ def check_plan(config: RunConfig) -> None:
     optimization = optimize(small, OptimizerConfig(lr=1e-3), steps=1)
     method = replace(inputs.method, end_ids=tuple(range(len(inputs.method.end_ids))))  # the model's ids are fewer
     with Phase("self check"):
-        found = check_self(small, optimization, method, vocab_size=small.architecture.vocab_size, seed=config.seed)
+        found = check_self(
+            small,
+            optimization,
+            method,
+            vocab_size=small.architecture.vocab_size,
+            seed=config.seed,
+            share_prefixes=config.train.share_prefixes == "auto",
+        )
     if dist.get_rank() == 0:
         console = Console()
         tell_ends(inputs.ends)
@@ -176,8 +183,8 @@ def _small(architecture: Architecture, top_k: int) -> Architecture:
 
 def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
-    packs, fill = _expected_packs(config, prompts, sequences)
-    packs += len(config.teachers)  # no pack mixes teachers
+    expected = _expected_packs(config, prompts, sequences)
+    packs = expected.packs + len(config.teachers)  # no pack mixes teachers
     table = Table(show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),
@@ -193,7 +200,8 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ),
         (
             "packs",
-            f"at most {packs} of {config.train.pack_tokens} tokens per step, {fill:.0%} full ({backend()} packer)",
+            f"at most {packs} of {config.train.pack_tokens} tokens per step, {expected.fill:.0%} full ({backend()} "
+            f"packer){_sharing(config, expected)}",
         ),
         ("scores", _traffic(config, inputs, sequences)),
         ("steps", f"{config.train.steps}, {_checkpoints(config)}"),
@@ -261,30 +269,52 @@ def _describe(path: Path, a: Architecture, parallel: Layout) -> str:
     )
 
 
-def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> tuple[int, float]:
-    """Count the packs of a step whose responses all use their whole budget, the most there can be, and their fill."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ExpectedPacks:
+    """The packs of a step whose responses all use their whole budget, the most there can be."""
+
+    packs: int
+    tokens: int
+    rows: int
+    fill: float
+
+
+def _sharing(config: RunConfig, expected: _ExpectedPacks) -> str:
+    if config.train.share_prefixes == "off":
+        return "; every sequence is computed by itself (train.share_prefixes = off)"
+    return (
+        f"; what sequences begin with alike is computed once: the prompts alone leave {expected.rows:,} rows of "
+        f"{expected.tokens:,} tokens ({expected.rows / expected.tokens:.0%})"
+    )
+
+
+def _expected_packs(config: RunConfig, prompts: PromptTable, sequences: int) -> _ExpectedPacks:
+    """Pack prompts of the data's lengths, each with responses that have nothing in common."""
     per_prompt = sequences // config.train.prompts_per_step
     prompt_N = prompts.prompt_lengths()
-    lengths = [
-        int(prompt_N[i % len(prompt_N)]) + config.rollout.max_new_tokens
-        for i in range(config.train.prompts_per_step)
-        for _ in range(per_prompt)
-    ]
-    empty = np.empty(0, np.float32)
-    rollouts = [
-        Rollout(
-            sequence_id=i,
-            prompt_index=i,
-            token_ids=np.zeros(length, np.int64),
-            region_L=single_turn(prompt=1, continuation=length - 1),
-            sampling_logprob=empty,
-            model_logprob=empty,
-            finished=True,
+    most, share = config.rollout.max_new_tokens, config.train.share_prefixes == "auto"
+    empty, rollouts = np.empty(0, np.float32), []
+    for i in range(sequences):
+        prompt = int(prompt_N[i // per_prompt % len(prompt_N)])
+        rollouts.append(
+            Rollout(
+                sequence_id=i,
+                prompt_index=i // per_prompt,
+                token_ids=np.repeat([i // per_prompt, sequences + i], [prompt, most]),
+                region_L=single_turn(prompt=prompt, continuation=most),
+                sampling_logprob=empty,
+                model_logprob=empty,
+                finished=True,
+            )
         )
-        for i, length in enumerate(lengths)
-    ]
-    packs = pack(rollouts, max_tokens=config.train.pack_tokens)[0]
-    return len(packs), sum(lengths) / (len(packs) * config.train.pack_tokens)
+    packs = pack(rollouts, max_tokens=config.train.pack_tokens, share_prefixes=share)[0]
+    rows = sum(one.num_rows if one.row_T is not None else len(one.token_T) for one in packs)
+    return _ExpectedPacks(
+        packs=len(packs),
+        tokens=sum(len(one.token_ids) for one in rollouts),
+        rows=rows,
+        fill=rows / (len(packs) * config.train.pack_tokens),
+    )
 
 
 def _memory_table(memory: Memory, config: RunConfig) -> Table:

@@ -46,6 +46,11 @@ def _bool_to_project(value: object) -> object:
     return {True: "megatron_tropd", False: None}[value] if isinstance(value, bool) else value
 
 
+def _off(value: object) -> object:
+    """Take YAML's reading of a bare ``off``, false, for the word."""
+    return "off" if value is False else value
+
+
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
@@ -617,6 +622,11 @@ class TrainConfig(Section):
     steps: Whole = key(200, "Training steps: one batch of prompts sampled, scored and learned from.", ge=1)
     prompts_per_step: Whole = key(128, "Prompts per step, over all ranks.", ge=1)
     pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
+    share_prefixes: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = key(
+        "auto",
+        "Compute what sequences of a pack begin with alike once, and budget packs by what is computed; off: every "
+        "sequence by itself. The losses are the same.",
+    )
     minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
     keep_logits_gb: Real = key(
         0.0, "GiB per rank in which a pack's logits (fp32) wait for the backward, which else makes them again.", ge=0

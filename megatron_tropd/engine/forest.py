@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_tropd.engine.attention import causal_attention
 from megatron_tropd.engine.context import held_tokens
 from megatron_tropd.engine.rows import gather_rows, row_of
+from megatron_tropd.engine.varlen import VarlenCall, varlen_works
 from megatron_tropd.parallel.collectives import Group, gather_sequence, group_rank, group_size
 from megatron_tropd.types import Int64Array, Pack
 
@@ -54,6 +55,7 @@ class ForestPlan:
     groups: tuple[_Group, ...]
     restore_r: Tensor  # where each row's query stands in the groups' outputs
     tokens_r: Tensor  # [r] predictions that carry loss and read the row: what it counts for in a balance of tokens
+    varlen: VarlenCall | None  # all pieces in one call, on a GPU
     order_R: Tensor | None  # row of the gathered keys at which each row of the pack lies; None: all are held
     group: Group
     qkv_format: str = "forest"
@@ -63,19 +65,21 @@ class ForestPlan:
         """Build the plan. ``tokens_r``: predictions with loss that read each row this rank holds."""
         ranks = group_size(group)
         held = [held_tokens(pack.num_rows, rank=rank, ranks=ranks) for rank in range(ranks)]
-        grouped = _grouped(_pieces(pack, held[group_rank(group)]))
+        pieces = _pieces(pack, held[group_rank(group)])
+        grouped = _grouped(pieces)
         restore = np.empty(len(held[0]), np.int64)
         start = 0
-        for pieces, shape in grouped:
-            for number, piece in enumerate(pieces):
+        for members, shape in grouped:
+            for number, piece in enumerate(members):
                 at = start + number * shape[1]
                 restore[piece.query : piece.query + piece.count] = np.arange(at, at + piece.count)
-            start += len(pieces) * shape[1]
+            start += len(members) * shape[1]
         order = np.argsort(np.concatenate(held), kind="stable")
         return ForestPlan(
-            groups=tuple(_group(pieces, shape, device) for pieces, shape in grouped),
+            groups=tuple(_group(members, shape, device) for members, shape in grouped),
             restore_r=torch.from_numpy(restore).to(device),
             tokens_r=torch.from_numpy(tokens_r).to(device),
+            varlen=_varlen(pieces, device) if device.type == "cuda" else None,
             order_R=None if ranks == 1 else torch.from_numpy(order).to(device),
             group=group,
         )
@@ -85,6 +89,10 @@ class ForestPlan:
         if self.order_R is not None:
             both = gather_sequence(torch.cat([key, value], dim=-1), self.group)[self.order_R]
             key, value = both[..., : key.size(-1)], both[..., key.size(-1) :]
+        if self.varlen is not None and query.dtype in (torch.bfloat16, torch.float16):
+            heads = query.size(2), key.size(2)
+            if varlen_works(query.device, query.dtype, heads, query.size(3)):
+                return self.varlen.attend(query[:, 0], key[:, 0], value[:, 0], scale)[:, None]
         outputs = [_attend(group, query[:, 0], key[:, 0], value[:, 0], scale) for group in self.groups]
         # one copy of each row's output is read, so its gradient counts once
         return torch.cat(outputs).index_select(0, self.restore_r)[:, None]
@@ -141,6 +149,10 @@ def _pieces(pack: Pack, held_r: Int64Array) -> list[_Piece]:
         before = len(path) - (int(path[-1]) + 1 - first) + int(held_r[start]) - first
         pieces.append(_Piece(start, end - start, before, path[: before + end - start]))
     return pieces
+
+
+def _varlen(pieces: list[_Piece], device: torch.device) -> VarlenCall:
+    return VarlenCall.build(np.array([x.count for x in pieces]), [x.path for x in pieces], device)
 
 
 def _grouped(pieces: list[_Piece]) -> list[tuple[list[_Piece], tuple[int, int, int]]]:

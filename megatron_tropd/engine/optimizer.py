@@ -179,7 +179,7 @@ def optimize(
     )
     gathers = settings.overlap and settings.distributed
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=model.dtype != torch.float64,  # at least: proofs are computed in fp64
         use_distributed_optimizer=settings.distributed,
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=gathers,

@@ -5,6 +5,8 @@ The counts of a layer are those of its operations as this package builds them; a
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.planning.parameters import layers_of_stages
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -13,9 +15,11 @@ from megatron_tropd.types import Architecture
 _FP32 = 4
 
 
-def layer_bytes(a: Architecture, layout: Layout, *, itemsize: int, recompute: str = "none") -> float:
-    """Return the bytes of one layer, per token that a rank holds. Attention is taken to keep its inputs, its output
-    and a sum.
+def layer_bytes(
+    a: Architecture, layout: Layout, *, itemsize: int, recompute: str = "none", keys_per_row: float = 1.0
+) -> float:
+    """Return the bytes of one layer, per row that a rank holds. Attention is taken to keep its inputs, its output
+    and a sum; ``keys_per_row``: what it gathers along the paths of sequences that begin alike.
     """
     if recompute == "full":
         return a.hidden_size / _token_ranks(layout) * itemsize
@@ -34,7 +38,7 @@ def layer_bytes(a: Architecture, layout: Layout, *, itemsize: int, recompute: st
     if recompute == "none":
         # sequences of a pack are attended to in groups of similar length; keys of other ranks are gathered and put in
         # order besides
-        values += (2 * query + key) / t
+        values += (2 * query + key + 2 * key * (keys_per_row - 1)) / t
         values += (key + 2 * layout.context * 2 * key) / t * (layout.context > 1)
     return values * itemsize + numbers * _FP32
 
@@ -44,14 +48,21 @@ def _token_ranks(layout: Layout) -> int:
 
 
 def pack_bytes(
-    a: Architecture, layout: Layout, tokens: int, *, stage: int, itemsize: int, recompute: str = "none"
+    a: Architecture,
+    layout: Layout,
+    tokens: int,
+    *,
+    stage: int,
+    itemsize: int,
+    recompute: str = "none",
+    keys_per_row: float = 1.0,
 ) -> float:
-    """Return the bytes that a rank of ``stage`` keeps from forward to backward of one pack of so many tokens, the
+    """Return the bytes that a rank of ``stage`` keeps from forward to backward of one pack of so many rows, the
     loss aside.
     """
     held = tokens / layout.context
     layers = layers_of_stages(a.num_layers, layout)[stage]
-    kept = layers * layer_bytes(a, layout, itemsize=itemsize, recompute=recompute)
+    kept = layers * layer_bytes(a, layout, itemsize=itemsize, recompute=recompute, keys_per_row=keys_per_row)
     if stage == layout.pipeline - 1:
         kept += 2 * a.hidden_size / _token_ranks(layout) * itemsize
     return held * kept
@@ -65,15 +76,17 @@ def packs_in_flight(layout: Layout, stage: int) -> float:
     return chunks / layout.virtual_pipeline
 
 
-def activation_bytes(a: Architecture, layout: Layout, tokens: int, *, itemsize: int, recompute: str) -> float:
+def activation_bytes(
+    a: Architecture, layout: Layout, tokens: int, *, itemsize: int, recompute: str, keys_per_row: float = 1.0
+) -> float:
     """Return the most that any stage keeps at once, of all its packs in flight."""
+    options: dict[str, Any] = {"itemsize": itemsize, "keys_per_row": keys_per_row}
     most = max(
-        pack_bytes(a, layout, tokens, stage=stage, itemsize=itemsize, recompute=recompute)
-        * packs_in_flight(layout, stage)
+        pack_bytes(a, layout, tokens, stage=stage, recompute=recompute, **options) * packs_in_flight(layout, stage)
         for stage in range(layout.pipeline)
     )
     if recompute == "full":  # the layer whose backward runs is there whole
-        most += layer_bytes(a, layout, itemsize=itemsize) * tokens / layout.context
+        most += layer_bytes(a, layout, **options) * tokens / layout.context
     return most
 
 

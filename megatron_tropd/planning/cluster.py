@@ -122,6 +122,26 @@ class ClusterJob:
         return self.data.max_prompt_tokens + self.response
 
     @property
+    def rows(self) -> int:
+        """Return the most rows of a step: its sequences' tokens, but each prompt once where they share it."""
+        return self.sequences * self.length - self.copies * self.data.max_prompt_tokens
+
+    @property
+    def copies(self) -> int:
+        """Return the sequences of a step that find their prompt computed."""
+        return self.sequences - self.train.prompts_per_step if self.train.share_prefixes == "auto" else 0
+
+    @property
+    def keys_per_row(self) -> float:
+        """Return the keys that attention gathers along paths, per row."""
+        return self.sequences * self.length / self.rows
+
+    @property
+    def valid_share(self) -> float:
+        """Return the predictions that carry loss, per row; of a pack at most one."""
+        return min(1.0, self.sequences * self.response / self.rows)
+
+    @property
     def spec(self) -> TeacherRequest:
         return TeacherRequest.of(self.method.needs)
 
@@ -158,7 +178,7 @@ def estimate(
     Raises:
         ConfigError: the cluster's GPUs are not a whole number of replicas.
     """
-    packs = -(-job.sequences * job.length // job.train.pack_tokens)
+    packs = -(-job.rows // job.train.pack_tokens)
     layouts = {"teacher": teacher, "student": student}
     shares = {role: -(-packs // layout.data_size(job.part(role).gpus)) for role, layout in layouts.items()}
     transfers = {
@@ -177,7 +197,7 @@ def estimate(
         seconds[f"{role}: computing"] = _compute_seconds(job, role, layout, shares[role], recompute)
         seconds[f"{role}: sending"] = sum(size / _rate(job.cluster, name) for name, size in links.items())
     row = job.spec.bytes_per_row(hidden_bytes=job.teacher.hidden_size * job.itemsize) + job.spec.query_bytes_per_row
-    signals = shares["student"] * job.train.pack_tokens * (job.response / job.length) * row
+    signals = shares["student"] * job.train.pack_tokens * job.valid_share * row
     sent[f"signals, {_farthest(job.cluster)}"] = signals
     seconds["signals"] = signals / _rate(job.cluster, _farthest(job.cluster))
     states = states or states_of(job, student)
@@ -241,7 +261,9 @@ def _memory(job: ClusterJob, student: Layout, teacher: Layout, recompute: str, s
         "weights": states.weights,
         "gradients": states.gradients,
         "optimizer": states.optimizer,
-        "activations": activation_bytes(a, student, tokens, itemsize=itemsize, recompute=recompute),
+        "activations": activation_bytes(
+            a, student, tokens, itemsize=itemsize, recompute=recompute, keys_per_row=job.keys_per_row
+        ),
         "loss": min(_TILE_BYTES, 2 * 4 * held * shard) + hidden * (4 + 2 * itemsize),
         "teacher": 0 if job.teacher_section.ranks else _teacher_weights(job, teacher),
         "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
@@ -320,7 +342,7 @@ def _rate(cluster: Cluster, link: str) -> float:
 
 def _loads(job: ClusterJob, layout: Layout, packs: int) -> list[Load]:
     tokens = job.train.pack_tokens // layout.context
-    return [Load(tokens=tokens, valid=int(tokens * job.response / job.length))] * packs
+    return [Load(tokens=tokens, valid=int(tokens * job.valid_share))] * packs
 
 
 def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: str) -> list[RankTransfer]:
@@ -361,16 +383,16 @@ def active_parameters(a: Architecture) -> int:
     return total_parameters(active if a.num_experts else a) - embedding
 
 
-def _forward_flops(a: Architecture, length: int) -> float:
-    """Return the FLOPs per token: two per parameter, and attention to half of a sequence on average."""
-    return 2.0 * active_parameters(a) + 2.0 * length * a.num_heads * a.head_dim * a.num_layers
+def _forward_flops(a: Architecture, job: ClusterJob) -> float:
+    """Return the FLOPs of a step's rows: two per parameter, and two products with each key along its path."""
+    squares = job.sequences * job.length**2 - job.copies * job.data.max_prompt_tokens**2
+    return 2.0 * active_parameters(a) * job.rows + 2.0 * squares * a.num_heads * a.head_dim * a.num_layers
 
 
 def _compute_seconds(job: ClusterJob, role: str, layout: Layout, packs: int, recompute: str) -> float:
     cluster, a = job.part(role), job.student if role == "student" else job.teacher
     passes = 1 if role == "teacher" else 4 if recompute == "full" else 3
-    tokens = job.sequences * job.length
-    flops = passes * tokens * _forward_flops(a, job.length) / cluster.gpus
+    flops = passes * _forward_flops(a, job) / cluster.gpus
     # while a pipeline fills and drains, stages wait
     idle = (layout.pipeline - 1) / (layout.virtual_pipeline * max(packs // max(job.train.minibatches, 1), 1))
     return flops / (cluster.peak_tflops * 1e12 * cluster.efficiency) * (1 + idle)

@@ -155,9 +155,14 @@ def _facts(config_text: str | None, rows: Rows) -> list[tuple[str, str]]:
         ("Teacher", _last_part(_at(config, "teacher", "model"))),
         ("Steps", f"{len(rows)} of {_at(config, 'train', 'steps')}"),
         ("Learning rate", _at(config, "optimizer", "lr")),
+        ("Rows per token", _percent(_mean(rows, "rows_fraction"))),
         ("Seed", _at(config, "seed")),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.0%}"
 
 
 def _at(tree: Any, *keys: str) -> Any:

@@ -30,6 +30,11 @@ METRICS: Mapping[str, Metric] = {
     "tokens": Metric(
         "tokens", "Predictions that carried loss, over all ranks: those that are masked are none.", "count"
     ),
+    "rows_fraction": Metric(
+        "fraction",
+        "Rows computed per token of the packs: below 1 where sequences begin alike and share what they begin with.",
+        "count",
+    ),
     "sequences": Metric("sequences", "Sequences trained on, over all ranks.", "count"),
     "loss": Metric("nats/token", "The method's loss. Its zero and its sign depend on the method.", "loss"),
     "reverse_kl": Metric(

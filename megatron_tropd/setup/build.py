@@ -99,6 +99,7 @@ class World:
     teachers: Mapping[str, Groups] = field(default_factory=dict)  # of those beside the teacher, by name
     offload_stats: OffloadStats = field(default_factory=OffloadStats)  # between this process's device and host memory
     remote: Layout | None = None  # of a teacher that has ranks of its own
+    share_prefixes: bool = False  # whether packs are forests
 
     @property
     def is_first(self) -> bool:
@@ -327,6 +328,7 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
         base=builder.build(config.base_parallel) if base else None,
         teachers={one.name: builder.build(one.parallel) for one in config.teachers},
         remote=config.teacher.parallel if config.teacher.ranks else None,
+        share_prefixes=config.train.share_prefixes == "auto",
     )
 
 
@@ -343,6 +345,7 @@ def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hid
             multiple_of=world.pack_multiple,
             num_replicas=len(replicas),
             linear_work=12 * hidden_size,
+            share_prefixes=world.share_prefixes,
         )
         for replica, own in zip(replicas, packs, strict=True):
             replica += [replace(one, teacher=teacher) for one in own] if teacher else own

@@ -45,9 +45,17 @@ class SelfCheck:
 
 
 def check_self(
-    model: Model, optimization: Optimization, method: Method, *, vocab_size: int, seed: int = 0
+    model: Model,
+    optimization: Optimization,
+    method: Method,
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    share_prefixes: bool = False,
 ) -> SelfCheck:
     """Take the gradient of a few random sequences with the model as its own teacher; no update. Collective.
+
+    ``share_prefixes``: as the run packs; some of the sequences begin alike.
 
     Raises:
         SelfCheckError: the loss or the gradient is not zero.
@@ -58,6 +66,7 @@ def check_self(
         max_tokens=256,
         multiple_of=2 * model.groups.layout.tensor * model.groups.layout.context,
         num_replicas=model.groups.num_replicas,
+        share_prefixes=share_prefixes,
     )
     likelihood = Method(gate=gates.ALL, trusted=terms.nll())
     results, trusts_equals = [], True
@@ -93,18 +102,24 @@ def _own_output_weight(model: Model) -> Tensor | None:
 
 
 def _random_rollouts(vocab_size: int, seed: int, max_positions: int) -> list[Rollout]:
-    """Draw a few sequences of random tokens, all CONTINUATION after a short prompt."""
+    """Draw a few sequences of random tokens, all CONTINUATION after a short prompt; every third begins like the one
+    before it."""
     rng = np.random.default_rng(seed)
+    token_ids = np.empty(0, np.int64)
     longest = min(40, max_positions)
     rollouts = []
     for number in range(6):
         length = int(rng.integers(longest // 2, longest + 1))
         written = length - 4
+        before, token_ids = token_ids, rng.integers(0, vocab_size, length)
+        if number % 3 == 2:
+            alike = min(len(before), length) // 2
+            token_ids[:alike] = before[:alike]
         rollouts.append(
             Rollout(
                 sequence_id=number,
                 prompt_index=number,
-                token_ids=rng.integers(0, vocab_size, length),
+                token_ids=token_ids,
                 region_L=single_turn(prompt=4, continuation=written),
                 sampling_logprob=np.full(written, np.nan, np.float32),
                 model_logprob=np.full(written, np.nan, np.float32),

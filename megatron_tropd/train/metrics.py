@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from megatron_tropd.engine.rows import computed_rows
 from megatron_tropd.engine.step import StepResult, means_over_tokens
 from megatron_tropd.evaluate.suites import correctness, training_rule
 from megatron_tropd.report.metrics import of_source
@@ -41,6 +42,7 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
         "step": step + 1,
         "sequences": len(rollouts),
         "tokens": sum(result.predictions for result in results),
+        "rows_fraction": _rows_fraction(batch),
         "loss": loss,
         "grad_norm": float(np.mean([result.grad_norm for result in results])),
         "lr": results[-1].lr,
@@ -59,6 +61,12 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
         metrics |= _staleness(rollouts, step)
     metrics |= _training_accuracy(run, prompts, rollouts)
     return metrics | _length_by_source(prompts, rollouts)
+
+
+def _rows_fraction(batch: Batch) -> float:
+    """Return the share of the packs' tokens, padding included, that is computed."""
+    packs = [one for minibatch in batch.scored.packs for replica in minibatch for one in replica]
+    return sum(map(computed_rows, packs)) / sum(len(one.token_T) for one in packs)
 
 
 def _staleness(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:

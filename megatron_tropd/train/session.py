@@ -132,7 +132,14 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     first_step = restore(run, queue, checkpoint)
     if first_step == 0:
         with Phase("self check"):
-            check_self(run.student, run.trainer.optimization, run.method, vocab_size=run.vocab_size, seed=config.seed)
+            check_self(
+                run.student,
+                run.trainer.optimization,
+                run.method,
+                vocab_size=run.vocab_size,
+                seed=config.seed,
+                share_prefixes=run.world.share_prefixes,
+            )
     if run.world.is_first:
         dump_config(config, config.run_dir / "config.yaml")
     run.trainer.end_step()

@@ -43,7 +43,15 @@ from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from megatron_tropd.types import Rollout
-from tests.support.tiny_models import STUDENT, TEACHER, Objective, random_rollouts, save_qwen3, with_turns
+from tests.support.tiny_models import (
+    STUDENT,
+    TEACHER,
+    Objective,
+    grouped_rollouts,
+    random_rollouts,
+    save_qwen3,
+    with_turns,
+)
 
 # ids that both models know: what their vocabularies have beyond it must carry nothing
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
@@ -81,6 +89,9 @@ class Case:
     models: tuple[str, str] | None = None  # directories of student and teacher, where they are not the usual ones
     sequences: int = 11
     turns: bool = False  # responses of several turns, with observations
+    groups: bool = False  # samples of prompts, which begin alike
+    share: bool = False  # what begins alike is computed once
+    balance: float = 0.0  # coefficient of the load-balancing loss, for students of experts
     steps: int = STEPS
 
     @property
@@ -107,6 +118,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
                 "model": str(models / student_directory(case)),
                 "parallel": case.student,
                 "recompute": case.recompute,
+                "router_aux_loss": case.balance,
             },
             "teacher": {
                 "model": str(models / (case.models[1] if case.models else "teacher")),
@@ -117,7 +129,12 @@ def config_of(case: Case, models: Path) -> RunConfig:
             "data": {"prompts": "unused", "max_prompt_tokens": 20},
             "rollout": {"max_new_tokens": 20},
             "method": case.method or case.objective.options(),
-            "train": {"steps": STEPS, "pack_tokens": case.pack_tokens, "minibatches": case.minibatches},
+            "train": {
+                "steps": STEPS,
+                "pack_tokens": case.pack_tokens,
+                "minibatches": case.minibatches,
+                "share_prefixes": "auto" if case.share else "off",
+            },
             "optimizer": {
                 **(SGD if case.sgd else ADAM | {"eps": case.adam_eps}),
                 "schedule": "linear",
@@ -132,6 +149,8 @@ def config_of(case: Case, models: Path) -> RunConfig:
 
 def batch_of(case: Case, step: int) -> list[Rollout]:
     """The rollouts of a step."""
+    if case.groups:
+        return grouped_rollouts(step, vocab_size=VOCAB)
     rollouts = random_rollouts(step, vocab_size=VOCAB, count=case.sequences)
     return with_turns(rollouts, seed=step) if case.turns else rollouts
 
@@ -166,10 +185,20 @@ def assemble(config: RunConfig, builder: GroupBuilder, *, ends: tuple[int, ...] 
     student_groups, teacher_groups, sampler_groups = [builder.build(layout) for layout in layouts]
     base_groups = builder.build(config.base_parallel) if method.needs.base_model else None
     world = World(
-        device=device, student=student_groups, teacher=teacher_groups, sampler=sampler_groups, base=base_groups
+        device=device,
+        student=student_groups,
+        teacher=teacher_groups,
+        sampler=sampler_groups,
+        base=base_groups,
+        share_prefixes=config.train.share_prefixes == "auto",
     )
     student = load_model(
-        config.student.model, student_groups, dtype=dtype, device=device, recompute=config.student.recompute
+        config.student.model,
+        student_groups,
+        dtype=dtype,
+        device=device,
+        recompute=config.student.recompute,
+        balance=config.student.router_aux_loss,
     )
     teacher = load_frozen(config, config.teacher.model, teacher_groups, world)
     request = TeacherRequest.of(method.needs)
@@ -294,7 +323,13 @@ def self_checks(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]
 
 def _self_check(run: Run) -> dict[str, Any]:
     def check() -> SelfCheck:
-        return check_self(run.student, run.trainer.optimization, run.method, vocab_size=VOCAB)
+        return check_self(
+            run.student,
+            run.trainer.optimization,
+            run.method,
+            vocab_size=VOCAB,
+            share_prefixes=run.world.share_prefixes,
+        )
 
     healthy = check()
     with _teacher_sees_another_norm(run.student):

@@ -104,6 +104,45 @@ def random_rollouts(step: int, *, vocab_size: int, count: int = 11, longest: int
     return rollouts
 
 
+def grouped_rollouts(step: int, *, vocab_size: int) -> list[Rollout]:
+    """Samples of prompts under one system prompt of three tokens, and one that is alone.
+
+    Prompts of 9 (five samples), 5 (three) and 20 tokens (four, too many for a pack of 64). Among the answers: two that
+    are equal, one that begins another, two that begin alike, one written by the teacher from end to end, one guided in
+    its first half, one of a single token.
+    """
+    rng = np.random.default_rng(3000 + step)
+
+    def draw(count: int) -> np.ndarray:
+        return rng.integers(0, vocab_size, count)
+
+    system = draw(3)
+    equal, longer, start = draw(7), draw(11), draw(4)
+    groups = [
+        (draw(6), [equal, equal, longer, longer[:5], draw(8)]),
+        (draw(2), [np.append(start, draw(5)), np.append(start, draw(9)), draw(1)]),
+        (draw(17), [draw(12), draw(15), draw(14), draw(13)]),
+    ]
+    listed = [(np.append(system, prompt), answer) for prompt, answers in groups for answer in answers]
+    listed.append((draw(4), draw(10)))
+    prefixes = {4: 8, 7: 1, 9: 7}  # tokens that the teacher wrote, by the number of the sequence
+    return [_sample(number, *texts, prefixes.get(number, 0), rng) for number, texts in enumerate(listed)]
+
+
+def _sample(number: int, prompt: np.ndarray, answer: np.ndarray, prefix: int, rng: np.random.Generator) -> Rollout:
+    written = len(answer) - prefix
+    logprob = rng.uniform(-4, 0, written).astype(np.float32)
+    return Rollout(
+        sequence_id=number,
+        prompt_index=number,
+        token_ids=np.append(prompt, answer),
+        region_L=single_turn(prompt=len(prompt), prefix=prefix, continuation=written),
+        sampling_logprob=logprob,
+        model_logprob=logprob,
+        finished=True,
+    )
+
+
 def with_turns(rollouts: Sequence[Rollout], *, seed: int = 0) -> list[Rollout]:
     """The same sequences with responses of several turns: stretches of all kinds, of one to four tokens."""
     rng = np.random.default_rng(2000 + seed)

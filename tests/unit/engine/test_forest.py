@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tropd.data.packing import pack
+from megatron_tropd.engine import forest as forest_module
+from megatron_tropd.engine import varlen
 from megatron_tropd.engine.context import held_tokens
 from megatron_tropd.engine.forest import ForestPlan
 from megatron_tropd.engine.rows import gather_rows, is_forest, row_inputs
@@ -123,6 +128,48 @@ def test_padding_rows_are_a_sequence_of_their_own():
     key[rows:], value[rows:] = 7.0, -7.0
     after = plan_of(packed).attend(1, query, key, value, SCALE)
     assert after[:rows].equal(before[:rows]) and not after[rows:].equal(before[rows:])
+
+
+def kernel_of_the_documentation(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **options: Any) -> Tensor:
+    """What flash attention says of lengths apart: causal, aligned at the last query and the last key."""
+    assert options["window_size"] == (-1, 0) and options["enable_gqa"]
+    outputs = []
+    pieces = zip(*(pairwise(cu.tolist()) for cu in bounds[:2]), strict=True)
+    for (start, end), (first, last) in pieces:
+        assert end - start <= bounds[2] and last - first <= bounds[3]
+        seen = torch.ones(end - start, last - first, dtype=torch.bool).tril(last - first - (end - start))
+        q, k, v = (x.transpose(0, 1) for x in (query[start:end], key[first:last], value[first:last]))
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=options["scale"], enable_gqa=True)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_one_call_with_lengths_of_queries_and_keys_apart_is_given_every_path(name, monkeypatch):
+    """Its kernel is torch's on a GPU; here stands what its documentation says."""
+    monkeypatch.setattr(varlen, "varlen_attn", kernel_of_the_documentation)
+    packed = forest(name, multiple_of=2)
+    qkv = streams(packed.num_rows, torch.float64)
+    pieces = forest_module._pieces(packed, np.arange(packed.num_rows))
+    found = forest_module._varlen(pieces, CPU).attend(*(x[:, 0] for x in qkv), SCALE)
+    assert close(found, plan_of(packed).attend(1, *qkv, SCALE)[:, 0].detach(), 1e-14)
+
+
+def test_a_kernel_that_fails_or_aligns_otherwise_is_left_alone_and_that_is_said(monkeypatch, caplog):
+    def aligned_at_the_first(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **options: Any) -> Tensor:
+        return kernel_of_the_documentation(query, key.roll(1, 0), value, *bounds, **options)
+
+    def works() -> bool:
+        varlen.varlen_works.cache_clear()
+        return varlen.varlen_works(CPU, torch.bfloat16, (6, 2), 16)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel_of_the_documentation)
+    assert works() and caplog.text == ""
+    monkeypatch.setattr(varlen, "varlen_attn", aligned_at_the_first)
+    assert not works() and "is not used for torch.bfloat16 with heads of 16: it is off by" in caplog.text
+    monkeypatch.undo()
+    assert not works() and "it fails" in caplog.text  # on a CPU there is none
+    varlen.varlen_works.cache_clear()
 
 
 def test_a_row_that_many_read_adds_up_their_gradients_in_fp32():

@@ -84,7 +84,8 @@ def test_there_is_an_example_of_every_class():
 
 def test_a_plan_is_what_one_works_out_by_hand():
     """8B <- 32B on 64 GPUs, student TP 4 with sequence parallelism, teacher TP 8, full recompute."""
-    found = chosen(job_of(load_config(SCALE / "8b-from-32b.yaml", check_paths=False), CLUSTER))
+    config = load_config(SCALE / "8b-from-32b.yaml", ["train.share_prefixes=off"], check_paths=False)
+    found = chosen(job_of(config, CLUSTER))
     student, teacher = 8.19e9, 32.76e9  # parameters, from the model cards
     memory = found.memory
     assert memory["weights"] == pytest.approx(2 * student / 4, rel=0.005)
@@ -115,6 +116,26 @@ def test_a_plan_is_what_one_works_out_by_hand():
     # six operations per parameter and two more for the recomputation, on all tokens; attention adds some
     products = 8 * (student - 151936 * 4096) * 320 * 9216 / 64 / (0.45 * 989e12)
     assert products < found.seconds["student: computing"] < 1.5 * products
+
+
+def test_prompts_that_samples_share_are_planned_once():
+    """64 prompts of 1,024 tokens with 5 samples of 8,192 each: 64 x 1,024 + 320 x 8,192 rows of 320 x 9,216 tokens."""
+    path = SCALE / "8b-from-32b.yaml"
+    on, off = (
+        job_of(load_config(path, [f"train.share_prefixes={value}"], check_paths=False), CLUSTER)
+        for value in ("auto", "off")
+    )
+    assert (on.rows, off.rows) == (2_686_976, 2_949_120)
+    assert on.keys_per_row == pytest.approx(2_949_120 / 2_686_976) and off.keys_per_row == 1
+    shared, alone = chosen(on), chosen(off)
+    # 164 packs instead of 180: 11 to each of 16 replicas instead of 12
+    name = "student: tensor, node"
+    assert shared.sent[name] / alone.sent[name] == pytest.approx(11 / 12, rel=0.01)
+    # products by rows; of 9,216**2 pairs of attention, 1,024**2 less where a prompt is there already
+    ratio = shared.seconds["student: computing"] / alone.seconds["student: computing"]
+    assert 2_686_976 / 2_949_120 < ratio < 1
+    # with full recompute one layer is whole at a time: what its attention gathers is for tokens, not rows
+    assert shared.memory["activations"] > alone.memory["activations"]
 
 
 def test_what_leaves_the_device_is_counted_where_it_is_used():
