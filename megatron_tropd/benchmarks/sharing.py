@@ -26,7 +26,7 @@ from rich.table import Table
 from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
-from megatron_tropd.engine.model import Model, build_model
+from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.rows import computed_rows
 from megatron_tropd.engine.score import score_packs
@@ -99,9 +99,10 @@ class Bench:
     def __init__(self, shape: Architecture) -> None:
         device = initialize_distributed()
         groups = GroupBuilder().build(Layout())
-        options = {"dtype": torch.float32, "device": device}
-        self.teacher: Model = build_model(shape, groups, **options, seed=1).freeze()
-        self.student: Model = build_model(shape, groups, **options, seed=2)
+        self.teacher, self.student = (
+            build_model(shape, groups, dtype=torch.float32, device=device, seed=seed) for seed in (1, 2)
+        )
+        self.teacher.freeze()
         self.method = build_method("sft")
         optimization = optimize(self.student, OptimizerConfig(lr=1e-4), steps=1)
         self.trainer = Trainer(self.student, optimization, self.method)

@@ -184,5 +184,5 @@ def _group(pieces: list[_Piece], shape: tuple[int, int, int], device: torch.devi
     # the last query is repeated where there is none: it sees what it sees, and is not read
     seen = np.arange(keys) <= (before + np.minimum(np.arange(queries), count - 1))[:, :, None]
     roots = not before.any()
-    tensors = [torch.from_numpy(x.reshape(-1)).to(device) for x in (query, path)]
-    return _Group(*tensors, None if roots else torch.from_numpy(seen[:, None]).to(device), shape)
+    query_of, key_of = (torch.from_numpy(x.reshape(-1)).to(device) for x in (query, path))
+    return _Group(query_of, key_of, None if roots else torch.from_numpy(seen[:, None]).to(device), shape)

@@ -61,13 +61,13 @@ class _Gather(torch.autograd.Function):
     """Gather in half precision: of many small gradients of one row, a sum in bf16 would lose most."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = len(x)  # type: ignore[attr-defined]
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
         total = gradient.new_zeros(ctx.rows, *gradient.shape[1:], dtype=torch.float32)  # type: ignore[attr-defined]
         return total.index_add_(0, index, gradient.float()).to(gradient.dtype), None
