@@ -9,6 +9,7 @@ things, too. Models are random: what they say is of no interest here.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import time
@@ -23,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tropd.config.sections import OptimizerConfig
+from megatron_tropd.config.sections import Layout, OptimizerConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.model import build_model
@@ -33,7 +34,7 @@ from megatron_tropd.engine.score import score_packs
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.views import TrainPack
 from megatron_tropd.methods import build_method
-from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.types import Architecture, Pack, Rollout, single_turn
 
 _SAMPLES = (1, 4, 8, 16)
@@ -154,6 +155,8 @@ def _spent(run: Callable[[], object]) -> tuple[float, float]:
 
 def _reset_peak() -> float:
     """Forget the process's peak, where Linux lets one; return the bytes that it holds now."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # or what earlier passes have freed would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
