@@ -12,6 +12,8 @@ from megatron_tropd.data.files import find_files, read_rows
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.storage.write_aside import storage_errors, sync_directory, write_aside
 
+_WHOLE = "whole"  # in the description: which file has all its rows
+
 
 class ResponseFile:
     """``OUT.partial`` while it is written, ``OUT`` in the end; ``OUT.partial.json`` says what it is written for.
@@ -28,16 +30,27 @@ class ResponseFile:
         self._partial = out.with_name(out.name + ".partial")
         self._about = out.with_name(out.name + ".partial.json")
         self._description = json.loads(json.dumps(dict(description), default=str))
+        if not self._partial.exists() and self._is_whole():
+            os.replace(self.out, self._partial)  # killed after all its work: it will have nothing left to do
         if self._partial.exists():
             self._check_same()
         else:
             write_aside(self._about, json.dumps(self._description, indent=1))
 
-    def _check_same(self) -> None:
+    def _about_it(self) -> dict[str, Any]:
         try:
-            partial = json.loads(self._about.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            partial = {}
+            return dict(json.loads(self._about.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _is_whole(self) -> bool:
+        """Say whether ``OUT`` is the very file that a process of the same description was just done with."""
+        about = self._about_it()
+        whole = about.pop(_WHOLE, None)
+        return whole is not None and about == self._description and whole == _identity(self.out)
+
+    def _check_same(self) -> None:
+        partial = self._about_it()
         other = [key for key, value in self._description.items() if partial.get(key) != value]
         if other:
             changes = "; ".join(f"{key} was {partial.get(key)!r}, is {self._description[key]!r}" for key in other[:4])
@@ -77,6 +90,7 @@ class ResponseFile:
 
     def finish(self) -> Path | None:
         """Give the file its name, and return where one that had it before is kept."""
+        write_aside(self._about, json.dumps({**self._description, _WHOLE: _identity(self._partial)}, indent=1))
         kept = None
         if self.out.exists():
             kept = next(
@@ -87,6 +101,15 @@ class ResponseFile:
         sync_directory(self.out.parent)
         self._about.unlink(missing_ok=True)
         return kept
+
+
+def _identity(path: Path) -> list[int] | None:
+    """Return what stays of a file when it gets another name, and of no other file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def numbered_rows(paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -71,11 +71,7 @@ def run_ranks(options: Sequence[str], command: Sequence[str], *, environment: Ma
 
 def _children(parent: int) -> list[int]:
     """List the processes that this one has started and that are still there."""
-    found: list[int] = []
-    for task in Path(f"/proc/{parent}/task").glob("*/children"):
-        with contextlib.suppress(OSError, ValueError):
-            found += [int(pid) for pid in task.read_text().split()]
-    return found
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _state(path)[1] == str(parent)]
 
 
 def _end(pids: Sequence[int]) -> None:
@@ -85,17 +81,21 @@ def _end(pids: Sequence[int]) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        while time.monotonic() < deadline and set(pids) & set(_running(pids)):
+        while time.monotonic() < deadline and _running(pids):
             time.sleep(0.05)
 
 
 def _running(pids: Sequence[int]) -> list[int]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
-                found.append(pid)
-    return found
+    return [pid for pid in pids if _state(Path(f"/proc/{pid}"))[0] not in ("", "Z")]
+
+
+def _state(process: Path) -> tuple[str, str]:
+    """Return the state of a process, a letter, and its parent; empty where it is gone."""
+    try:
+        state, parent = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return "", ""
+    return state, parent
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from megatron_tropd.report.records import (
     read_samples,
 )
 from megatron_tropd.report.sinks import read_jsonl
-from megatron_tropd.storage.write_aside import write_aside
+from megatron_tropd.storage.write_aside import remove_partials, write_aside
 
 Rows = Sequence[Mapping[str, Any]]
 Point = tuple[float, float, float, float]  # step, value, and its interval
@@ -89,6 +89,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise DataError(f"there is no run directory {run_dir} ({run_dir.absolute()}). Give the run_dir of a run.")
+    remove_partials(run_dir)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # answers and prompts are whatever a model or a data file says

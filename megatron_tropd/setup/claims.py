@@ -13,7 +13,7 @@ from megatron_tropd.errors import StorageError
 from megatron_tropd.parallel.leaving import forget, on_leave
 from megatron_tropd.storage.locks import take_lock
 from megatron_tropd.storage.owned import settled
-from megatron_tropd.storage.write_aside import make_directory
+from megatron_tropd.storage.write_aside import make_directory, remove_partials
 
 LOCK = ".tropd.lock"
 
@@ -74,6 +74,7 @@ def held_here(claim: Claim) -> Iterator[None]:
         fix=f"Wait for it to end, or stop it, or give another {claim.name.split(' ')[0]}.",
     )
     on_leave(lock.release)
+    remove_partials(claim.directory)
     try:
         yield
     finally:

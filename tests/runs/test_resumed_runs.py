@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from megatron_tropd.config.sections import CheckpointConfig
 from megatron_tropd.engine import checkpoint
 from megatron_tropd.errors import CheckpointError, ConfigError, DataError
+from megatron_tropd.report.records import Evaluation, read_evaluations, record_evaluations
 from megatron_tropd.train import preemption, resume, session
 
 IDENTITY: dict[str, Any] = {
@@ -203,11 +205,14 @@ def test_a_run_that_goes_on_keeps_its_results_where_they_are(tmp_path, capsys):
 def test_going_back_moves_later_checkpoints_aside(tmp_path):
     for step in (2, 4, 6):
         left(tmp_path, step)
+    (tmp_path / "metrics.jsonl").write_text("of 6 steps")
     found = start(tmp_path, asked=str(tmp_path / "checkpoints" / "step-00000002"))
     assert found.name == "step-00000002"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     moved = tmp_path / "earlier-run" / "checkpoints"
     assert sorted(path.name for path in moved.iterdir()) == ["step-00000004", "step-00000006"]
+    # a copy of what will be cut back to the second step
+    assert (moved.parent / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "of 6 steps"
 
 
 def test_a_run_directory_stands_for_the_newest_checkpoint_in_it(tmp_path):
@@ -297,6 +302,46 @@ def test_a_byte_that_changed_is_a_torn_checkpoint_passed_over_by_name(tmp_path):
         assert start(tmp_path) == older
 
 
+def test_a_large_file_is_read_beside_other_work_and_what_is_torn_then_is_passed_over_all_the_same(
+    tmp_path, monkeypatch
+):
+    older, newest = whole(tmp_path, 2), whole(tmp_path, 4)
+    (newest / "common.pt").write_bytes(b"contenT")
+    monkeypatch.setattr(checkpoint, "_LARGE_BYTES", 7)
+    find = partial(resume.find_start, CheckpointConfig(), IDENTITY, run_dir=tmp_path, steps=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = find()  # nothing has been compared yet
+    assert found.checkpoint == newest
+    with pytest.warns(UserWarning, match=r"step-00000004 is torn: common.pt has other content than was written"):
+        assert resume.confirmed(found, lambda torn: find(torn=torn)) == older
+    newest = tmp_path / "earlier-run" / "checkpoints" / newest.name  # where it is now
+    find = partial(resume.find_start, CheckpointConfig(resume=str(newest)), IDENTITY, run_dir=tmp_path / "b", steps=9)
+    with (
+        pytest.warns(UserWarning, match=r"step-00000004 is torn"),
+        pytest.raises(CheckpointError, match=r"step-00000004 is torn. Name another"),
+    ):
+        resume.confirmed(find(), lambda torn: find(torn=torn))
+
+
+def test_a_record_whose_own_bits_have_changed_is_torn_and_one_of_an_earlier_version_is_not(tmp_path):
+    directory = left(tmp_path, 4)
+    record = directory / "complete.json"
+    state = json.loads(record.read_text())
+    assert checkpoint.read_state(directory) == state  # neither checksum nor format: as until version 0.1
+    signed = checkpoint._signed(state)
+    record.write_text(json.dumps(signed))
+    assert checkpoint.read_state(directory) == state
+    for change in ({"step": 5}, {"format": 3}, {"checksum": "0" * 64}):
+        record.write_text(json.dumps(signed | change))
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            checkpoint.read_state(directory)
+    for lost in ("format", "checksum"):  # a letter of its name has changed
+        record.write_text(json.dumps({key: value for key, value in signed.items() if key != lost}))
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            checkpoint.read_state(directory)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"step-00000009", b"../elsewhere"])
 def test_a_latest_file_that_names_nothing_is_said_and_passed_over(content, tmp_path):
     newest = left(tmp_path, 4)
@@ -338,15 +383,31 @@ def test_only_checkpoints_are_dropped_and_what_the_user_put_there_stays(tmp_path
     assert sorted("notes.txt" in str(one.message) for one in said) == [False, True]
 
 
-def test_a_restored_run_has_the_batches_and_the_steps_of_its_checkpoint(monkeypatch):
+def row(model: str, step: int | None) -> Evaluation:
+    return Evaluation(
+        model=model, step=step, suite="a", accuracy=0.5, low=0.4, high=0.6, problems=9, samples=1, mean_length=7.0
+    )
+
+
+def test_a_restored_run_has_the_batches_the_steps_and_the_evaluations_of_its_checkpoint(monkeypatch, tmp_path):
     restored: list[Any] = []
-    run: Any = SimpleNamespace(student="s", trainer=SimpleNamespace(optimization="o"))
-    run.world = SimpleNamespace(is_first=False)
+    run: Any = SimpleNamespace(student="s", trainer=SimpleNamespace(optimization="o"), run_dir=tmp_path)
+    run.world = SimpleNamespace(is_first=True)
+    rows = [
+        row("student before", 0),
+        row("teacher", None),
+        row("student", 4),
+        row("student", 5),
+        row("student after", 6),
+    ]
+    record_evaluations(tmp_path, rows)
     batches: Any = SimpleNamespace(restore=lambda *given: restored.append(given))
     monkeypatch.setattr(resume, "load_checkpoint", lambda *given: restored.append(given) or {"step": 4})
     assert resume.restore(run, batches, None) == 0 and not restored
     assert resume.restore(run, batches, Path("c")) == 4
     assert restored == [(Path("c"), "s", "o"), (Path("c"), 4)]
+    # what the run has measured after that belongs to steps that it takes anew
+    assert [one.step for one in read_evaluations(tmp_path)] == [0, None, 4]
 
 
 # --------------------------------------------------------------------------- asked to stop

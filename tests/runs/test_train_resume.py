@@ -225,11 +225,11 @@ def test_a_run_asked_to_stop_saves_and_ends_like_an_unbroken_one(task: Task, unb
     # asked on one rank alone, all of them stop
     job = commands().start(*command, ranks=2)
     job.until(lambda: lines(run_dir) == steps + 1)
-    os.kill(job.pids[1], signal.SIGUSR1)
+    os.kill(job.pids[1], signal.SIGHUP)
     outcome = job.wait()
     assert outcome.statuses == (75, 75), outcome
     assert f"({steps} steps done)" in outcome.output
-    steps = steps_when_stopped(outcome.output, signal.SIGUSR1, run_dir)
+    steps = steps_when_stopped(outcome.output, signal.SIGHUP, run_dir)
 
     outcome = commands().run(*command, ranks=2).expect_success()
     assert f"({steps} steps done)" in outcome.output

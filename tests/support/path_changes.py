@@ -147,6 +147,9 @@ GUARDS: dict[tuple[str, str], Guard] = {
         "lines that a resumed run writes anew; a run that goes back keeps a copy",
         _RESUMED + "test_going_back_moves_later_checkpoints_aside",
     ),
+    ("data/response_file.py", "ResponseFile.__init__"): Guard(
+        "takes back an `OUT` that the same command was just done with, by its inode, size and time", _ATTACK
+    ),
     ("data/response_file.py", "ResponseFile.resume"): Guard(
         "`OUT.partial` whose description says that it is of the same command", _ATTACK
     ),

@@ -111,6 +111,8 @@ def _responses(directory: Path) -> str:
     file = ResponseFile(directory / "out.jsonl", {"model": "a"})
     file.append([{"response": "x"}])
     file.finish()
+    if not (directory / "out.jsonl.1").exists():
+        raise Hole("what was there is not kept")
     users(directory, "other.jsonl.partial")
     return refused(lambda: ResponseFile(directory / "other.jsonl", {"model": "a"}))
 

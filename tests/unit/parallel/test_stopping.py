@@ -146,6 +146,23 @@ def test_ranks_of_this_machine_get_the_signals_that_their_starter_gets_and_it_th
     assert torchrun.run_ranks(["75"], [], environment=environment, cwd=tmp_path) == 75
 
 
+def test_ranks_that_are_still_there_at_a_second_signal_are_ended_and_nobody_elses():
+    command = [
+        sys.executable,
+        "-c",
+        "import signal; signal.signal(2, signal.SIG_IGN); print(1, flush=True); signal.pause()",
+    ]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert rank.stdout is not None and rank.stdout.readline() == b"1\n"
+        assert rank.pid in torchrun._children(os.getpid()) and os.getpid() not in torchrun._children(os.getpid())
+        torchrun._end([rank.pid])
+        assert rank.wait(timeout=60) == -signal.SIGKILL
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
 def test_a_launch_names_the_command_that_it_runs_and_what_is_torchruns(monkeypatch: pytest.MonkeyPatch):
     from typer.testing import CliRunner
 

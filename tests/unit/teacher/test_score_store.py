@@ -154,6 +154,29 @@ def test_a_part_torn_anywhere_is_one_error(tmp_path: Path):
                 store.read(store.find(scores(number).key)[0], "topk_ids")
 
 
+def test_what_is_no_content_of_a_page_is_under_a_checksum_too(tmp_path: Path):
+    """A page's header, whose bits say how many values there are and how they are written."""
+    path = write_part(tmp_path, [scores(0)], vocab_size=300, values="fp16")
+    assert path is not None
+    whole, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    [chunk] = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "logprob"]
+    for at in range(chunk.data_page_offset, chunk.data_page_offset + 24):
+        content = bytearray(whole)
+        content[at] ^= 4
+        path.write_bytes(content)
+        store = Store(tmp_path)
+        with pytest.raises(DataError, match="a checksum does not match"):
+            store.read(store.find(scores(0).key)[0], "logprob")
+
+
+def test_a_part_of_a_version_without_checksums_is_read(tmp_path: Path):
+    path = write_part(tmp_path, [scores(0)], vocab_size=300, values="fp32")
+    assert path is not None
+    path.write_bytes(path.read_bytes().replace(b"TROPDSUM", bytes(8)))
+    store = Store(tmp_path)
+    assert torch.equal(store.read(store.find(scores(0).key)[0], "logprob"), scores(0).fields["logprob"])
+
+
 def test_a_parquet_file_of_somebody_else_is_no_recording(tmp_path: Path):
     import pyarrow as pa
 
