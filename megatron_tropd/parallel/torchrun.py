@@ -90,7 +90,7 @@ def _running(pids: Sequence[int]) -> list[int]:
 
 
 def _state(process: Path) -> tuple[str, str]:
-    """Return the state of a process, a letter, and its parent; empty where it is gone."""
+    """Return the state of a process, a letter, and its parent; empty where it has ended."""
     try:
         state, parent = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
     except (OSError, ValueError):

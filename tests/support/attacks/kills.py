@@ -198,8 +198,15 @@ STORMS = (
 
 
 def _names(directory: Path) -> set[str]:
-    """Every file that is there in the end; names that depend on how often a command was started are left out."""
+    """Every file that is there in the end; names that depend on how often a command was started are left out.
+
+    So is ``OUT.1`` where it equals ``OUT``: a command that is killed when all its work is done, on letting go of its
+    lock, and started again, was run twice.
+    """
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    for name in sorted(found):
+        if name.endswith(".1") and _digest(directory / name) == _digest(directory / name.removesuffix(".1")):
+            found.remove(name)
     return {name for name in found if "earlier-run" not in name and not name.endswith(".parquet")}
 
 

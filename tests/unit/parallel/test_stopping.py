@@ -26,8 +26,8 @@ from megatron_tropd.parallel.leaving import on_leave
 on_leave(lambda: print("tidied", flush=True))
 
 def work():
-    print("working", flush=True)
     try:
+        print("working", flush=True)
         time.sleep(300)
     finally:
         print("unwound", flush=True)

@@ -15,6 +15,7 @@ import pytest
 from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.storage import owned
 from megatron_tropd.storage import write_aside as module
+from megatron_tropd.storage.checksums import record_files
 from megatron_tropd.storage.owned import (
     MARKER,
     beside,
@@ -25,7 +26,13 @@ from megatron_tropd.storage.owned import (
     start_unfinished,
     why_not_ours,
 )
-from megatron_tropd.storage.write_aside import abandoned_partials, make_directory, remove_partials, write_aside
+from megatron_tropd.storage.write_aside import (
+    abandoned_partials,
+    make_directory,
+    remove_partials,
+    sync_tree,
+    write_aside,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -139,6 +146,21 @@ def test_new_directories_last_and_so_do_their_names(tmp_path, monkeypatch):
     synced.clear()
     make_directory(tmp_path / "a" / "b")
     assert synced == []
+
+
+def test_files_that_a_library_has_written_are_synced_when_they_are_recorded(tmp_path, monkeypatch):
+    """Megatron's common.pt and metadata.json, an export's config and tokenizer: none goes through ``write_aside``."""
+    (tmp_path / "ahead").mkdir()
+    names = ["common.pt", "metadata.json", "ahead/scores.npz"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    record_files(tmp_path, names)
+    assert synced == [str(tmp_path / name) for name in names]
+    synced.clear()
+    sync_tree(tmp_path)
+    assert set(synced) == {str(tmp_path), str(tmp_path / "ahead")}
 
 
 # --------------------------------------------------------------------------- directories

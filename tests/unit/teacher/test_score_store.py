@@ -317,6 +317,14 @@ def test_a_recording_of_the_old_format_is_refused_with_the_command_that_converts
             assert torch.equal(store.read(place, name), value), name
 
 
+def test_an_old_header_has_no_checksum_and_a_bit_of_it_may_not_turn_bytes_round(tmp_path: Path):
+    old = Path(shutil.copytree(OLD, tmp_path / "old"))
+    [part] = old.glob("*.grades")
+    part.write_bytes(part.read_bytes().replace(b'"<f2"', b'">f2"', 1))  # a single bit
+    with pytest.raises(DataError, match=r"numbers of kinds that no version wrote: '>f2'"):
+        convert_recording(old, tmp_path / "new")
+
+
 def test_a_conversion_into_something_is_refused(tmp_path: Path):
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(DataError, match=r"is not empty\. Name a directory that does not exist yet"):
