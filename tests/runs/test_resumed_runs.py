@@ -315,7 +315,6 @@ def test_a_large_file_is_read_beside_other_work_and_what_is_torn_then_is_passed_
     assert found.checkpoint == newest
     with pytest.warns(UserWarning, match=r"step-00000004 is torn: common.pt has other content than was written"):
         assert resume.confirmed(found, lambda torn: find(torn=torn)) == older
-    newest = tmp_path / "earlier-run" / "checkpoints" / newest.name  # where it is now
     find = partial(resume.find_start, CheckpointConfig(resume=str(newest)), IDENTITY, run_dir=tmp_path / "b", steps=9)
     with (
         pytest.warns(UserWarning, match=r"step-00000004 is torn"),

@@ -180,6 +180,7 @@ GUARDS: dict[tuple[str, str], Guard] = {
     ("commands/demo.py", "student_server"): Guard("appends to `RUN/server.log`", ""),
     ("commands/health.py", "_offer"): Guard("in a new folder whose name holds 128 random bits", ""),
     ("commands/health.py", "_try_shared"): Guard("that folder", ""),
+    ("data/template_worker.py", "main"): Guard("/dev/null", ""),
     ("data/synthetic.py", "write_prompts"): Guard("the demo's own data, by examples alone", ""),
     ("evaluate/grader_worker.py", "main"): Guard("/dev/null", ""),
     ("evaluate/memory_limit.py", "open_group"): Guard("a group of its own below /sys/fs/cgroup", ""),
