@@ -626,8 +626,8 @@ def _of_preset(root: Path, method: str) -> list[str]:
 def _check_early(config: Path, changes: list[str], processes: int) -> None:
     """Find a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
     from megatron_tropd.config.loading import load_config
-    from megatron_tropd.methods import build_method
+    from megatron_tropd.methods import method_of
 
     # paths are relative to the root of the repository, where the ranks will be
     settings = load_config(config, changes, world_size=processes, check_paths=False)
-    build_method(settings.method.name, **settings.method.options)
+    method_of(settings.method)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from megatron_tropd.config.messages import explain, read_tree
 from megatron_tropd.config.run import PROMPT_FILES, RunConfig, matches, variable_in
-from megatron_tropd.config.sections import SuiteConfig
+from megatron_tropd.config.sections import SuiteConfig, WrittenAt
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.storage.write_aside import write_aside
 
@@ -51,6 +51,7 @@ def load_config(
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig, source=str(path), text=text, overrides=overrides)) from None
+    config.method.note_where(WrittenAt(str(path), text, tuple(overrides)))
     if check_paths:
         config.check_paths()
     if world_size is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,18 @@ def explain(
     text: str = "",
     overrides: Sequence[str] = (),
     whole: str = "the config",
+    below: Loc = (),
 ) -> str:
     """Write one line per problem: where it was written, the dotted key, the value, the rule, the nearest valid choice.
 
-    ``whole``: what the model is called.
+    ``whole``: what the model is called. ``below``: the key of the file that holds it.
     """
     items = [dict(item) for item in error.errors()]
-    lines = [_where(item, text, overrides) + _problem(item, model, whole) for item in items]
+    lines = [
+        where((*below, *item["loc"]), text, overrides, unknown=item["type"] == "extra_forbidden")
+        + _problem(item, model, whole)
+        for item in items
+    ]
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
@@ -202,9 +207,9 @@ def _nearest_key(model: Model, loc: Loc, whole: str) -> str:
     return f"Valid keys of {dotted(parent) or whole}: {', '.join(valid)}."
 
 
-def _where(item: Mapping[str, Any], text: str, overrides: Sequence[str]) -> str:
-    loc: Loc = item["loc"]
-    key, unknown = dotted(loc), item["type"] == "extra_forbidden"
+def where(loc: Loc, text: str, overrides: Sequence[str], *, unknown: bool = False) -> str:
+    """Return ``line N: `` or ``override '...': ``, wherever a key was written; the empty string for a default."""
+    key = dotted(loc)
     for override in reversed(overrides):
         written = override.partition("=")[0].strip()
         inside = key.startswith((f"{written}.", f"{written}[")) or (unknown and written.startswith(f"{key}."))

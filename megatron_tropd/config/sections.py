@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_serializer, model_validator
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.types import ModelSource
@@ -595,6 +596,21 @@ class RolloutConfig(Section):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenAt:
+    """The file and overrides that a section was read from, for messages; two sections are equal wherever from."""
+
+    source: str = ""
+    text: str = ""
+    overrides: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WrittenAt)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class MethodConfig(Section):
     """The objective. Keys besides ``name`` are the method's own options, collected in ``options``."""
 
@@ -602,6 +618,16 @@ class MethodConfig(Section):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Not written: every key of `method` but `name` is an option of the preset."
     )
+    _written: WrittenAt = PrivateAttr(default_factory=WrittenAt)
+
+    @property
+    def written(self) -> WrittenAt:
+        """Say where the section was read."""
+        return self._written
+
+    def note_where(self, written: WrittenAt) -> None:
+        """Remember where the section was read; its options are checked later, by their method."""
+        self._written = written
 
     @model_validator(mode="before")
     @classmethod

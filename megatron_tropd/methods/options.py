@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from megatron_tropd.config.sections import Real, Section, Whole, key
+from megatron_tropd.config.sections import Real, Section, Whole, WrittenAt, key
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.gates import RatioSource
 from megatron_tropd.losses.multipliers import Mismatch
@@ -61,6 +61,7 @@ K3Bound = Annotated[
 
 # --------------------------------------------------------------------------- reading
 
+_NOWHERE = WrittenAt()
 _Options = TypeVar("_Options", bound=MethodOptions)
 
 
@@ -69,8 +70,10 @@ def own_options(options: type[MethodOptions]) -> tuple[str, ...]:
     return tuple(name for name in options.model_fields if name not in MethodOptions.model_fields)
 
 
-def parse_options(options: type[_Options], values: Mapping[str, object], *, method: str) -> _Options:
-    """Build the options of a method from plain values.
+def parse_options(
+    options: type[_Options], values: Mapping[str, object], *, method: str, written: WrittenAt = _NOWHERE
+) -> _Options:
+    """Build the options of a method from plain values, which were ``written`` there.
 
     Raises:
         ConfigError: an option is unknown or breaks its rule; the message names the nearest one and all valid ones.
@@ -81,8 +84,16 @@ def parse_options(options: type[_Options], values: Mapping[str, object], *, meth
         # it reads YAML too, which whoever uses the methods alone need not have
         from megatron_tropd.config.messages import explain
 
-        name = f"method '{method}'"
-        message, valid = explain(error, options, source=name, whole=name), f"Valid keys of {name}: "
+        name, valid = f"method '{method}'", f"Valid keys of method '{method}': "
+        message = explain(
+            error,
+            options,
+            source=f"{written.source}: {name}" if written.source else name,
+            text=written.text,
+            overrides=written.overrides,
+            whole=name,
+            below=("method",),
+        )
         if any(item["type"] == "extra_forbidden" for item in error.errors()) and valid not in message:
             message += f" {valid}{', '.join(options.model_fields)}."
         raise ConfigError(message) from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from megatron_tropd.config.sections import MethodConfig, WrittenAt
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import (
     aopd,
@@ -60,8 +61,23 @@ def build_method(name: str, **options: object) -> Method:
     Raises:
         ConfigError: no such method or option, or a value that breaks its rule; the message says what is valid.
     """
+    return _built(name, options, WrittenAt())
+
+
+def method_of(section: MethodConfig) -> Method:
+    """Build the method of a configuration; errors as of ``build_method``, with file and line."""
+    return _built(section.name, section.options, section.written)
+
+
+def _built(name: str, options: Mapping[str, object], written: WrittenAt) -> Method:
     if name not in PRESETS:
-        raise ConfigError(f"unknown method '{name}'.{suggestion(name, list(PRESETS))} Methods: {', '.join(PRESETS)}.")
+        # it reads YAML too, which whoever uses the methods alone need not have
+        from megatron_tropd.config.messages import where
+
+        place = where(("method", "name"), written.text, written.overrides)
+        place = f"{written.source}: {place}" if written.source else place
+        near = suggestion(name, list(PRESETS))
+        raise ConfigError(f"{place}unknown method '{name}'.{near} Methods: {', '.join(PRESETS)}.")
     preset = PRESETS[name]
-    chosen = parse_options(preset.options, {**preset.defaults, **options}, method=name)
+    chosen = parse_options(preset.options, {**preset.defaults, **options}, method=name, written=written)
     return replace(preset.build(chosen), name=name, settings=chosen)

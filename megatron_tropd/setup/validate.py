@@ -24,7 +24,7 @@ from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_tropd.engine.model import check_divisible, check_trainable
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.terms import NONE
-from megatron_tropd.methods import Method, build_method
+from megatron_tropd.methods import Method, method_of
 from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
@@ -117,7 +117,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 def check_method(config: RunConfig) -> Method:
     """Build the method; ConfigError for an unknown name or option."""
-    return build_method(config.method.name, **config.method.options)
+    return method_of(config.method)
 
 
 def check_available(config: RunConfig) -> None:

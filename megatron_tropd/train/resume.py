@@ -25,6 +25,7 @@ from megatron_tropd.train.rollout_queue import RolloutQueue
 _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
 # prompts are walked through in steps of that many: with another number some would be skipped, or come twice
 _NOT_THESE = ("train.prompts_per_step",)
+_RESPELLED = {"normalise_experts": "normalize_experts"}
 # what no insisting helps with: the states of a checkpoint do not fit
 _MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
 
@@ -186,7 +187,7 @@ def _changes(
             "Raise train.steps, or use another run_dir."
         )
     # as JSON has it: tuples are lists
-    here, there = json.loads(json.dumps(dict(identity))), dict(state.get("run", {}))
+    here, there = json.loads(json.dumps(dict(identity))), _respelled(dict(state.get("run", {})))
     unknown = sorted(key for key in here if key.endswith(FINGERPRINTS) and key not in there)
     if unknown:
         warnings.warn(
@@ -197,6 +198,14 @@ def _changes(
     changed = {key: (there.get(key), here.get(key)) for key in here | there if there.get(key) != here.get(key)}
     # weights that are not on this machine leave nothing to compare
     return {key: pair for key, pair in changed.items() if not (key.endswith(FINGERPRINTS) and None in pair)}
+
+
+def _respelled(run: dict[str, Any]) -> dict[str, Any]:
+    """Read names that checkpoints of earlier versions spell otherwise."""
+    return {
+        key: {_RESPELLED.get(name, name): size for name, size in value.items()} if isinstance(value, dict) else value
+        for key, value in run.items()
+    }
 
 
 def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, insisted: Collection[str]) -> None:

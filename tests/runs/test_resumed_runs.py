@@ -274,6 +274,14 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_cannot_be_told
         assert start(tmp_path, KNOWN) == newest
 
 
+def test_a_checkpoint_that_spells_a_size_the_british_way_is_the_same_run(tmp_path):
+    newest = left(tmp_path, 4, IDENTITY | {"student.model": {"normalise_experts": True, "num_layers": 3}})
+    now = IDENTITY | {"student.model": {"num_layers": 3, "normalize_experts": True}}
+    assert start(tmp_path, now) == newest
+    with pytest.raises(CheckpointError, match=r"normalize_experts of student.model was True, is False"):
+        start(tmp_path, now | {"student.model": {"num_layers": 3, "normalize_experts": False}})
+
+
 def test_weights_that_are_not_on_this_machine_are_not_compared(tmp_path):
     newest = left(tmp_path, 4, KNOWN)
     assert start(tmp_path, KNOWN | {"teacher.weights": None}) == newest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megatron_tropd.config.loading import dump_config, load_config, parse_config
 from megatron_tropd.config.reference import config_reference
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import Layout
+from megatron_tropd.config.sections import Layout, RolloutEngine
 from megatron_tropd.errors import ConfigError
 
 MINIMAL = """\
@@ -127,7 +127,7 @@ def test_a_config_cannot_be_changed(config_path: Path):
         ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, "),
         ("export.qqqq=1", "export.qqqq is not a key. Valid keys of export: hf."),
         ("dtype=bf15", "dtype = 'bf15': must be one of fp32, bf16. Did you mean bf16?"),
-        ("rollout.engine=12", "rollout.engine = 12: must be one of megatron, vllm, vllm_server, recorded."),
+        ("rollout.engine=12", f"rollout.engine = 12: must be one of {', '.join(get_args(RolloutEngine))}."),
         ("train.steps=zehn", "train.steps = 'zehn': must be a whole number."),
         ("train.steps=1.5", "train.steps = 1.5: must be a whole number."),
         ("train.steps=0", "train.steps = 0: must be at least 1."),

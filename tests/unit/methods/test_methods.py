@@ -10,9 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from megatron_tropd.config.loading import load_config
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import gates, terms
-from megatron_tropd.methods import PRESETS, build_method
+from megatron_tropd.methods import PRESETS, build_method, method_of
 from megatron_tropd.methods.base import Method
 from megatron_tropd.types import Region
 from tests.support.method_views import Rows, T, V, gradient, rows, views
@@ -465,3 +466,26 @@ def test_options_may_override_what_a_preset_sets():
     assert build_method("gkd", temperature=1).temperature == 1.0
     assert build_method("tropd_mask", gate="threshold", gate_threshold=0.25).gate.name == "threshold"
     assert build_method("eopd", ppo_clip=None).trusted.name == "k1_pg"
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "said"),
+    [
+        ("{name: opd,\n  ppo_clip: 7}", [], "FILE: method 'opd': line 6: ppo_clip = 7: must be less than 1."),
+        ("{name: opd}", ["method.kk=3"], "FILE: method 'opd': override 'method.kk=3': kk is not a key. "),
+        ("{name: odp}", [], "FILE: line 5: unknown method 'odp'. Did you mean 'opd'? Methods: opd, "),
+        ("{name: opd}", ["method.name=zz"], "FILE: override 'method.name=zz': unknown method 'zz'. Methods: opd, "),
+    ],
+)
+def test_a_mistake_in_an_option_is_found_at_its_line_or_override(tmp_path, method, overrides, said):
+    file = tmp_path / "run.yaml"
+    models = "student: {model: s}\nteacher: {model: t}\ndata: {prompts: p}\n"
+    file.write_text(f"run_dir: r\n{models}method: {method}\n")
+    section = load_config(file, overrides, check_paths=False).method
+    with pytest.raises(ConfigError) as refused:
+        method_of(section)
+    assert str(refused.value).startswith(said.replace("FILE", str(file)))
+    # where it was read is nothing that two configurations differ in
+    elsewhere = tmp_path / "other.yaml"
+    elsewhere.write_text(file.read_text() + "\n")
+    assert load_config(elsewhere, overrides, check_paths=False).method == section
