@@ -257,7 +257,7 @@ void apply(Plan& plan, int64_t heavy, int64_t light, const Transfer& transfer) {
   plan.load[light] += moved;
 }
 
-// Relieves the heaviest replica, first in favour of the lightest, until they are equal or nothing helps.
+// Relieves the heaviest replica, first in favor of the lightest, until they are equal or nothing helps.
 void rebalance(Plan& plan) {
   int64_t trials = kTrialsPerReplica * static_cast<int64_t>(plan.load.size());
   for (bool improved = true; improved;) {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.models.registry import FAMILIES
 from megatron_tropd.report.metrics import metrics_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,28 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
 
 def test_the_readme_fits_on_a_screen():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
+
+
+def test_every_family_has_a_row_in_the_table_of_conversion():
+    page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"| `{name}` |" not in page] == []
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of lines of more than 100 columns, in code of more than 120; rows of tables cannot be broken."""
+    found, in_code = [], False
+    for number, line in enumerate(text.splitlines(), start=1):
+        in_code ^= line.lstrip().startswith("```")
+        if len(line) > (120 if in_code else 100) and not line.lstrip().startswith("|"):
+            found.append(number)
+    return found
+
+
+def test_no_line_of_a_page_is_too_long():
+    found = {page.name: long_lines(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert {name: numbers for name, numbers in found.items() if numbers} == {}
+    wide = "x" * 101
+    assert long_lines(f"{wide}\n| {wide} |\n```\n{wide}\n{wide}{wide}\n```\n{wide}") == [1, 5, 7]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
