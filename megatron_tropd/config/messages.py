@@ -136,7 +136,7 @@ def explain(
 
     ``whole``: what the model is called. ``below``: the key of the file that holds it.
     """
-    items = [dict(item) for item in error.errors()]
+    items: list[dict[str, Any]] = [dict(item) for item in error.errors()]
     lines = [
         where((*below, *item["loc"]), text, overrides, unknown=item["type"] == "extra_forbidden")
         + _problem(item, model, whole)

@@ -138,5 +138,5 @@ def _default(field: FieldInfo) -> str:
         return ""
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, tuple):
-        value = [item.model_dump(exclude_defaults=True) for item in value]
+        value = [item.model_dump(exclude_defaults=True) if isinstance(item, BaseModel) else item for item in value]
     return json.dumps(value)
