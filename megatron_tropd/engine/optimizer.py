@@ -86,9 +86,10 @@ class Optimization:
 
         Megatron's own ``step`` would copy the gradients and take their norm another time.
         """
-        for part in _parts(self.optimizer):
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        with cuda_names_mean_cpu():  # clipping asks gradients for the name of CUDA's fp32
+            for part in _parts(self.optimizer):
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
 
     def set_update(self, update: int) -> float:
