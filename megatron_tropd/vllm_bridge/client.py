@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,22 @@ def new_connections() -> http.AsyncClient:
     return http.AsyncClient(trust_env=False, follow_redirects=False, limits=limits, timeout=_CONTROL_S)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSteps:
+    """The steps whose weights may have written an answer."""
+
+    oldest: int
+    newest: Callable[[], int]  # when the answer is there: newer weights may come meanwhile
+
+    def may_be(self, step: int) -> bool:
+        return self.oldest <= step <= self.newest()
+
+
+def _farthest(versions: np.ndarray, oldest: int) -> int:
+    """Return the earliest version where it is too early, else the latest."""
+    return int(versions.min() if versions.min() < oldest else versions.max())
+
+
 class Server:
     """A client of one server. Every method raises Unreachable, Refused, or ServingError for a wrong answer."""
 
@@ -66,9 +82,9 @@ class Server:
         return found
 
     async def write(
-        self, task: Task, params: SamplingParams, *, forbidden: range, oldest: int, timeout_s: float
+        self, task: Task, params: SamplingParams, *, forbidden: range, weights: WeightSteps, timeout_s: float
     ) -> Written:
-        """Continue one task with weights of step ``oldest`` or later."""
+        """Continue one task with weights of the steps that may be."""
         options = sampling_options(params, task, forbidden=forbidden)
         payload = {"token_ids": task.token_ids.tolist(), "options": options}
         response = await self._ask(
@@ -78,9 +94,9 @@ class Server:
         arrays = decoded(response.body, response.digest, names)
         versions = arrays["versions"]
         self._check_ids(arrays["token_ids"], task.number, below=forbidden.start)
-        if len(versions) and versions.min() < oldest:
+        if len(versions) and not weights.may_be(strange := _farthest(versions, weights.oldest)):
             raise Unreachable(
-                f"{self.url} wrote with weights of step {versions.min()} (-1: those it started with), not {oldest}: "
+                f"{self.url} wrote with weights of step {strange} (-1: those it started with), not {weights.oldest}: "
                 "it has restarted, or another program has changed its weights."
             )
         written = Written(

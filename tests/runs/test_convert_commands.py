@@ -184,6 +184,8 @@ def _spoil(checkpoint: Path, kind: str) -> None:
         table.storage_data[MetadataIndex(victim)] = _StorageInfo(name, 0, len(content.getvalue()))
         (checkpoint / ".metadata").write_bytes(pickle.dumps(table))
     listed = json.loads((checkpoint / "complete.json").read_text())
+    for ours in ("format", "checksum"):  # as versions before 0.2 wrote it: nothing else would be looked at
+        listed.pop(ours, None)
     listed["files"] |= {name: (checkpoint / name).stat().st_size for name in (name, ".metadata")}
     (checkpoint / "complete.json").write_text(json.dumps(listed))
 

@@ -17,7 +17,7 @@ from megatron_tropd.parallel.arrays import broadcast_arrays
 from megatron_tropd.rollout.dispatch import contexts_of, to_rollout
 from megatron_tropd.rollout.engines.vllm import continuation_of
 from megatron_tropd.types import Architecture, Float32Array, Int64Array, Rollout, RolloutRequest, SamplingParams
-from megatron_tropd.vllm_bridge.client import Server
+from megatron_tropd.vllm_bridge.client import Server, WeightSteps
 from megatron_tropd.vllm_bridge.jobs import Job, JobBatch
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.requests import Task, Written, derived_seed, is_plain
@@ -104,7 +104,8 @@ class ServerSampler:
         return Job(call=call, cost=len(task.token_ids) / 8 + task.max_new_tokens)
 
     async def _answer(self, server: Server, task: Task, params: SamplingParams, oldest: int) -> _Answer:
-        written = await server.write(task, params, forbidden=self._forbidden, oldest=oldest, timeout_s=self._timeout_s)
+        steps = WeightSteps(oldest=oldest, newest=lambda: self.version)
+        written = await server.write(task, params, forbidden=self._forbidden, weights=steps, timeout_s=self._timeout_s)
         return _Answer(
             continuation_of(written, await self._model_logprob(server, task, written, params), params),
             written.version_n,

@@ -58,11 +58,14 @@ def _info(server: Any) -> Any:
 
 def _write(server: Any) -> Any:
     from megatron_tropd.types import SamplingParams
+    from megatron_tropd.vllm_bridge.client import WeightSteps
     from megatron_tropd.vllm_bridge.requests import Task
+
+    steps = WeightSteps(oldest=1, newest=lambda: 3)
 
     task = Task(number=3, token_ids=np.arange(5), max_new_tokens=4, seed=0)
     params = SamplingParams(max_new_tokens=4, stop_token_ids=(1,))
-    return server.write(task, params, forbidden=range(_VOCAB, _VOCAB), oldest=1, timeout_s=60)
+    return server.write(task, params, forbidden=range(_VOCAB, _VOCAB), weights=steps, timeout_s=60)
 
 
 def _score(server: Any) -> Any:
@@ -151,7 +154,8 @@ ATTACKS = tuple(
         "64 MiB of zeros packed into 64 KiB": _bomb,
         "ids that are no whole numbers": _refuses(lambda: _text(token_ids=np.array([5.0, 6.0, 7.0, 1.0])), _write),
         "the id 10^9": _refuses(lambda: _text(token_ids=np.array([5, 6, 10**9, 1])), _write),
-        "the weights' version 2^63 - 1, in floats": _refuses(lambda: _text(versions=np.full(4, 2.0**62)), _write),
+        "the weights' version 2^40": _refuses(lambda: _text(versions=np.full(4, 2**40)), _write),
+        "the weights' version 2^62, in floats": _refuses(lambda: _text(versions=np.full(4, 2.0**62)), _write),
         "a top-k list with an id twice": _refuses(lambda: _scores(topk_ids=np.array([[1, 2], [3, 3], [5, 6]])), _score),
         "a top-k list of more than all mass": _refuses(
             lambda: _scores(topk_logprob=np.full((3, 2), -0.1, np.float32)), _score

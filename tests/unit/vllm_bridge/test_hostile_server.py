@@ -12,7 +12,7 @@ import pytest
 
 from megatron_tropd.errors import ServingError
 from megatron_tropd.types import SamplingParams
-from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable
+from megatron_tropd.vllm_bridge.client import Refused, Server, Unreachable, WeightSteps
 from megatron_tropd.vllm_bridge.requests import Task
 from megatron_tropd.vllm_bridge.score_requests import ScoreRequest
 from megatron_tropd.vllm_bridge.wire import DIGEST, encoded
@@ -36,7 +36,8 @@ GOOD_SCORES: dict[str, Any] = {
 
 
 def write(server: Server) -> Any:
-    return server.write(TASK, PARAMS, forbidden=range(VOCAB, VOCAB), oldest=1, timeout_s=60)
+    steps = WeightSteps(oldest=1, newest=lambda: 3)
+    return server.write(TASK, PARAMS, forbidden=range(VOCAB, VOCAB), weights=steps, timeout_s=60)
 
 
 def score(server: Server) -> Any:
@@ -54,6 +55,9 @@ def test_good_answers_are_taken():
         "ids that are no whole numbers": ({"token_ids": np.array([5.0, 6.0, 7.0, 1.0])}, "ids of type float64"),
         "ids beyond the vocabulary": ({"token_ids": np.array([5, 6, 10**9, 1])}, "up to 1000000000; there are 40 ids"),
         "versions that are no whole numbers": ({"versions": np.full(4, 2.0)}, "weight versions of type float64"),
+        "versions yet to come": ({"versions": np.full(4, 2**40)}, "with weights of step 1099511627776"),
+        "one of them": ({"versions": np.array([2, 2, 4, 2])}, r"with weights of step 4 \(-1"),
+        "versions of before": ({"versions": np.array([2, 0, 2, 2])}, r"with weights of step 0 \(-1"),
         "log-probs above 0": ({"logprob": np.full(4, 0.5, np.float32)}, "not finite or above 0"),
     }.values(),
 )
