@@ -568,7 +568,7 @@ def demo(
     config = root / "examples" / "demo" / "demo.yaml"
     if not config.exists():
         raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    from megatron_tropd.commands.demo import of_engine, ranks_for, student_server
+    from megatron_tropd.commands.demo import check_settings, of_engine, ranks_for, student_server
 
     processes = ranks_for(processes, overrides or [])
     changes = [*_of_preset(root, method), "checkpoint.resume=never"]
@@ -577,14 +577,14 @@ def demo(
     changes += [*added, *(overrides or [])]
     with contextlib.ExitStack() as beside:
         if needs_servers:
-            _check_early(config, changes, processes)
+            check_settings(config, changes, processes)
             url, key = beside.enter_context(student_server(config, changes, root=root))
             changes.append(f"rollout.vllm_server.urls=[{url}]")
         else:
             key = {}
         if engine is not None:
             changes.append(f"rollout.engine={engine}")
-        _check_early(config, changes, processes)
+        check_settings(config, changes, processes)
         options = ("--standalone", f"--nproc-per-node={processes}")
         command = ("-m", "megatron_tropd", "train", str(config), *changes)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
@@ -621,13 +621,3 @@ def _of_preset(root: Path, method: str) -> list[str]:
     file = root / "examples" / "methods" / f"{method}.yaml"
     # an unknown one is refused later, with the names there are
     return read_overrides(file) if file.exists() else [f"method.name={method}"]
-
-
-def _check_early(config: Path, changes: list[str], processes: int) -> None:
-    """Find a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
-    from megatron_tropd.config.loading import load_config
-    from megatron_tropd.methods import method_of
-
-    # paths are relative to the root of the repository, where the ranks will be
-    settings = load_config(config, changes, world_size=processes, check_paths=False)
-    method_of(settings.method)

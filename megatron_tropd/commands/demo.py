@@ -18,11 +18,18 @@ from pathlib import Path
 
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.errors import ConfigError, ServingError, printable
+from megatron_tropd.setup.validate import check_method
 
 # so many MiB hold all sequences of a step; vLLM would take a GiB
 _SMALL_CACHE = "rollout.vllm.cache_mib=64"
 _START_S = 300.0
 _END_S = 15.0
+
+
+def check_settings(config: Path, changes: Sequence[str], processes: int) -> None:
+    """Find a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
+    # paths are relative to the root of the repository, where the ranks will be
+    check_method(load_config(config, changes, world_size=processes, check_paths=False))
 
 
 def of_engine(name: str | None) -> tuple[list[str], bool]:
