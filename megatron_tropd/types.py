@@ -201,6 +201,7 @@ class TeacherView:
     support_mask_TK: Tensor | None = None  # bool, True = counts; None: all do. False marks the duplicate columns of a
     #                                        union (an id listed twice keeps one True); log-probs there are ignored
     support_logtail_T: Tensor | None = None  # log of p's mass outside the support, nats; -inf: none is
+    support_has_target_T: Tensor | None = None  # bool, True where y is in the support; given where the tail is
     entropy_T: Tensor | None = None
     entropy_bound_T: Tensor | None = None  # upper bound of it, where it is not known
     base_logprob_T: Tensor | None = None  # log-prob of y under the base model (ExOPD)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_tropd.config.run import RunConfig

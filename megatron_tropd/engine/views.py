@@ -113,10 +113,18 @@ def _teacher_view(item: TrainPack, present_N: Tensor) -> TeacherView:
         support_logprob_TK=support.logprob_NK,
         support_mask_TK=support.mask_NK,
         support_logtail_T=support.logtail_N,
+        support_has_target_T=_has_target(item),
         entropy_T=outputs.entropy_N,
         entropy_bound_T=outputs.entropy_bound_N,
         base_logprob_T=outputs.base_logprob_N,
     )
+
+
+def _has_target(item: TrainPack) -> Tensor | None:
+    """Mark where the target, or the class of ends that it is in, is in the support; None where no tail is requested."""
+    if item.support.ids_NK is None or item.support.logtail_N is None:
+        return None
+    return (item.support.ids_NK == represented(item.tokens.target_T, item.end_ids)[:, None]).any(-1)
 
 
 def complete_tokens(tokens: TokenView, old_N: Tensor, old_model_N: Tensor) -> TokenView:

@@ -7,6 +7,8 @@ Tails, for a support A with masses ``m_A`` (teacher) and ``q_A`` (student):
     bucket  everything outside A becomes one more category: the exact KL of the coarsened distributions, >= 0.
     renorm  both sides are renormalized on A: an exact KL as well, blind to how much mass A holds.
 
+``losses.terms.rkl_topk`` knows a fourth, ``sampled``: the bucket, and the sampled token for what is in it.
+
 All log-probs are full-vocabulary log-softmax values in nats. Columns where ``mask_TK`` is False are ignored.
 """
 
@@ -22,6 +24,7 @@ from megatron_tropd.errors import ConfigError, EngineError
 
 Tail = Literal["none", "bucket", "renorm"]
 TAILS: tuple[Tail, ...] = ("none", "bucket", "renorm")
+ReverseTail = Literal["none", "bucket", "renorm", "sampled"]  # of rkl_topk
 
 # Log-probs carry the rounding of the logits they came from, several units in the last place of 1.0. A tail mass
 # below this many of them is noise, and dividing by noise would blow up the gradient.

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.losses.support import Tail, check_tail, kl_on_support, required
+from megatron_tropd.losses.support import ReverseTail, Tail, check_tail, kl_on_support, required
 from megatron_tropd.types import Needs, StudentView, SupportKind, TeacherView
 
 _log = logging.getLogger(__name__)
@@ -61,18 +62,30 @@ def policy_gradient(
     return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes, on_policy=clip is None)
 
 
-def k1_pg(*, clip: float | None = None, floor: float | None = None) -> Term:
+RewardShape = Literal["ratio", "sign", "log"]
+REWARD_SHAPES: Mapping[RewardShape, Callable[[Tensor], Tensor]] = {
+    "ratio": lambda ratio_T: ratio_T,
+    "sign": torch.sign,
+    "log": lambda ratio_T: ratio_T.sign() * ratio_T.abs().log1p(),
+}
+
+
+def k1_pg(*, clip: float | None = None, floor: float | None = None, shape: RewardShape = "ratio") -> Term:
     """Take the policy gradient of the sampled-token reverse KL: the reward is ``r``, or ``max(r, floor)`` (nats).
 
-    In expectation over y ~ q its gradient is that of ``KL(q || p)`` when there is no floor.
+    In expectation over y ~ q its gradient is that of ``KL(q || p)`` when there is no floor and r is taken as it is.
+    ``shape=sign`` rewards by ``sign(r)`` (arXiv 2609.08341), ``log`` by ``sign(r) log(1 + |r|)`` (arXiv 2607.13399):
+    no token outweighs the others, at the price of that expectation.
     Source: Thinking Machines' on-policy distillation; the floor: REOPOLD, arXiv 2603.11137.
     """
+    shaped = REWARD_SHAPES[shape]
 
     def reward(logprob_T: Tensor, teacher: TeacherView) -> Tensor:
-        ratio_T = teacher.logprob_T - logprob_T
+        ratio_T = shaped(teacher.logprob_T - logprob_T)
         return ratio_T if floor is None else ratio_T.clamp(min=floor)
 
-    return policy_gradient(reward, name="k1_pg" if floor is None else "k1_pg_floor", clip=clip)
+    name = "k1_pg" if shape == "ratio" else f"k1_pg_{shape}"
+    return policy_gradient(reward, name=name if floor is None else f"{name}_floor", clip=clip)
 
 
 def extrapolated_pg(*, lam: float, clip: float | None = None) -> Term:
@@ -157,12 +170,15 @@ def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -
     return _support_term("fkl_topk", loss, k=k, tail=tail, support=support)
 
 
-def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher") -> Term:
+def rkl_topk(*, k: int, tail: ReverseTail = "renorm", support: SupportKind = "teacher") -> Term:
     """Take the reverse KL on a support: ``sum_A q (log q - log p)`` plus the tail's share.
 
     ``tail=renorm`` is local support matching (arXiv 2603.25562), gradient ``qhat_j (log(qhat_j/phat_j) - KL_A)`` on A.
     ``tail=none`` leaves ``q_j (1[j in A] - q_A)`` at p = q: it pushes mass out of A, and says so once.
+    ``tail=sampled`` is ``bucket`` and, where y is outside A, what the bucket cannot know of y: see ``_residual``.
     """
+    if tail == "sampled":
+        return _residual(rkl_topk(k=k, tail="bucket", support=support))
     if tail == "none":
         _warn_of_leaking_support()
 
@@ -172,6 +188,36 @@ def rkl_topk(*, k: int, tail: Tail = "renorm", support: SupportKind = "teacher")
         return kl_on_support(student_TK, teacher_TK, tail=tail, mask_TK=teacher.support_mask_TK, logtails=logtails)
 
     return _support_term("rkl_topk", loss, k=k, tail=tail, support=support)
+
+
+RATIO_CAP = 10.0
+"""Largest importance ratio of a residual: beyond it one token of an old rollout would outweigh the batch."""
+
+
+def _residual(coarse: Term) -> Term:
+    """Return residual on-policy distillation (ResOPD, arXiv 2610.04882): an unbiased full reverse KL from a top k.
+
+    ``coarse`` is the reverse KL with the ids outside A as one category B. Where y is outside A, this adds
+
+        w (-sg[r] log q(y) + sg[r_B] log q_B),    r_B = log p_B - log q_B,    w = min(q(y) / q_old(y), RATIO_CAP)
+
+    whose mean over y ~ q_old is what the coarsening loses, so the whole has the gradient of ``rkl_full`` on average, as
+    long as the cap does not act; ``w`` has no gradient and is 1 on policy. Its variance is that of ``k1_pg`` on B
+    alone. The value is no divergence.
+    """
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        inside_T = required(teacher.support_has_target_T, field="TeacherView.support_has_target_T", need="tail_mass")
+        student_B_T, teacher_B_T = _tails(student, teacher)
+        # an empty tail holds no sampled token; it is replaced before any arithmetic, which would make nan of it
+        student_B_T, teacher_B_T = (x.masked_fill(inside_T | x.isneginf(), 0.0) for x in (student_B_T, teacher_B_T))
+        weight_T = torch.exp(student.logprob_T.detach() - student.old_logprob_T.detach()).clamp(max=RATIO_CAP)
+        of_token_T = (teacher.logprob_T - student.logprob_T).detach() * student.logprob_T
+        of_bucket_T = (teacher_B_T - student_B_T).detach() * student_B_T
+        residual_T = weight_T * (of_bucket_T - of_token_T)
+        return coarse.loss(student, teacher) + residual_T.masked_fill(inside_T, 0.0).to(student.logprob_T.dtype)
+
+    return replace(coarse, name="rkl_topk_sampled", loss=loss)
 
 
 @cache
@@ -206,7 +252,9 @@ def _tails(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Tensor]:
     return student_T, required(teacher.support_logtail_T, field="TeacherView.support_logtail_T", need="tail_mass")
 
 
-def _support_term(name: str, loss: Loss, *, k: int, tail: Tail, support: SupportKind) -> Term:
+def _support_term(name: str, loss: Loss, *, k: int, tail: ReverseTail, support: SupportKind) -> Term:
+    if tail == "sampled" and not name.startswith("rkl"):
+        raise ConfigError(f"tail=sampled corrects a reverse KL, which {name} is not: take rkl_topk, or another tail.")
     check_tail(tail)
     if k < 1:
         raise ConfigError(f"{name} needs k >= 1 candidates, got {k}.")

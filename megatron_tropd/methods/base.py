@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.losses.gates import Gate, RatioSource, acceptance, reference_logprob
-from megatron_tropd.losses.multipliers import drift_weight, mismatch_weight
+from megatron_tropd.losses.multipliers import drift_weight, mismatch_weight, prefix_drift_weight, surprise_weight
 from megatron_tropd.losses.reduce import Normalization
 from megatron_tropd.losses.terms import NONE, Term, merge_needs
 from megatron_tropd.methods.options import MethodOptions, SpecialTokens
@@ -105,7 +105,7 @@ class Method:
         for term, weight_T in _merge(shares).items():
             loss_T = loss_T + _weighted(term, weight_T, student, teacher)
         stats = _stats(gate_T, student, teacher, tokens, self.ratio)
-        return TokenLoss(loss_T=loss_T, stats=stats, weight_T=self._multiplier(student, tokens))
+        return TokenLoss(loss_T=loss_T, stats=stats, weight_T=self._multiplier(student, teacher, tokens))
 
     @torch.no_grad()
     def gate_weight(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
@@ -119,10 +119,16 @@ class Method:
             return 1.0
         return mismatch_weight(student, tokens, kind=self.settings.mismatch, cap=self.settings.mismatch_cap)
 
-    def _multiplier(self, student: StudentView, tokens: TokenView) -> Tensor | None:
-        if self.settings.multiplier == "none":
-            return None
-        return drift_weight(student, tokens, tau=self.settings.drift_tau, block=self.settings.drift_block)
+    def _multiplier(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor | None:
+        settings = self.settings
+        match settings.multiplier:
+            case "drift_gate":
+                return drift_weight(student, tokens, tau=settings.drift_tau, block=settings.drift_block)
+            case "prefix_drift":
+                return prefix_drift_weight(student, teacher, tokens, gain=settings.prefix_drift_gain)
+            case "surprise":
+                return surprise_weight(student, tokens, gain=settings.surprise_gain)
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from megatron_tropd.methods.base import Method, Preset
 from megatron_tropd.methods.options import MethodOptions, Support, SupportSize, TailKind
 
 
-class DivergenceOptions(MethodOptions):
-    """Options of ``fkl`` and ``rkl``."""
+class FklOptions(MethodOptions):
+    """Options of ``fkl``."""
 
     form: Literal["full", "topk"] = key("full", "over the full vocabulary, or over a support")
     k: SupportSize = 64
@@ -19,7 +19,7 @@ class DivergenceOptions(MethodOptions):
     support: Support = "teacher"
 
 
-def fkl(options: DivergenceOptions) -> Method:
+def fkl(options: FklOptions) -> Method:
     """Build KL(teacher || student)."""
     if options.form == "full":
         return Method(gate=gates.ALL, trusted=terms.fkl_full())
@@ -27,4 +27,4 @@ def fkl(options: DivergenceOptions) -> Method:
     return Method(gate=gates.ALL, trusted=term)
 
 
-PRESET = Preset(summary="forward KL on every token", source="exact divergence", options=DivergenceOptions, build=fkl)
+PRESET = Preset(summary="forward KL on every token", source="exact divergence", options=FklOptions, build=fkl)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import MethodOptions, Support, SupportSize, TailKind
+from megatron_tropd.methods.options import MethodOptions, ReverseTailKind, Support, SupportSize
 
 
 class LocalSupportOptions(MethodOptions):
     """Options of ``local_support``."""
 
     k: SupportSize = 32
-    tail: TailKind = "renorm"
+    tail: ReverseTailKind = "renorm"
     support: Support = "teacher"
 
 

@@ -15,13 +15,14 @@ from pydantic import Field, ValidationError
 
 from megatron_tropd.config.sections import Real, Section, Whole, WrittenAt, key
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses import terms
 from megatron_tropd.losses.gates import RatioSource
 from megatron_tropd.losses.multipliers import Mismatch
 from megatron_tropd.losses.reduce import Normalization
-from megatron_tropd.losses.support import Tail
+from megatron_tropd.losses.support import ReverseTail, Tail
 from megatron_tropd.types import SupportKind
 
-Multiplier = Literal["none", "drift_gate"]
+Multiplier = Literal["none", "drift_gate", "prefix_drift", "surprise"]
 SpecialTokens = Literal["keep", "mask", "mask_first"]
 EndTokens = Literal["class", "exact", "refuse"]
 
@@ -38,9 +39,11 @@ class MethodOptions(Section):
         "ends of responses as one token, each by itself, or an error where student and teacher name different ones; "
         "null: class where they do, exact where they do not",
     )
-    multiplier: Multiplier = key("none", "weight of the tokens of a reused rollout")
+    multiplier: Multiplier = key("none", "weight of each token")
     drift_tau: Real = key(1.0, "drift_gate: exp(-tau * |mean drift|), drift in nats", ge=0)
     drift_block: Whole = key(64, "drift_gate: tokens per block", ge=1)
+    prefix_drift_gain: Real = key(0.5, "prefix_drift: weight of a first token beyond that of a last one, 1", ge=0)
+    surprise_gain: Real = key(1.0, "surprise: weight of a token of probability 0 beyond that of a sure one, 1", ge=0)
     mismatch: Mismatch = key("none", "correction for the sampler's log-probs")
     mismatch_cap: Real = key(2.0, "mismatch: truncate at cap, mask outside [1/cap, cap]", gt=1)
 
@@ -50,9 +53,16 @@ class MethodOptions(Section):
 SupportSize = Annotated[Whole, Field(ge=1, description="tokens of the support")]
 Support = Annotated[SupportKind, Field(description="whose top k tokens a top-k term looks at")]
 TailKind = Annotated[Tail, Field(description="what a top-k term does with the mass outside its support")]
+ReverseTailKind = Annotated[
+    ReverseTail, Field(description="the same of a reverse KL; sampled: what y says of that mass")
+]
 PpoClip = Annotated[
     Real | None,
     Field(gt=0, lt=1, description="PPO clip range of the policy gradient, for rollouts used more than once"),
+]
+RewardShape = Annotated[
+    terms.RewardShape,
+    Field(description="reward of k1_pg: the log ratio r, its sign, or sign(r) log(1 + |r|)"),
 ]
 K3Bound = Annotated[
     Real | None,

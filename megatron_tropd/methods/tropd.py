@@ -17,10 +17,20 @@ from megatron_tropd.config.sections import Real, Whole, key
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import gates, terms
 from megatron_tropd.losses.gates import Gate
+from megatron_tropd.losses.support import ReverseTail, Tail
 from megatron_tropd.losses.terms import NONE, Term
 from megatron_tropd.methods import schedule
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import K3Bound, MethodOptions, PpoClip, Support, SupportSize, TailKind
+from megatron_tropd.methods.options import (
+    K3Bound,
+    MethodOptions,
+    PpoClip,
+    ReverseTailKind,
+    RewardShape,
+    Support,
+    SupportSize,
+    TailKind,
+)
 
 REWARD_FLOOR = math.log(0.1) / 0.9  # REOPOLD's floor at lam = 0.1; TrOPD publishes none
 
@@ -56,10 +66,11 @@ class TropdOptions(MethodOptions):
     gate_p: Real = key(0.9, "gate teacher_topp: mass of the nucleus", gt=0, le=1)
     gate_fraction: Real = key(0.2, "gate entropy_top: share that is trusted", gt=0, lt=1)
     trusted: TrustedTerm = key("k1_pg", "term of trusted tokens")
-    trusted_tail: TailKind = "bucket"
+    trusted_tail: ReverseTailKind = "bucket"
     jsd_beta: Real = key(0.5, "beta of a trusted jsd_full", ge=0, le=1)
     k3_bound: K3Bound = terms.K3_BOUND
     ppo_clip: PpoClip = None
+    reward: RewardShape = "ratio"
     outlier: Literal["fkl_topk", "mask", "clip"] = key("fkl_topk", "term of outliers")
     outlier_gradient: Literal["direct", "pg_scalar"] = key(
         "direct", "fkl_topk: its own gradient, or (script) a detached advantage"
@@ -118,7 +129,7 @@ def _trusted(options: TropdOptions) -> Term:
     k, tail, support = options.k, options.trusted_tail, options.support
     match options.trusted:
         case "k1_pg":
-            return terms.k1_pg(clip=options.ppo_clip)
+            return terms.k1_pg(clip=options.ppo_clip, shape=options.reward)
         case "k2":
             return terms.k2()
         case "k3":
@@ -132,10 +143,16 @@ def _trusted(options: TropdOptions) -> Term:
         case "rkl_topk":
             return terms.rkl_topk(k=k, tail=tail, support=support)
         case "fkl_topk":
-            return terms.fkl_topk(k=k, tail=tail, support=support)
+            return terms.fkl_topk(k=k, tail=_forward(tail), support=support)
         case "nll":
             return terms.nll()
     return NONE
+
+
+def _forward(tail: ReverseTail) -> Tail:
+    if tail == "sampled":
+        raise ConfigError("trusted_tail=sampled corrects a reverse KL, which fkl_topk is not: set trusted=rkl_topk.")
+    return tail
 
 
 def _outlier(options: TropdOptions) -> Term:

@@ -23,6 +23,7 @@ from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_tropd.engine.model import check_divisible, check_trainable
 from megatron_tropd.errors import CheckpointError, ConfigError
+from megatron_tropd.losses.multipliers import WHOLE_SEQUENCE
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, method_of
 from megatron_tropd.rollout.engines.checks import check_logprobs
@@ -144,6 +145,16 @@ def check_ahead(config: RunConfig, method: Method) -> None:
             "overlaps and rollouts are only older. Use servers (rollout.engine=vllm_server), give the teacher ranks of "
             "its own (teacher.ranks), or set rollout.ahead=0.",
             stacklevel=2,
+        )
+
+
+def check_multiplier(config: RunConfig, method: Method) -> None:
+    """Refuse a weight that looks at a whole sequence where context parallelism cuts sequences."""
+    context, multiplier = config.student.parallel.context, method.settings.multiplier
+    if context > 1 and multiplier in WHOLE_SEQUENCE:
+        raise ConfigError(
+            f"method.multiplier={multiplier} weighs a token by others of its sequence, and student.parallel.context="
+            f"{context} leaves each rank a part of it. Set student.parallel.context=1, or method.multiplier=none."
         )
 
 
@@ -422,6 +433,7 @@ CHECKS = (
     Check("engines and packages", ("config",), check_packages),
     Check("learning from rollouts of older weights", ("config", "method"), check_ahead),
     Check("checkpoints of Megatron", ("config",), check_checkpoints),
+    Check("weights of tokens", ("config", "method"), check_multiplier),
     Check("sequences of a step", ("config", "method"), check_sequences),
     Check("recorded rollouts", ("config",), check_recording),
     Check("several teachers", ("config", "method"), check_one_teacher),

@@ -53,6 +53,9 @@ PRESETS: dict[str, list[str]] = {
         *("method.name=tropd", "method.support=union", "method.tail=bucket", "method.gate=teacher_topk"),
         *("method.k=20", "method.multiplier=drift_gate", "train.minibatches=2"),
     ],
+    "early tokens first, rewards by their log": [
+        *("method.name=tropd", "method.multiplier=prefix_drift", "method.reward=log", "method.trusted=k1_pg"),
+    ],
     "the published script": [
         "method.name=tropd",
         "method.outlier_gradient=pg_scalar",
@@ -132,7 +135,7 @@ def train_each(config: str, directory: str, overrides: list[str], cases: dict[st
 
 
 def train_cases(task: Task, directory: Path, cases: dict[str, list[str]], *extra: str, ranks: int) -> Metrics:
-    start_cases(task, directory, cases, *extra, ranks=ranks).wait(290).expect_success()
+    start_cases(task, directory, cases, *extra, ranks=ranks).wait(560).expect_success()
     return metrics_of(directory, cases)
 
 
@@ -172,7 +175,7 @@ def drift(task: Task, alone: Metrics, rollouts: Path, tmp_path_factory: pytest.T
         for directory, student in zip(directories, students, strict=True)
     ]
     for job in jobs:
-        job.wait(290).expect_success()
+        job.wait(560).expect_success()
     nudged = [metrics_of(directory, replay) for directory in directories]
     return {name: drift_of(rows, [runs[name] for runs in nudged]) for name, rows in alone.items()}
 

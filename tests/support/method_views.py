@@ -91,6 +91,7 @@ def views(
         support_logprob_TK=teacher_TV.gather(1, ids_TK),
         support_mask_TK=mask_TK,
         support_logtail_T=log_outside(teacher_TV, ids_TK),
+        support_has_target_T=(ids_TK == target_T1).any(-1),
         entropy_T=entropy(teacher_TV),
         base_logprob_T=base_TV.gather(1, target_T1)[:, 0],
     )

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from megatron_tropd.losses import terms
-from megatron_tropd.losses.support import TAILS, Tail
+from megatron_tropd.losses.support import ReverseTail
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.types import SupportKind
 from tests.support import parity_truth as truth
@@ -31,7 +31,7 @@ class Cell:
 
     term: str
     support: SupportKind | None = None  # None: it uses none
-    tail: Tail | None = None
+    tail: ReverseTail | None = None
     build: Callable[[int], Term]
     textbook: truth.Textbook
 
@@ -56,6 +56,8 @@ PROOFS: dict[str, tuple[Proof, ...]] = {
         Proof(textbook=truth.k1_pg),
         Proof(textbook=truth.k1_pg_clip, options={"clip": truth.CLIP}, name="k1_pg, PPO clip"),
         Proof(textbook=truth.k1_pg_floor, options={"floor": truth.FLOOR}, name="k1_pg, reward floor"),
+        Proof(textbook=truth.k1_pg_sign, options={"shape": "sign"}, name="k1_pg, sign of the reward"),
+        Proof(textbook=truth.k1_pg_log, options={"shape": "log"}, name="k1_pg, log of the reward"),
     ),
     "extrapolated_pg": (
         Proof(textbook=truth.extrapolated, options={"lam": truth.LAM}),
@@ -138,7 +140,7 @@ def _cells_of(factory: Any, proof: Proof, name: str) -> Iterator[Cell]:
         support, tail = words[1:] or (None, None)
         yield Cell(term=words[0], support=support, tail=tail, build=build, textbook=proof.textbook)  # type: ignore[arg-type]
         return
-    for support, tail in product(SUPPORTS, TAILS):
+    for support, tail in product(SUPPORTS, get_args(get_type_hints(factory)["tail"])):
         build = lambda k, s=support, t=tail: factory(k=k, tail=t, support=s, **options)  # noqa: E731
         yield Cell(term=words[0], support=support, tail=tail, build=build, textbook=proof.textbook(tail))
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tests.support import precision
+from tests.support import estimators, precision
 from tests.support.parity import (
     COINCIDENCES,
     MASSES,
@@ -27,6 +27,7 @@ from tests.support.parity import (
 from tests.support.parity_cells import CELLS
 from tests.support.parity_problems import LOW_PRECISION, PROBLEMS, REPLICATED, Problem
 
+UNBIASED = 1e-12  # fp64: a few operations on seven numbers
 CONTRACT = 1e-5  # no gradient errs by more, whatever its conditioning
 
 
@@ -158,6 +159,26 @@ def precisions() -> Rows:
     }
 
 
+def estimators_of_reverse_kl() -> Rows:
+    """By estimator and preset: its error where it is unbiased, its bias either way, its covariance beside k1_pg's.
+
+    Errors and biases are on policy, then on reused rollouts.
+    """
+    rows: dict[tuple[str, ...], Line] = {}
+    sampled = estimators.judged("`k1_pg` | `opd`").covariance
+    for name in estimators.ESTIMATORS:
+        judged = estimators.judged(name)
+        biases = [judged.bias, judged.reused_bias]
+        exact = [bias for bias in biases if bias < UNBIASED]
+        noise = judged.covariance / sampled
+        rows[tuple(name.split(" | "))] = Line(
+            found=[exact],
+            bound=[UNBIASED] * len(exact),
+            noted=[[bias if bias >= UNBIASED else 0.0 for bias in biases], [noise if noise > UNBIASED else 0.0]],
+        )
+    return rows
+
+
 TABLES: dict[str, tuple[Callable[[], Rows], Sequence[str]]] = {
     "objectives": (
         objectives,
@@ -165,6 +186,10 @@ TABLES: dict[str, tuple[Callable[[], Rows], Sequence[str]]] = {
     ),
     "cases": (cases, ("case", "TP 1", "TP 2", "TP 4", "checked", "plain fp32")),
     "tails": (tails, ("mass outside", "the mass, hidden, weight gradient", "checked", "the mass as `1 - sum`")),
+    "estimators": (
+        estimators_of_reverse_kl,
+        ("term", "preset", "error where unbiased", "checked", "bias on policy, reused", "covariance / `k1_pg`'s"),
+    ),
     "precision": (precisions, ("KL, nats", "TP 1", "TP 2", "checked", "plain bf16")),
     "coincidences": (coincidences, ("methods", "TP 1", "TP 2", "TP 4", "checked")),
 }

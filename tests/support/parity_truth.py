@@ -41,6 +41,15 @@ def k1_pg(rows: Rows) -> Tensor:
     return -log_ratio(rows) * rows.at_target(rows.logq_TV)
 
 
+def k1_pg_sign(rows: Rows) -> Tensor:
+    return -log_ratio(rows).sign() * rows.at_target(rows.logq_TV)
+
+
+def k1_pg_log(rows: Rows) -> Tensor:
+    r_T = log_ratio(rows)
+    return -torch.where(r_T > 0, torch.log(1 + r_T), -torch.log(1 - r_T)) * rows.at_target(rows.logq_TV)
+
+
 def k1_pg_floor(rows: Rows) -> Tensor:
     return -log_ratio(rows).clamp(min=FLOOR) * rows.at_target(rows.logq_TV)
 
@@ -132,7 +141,22 @@ def fkl_topk(tail: str) -> Textbook:
 
 
 def rkl_topk(tail: str) -> Textbook:
+    if tail == "sampled":
+        return resopd
     return lambda rows: on_support(rows.logq_TV, rows.logp_TV, rows.in_A_TV, tail)
+
+
+def resopd(rows: Rows) -> Tensor:
+    """The coarsened reverse KL; of y outside A also its own policy gradient instead of the tail's."""
+    coarse_T = on_support(rows.logq_TV, rows.logp_TV, rows.in_A_TV, "bucket")
+    if rows.in_A_TV.all():
+        return coarse_T
+    q_B_T, p_B_T = (log_sum(x, ~rows.in_A_TV) for x in (rows.logq_TV, rows.logp_TV))
+    q_T, old_T = rows.at_target(rows.logq_TV), rows.at_target(rows.logold_TV)
+    residual_T = (p_B_T - q_B_T).detach() * q_B_T - log_ratio(rows) * q_T
+    importance_T = (q_T.exp().detach() / old_T.exp()).clamp(max=CAP)
+    outside_T = ~rows.in_A_TV.gather(1, rows.target_T[:, None])[:, 0]
+    return coarse_T + torch.where(outside_T, importance_T * residual_T, 0.0)
 
 
 def fkl_pg_scalar(tail: str) -> Textbook:
@@ -150,4 +174,4 @@ def uncertain_fkl(tail: str) -> Textbook:
     return loss
 
 
-FLOOR, CLIP, LAM, UNCERTAIN, BOUND = -0.3, 0.2, 1.25, 1.5, 0.7
+FLOOR, CLIP, LAM, UNCERTAIN, BOUND, CAP = -0.3, 0.2, 1.25, 1.5, 0.7, 10.0

@@ -359,6 +359,42 @@ def test_drift_gate_weighs_but_does_not_change_the_loss():
     close(gated.weight_T, expected_T)
 
 
+def test_prefix_drift_weighs_by_what_is_left_of_the_differences_by_hand():
+    """Two sequences, of 4 and 3 tokens; |r| by hand, PREFIX tokens not in the sums."""
+    seen = views(rows(on_policy=False), region_T=MIXED_T)
+    gaps_T = torch.tensor([9.0, 9.0, 1.0, 3.0, 9.0, 0.0, 2.0], dtype=torch.float64)
+    signs_T = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    seen = (seen[0], replace(seen[1], logprob_T=seen[0].old_logprob_T + signs_T * gaps_T), seen[2])
+    loss = build_method("opd", multiplier="prefix_drift").token_loss(*seen)
+    # shares that came before: 0, 1/4 of the first sequence's 4 nats; 0, 0 of the second's 2
+    close(loss.weight_T, torch.tensor([1.0, 1.0, 1.5, 1.375, 1.0, 1.5, 1.5], dtype=torch.float64))
+    close(loss.loss_T, build_method("opd").token_loss(*seen).loss_T)
+    equal = (seen[0], replace(seen[1], logprob_T=seen[0].old_logprob_T), seen[2])
+    agreed = build_method("opd", multiplier="prefix_drift", prefix_drift_gain=0.25).token_loss(*equal)
+    close(agreed.weight_T, torch.where(MIXED_T == PREFIX, 1.0, 1.25).double())
+
+
+def test_surprise_weighs_by_how_unsure_the_student_was():
+    student, teacher, tokens = views(rows(on_policy=False), region_T=MIXED_T)
+    student = replace(student, old_logprob_T=torch.full((T,), math.log(0.25), dtype=torch.float64))
+    loss = build_method("opd", multiplier="surprise", surprise_gain=2.0).token_loss(student, teacher, tokens)
+    close(loss.weight_T, torch.where(MIXED_T == PREFIX, 1.0, 2.5).double())
+
+
+def test_shaped_rewards_keep_the_sign_and_bound_the_size_by_hand():
+    student, teacher, tokens = views(rows())
+    r_T = torch.tensor([math.e - 1, 1 - math.e, 0.0, 20.0, -20.0, 0.5, -0.5], dtype=torch.float64)
+    teacher = replace(teacher, logprob_T=student.logprob_T.detach() + r_T)
+    rewards = {
+        "sign": [1, -1, 0, 1, -1, 1, -1],
+        "log": [1, -1, 0, math.log(21), -math.log(21), math.log(1.5), -math.log(1.5)],
+    }
+    for name, expected in rewards.items():
+        for method in (build_method("opd", reward=name), build_method("tropd", gate="all", reward=name)):
+            loss_T = method.token_loss(student, teacher, tokens).loss_T
+            close(loss_T, -torch.tensor(expected, dtype=torch.float64) * student.logprob_T)
+
+
 def test_mismatch_weight_multiplies_continuation_tokens_only():
     data = rows()
     student, teacher, tokens = views(data, region_T=MIXED_T, k=5)
@@ -425,7 +461,7 @@ def test_needs_ask_for_nothing_more_than_the_parts():
         (
             "opd",
             {"k": 64},
-            r"'opd': k is not a key.* Valid keys of method 'opd': .*drift_block, .*trusted, k3_bound, ppo_clip\.$",
+            r"'opd': k is not a key.* Valid keys of method 'opd': .*drift_block, .*k3_bound, ppo_clip, reward\.$",
         ),
         (
             "tropd",
@@ -449,6 +485,8 @@ def test_needs_ask_for_nothing_more_than_the_parts():
         ),
         ("tropd", {"gate": "teacher_topk", "gate_k": 65}, r"gate_k=65 exceeds k=64, the ids requested: raise k"),
         ("tropd", {"gate": "teacher_topp", "support": "student"}, r"support='student' lacks: use 'union'"),
+        ("tropd", {"tail": "sampled"}, r"tail = 'sampled': must be one of none, bucket, renorm"),
+        ("tropd", {"trusted": "fkl_topk", "trusted_tail": "sampled"}, r"corrects a reverse KL, which fkl_topk is not"),
         ("opd", {"ppo_clip": 1.0}, r"ppo_clip = 1.0: must be less than 1"),
         ("opd", {"temperature": 0}, r"temperature = 0: must be greater than 0"),
         ("opd", {"normalization": "batch"}, r"normalization = 'batch': must be one of token, sequence, region"),

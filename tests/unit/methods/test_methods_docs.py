@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from megatron_tropd.config.loading import parse_config
 from megatron_tropd.losses.multipliers import MISMATCHES
 from megatron_tropd.losses.reduce import NORMALIZATIONS
-from megatron_tropd.losses.support import TAILS
+from megatron_tropd.losses.support import ReverseTail
 from megatron_tropd.methods import PRESETS, build_method, tropd
-from megatron_tropd.methods.options import own_options, parse_options
+from megatron_tropd.methods.options import Multiplier, own_options, parse_options
 from megatron_tropd.types import Needs, SupportKind
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -126,9 +126,9 @@ def asked(needs: Needs) -> str:
     [
         ("Gates", get_args(tropd.GateName)),
         ("Terms", get_args(tropd.TrustedTerm)),
-        ("Supports and tails", (*get_args(SupportKind), *TAILS)),
+        ("Supports and tails", (*get_args(SupportKind), *get_args(ReverseTail))),
         ("Prefix schedules", ("cosine", "linear", "constant", "none")),
-        ("Normalization and weights", (*NORMALIZATIONS, "drift_gate", "truncate", "mask", "mask_first")),
+        ("Normalization and weights", (*NORMALIZATIONS, *get_args(Multiplier), "truncate", "mask", "mask_first")),
         (COMMON, MISMATCHES),
     ],
 )
