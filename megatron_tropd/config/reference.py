@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_tropd.config.run import RunConfig
