@@ -83,6 +83,7 @@ def main() -> None:
     logs.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[logs], level=logging.WARNING if first else logging.ERROR)
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    _say_repeated(sys.argv[1:])
     try:
         check_variables(os.environ)
         heartbeat = Heartbeat(enabled=first and verb in _LONG)
@@ -98,6 +99,18 @@ def main() -> None:
         _report(error, first)
         # other ranks may wait in a collective for this one: leave without joining them
         leave(2)
+
+
+def _say_repeated(arguments: list[str]) -> None:
+    """Warn of keys that are given twice, with different values: the last one counts."""
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key.startswith("-"):
+            continue
+        if given.setdefault(key, value) != value:
+            warnings.warn(f"{key} is given twice: {value} counts, {given[key]} does not.", stacklevel=2)
+            given[key] = value
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -586,6 +599,8 @@ def demo(
             changes.append(f"rollout.engine={engine}")
         check_settings(config, changes, processes)
         options = ("--standalone", f"--nproc-per-node={processes}")
+        # what a preset sets and the user sets otherwise is given once
+        changes = list({change.partition("=")[0]: change for change in changes}.values())
         command = ("-m", "megatron_tropd", "train", str(config), *changes)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
         status = torchrun.run_ranks(options, command, environment=environment, cwd=root)

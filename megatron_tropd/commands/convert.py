@@ -38,6 +38,7 @@ from megatron_tropd.errors import CheckpointError, ConfigError, printable
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.arrays import largest_or_infinite
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.setup.claims import claimed
 from megatron_tropd.setup.claims import target as claim_of
 from megatron_tropd.storage.checksums import files_below
@@ -166,7 +167,8 @@ def _export(
     del model
     _say(f"Hugging Face directory: {target}")
     if plan.texts:
-        _verify(target, given, architecture, groups, dtype=dtype, texts=plan.texts)
+        with Phase("comparing with transformers"):
+            _verify(target, given, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

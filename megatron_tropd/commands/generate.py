@@ -30,6 +30,7 @@ from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.engine.weights import load_weights
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
@@ -308,7 +309,8 @@ def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.
     if ROLLOUT_ENGINES[sampling.engine].exact_vocabulary:
         return sampler_of(job.model, groups, dtype=dtype, device=device, vocab_size=job.vocab_size)
     context = _context(job, sampling, architecture, groups, device, longest)
-    sampler = ROLLOUT_ENGINES[sampling.engine].build(context)
+    with Phase(f"starting {sampling.engine}"):
+        sampler = ROLLOUT_ENGINES[sampling.engine].build(context)
     weights = open_weights(job.model)
     sampler.update_weights(((name, weights[name][:].to(dtype)) for name in weights), version=0)
     return sampler

@@ -44,6 +44,7 @@ from megatron_tropd.models.name_table import output_entry
 from megatron_tropd.models.rules import RULES, TensorShard, fill
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
 from megatron_tropd.parallel.partition import CrossWorldLink
+from megatron_tropd.progress.phases import Phase
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext, build_embedded
 from megatron_tropd.rollout.protocol import Sampler
@@ -242,7 +243,8 @@ def build_teacher(
         split=None if bridge is None else rank_split(config, dist.get_world_size()),
         facts=recorded_facts(config, inputs),
     )
-    own = engine.build(context)
+    with Phase(f"starting the teacher ({config.teacher.engine})"):
+        own = engine.build(context)
     if not engine.scores_new:
         return own
     live = with_others(config, own, world, vocab_size=context.vocab_size, temperature=context.temperature)
@@ -380,7 +382,8 @@ def load_frozen(config: RunConfig, source: ModelPath, groups: Groups, world: Wor
 def build_sampler(config: RunConfig, architecture: Architecture, world: World, vocab_size: int) -> Sampler:
     """Build the sampler that ``rollout.engine`` names."""
     context = _sampler_context(config, architecture, world, vocab_size)
-    return ROLLOUT_ENGINES[config.rollout.engine].build(context)
+    with Phase(f"starting the sampler ({config.rollout.engine})"):
+        return ROLLOUT_ENGINES[config.rollout.engine].build(context)
 
 
 def embedded_sampler(
