@@ -103,7 +103,8 @@ def _import(source: Path, target: Path, plan: ConversionPlan) -> None:
     _say(f"Megatron checkpoint: {target}")
     if plan.texts:
         written = _Given(path=settled(target), companions=source, state={})
-        _verify(source, written, architecture, groups, dtype=dtype, texts=plan.texts)
+        with Phase("comparing with transformers"):
+            _verify(source, written, architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:
