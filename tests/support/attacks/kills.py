@@ -90,7 +90,12 @@ _QUIET = ("report.samples=0", "report.html=false", "rollout.guided_per_prompt=1"
 
 def _train(task: Task, directory: Path) -> Sequence[object]:
     few = ("train.steps=3", "checkpoint.every=1", "checkpoint.keep=2", "evaluate.every=1", "evaluate.max_problems=2")
-    records = (f"rollout.record={directory}/rollouts", f"teacher.record={directory}/scores", "rollout.ahead=1")
+    records = (
+        f"rollout.record={directory}/rollouts",
+        f"teacher.record={directory}/scores",
+        "rollout.ahead=1",
+        "method.ppo_clip=0.2",
+    )
     suites = "evaluate.suites=[{name: greedy}]"
     where = (f"run_dir={directory}/run", f"export.hf={directory}/export")
     return ("train", task.config, *where, *_QUIET, *few, *records, suites)

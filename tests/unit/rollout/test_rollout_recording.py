@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tropd.errors import DataError
-from megatron_tropd.rollout.engines.recorded import RecordedSampler, write_rollouts
+from megatron_tropd.rollout.engines.recorded import RecordedSampler, read_rollouts, write_rollouts
 from megatron_tropd.rollout.recording import FILE, claim_recording
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams, single_turn
 
@@ -108,3 +108,14 @@ def test_a_recording_that_does_not_say_so_is_held_to_the_budget(tmp_path: Path):
     assert len(sampler.generate([exact], PARAMS, seed=0, step=0)) == 1
     with pytest.raises(DataError, match="has a response of 4 tokens for a budget of 3"):
         sampler.generate([short], PARAMS, seed=0, step=0)
+
+
+@pytest.mark.parametrize(("at", "bit"), [(8, 1), (10, 1), (16, 1)], ids=["encrypted", "packed otherwise", "checksum"])
+def test_a_bit_of_the_archives_own_table_that_flips_is_one_error(at: int, bit: int, tmp_path: Path):
+    """The table of a zip file: zipfile and numpy speak of each with an exception of another kind."""
+    path = write_rollouts(tmp_path, 0, [ROLLOUT])
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + at] ^= bit
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"step-00000000.npz is torn or not a recording: .*Record it again"):
+        read_rollouts(tmp_path, 0)
