@@ -23,6 +23,10 @@ VLLM_TESTS := tests/vllm
 # one process per core, never very many: a test may itself start four ranks
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
+# TRL, which a benchmark compares with, has its own too
+TRL_VENV := .venv-trl
+TRL_STAMP := $(TRL_VENV)/.installed
+
 # Transformer Engine's extension is compiled here, which takes a CUDA toolkit: TE=1 asks for it
 GPU_VENV := .venv-gpu
 GPU_BIN := $(GPU_VENV)/bin
@@ -32,7 +36,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 TE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-vllm demo test test-fast test-portable test-gpu test-vllm check format clean
+.PHONY: help install install-gpu install-vllm bench-trl demo test test-fast test-portable test-gpu test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +46,9 @@ install: $(STAMP) ## set up .venv: pinned dependencies, the C++ extension, the t
 install-vllm: $(VLLM_STAMP) ## set up .venv-vllm: this package beside vLLM for CPUs (2.5 GB)
 
 install-gpu: $(GPU_STAMP) ## set up .venv-gpu: CUDA builds of torch and vLLM, this package; TE=1 adds Transformer Engine
+
+bench-trl: $(STAMP) $(TRL_STAMP) ## time a training step beside TRL's trainer, set up in .venv-trl: ARGS="--rounds 5" (1 GB)
+	$(BIN)/python -m megatron_tropd.benchmarks.step --against trl --trl-python $(TRL_VENV)/bin/python $(ARGS)
 
 # vLLM samples where vLLM is; what install-gpu has made has both
 DEMO_STAMP := $(or $(wildcard $(GPU_STAMP)),$(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP)))
@@ -88,7 +95,7 @@ format: $(STAMP) ## fix what ruff can fix and format
 	$(BIN)/ruff format .
 
 clean: ## remove all that make has made; runs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(TRL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f megatron_tropd/_C.*.so
 	find megatron_tropd tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -108,6 +115,12 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt setup.py $(wildcard csrc/*)
 	$(VLLM_PIP) pybind11 setuptools wheel
 	$(VLLM_PIP) --no-build-isolation --editable '.[dev]'
 	$(VLLM_BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+$(TRL_STAMP): constraints-trl.txt
+	test -x $(TRL_VENV)/bin/pip || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints-trl.txt torch
+	$(TRL_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints-trl.txt trl
 	@touch $@
 
 # torch goes first and alone, so that no other package's wish decides which build of it comes

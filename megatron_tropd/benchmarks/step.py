@@ -2,7 +2,7 @@
 
 ``python -m megatron_tropd.benchmarks.step`` trains a few steps of the demo on two ranks, or of ``--config FILE`` with
 ``key=value`` overrides, as ``tropd train`` would, and prints the mean of each part. ``--metrics RUN/metrics.jsonl``
-reads the parts of a run that has been made instead, of whatever size.
+reads the parts of a run that has been made instead, of whatever size. ``--against trl`` compares with TRL.
 
 Overhead is what is neither sampling, scoring (by teacher or student), forward and backward, nor the optimizer: packing,
 publishing weights, and all else. Evaluation and checkpoints lie outside a step and are off here.
@@ -25,6 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tropd.benchmarks.against import compare
+from megatron_tropd.benchmarks.against import table_of as table_of_comparison
 from megatron_tropd.errors import ConfigError, DataError
 
 WORK = ("rollout", "student", "teacher", "forward and backward", "optimizer")
@@ -119,8 +121,20 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 8,
     warmup: Annotated[int, typer.Option(help="Steps before them that do not.", min=0)] = 2,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    against: Annotated[str, typer.Option(help="trl: beside TRL's trainer, in turns; method.name=rkl.")] = "",
+    rounds: Annotated[int, typer.Option(help="Turns of each with --against.", min=1)] = 3,
+    trl_python: Annotated[Path, typer.Option(help="The Python of `make bench-trl`.")] = Path(".venv-trl/bin/python"),
 ) -> None:
     """Print the breakdown of a mean training step."""
+    if against:
+        _check_comparison(against, metrics, processes)
+        chosen = ["method.name=rkl", "rollout.samples_per_prompt=5", *(overrides or [])]
+        own = chosen if config is None else overrides or []
+        compared = compare(config or _DEMO, own, python=trl_python, rounds=rounds, steps=steps, warmup=warmup)
+        Console(width=140).print(table_of_comparison(compared))
+        if json_path is not None:
+            json_path.write_text(json.dumps(asdict(compared), indent=2) + "\n")
+        return
     if metrics is not None:
         rows = read_rows(metrics)
     else:
@@ -130,6 +144,13 @@ def main(
     Console().print(table_of(found))
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(found) | {"overhead": found.overhead}, indent=2) + "\n")
+
+
+def _check_comparison(against: str, metrics: Path | None, processes: int) -> None:
+    if against != "trl":
+        raise ConfigError(f"--against={against}: only trl can be compared with.")
+    if metrics is not None or processes != 2:
+        raise ConfigError(f"--metrics={metrics}, --processes={processes}: --against trl trains, on 2. Leave them out.")
 
 
 if __name__ == "__main__":

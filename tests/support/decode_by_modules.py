@@ -1,21 +1,27 @@
 """Cached decoding through Megatron's modules, one prefill per row: what the sampler's plain functions are held to.
 
 Tokens are drawn by the package's own ``sample``, which tests/unit/engine/test_engine_decode.py holds to the definition.
+``python -m tests.support.decode_by_modules`` times the two in turns.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_tropd.engine.attention import causal_attention
-from megatron_tropd.engine.decode import Continuation, _logits, sample
+from megatron_tropd.engine.decode import Continuation, _logits, decode_batch, sample
 from megatron_tropd.engine.model import Model
+from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.types import Float32Array, Int64Array, SamplingParams
 
@@ -184,3 +190,38 @@ def _collect(tokens: Tensor, logprobs: Tensor, count: Tensor, finished: Tensor) 
         Continuation(token_ids[row, :n].copy(), sampling[row, :n].copy(), model[row, :n].copy(), done)
         for row, (n, done) in enumerate(zip(count.tolist(), finished.tolist(), strict=True))
     ]
+
+
+def main(*, turns: int = 9, prompts: int = 8, samples: int = 5, new_tokens: int = 30) -> None:
+    """Print the processor milliseconds of a batch of the demo's student, of each way of decoding it."""
+    from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
+    from megatron_tropd.setup.build import load_model
+
+    path, device = Path(__file__).parents[2] / "examples" / "demo" / "student", initialize_distributed()
+    model = load_model(path, GroupBuilder().build(Layout()), dtype=torch.float32, device=device).freeze()
+    rng = np.random.default_rng(0)
+    contexts = [c for c in (rng.integers(5, 200, rng.integers(24, 48)) for _ in range(prompts)) for _ in range(samples)]
+    numbers = rng.random((len(contexts), new_tokens), dtype=np.float32)
+    ways = {
+        "modules, every call wrapped": (decode_by_modules, cuda_names_mean_cpu),
+        "modules": (decode_by_modules, nullcontext),
+        "functions": (decode_batch, nullcontext),
+    }
+    seconds: dict[tuple[str, int], list[float]] = {(name, count): [] for name in ways for count in (1, new_tokens)}
+    for _ in range(turns):
+        for (name, count), found in seconds.items():
+            decode, mode = ways[name]
+            with mode():
+                began = time.process_time()
+                params = SamplingParams(max_new_tokens=count)
+                decode(model, contexts, [count] * len(contexts), numbers[:, :count], params, vocab_size=200)
+                found.append(time.process_time() - began)
+    for name in ways:
+        first, whole = (1e3 * statistics.median(seconds[name, count]) for count in (1, new_tokens))
+        print(
+            f"{name:28} {whole:7.1f} ms, first token {first:6.1f}, each other {(whole - first) / (new_tokens - 1):5.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
