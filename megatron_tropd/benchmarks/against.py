@@ -1,6 +1,6 @@
 """A training step beside that of TRL's ``DistillationTrainer``: the same work, in turns, in one run.
 
-Both learn the reverse KL over the whole vocabulary from the same prompts in the same steps, on two processes of as many
+Both learn the reverse KL over the full vocabulary from the same prompts in the same steps, on two processes of as many
 threads: ours data parallel, ours tensor parallel, TRL data parallel. Where other work shares the machine, processor
 seconds say more than seconds.
 """
@@ -24,7 +24,6 @@ import torch
 from rich.table import Table
 
 from megatron_tropd.config.loading import load_config
-from megatron_tropd.config.run import RunConfig
 from megatron_tropd.convert.hf import read_architecture
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.types import Architecture
@@ -136,11 +135,19 @@ def compare(
     """
     settings = load_config(config, [*overrides, *_QUIET])
     if settings.method.name != "rkl":
-        raise ConfigError(
-            f"method.name={settings.method.name}, but TRL is asked for the reverse KL. Add method.name=rkl."
-        )
+        raise ConfigError(f"method.name={settings.method.name}, but TRL learns the reverse KL. Add method.name=rkl.")
     if not python.exists():
         raise ConfigError(f"there is no {python}, the Python that has TRL. Say `make bench-trl`, or give --trl-python.")
+    job = {
+        "student": str(Path(settings.student.model).absolute()),
+        "teacher": str(Path(settings.teacher.model).absolute()),
+        "samples": settings.rollout.samples_per_prompt,
+        "max_new_tokens": settings.rollout.max_new_tokens,
+        "dtype": settings.dtype,
+        "lr": settings.optimizer.lr,
+        "weight_decay": settings.optimizer.weight_decay,
+        "clip_grad": settings.optimizer.clip_grad,
+    }
     turns: dict[str, list[Steps]] = {"ours, DP 2": [], "ours, TP 2": [], "TRL, DP 2": []}
     torch.set_num_threads(1)
     rates, prompt = [product_rate()], 0.0
@@ -152,7 +159,7 @@ def compare(
                 changes = [*overrides, *layout, *_QUIET, f"train.steps={steps + warmup}"]
                 turns[name].append(_ours(config, changes, place / f"tp{size}", warmup=warmup))
             prompts = json.loads((place / "tp1" / "prompts.json").read_text())
-            turns["TRL, DP 2"].append(_trl(settings, prompts, place / "trl", python=python, warmup=warmup))
+            turns["TRL, DP 2"].append(_trl(job | {"prompts": prompts}, place / "trl", python=python, warmup=warmup))
             prompt = statistics.fmean(sum(map(len, batch)) for batch in prompts[warmup:])
         rates.append(product_rate())
     found = {name: joined(each) for name, each in turns.items()}
@@ -196,19 +203,8 @@ def _ours(config: Path, changes: Sequence[str], place: Path, *, warmup: int) -> 
     return steps_of(place, warmup=warmup, metrics=rows)
 
 
-def _trl(config: RunConfig, prompts: list[Any], place: Path, *, python: Path, warmup: int) -> Steps:
+def _trl(job: Mapping[str, Any], place: Path, *, python: Path, warmup: int) -> Steps:
     place.mkdir()
-    job = {
-        "student": str(Path(config.student.model).absolute()),
-        "teacher": str(Path(config.teacher.model).absolute()),
-        "prompts": prompts,
-        "samples": config.rollout.samples_per_prompt,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "dtype": config.dtype,
-        "lr": config.optimizer.lr,
-        "weight_decay": config.optimizer.weight_decay,
-        "clip_grad": config.optimizer.clip_grad,
-    }
     (place / "job.json").write_text(json.dumps(job))
     # not the folder of the script, where other benchmarks have the names of packages, nor this project's own path
     _launch(python, [str(_CHILD), str(place)], PYTHONSAFEPATH="1", PYTHONPATH="")

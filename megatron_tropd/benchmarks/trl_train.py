@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     prompts = [" ".join(map(str, ids)) for batch in job["prompts"] for ids in batch for _ in range(job["samples"])]
     settings = DistillationConfig(
         output_dir=str(folder / "trl"),
-        beta=1.0,  # reverse KL over the whole vocabulary
+        beta=1.0,  # reverse KL over the full vocabulary
         max_completion_length=job["max_new_tokens"],
         temperature=1.0,
         per_device_train_batch_size=len(job["prompts"][0]) * job["samples"] // ranks,

@@ -120,7 +120,7 @@ def test_the_products_of_a_step_are_counted_by_hand() -> None:
 
 def test_a_comparison_says_what_it_lacks(tmp_path: Path) -> None:
     options = {"python": tmp_path / "python", "rounds": 1, "steps": 3, "warmup": 1}
-    with pytest.raises(ConfigError, match="=tropd, but TRL is asked for the reverse KL"):
+    with pytest.raises(ConfigError, match="=tropd, but TRL learns the reverse KL"):
         against.compare(step._DEMO, [], **options)
     with pytest.raises(ConfigError, match="Say `make bench-trl`"):
         against.compare(step._DEMO, ["method.name=rkl"], **options)
