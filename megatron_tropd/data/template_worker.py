@@ -51,8 +51,11 @@ def _maker() -> Any:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # another system than Linux: time alone is limited
+        return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = used + _OWN_BYTES if hard == resource.RLIM_INFINITY else min(used + _OWN_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
