@@ -39,7 +39,6 @@ from megatron_tropd.engine.score import score_packs
 from megatron_tropd.losses.vocab_parallel import linear_topk
 from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
-from megatron_tropd.planning.parameters import total_parameters
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.types import Architecture, Pack, Rollout, RolloutRequest, SamplingParams, single_turn
 
@@ -226,7 +225,7 @@ def layers(device: torch.device, sizes: ProbeSizes) -> Figures:
     own = _pack_of(sizes)
     run = _training_pass(model, own)
     seconds = median_seconds(run, device, repeats=3)
-    matrices = total_parameters(model.architecture) - 2 * sizes.vocab * sizes.hidden
+    matrices = sum(p.numel() for name, p in model.chunks[0].named_parameters() if name.startswith("decoder."))
     found = {
         "forward and backward, ms": seconds * 1e3,
         "of the layers' matrices alone, TFLOP/s": 6 * matrices * len(own.token_T) / seconds / 1e12,

@@ -120,6 +120,7 @@ def check_health(*, gpus: int | None = None, shared: Path | None = None, timeout
         problems, fabric = _try_together(meeting, facts, shared)
         if meeting.rank == 0:
             Console().print(_table(facts, fabric))
+            _print_accelerators()
     # the first keeps the store: it leaves last, after all that had come
     meeting.tell("done", True)
     if meeting.rank == 0:
@@ -392,6 +393,14 @@ def _appears(path: Path, text: str) -> bool:
                 return True
         time.sleep(0.2)
     return False
+
+
+def _print_accelerators() -> None:
+    """Print which optional packages are used, and what the others lack."""
+    from megatron_tropd.engine.te import accelerators  # of the rest of the package, which could be imported
+
+    for name, said in accelerators().items():
+        print(f"{name}: {said}")
 
 
 def _table(facts: Sequence[Fitness], fabric: Fabric) -> Table:

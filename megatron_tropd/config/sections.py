@@ -189,6 +189,12 @@ class StudentConfig(Section):
     attention: Literal["auto", "sdpa", "te"] = key(
         "auto", "Attention kernels: `te` (Transformer Engine), `sdpa` (ours), `auto` picks by device."
     )
+    layers: Literal["local", "te"] = key(
+        "local", "Layers: Megatron's own, or `te` (Transformer Engine), which is refused with what is missing for it."
+    )
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = key(
+        "none", "Recipe of products in FP8, which needs Transformer Engine's layers: refused like them."
+    )
     router_aux_loss: Real = key(
         0.0,
         "Coefficient of the load-balancing loss of a mixture of experts, a mean over response tokens; 0 is none.",

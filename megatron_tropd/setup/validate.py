@@ -22,6 +22,7 @@ from megatron_tropd.convert.source import source_architecture, source_fingerprin
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_tropd.engine.model import check_divisible, check_trainable
+from megatron_tropd.engine.te import te_refusal
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.multipliers import WHOLE_SEQUENCE
 from megatron_tropd.losses.terms import NONE
@@ -122,10 +123,16 @@ def check_method(config: RunConfig) -> Method:
 
 
 def check_available(config: RunConfig) -> None:
-    """Refuse what the configuration knows and this version does not run yet."""
-    for role, section in (("student", config.student), ("teacher", config.teacher)):
-        if section.attention == "te":
-            raise ConfigError(f"{role}.attention=te is not available yet; use sdpa or auto.")
+    """Refuse what the configuration knows and this version does not run yet, with what is missing for it."""
+    wanted = {
+        "student.attention": (config.student.attention == "te", "te", "sdpa or auto"),
+        "teacher.attention": (config.teacher.attention == "te", "te", "sdpa or auto"),
+        "student.layers": (config.student.layers == "te", "te", "local"),
+        "student.fp8": (config.student.fp8 != "none", config.student.fp8, "none"),
+    }
+    for key, (refused, value, others) in wanted.items():
+        if refused:
+            raise ConfigError(f"{key}={value} is not available yet: {te_refusal()} Use {others}.")
 
 
 def check_ahead(config: RunConfig, method: Method) -> None:

@@ -8,6 +8,7 @@ latter two weights travel in buckets, gathered while the one before is under way
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +26,8 @@ from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.score import pack_alone, score_packs
 from megatron_tropd.engine.weights import hf_tensors
 from megatron_tropd.errors import ServingError
-from megatron_tropd.models.name_table import EMBEDDING, OUTPUT
-from megatron_tropd.types import Float32Array, Int64Array
+from megatron_tropd.models.name_table import EMBEDDING, OUTPUT, hf_shapes
+from megatron_tropd.types import Architecture, Float32Array, Int64Array
 from megatron_tropd.vllm_bridge.client import Server
 from megatron_tropd.vllm_bridge.pool import Pool
 from megatron_tropd.vllm_bridge.weight_updates import Update
@@ -57,6 +58,13 @@ class WeightStream:
             yield name, tensor
             if tied and name == embedding:
                 yield output, tensor
+
+
+def published_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Return the bytes of one ``WeightStream``: tied embeddings twice."""
+    shapes, (embedding,) = hf_shapes(architecture), EMBEDDING.hf
+    tied = shapes[embedding] if architecture.tied_embeddings else (0,)
+    return dtype.itemsize * sum(math.prod(shape) for shape in (*shapes.values(), tied))
 
 
 def probe_logprobs(model: Model, token_ids: Int64Array) -> Float32Array:

@@ -7,7 +7,6 @@ reads a capability off the row, so that a new engine is a file and a row.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config.sections import RolloutConfig
-from megatron_tropd.models.name_table import EMBEDDING, hf_shapes
 from megatron_tropd.parallel.groups import Groups
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.recorded import RecordedSampler
@@ -30,7 +28,7 @@ from megatron_tropd.types import Architecture
 from megatron_tropd.vllm_bridge.connect import open_pool
 from megatron_tropd.vllm_bridge.local_engine import check_installed
 from megatron_tropd.vllm_bridge.options import engine_options
-from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher
+from megatron_tropd.weight_sync.publishers import BroadcastPublisher, FilePublisher, Publisher, published_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +49,8 @@ class SamplerContext:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of a whole copy of the weights as they are published: tied embeddings twice."""
-        shapes = hf_shapes(self.architecture)
-        (embedding,) = EMBEDDING.hf
-        tied = shapes[embedding] if self.architecture.tied_embeddings else (0,)
-        return self.dtype.itemsize * sum(math.prod(shape) for shape in (*shapes.values(), tied))
+        """Return the bytes of a whole copy of the weights as they are published."""
+        return published_bytes(self.architecture, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
