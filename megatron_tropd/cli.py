@@ -439,9 +439,13 @@ def hf_to_megatron(
     expert: Expert = 1,
     dtype: ConvertDtype = "auto",
     verify: Verify = None,
+    layout: Annotated[
+        Literal["own", "megatron-lm", "bridge"],
+        typer.Option(help="Whose directory: ours, or what Megatron-LM (--load DIR --finetune) or Bridge loads."),
+    ] = "own",
 ) -> None:
     """Write a Hugging Face directory as a Megatron checkpoint, for any layout to load. Killed, it starts over."""
-    _convert("hf_to_megatron", source, target, (tensor, pipeline, expert), dtype, verify)
+    _convert("hf_to_megatron", source, target, (tensor, pipeline, expert), dtype, verify, form=layout)
 
 
 @convert.command("megatron-to-hf")

@@ -31,6 +31,7 @@ from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.engine.checkpoint import COMPANIONS, load_model_weights, read_state, save_model
 from megatron_tropd.engine.forward import run_packs
+from megatron_tropd.engine.megatron_layout import save_for_megatron
 from megatron_tropd.engine.model import Model, build_model, check_divisible
 from megatron_tropd.engine.score import pack_alone
 from megatron_tropd.engine.weights import hf_rows, load_weights
@@ -63,12 +64,15 @@ class ConversionPlan:
     texts: Sequence[str] = ()  # nothing is compared when empty
 
 
-def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
+def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan, *, form: str = "own") -> None:
     """Write ``source``, a Hugging Face directory, as the Megatron checkpoint ``target``. Collective.
 
     A target that was finished from the same source is left as it is: weights of the same sizes and times, and config
     and tokenizer files of the same content. Killed before that, there is no target, and the conversion starts over:
     ranks write their files together, so no part of them is of use alone.
+
+    Args:
+        form: own, or one of ``engine.megatron_layout``: what Megatron-LM and Megatron-Bridge load.
 
     Raises:
         CheckpointError: the source cannot be used, or the result gives other logits.
@@ -77,7 +81,10 @@ def hf_to_megatron(source: Path, target: Path, plan: ConversionPlan) -> None:
     initialize_distributed()
     _check_separate(target, {"the source": source})
     with claimed(claim_of(target, "TARGET")):
-        _import(source, target, plan)
+        if form == "own":
+            _import(source, target, plan)
+        else:
+            _import_for_megatron(source, target, plan, form)
 
 
 def _import(source: Path, target: Path, plan: ConversionPlan) -> None:
@@ -105,6 +112,24 @@ def _import(source: Path, target: Path, plan: ConversionPlan) -> None:
         written = _Given(path=settled(target), companions=source, state={})
         with Phase("comparing with transformers"):
             _verify(source, written, architecture, groups, dtype=dtype, texts=plan.texts)
+
+
+def _import_for_megatron(source: Path, target: Path, plan: ConversionPlan, form: str) -> None:
+    """Write the layout of somebody else's trainer. Compared, where texts are given, as any checkpoint of theirs is."""
+    device = initialize_distributed()
+    check_target(target, name="the target", protected={"the source": source})
+    architecture, weights = read_architecture(source), HFWeights(source)
+    check_divisible(architecture, plan.layout)
+    check_weights(weights, architecture)
+    dtype = DTYPES.get(plan.dtype) or next(iter(weights.values())).dtype
+    groups = GroupBuilder().build(plan.layout)
+    model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False)
+    load_weights(model, weights, watch=_progress("reading"))
+    _check_finite(model, source, weights)
+    save_for_megatron(target, model, layout=form, companions=companions_of(source))
+    _say(f"checkpoint for {form}: {target}")
+    if plan.texts:
+        _verify(source, _open(target, source), architecture, groups, dtype=dtype, texts=plan.texts)
 
 
 def megatron_to_hf(source: Path, target: Path, plan: ConversionPlan, *, like: Path | None = None) -> None:

@@ -17,6 +17,7 @@ from tests.support.run_inputs import (
     steady_metrics,
     weights_of,
 )
+from tests.support.torch_dist import save_megatron
 
 TP2 = ("student.parallel.tensor=2", "teacher.parallel.tensor=2")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0")
@@ -121,6 +122,29 @@ def test_two_tensor_parallel_ranks_train_as_one_process_does(task: Task, trained
     assert outcome.outputs[1] == ""
     assert_metrics_agree(steady_metrics(tmp_path), steady_metrics(trained))
     assert_weights_agree(tmp_path / "export", trained / "export")
+
+
+def test_a_student_of_megatron_lm_and_a_teacher_of_bridge_train_to_the_same_digits(
+    task: Task, trained: Path, tmp_path: Path
+):
+    student = save_megatron(tmp_path / "student", task.student, qk_layernorm=True, rotary_base=10_000)
+    teacher = save_megatron(tmp_path / "teacher", task.teacher)
+    (teacher / "iter_0000100" / "run_config.yaml").write_text("model:\n  num_layers: 2\n  num_attention_heads: 2\n")
+    models = (f"student.model={student}", f"student.like={task.student}", f"teacher.model={teacher}")
+    command = ("train", task.config, f"run_dir={tmp_path}/run", *QUIET, *models, f"teacher.like={task.teacher}")
+    outcome = commands().run(*command, "train.minibatches=2", f"export.hf={tmp_path}/export").expect_success()
+    for writer in ("Megatron-LM", "Megatron-Bridge"):
+        assert outcome.output.count(f"weights of a checkpoint of {writer}, iteration 100; left out: ") == 1
+    assert steady_metrics(tmp_path / "run") == steady_metrics(trained)
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_training(task: Task, tmp_path: Path):
+    student = save_megatron(tmp_path / "student", task.student, num_attention_heads=8)
+    models = (f"student.model={student}", f"student.like={task.student}")
+    outcome = commands().run("train", task.config, f"run_dir={tmp_path}/run", *models)
+    assert outcome.status == 2 and "student.model" in outcome.output
+    assert "num_attention_heads = 8, where config.json wants 4" in outcome.output
 
 
 def test_replicas_with_less_than_a_sequence_each_train_as_one_process_does(task: Task, tmp_path: Path):

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.hf import check_weights
 from megatron_tropd.convert.source import open_weights, source_architecture
+from megatron_tropd.engine.megatron_layout import save_for_megatron
 from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_distributed
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import ModelSource
 from tests.support.family_cases import ROLLOUTS, local_logits, whole_logits
-from tests.support.megatron_writer import BY_NAME, Written
+from tests.support.megatron_writer import BY_NAME, Written, _build
 from tests.support.tiny_families import config_of, load_transformers, save_family
 from tests.support.tiny_models import relative_error
 
@@ -57,6 +60,51 @@ def read_all(names: Sequence[str], root: str) -> dict[str, Any]:
             model = load_model(source_of(BY_NAME[name], Path(root)), groups, dtype=torch.float32, device=device)
             found[f"{name} {layout}"] = {"logits": local_logits(model), "shard": shard}
     return found
+
+
+def write_ours(root: str, layout: str, case: Written) -> None:
+    """The model of a case, written by our writer under tensor parallelism, or under experts' own."""
+    device, builder, place = initialize_distributed(), GroupBuilder(), Path(root)
+    axes = {"expert": 2} if case.expert > 1 else {"tensor": 2}
+    hf = place / "hf" / case.name
+    model = load_model(hf, builder.build(Layout(**axes)), dtype=torch.float32, device=device)
+    save_for_megatron(place / f"ours-{layout}", model, layout=layout, companions=companions_of(hf))
+
+
+def loaded_by_megatron(root: str, layout: str, case: Written) -> list[str]:
+    """Parameters that are not those of the model once plain megatron-core has loaded what ``write_ours`` wrote."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    parallel_state.destroy_model_parallel()  # a buffer of the engine's
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=case.tensor, expert_model_parallel_size=case.expert
+    )
+    hf = Path(root) / "hf" / case.name
+    said, weights = config_of(hf), load_file(hf / "model.safetensors")
+    (model,) = _build(case, said, {name: torch.zeros_like(tensor) for name, tensor in weights.items()})
+    (truth,) = _build(case, said, weights)
+    name = "release" if layout == "megatron-lm" else "iter_0000000"
+    state = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()},
+        str(Path(root) / f"ours-{layout}" / name),
+        strict=StrictHandling.RAISE_ALL,
+    )
+    model.load_state_dict(state["model"], strict=True)
+    parallel_state.destroy_model_parallel()
+    vocabulary = said["vocab_size"]
+    return [
+        name
+        for (name, one), (_, two) in zip(model.named_parameters(), truth.named_parameters(), strict=True)
+        if not (one[: _rows(name, two, vocabulary, case)].equal(two[: _rows(name, two, vocabulary, case)]))
+    ]
+
+
+def _rows(name: str, parameter: torch.Tensor, vocabulary: int, case: Written) -> int:
+    """Rows of a parameter that are the model's: those of a padded vocabulary are whoever's who wrote them."""
+    if "word_embeddings" not in name and "output_layer" not in name:
+        return len(parameter)
+    return min(len(parameter), vocabulary - dist.get_rank() * len(parameter) * (case.tensor > 1))
 
 
 def logit_error(ranks: Sequence[dict[str, Any]], hf: Path) -> float:

@@ -27,7 +27,7 @@ def save_torch_dist(directory: Path, tensors: dict[str, Any], common: dict[str, 
 
 
 def llama_tensors(hf: Path, *, padding: int = 27) -> dict[str, Tensor]:
-    """A Llama's weights under Megatron's keys, layers stacked, as one rank without sharding has them."""
+    """A Llama's or a Qwen3's weights under Megatron's keys, layers stacked, as one rank without sharding has them."""
     weights, config = load_file(hf / "model.safetensors"), json.loads((hf / "config.json").read_text())
     groups = config["num_key_value_heads"]
 
@@ -43,9 +43,13 @@ def llama_tensors(hf: Path, *, padding: int = 27) -> dict[str, Tensor]:
         return torch.cat([weights[name], torch.full((padding, weights[name].shape[1]), 7.0)])
 
     at = "decoder.layers."
-    return {
+    own: dict[str, Tensor] = {}
+    if "lm_head.weight" in weights:
+        own["output_layer.weight"] = padded("lm_head.weight")
+    if "model.layers.0.self_attn.q_norm.weight" in weights:
+        own |= {f"{at}self_attention.{x}_layernorm.weight": stacked(f"self_attn.{x}_norm") for x in "qk"}
+    return own | {
         "embedding.word_embeddings.weight": padded("model.embed_tokens.weight"),
-        "output_layer.weight": padded("lm_head.weight"),
         "decoder.final_layernorm.weight": weights["model.norm.weight"],
         f"{at}self_attention.linear_qkv.layer_norm_weight": stacked("input_layernorm"),
         f"{at}self_attention.linear_qkv.weight": stacked(*(f"self_attn.{x}_proj" for x in "qkv"), qkv=True),
@@ -57,7 +61,7 @@ def llama_tensors(hf: Path, *, padding: int = 27) -> dict[str, Tensor]:
 
 
 def save_megatron(root: Path, hf: Path, *, tensors: dict[str, Any] | None = None, **args: Any) -> Path:
-    """A directory as Megatron-LM leaves it, of the Llama in ``hf``; ``args`` go into ``common.pt``."""
+    """A directory as Megatron-LM leaves it, of the model in ``hf``; ``args`` go into ``common.pt``."""
     root.mkdir(parents=True)
     (root / "latest_checkpointed_iteration.txt").write_text("100\n")
     common = {"iteration": 100, "checkpoint_version": 3.0, "args": argparse.Namespace(**args)}
