@@ -452,15 +452,27 @@ def _finished(root: Path) -> list[Path]:
 
 
 def _drop_others(root: Path, newest: Path, keep: int) -> None:
-    if not keep:
-        return
-    older = sorted(path for path in _finished(root) if path.name < newest.name)
-    dropped = older[: max(0, len(older) - (keep - 1))]
-    # what a killed writer left half-done, too
-    dropped += [path for path in root.glob("step-*.partial") if _NAME.fullmatch(path.stem)]
-    for path in dropped:
-        if path.is_symlink() or (strange := _strange_files(path)):
-            what = "is a link" if path.is_symlink() else f"holds {', '.join(strange[:3])}, which no checkpoint has"
-            warnings.warn(f"{path.absolute()} {what}: it is not removed, though checkpoint.keep={keep}", stacklevel=2)
-        else:
+    if keep:
+        older = sorted(path for path in _finished(root) if path.name < newest.name)
+        for path in older[: max(0, len(older) - (keep - 1))]:
+            if not _is_kept(path, f", though checkpoint.keep={keep}"):
+                aside = beside(path, "partial")  # no checkpoint any more, should this be cut short
+                _make_way(aside, {})
+                rename_directory(path, aside)
+    remove_half_done(root)
+
+
+def remove_half_done(root: Path) -> None:
+    """Remove what a killed run has left of checkpoints that it was writing, or removing."""
+    for path in root.glob("step-*.partial"):
+        if _NAME.fullmatch(path.stem) and not _is_kept(path, ""):
             remove_files(path, files_below(path))
+
+
+def _is_kept(path: Path, though: str) -> bool:
+    """Say whether a directory holds what is not ours to remove, with a warning."""
+    if not path.is_symlink() and not (strange := _strange_files(path)):
+        return False
+    what = "is a link" if path.is_symlink() else f"holds {', '.join(strange[:3])}, which no checkpoint has"
+    warnings.warn(f"{path.absolute()} {what}: it is not removed{though}", stacklevel=3)
+    return True

@@ -12,7 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tropd.config.sections import CheckpointConfig
-from megatron_tropd.engine.checkpoint import ContentCheck, find_checkpoint, load_checkpoint, read_state
+from megatron_tropd.engine.checkpoint import (
+    ContentCheck,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    remove_half_done,
+)
 from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.report.records import drop_evaluations_after
 from megatron_tropd.report.terminal import say
@@ -93,6 +99,7 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
     queue.restore(checkpoint, steps)
     if run.world.is_first:
+        remove_half_done(run.run_dir / CHECKPOINTS)
         drop_evaluations_after(run.run_dir, steps)
         say(f"resuming from {checkpoint} ({steps} steps done)")
     return steps

@@ -390,6 +390,24 @@ def test_only_checkpoints_are_dropped_and_what_the_user_put_there_stays(tmp_path
     assert sorted("notes.txt" in str(one.message) for one in said) == [False, True]
 
 
+def test_a_checkpoint_whose_removal_is_cut_short_is_none_and_its_rest_goes_at_the_next_start(tmp_path, monkeypatch):
+    older, newest = whole(tmp_path, 1), whole(tmp_path, 2)
+    root = tmp_path / "checkpoints"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "remove_files", killed)
+        checkpoint._drop_others(root, newest, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert start(tmp_path) == newest and not older.exists()
+    assert [path.name for path in root.iterdir() if path != newest] == ["step-00000001.partial"]
+    checkpoint.remove_half_done(root)
+    assert list(root.iterdir()) == [newest]
+
+
 def row(model: str, step: int | None) -> Evaluation:
     return Evaluation(
         model=model, step=step, suite="a", accuracy=0.5, low=0.4, high=0.6, problems=9, samples=1, mean_length=7.0
