@@ -43,8 +43,8 @@ class Tropd:
         self._routes: dict[str, Callable[[Any, Mapping[str, Any]], Awaitable[Answer]]] = {
             "info": _info,
             "write": self._write,
-            "grade": self._score,
-            "begin": _begin,
+            "score": self._score,
+            "start": _start,
             "meet": _meet,
             "bucket": _bucket,
             "finish": _finish,
@@ -147,7 +147,7 @@ async def _info(engine: Any, request: Mapping[str, Any]) -> Answer:
     }
 
 
-async def _begin(engine: Any, request: Mapping[str, Any]) -> Answer:
+async def _start(engine: Any, request: Mapping[str, Any]) -> Answer:
     """Stop generation (``mode``: abort or keep what is being written) and get ready for new weights."""
     await engine.pause_generation(mode=request["mode"])
     await engine.update_weight_version("incomplete")  # until it is finished the weights are nobody's

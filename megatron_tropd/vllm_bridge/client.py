@@ -115,7 +115,7 @@ class Server:
         """Return the scores of a sequence by the server's model."""
         columns = request.top_k + (0 if request.whole is None else request.whole.query_ids.shape[1] + 2)
         most = _answer_bytes(len(request.token_ids), 4 + 8 * columns)
-        response = await self._ask("POST", PREFIX + "grade", request.as_json(), timeout_s, most_bytes=most)
+        response = await self._ask("POST", PREFIX + "score", request.as_json(), timeout_s, most_bytes=most)
         whole = ("query_logprob", "entropy", "logtail") if request.whole is not None else ()
         names = ("logprob", "topk_ids", "topk_logprob", *whole)
         arrays = decoded(response.body, response.digest, names)
@@ -123,9 +123,9 @@ class Server:
         arrays["topk_ids"] = arrays["topk_ids"].astype(np.int64)
         return checked_answer(TeacherScores(**arrays), request)
 
-    async def begin(self, mode: str) -> None:
+    async def start(self, mode: str) -> None:
         """Stop generation and get ready for new weights."""
-        await self._ask("POST", PREFIX + "begin", {"mode": mode}, _CONTROL_S)
+        await self._ask("POST", PREFIX + "start", {"mode": mode}, _CONTROL_S)
 
     async def meet(self, meeting: Mapping[str, Any], *, timeout_s: float) -> None:
         """Let the server's workers join a broadcasting group."""

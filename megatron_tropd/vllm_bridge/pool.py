@@ -91,7 +91,7 @@ class Pool:
         ``keep``: what is being written is continued with the new weights, not dropped. ``timeout_s``: for a bucket
         to arrive.
         """
-        update: Update = self.run(self._weights.begin(version, "keep" if keep else "abort", timeout_s))
+        update: Update = self.run(self._weights.start(version, "keep" if keep else "abort", timeout_s))
         return update
 
     def set_refresh(self, version: int, refresh: Refresh) -> None:

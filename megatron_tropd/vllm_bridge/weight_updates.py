@@ -67,7 +67,7 @@ class WeightUpdates:
             peer.current = version == self._wanted
             self._counts["refreshed"] += 1
 
-    async def begin(self, version: int, mode: str, timeout_s: float) -> Update:
+    async def start(self, version: int, mode: str, timeout_s: float) -> Update:
         """Start an update of all servers that are alive.
 
         ``mode``: abort or keep what is being written. ``timeout_s``: for a bucket to arrive.
@@ -182,7 +182,7 @@ async def _begin(server: Server, mode: str) -> None:
     """Start an update; what one that broke off has left to complain of comes out with the next requests."""
     for _ in range(_COMPLAINTS):
         try:
-            return await server.begin(mode)
+            return await server.start(mode)
         except Unreachable:
             await server.alive(_WELL_S)
-    return await server.begin(mode)
+    return await server.start(mode)

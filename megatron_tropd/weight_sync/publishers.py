@@ -143,7 +143,7 @@ def _write_bucket(path: Path, bucket: Sequence[tuple[str, Tensor]]) -> None:
 
 
 async def _read_again(server: Server, *, paths: Sequence[str], version: int, timeout_s: float) -> None:
-    await server.begin("abort")
+    await server.start("abort")
     for path in paths:
         await server.bucket({"path": path}, timeout_s=timeout_s)
     await server.finish(version)

@@ -54,7 +54,7 @@ def status_of(url: str, key: str = "", body: bytes | None = None) -> int:
         return error.code
 
 
-@pytest.mark.parametrize("path", ["/tropd/info", "/tropd/begin", "/v1/models", "/metrics", "/nonsense"])
+@pytest.mark.parametrize("path", ["/tropd/info", "/tropd/start", "/v1/models", "/metrics", "/nonsense"])
 def test_nothing_but_the_sign_of_life_is_open_to_those_without_the_key(servers, path):
     for wrong in ("", "another key"):
         assert status_of(servers[0].url + path, wrong, b"{}") == 401

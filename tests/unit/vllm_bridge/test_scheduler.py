@@ -53,7 +53,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     monkeypatch.setattr(Server, "info", info)
     monkeypatch.setattr(Server, "alive", alive)
-    for name in ("begin", "meet", "bucket", "finish"):
+    for name in ("start", "meet", "bucket", "finish"):
         monkeypatch.setattr(Server, name, nothing)
     yield world
     for pool in world.pools:
