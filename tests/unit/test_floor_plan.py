@@ -104,12 +104,13 @@ def test_every_module_imports_from_lower_floors_only():
     assert violations(complaints, [m for m in MODULES if m != "__init__.py"]) == []
 
 
-# pairs of rooms of which one imports the other; 223 before the rooms were built anew. Lower it when you cut one
-MOST_ARROWS = 167
+# pairs of rooms of which one imports the other; benchmarks, which measure every room, aside. Lower it when you cut one
+MOST_ARROWS = 151
 
 
 def test_no_more_rooms_import_one_another_than_did():
-    arrows = {(room_of(m), other) for m in MODULES if m != "__init__.py" for other in rooms_imported_by(m)}
+    modules = [m for m in MODULES if m != "__init__.py" and room_of(m) != "benchmarks"]
+    arrows = {(room_of(m), other) for m in modules for other in rooms_imported_by(m)}
     assert len({(room, other) for room, other in arrows if room != other}) <= MOST_ARROWS
 
 
