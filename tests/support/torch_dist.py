@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import warnings
 from pathlib import Path
@@ -12,6 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+
+class _AsTheyAre(DefaultSavePlanner):
+    """Writes bytes as Megatron's planner does: they are what ``torch.save`` wrote already."""
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        return object if isinstance(object, io.BytesIO) else super().transform_object(write_item, object)
 
 
 def save_torch_dist(directory: Path, tensors: dict[str, Any], common: dict[str, Any]) -> Path:
@@ -19,7 +28,7 @@ def save_torch_dist(directory: Path, tensors: dict[str, Any], common: dict[str, 
     directory.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(tensors, checkpoint_id=directory, no_dist=True)
+        dcp.save(tensors, checkpoint_id=directory, no_dist=True, planner=_AsTheyAre())
     torch.save(common, directory / "common.pt")
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
     (directory / "metadata.json").write_text(json.dumps(backends))

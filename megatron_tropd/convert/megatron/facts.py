@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_tropd.convert.megatron.pickles import Inert, read_archive
+from megatron_tropd.convert.megatron.stored import Table, read_object
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.types import Architecture
 
@@ -30,16 +31,24 @@ class Facts:
     left_out: Counter[str]
 
 
-def read_facts(checkpoint: Path, beside: tuple[Path, ...]) -> Facts:
-    """Read ``common.pt`` of a checkpoint, and the first of the YAML files ``beside`` it that is there.
+# what newer versions of megatron-core have in the place of common.pt
+_COMMON = "common_state/shard_0_1"
+
+
+def read_facts(table: Table, beside: tuple[Path, ...]) -> Facts:
+    """Read ``common.pt`` of a checkpoint, or its entry that holds the same, and the first YAML file ``beside`` it.
 
     Raises:
         CheckpointError: one is torn.
     """
     common: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
-    if (checkpoint / "common.pt").is_file():
-        found, left_out = read_archive(checkpoint / "common.pt")
+    if (table.directory / "common.pt").is_file():
+        found, left_out = read_archive(table.directory / "common.pt")
+        common = found if isinstance(found, dict) else {}
+    elif _COMMON in table.others:
+        found, left_out = read_object(table, _COMMON)
+        found = found[0] if isinstance(found, list) and found else found  # its values, as every object's, in a list
         common = found if isinstance(found, dict) else {}
     args = common.get("args")
     own = args.state if isinstance(args, Inert) else args

@@ -128,6 +128,8 @@ def objects_by_kind(others: Iterable[str]) -> dict[str, list[str]]:
     """Sort the keys of what is no tensor."""
     found: dict[str, list[str]] = {}
     for key in others:
+        if key.startswith("common_state/"):
+            continue  # read, as common.pt is
         kinds = {"_extra_state": _EXTRA, "optimizer": _OPTIMIZER, "generator": _RNG}
         kind = next((name for name, pattern in kinds.items() if pattern.search(key)), "unknown")
         found.setdefault(kind, []).append(key)

@@ -54,7 +54,7 @@ class Table:
 
     directory: Path
     tensors: Mapping[str, StoredTensor]
-    others: tuple[str, ...]
+    others: Mapping[str, Inert]  # by key, where each lies
     left_out: Counter[str]
 
 
@@ -86,7 +86,7 @@ def read_table(directory: Path) -> Table:
 def _table_of(directory: Path, found: Any, left_out: Counter[str]) -> Table:
     entries, places = found.field("state_dict_metadata"), found.field("storage_data")
     tensors: dict[str, StoredTensor] = {}
-    others = []
+    others: list[str] = []
     for key, entry in entries.items():
         if not isinstance(key, str) or not isinstance(entry, Inert):
             raise TypeError(f"entry {key!r}")
@@ -104,7 +104,26 @@ def _table_of(directory: Path, found: Any, left_out: Counter[str]) -> Table:
         for box in entries[key].field("chunks"):
             offsets, sizes = _sizes(box.field("offsets")), _sizes(box.field("sizes"))
             tensor.chunks.append(_chunk(offsets, sizes, located[key, offsets]))
-    return Table(directory=directory, tensors=tensors, others=tuple(others), left_out=left_out)
+    found_others = {key: located[key, None] for key in others if (key, None) in located}
+    return Table(directory=directory, tensors=tensors, others=found_others, left_out=left_out)
+
+
+def read_object(table: Table, key: str) -> tuple[Any, Counter[str]]:
+    """Read the pickle of an entry that is no tensor into plain values and stand-ins, and the names left out.
+
+    Raises:
+        CheckpointError: it is torn, or none that ``torch.save`` writes.
+    """
+    chunk = _chunk((), (), table.others[key])
+    path = table.directory / chunk.file
+    try:
+        with zipfile.ZipFile(_Region(RawFile(path), chunk.start, chunk.length)) as archive:
+            data = archive.read(pickle_of(archive))
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(
+            f"{path.absolute()}: {key} is torn, or nothing that torch.save writes: {error}."
+        ) from error
+    return read_plain(path, data)
 
 
 def _sizes(values: Any) -> Shape:

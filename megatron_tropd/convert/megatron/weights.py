@@ -80,9 +80,9 @@ class MegatronWeights(Mapping[str, StoredView]):
 
     def __init__(self, found: MegatronDirectory, architecture: Architecture, *, config: Path) -> None:
         self.directory = found.path
-        facts = read_facts(found.path, found.described)
-        compare(facts, architecture, checkpoint=found.path, config=config)
         table = _table(found.path)
+        facts = read_facts(table, found.described)
+        compare(facts, architecture, checkpoint=found.path, config=config)
         self._names, self._reader = Names(table.tensors), StoredReader(table)
         self._check_sizes(architecture, config)
         self._views = dict(self._view_all(architecture))

@@ -362,3 +362,14 @@ def test_a_common_pt_whose_pickle_is_compressed_is_refused(hf: Path, megatron: P
     with zipfile.ZipFile(checkpoint_of(megatron) / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("common/data.pkl", pickle.dumps({"zeros": "0" * 100_000}))
     assert "compressed" in refused(megatron, hf)
+
+
+def test_arguments_that_lie_among_the_tensors_are_compared_too(hf: Path, tmp_path: Path):
+    from argparse import Namespace
+
+    held = io.BytesIO()  # as newer megatron-core does instead of common.pt
+    torch.save([{"args": Namespace(**ARGS | {"kv_channels": 11}), "x": Payload(tmp_path / "ran")}], held)
+    root = save_megatron(tmp_path / "mlm", hf, tensors=llama_tensors(hf) | {"common_state/shard_0_1": held})
+    (checkpoint_of(root) / "common.pt").unlink()
+    assert "kv_channels = 11, where config.json wants 18" in refused(root, hf)
+    assert not (tmp_path / "ran").exists()
