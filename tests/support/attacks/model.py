@@ -197,7 +197,7 @@ _COMMANDS: dict[str, Callable[[str, str, str], list[str]]] = {
     "train": lambda config, model, out: ["train", config],
     "generate": lambda config, model, out: ["generate", config, f"{out}.jsonl"],
     "evaluate": lambda config, model, out: ["evaluate", config],
-    "score": lambda config, model, out: ["score", config, f"teacher.record={out}", "method.name=opd"],
+    "score": lambda config, model, out: ["score", config, f"teacher.record={out}"],
     "convert": lambda config, model, out: ["convert", "hf-to-megatron", model, out],
     "serve": lambda config, model, out: ["serve", "student", config],
 }
