@@ -140,6 +140,8 @@ GUARDS: dict[tuple[str, str], Guard] = {
     ("engine/checkpoint.py", "_write_whole"): Guard(
         "in `STEP.partial`, made anew; what is no checkpoint's there is moved aside", _ATTACK
     ),
+    ("engine/megatron_layout.py", "save_for_megatron"): Guard("its own note, in `TARGET.partial`", _ATTACK),
+    ("engine/megatron_layout.py", "_write_beside"): Guard("in `TARGET.partial`, made anew", _ATTACK),
     ("train/earlier_run.py", "set_aside"): Guard(
         "results by their names, renamed to a name that is free",
         _RESUMED + "test_a_fresh_run_moves_what_an_earlier_one_left_aside_and_removes_none_of_it",
