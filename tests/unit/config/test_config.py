@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from megatron_tropd.config.loading import dump_config, load_config, parse_config
 from megatron_tropd.config.reference import config_reference
 from megatron_tropd.config.run import RunConfig
-from megatron_tropd.config.sections import Layout, RolloutEngine
+from megatron_tropd.config.sections import Layout, RolloutEngine, TrainConfig
 from megatron_tropd.errors import ConfigError
 
 MINIMAL = """\
@@ -391,3 +392,10 @@ def test_reference_describes_every_key():
 def test_the_configuration_reference_in_the_docs_is_up_to_date():
     page = (Path(__file__).resolve().parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page.endswith(config_reference()), "write docs/configuration.md again: its first lines say how."
+
+
+def test_a_bare_off_is_the_word_and_not_the_truth_value_that_yaml_reads():
+    assert TrainConfig.model_validate(yaml.safe_load("share_prefixes: off")).share_prefixes == "off"
+    assert TrainConfig().share_prefixes == "auto"
+    with pytest.raises(ValidationError, match="'auto' or 'off'"):
+        TrainConfig.model_validate(yaml.safe_load("share_prefixes: on"))
