@@ -242,7 +242,8 @@ def _checked_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str]
     if not kept:
         raise DataError(f"no usable prompt in {what}: {summary}. Check the column names and length limits.")
     dropped = too_long + len(bad)
-    if dropped > limits.max_left_out * (kept + dropped):
+    # as many rows as were wanted are enough, however many were passed over on the way
+    if kept != limits.max_rows and dropped > limits.max_left_out * (kept + dropped):
         raise DataError(
             f"{what}: of {kept + dropped} rows {dropped} are left out, {summary}\nThat is more than "
             f"data.max_left_out={limits.max_left_out:g} of them. Check the column names and length limits, or set "

@@ -7,12 +7,14 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_tropd.data.prompts import read_prompts
+from megatron_tropd.data.prompts import Limits, read_prompts, read_sources
+from megatron_tropd.data.rows import Source
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tropd.errors import DataError
 from tests.support.chat_families import save_byte_tokenizer
@@ -112,3 +114,14 @@ def test_files_of_another_kind_are_named(tmp_path, tokenizer, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         read_prompts(tmp_path / name, tokenizer)
+
+
+def test_as_many_rows_as_were_wanted_are_enough_however_many_were_passed_over(tmp_path, tokenizer, caplog):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "long " * 9}) + "\n" for _ in range(20)) + '{"prompt": "A"}\n' * 2)
+    source = Source(paths=(file,))
+    limits = Limits(max_prompt_tokens=30, max_rows=2)
+    assert len(read_sources([source], tokenizer, limits=limits).prompts) == 2
+    assert "left out 20 longer than 30 tokens" in caplog.text
+    with pytest.raises(DataError, match="of 22 rows 20 are left out"):
+        read_sources([source], tokenizer, limits=replace(limits, max_rows=None))
