@@ -6,6 +6,7 @@ synced, and put in place in one rename; killed before that, nothing stands under
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_pr
 from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.storage.owned import (
+    MARKER,
     UNFINISHED,
     beside,
     discard_unfinished,
@@ -35,6 +37,11 @@ from megatron_tropd.storage.write_aside import storage_errors
 
 LAYOUTS = ("megatron-lm", "bridge")
 _RELEASE, _FIRST = "release", "iter_0000000"
+# what a killed process may have left half-done; anything else is somebody's
+_OURS = re.compile(
+    rf"{re.escape(TRACKER)}|{re.escape(TRAIN_STATE)}|[^/]+/(__\d+_\d+\.distcp|\.metadata(\.tmp)?|common\.pt"
+    rf"|metadata\.json|{re.escape(RUN_CONFIG)}|train_state\.pt)"
+)
 _DENSE_NORM, _OWN_NORM = ".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"
 
 
@@ -53,7 +60,8 @@ def save_for_megatron(target: Path, model: Model, *, layout: str, companions: Ma
     aside, name = beside(target, "partial"), _RELEASE if layout == "megatron-lm" else _FIRST
     described = _described(model, layout, target / name)
     if dist.get_rank() == 0:
-        discard_unfinished(aside, lambda path: True)  # the note in it says that all of it is ours
+        ours = {MARKER, *(f"{name}/tokenizer/{one}" for one in companions)}
+        discard_unfinished(aside, lambda path: path in ours or _OURS.fullmatch(path) is not None)
         start_unfinished(aside, f"a checkpoint of the layout {layout}")
         with storage_errors(aside):
             (aside / name).mkdir()
