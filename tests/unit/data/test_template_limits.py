@@ -106,8 +106,13 @@ def test_a_refusal_is_the_templates_own_words(renderer):
 
 def test_memory_without_end_is_refused_by_name_and_the_next_template_is_rendered(renderer):
     doubling = "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
-    for template in (doubling, "{{ 'x' * 10000000000 }}", "{{ 'x' * 100000000 }}"):
-        with pytest.raises(ModelFileError, match=r"of some/model took more than .* to write .*'hi'.*without end"):
+    memory, characters = "more than 1 GiB of memory", "more than 16,777,216 characters"
+    for template, much in (
+        (doubling, memory),
+        ("{{ 'x' * 2000000000 }}", memory),
+        ("{{ 'x' * 20000000 }}", characters),
+    ):
+        with pytest.raises(ModelFileError, match=rf"of some/model took {much} to write .*'hi'.*without end"):
             renderer.render(request(template, [{"role": "user", "content": "hi"}]))
     assert renderer.render(request("{{ messages[0].content }}", [{"role": "user", "content": "hi"}])) == "hi"
 
