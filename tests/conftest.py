@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,13 @@ if not ON_GPU:
 # must be chosen before megatron-core imports Triton
 if kernels.installed() and not torch.cuda.is_available():
     kernels.use_interpreter()
+
+
+# what ignores a signal hands that on to what it starts, unlike a handler: under nohup, or behind a shell's "&", commands
+# under test would not hear what is sent to them
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

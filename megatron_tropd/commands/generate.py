@@ -39,7 +39,8 @@ from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler, check_finite
 from megatron_tropd.setup.claims import claimed, target
 from megatron_tropd.setup.datasets import check_ids, read_tokenizer, sources_of, teacher_tokenizer
-from megatron_tropd.setup.validate import DTYPES, why_not_written
+from megatron_tropd.setup.validate import DTYPES
+from megatron_tropd.storage.write_aside import why_not_written
 from megatron_tropd.types import Architecture, ModelSource, Prompt, Rollout, SamplingParams
 
 _BATCH = 64

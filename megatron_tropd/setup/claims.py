@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_tropd.errors import StorageError
+from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.parallel.leaving import forget, on_leave
 from megatron_tropd.storage.locks import take_lock
 from megatron_tropd.storage.owned import settled
-from megatron_tropd.storage.write_aside import make_directory, remove_partials
+from megatron_tropd.storage.write_aside import make_directory, remove_partials, why_not_written
 
 LOCK = ".tropd.lock"
 
@@ -44,18 +45,20 @@ def claimed(*claims: Claim) -> Iterator[None]:
 
     Raises:
         StorageError: on every rank, when another process holds one of them.
+        ConfigError: on every rank, when its directory cannot be made.
     """
     with ExitStack() as held:
-        refused = [""]
+        refused: list[tuple[bool, str] | None] = [None]  # (by the configuration, message)
         if dist.get_rank() == 0:
             try:
                 for claim in claims:
                     held.enter_context(held_here(claim))
-            except StorageError as error:
-                refused = [str(error)]
+            except (ConfigError, StorageError) as error:
+                refused = [(isinstance(error, ConfigError), str(error))]
         dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise StorageError(refused[0])
+        if refused[0] is not None:
+            configured, message = refused[0]
+            raise ConfigError(message) if configured else StorageError(message)
         yield
 
 
@@ -65,9 +68,10 @@ def held_here(claim: Claim) -> Iterator[None]:
 
     Raises:
         StorageError: another process holds it.
+        ConfigError: its directory cannot be made.
     """
     made = [folder for folder in (claim.directory, *claim.directory.parents) if not folder.exists()]
-    make_directory(claim.directory)
+    _make(claim)
     lock = take_lock(
         claim.directory / claim.lock,
         name=claim.name,
@@ -83,6 +87,17 @@ def held_here(claim: Claim) -> Iterator[None]:
         for folder in made:  # a command that is refused leaves nothing behind
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def _make(claim: Claim) -> None:
+    try:
+        make_directory(claim.directory)
+    except StorageError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        key, why = claim.name.split(" ")[0], why_not_written(error.__cause__)
+        where = claim.directory.absolute()
+        raise ConfigError(f"{key}: cannot write to {where} ({why}). Name another directory.") from error
 
 
 def exports(path: Path | None) -> Sequence[Claim]:

@@ -46,7 +46,7 @@ from megatron_tropd.setup.ends import STUDENT, ResponseEnds, response_ends, stop
 from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.setup.references import check_training_answers
 from megatron_tropd.storage.owned import check_target
-from megatron_tropd.storage.write_aside import sync_directory
+from megatron_tropd.storage.write_aside import sync_directory, why_not_written
 from megatron_tropd.teacher.engines.checks import check_reported
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, scoring_engine
 from megatron_tropd.teacher.protocol import TeacherRequest
@@ -290,13 +290,6 @@ def check_export(config: RunConfig) -> None:
     }
     given = {name: path for name, path in protected.items() if path is not None}
     check_target(config.export.hf, name="export.hf", protected=given)
-
-
-def why_not_written(error: OSError) -> str:
-    """Return the operating system's reason, in words that fit a directory to be made."""
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return "a file is in the way"
-    return error.strerror or str(error)
 
 
 # --------------------------------------------------------------------------- models and tokenizers

@@ -85,6 +85,13 @@ def _is_abandoned(path: Path) -> bool:
     return False
 
 
+def why_not_written(error: OSError) -> str:
+    """Return the operating system's reason, in words that fit a directory to be made."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file is in the way"
+    return error.strerror or str(error)
+
+
 def make_directory(directory: str | Path) -> Path:
     """Make a directory and those above it, and make them last."""
     directory = Path(directory)

@@ -69,6 +69,9 @@ ONE_RANK = [
     Case(name="sampled", objective=SAMPLED),
     Case(name="exopd", objective=EXOPD, pack_tokens=64),
     Case(name="exopd-based", objective=EXOPD, base={}),
+    Case(name="ends-opd", objective=OPD_ENDS),
+    Case(name="ends-fkl", objective=FKL_ENDS),
+    Case(name="ends-rkl-minibatches", objective=RKL_ENDS, minibatches=2),
 ]
 TWO_RANKS = [
     Case(name="tp2", ranks=2, student=TP2, teacher=TP2),

@@ -144,7 +144,11 @@ def start_cases(task: Task, directory: Path, cases: dict[str, list[str]], *extra
 
 
 def metrics_of(directory: Path, cases: dict[str, list[str]]) -> Metrics:
-    return {name: steady_metrics(directory / f"{number}") for number, name in enumerate(cases)}
+    """Rows of each; what packs share differs with the packs."""
+    found = {name: steady_metrics(directory / f"{number}") for number, name in enumerate(cases)}
+    return {
+        name: [{k: v for k, v in row.items() if k != "rows_fraction"} for row in rows] for name, rows in found.items()
+    }
 
 
 # --------------------------------------------------------------------------- layouts

@@ -59,6 +59,7 @@ def test_the_single_node_script_checks_the_machine_and_trains(tmp_path: Path):
 
 VLLM = ROOT / "examples" / "vllm"
 # in place of python: writes down its calls, serves until it is told to end, trains as long as it is told to
+SEEN = os.environ.get("CUDA_VISIBLE_DEVICES", "all")  # GPUs that the tests themselves see
 _PYTHON = """#!/usr/bin/env bash
 echo "$* | key=${TROPD_API_KEY:-} gpus=${CUDA_VISIBLE_DEVICES-all}" >> "$CALLS"
 case "$*" in
@@ -107,7 +108,7 @@ def test_a_server_listens_to_this_machine_alone_unless_told_otherwise(tmp_path: 
         assert called.returncode == 0, called.stderr
         [call] = (folder / "calls").read_text().splitlines()
         wanted = f"-m megatron_tropd serve student c.yaml seed=3 rollout.engine=megatron --host {address}"
-        assert call == f"{wanted} | key=fromafile gpus=all"
+        assert call == f"{wanted} | key=fromafile gpus={SEEN}"
 
 
 def test_a_trainer_broadcasts_to_servers_elsewhere(tmp_path: Path):
@@ -118,7 +119,7 @@ def test_a_trainer_broadcasts_to_servers_elsewhere(tmp_path: Path):
     assert "--nproc-per-node=2" in train and " -m megatron_tropd train c.yaml " in train
     assert "rollout.vllm_server.urls=[http://10.0.0.2:8100,http://10.0.0.3:8100]" in train
     assert "rollout.vllm_server.publish=broadcast rollout.vllm_server.publish_address=10.0.0.1" in train
-    assert train.endswith(" | key=k gpus=all")
+    assert train.endswith(f" | key=k gpus={SEEN}")
 
 
 def test_one_node_serves_trains_and_leaves_nothing_behind(tmp_path: Path):

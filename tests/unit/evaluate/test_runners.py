@@ -26,14 +26,14 @@ ENDS = {
 }
 
 
-def tests_that_end(how: str) -> str:
+def ended_by(how: str) -> str:
     first, base, last = ENDS[how]
     return f"{first}\n{CASE.format(base=base)}{last}\n"
 
 
 @pytest.mark.parametrize("how", ENDS)
 def test_a_runner_is_taken_out_by_any_name(how: str):
-    (tests, _), source = read_code_reference(tests_that_end(how)).tests, tests_that_end(how)
+    (tests, _), source = read_code_reference(ended_by(how)).tests, ended_by(how)
     calls = [ast.unparse(node) for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Call)]
     ending = [call for call in calls if "main" in call or "go()" in call]
     assert ending == (["unittest.main(exit=False)"] if how == "kept" else [])
@@ -50,7 +50,7 @@ def test_right_programs_are_right_where_they_or_their_tests_end_in_a_runner():
     own = f"def f(x):\n    return x + 1\nimport unittest\n{CASE.format(base='unittest.TestCase')}unittest.main()\n"
     pool, rule = GraderPool(workers=2, allow_code=True), GradingRule(kind="code", seconds=60)
     items = [
-        Item(rule=rule, response=f"```python\n{program}\n```", answer=tests_that_end("renamed module"))
+        Item(rule=rule, response=f"```python\n{program}\n```", answer=ended_by("renamed module"))
         for program in (own, own.replace("x + 1", "x + 2"))
     ]
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig
+from megatron_tropd.config.sections import DataConfig, EvaluateConfig, SuiteConfig, TeacherConfig
 from megatron_tropd.data.tokenizer import load_tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.setup import chat_templates, datasets
@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Any:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SimpleNamespace(
         data=DataConfig(prompts=(tmp_path / "p.jsonl",), grader="exact", template_options={"thinking": True}),
-        teacher=SimpleNamespace(model=tmp_path / "theirs", chat_template="student"),
+        teacher=TeacherConfig(model=tmp_path / "theirs", chat_template="student"),
         teachers=(),
         evaluate=EvaluateConfig(prompts=(tmp_path / "p.jsonl",), suites=(SuiteConfig(name="s"),)),
     )
@@ -55,10 +55,10 @@ def test_both_renderings_are_shown_and_a_warning_says_that_they_differ(config: A
 
 def test_two_of_one_template_say_nothing_and_may_be_asked_under_their_own(config: Any, tmp_path: Path, caplog):
     student = load_tokenizer(tmp_path / "ours")
-    config.teacher = SimpleNamespace(model=tmp_path / "same", chat_template="own")
+    config.teacher = TeacherConfig(model=tmp_path / "same", chat_template="own")
     chat_templates.warn_of_differences(config, student)
     assert not caplog.text
-    config.teacher.model = tmp_path / "plain"  # a base model has none
+    config.teacher = TeacherConfig(model=tmp_path / "plain", chat_template="own")  # a base model has none
     assert chat_templates.template_differences(config, student)[0].prompts[0][1] == "0?"
 
 

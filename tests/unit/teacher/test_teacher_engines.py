@@ -13,6 +13,7 @@ import torch
 from megatron_tropd.config.sections import TeacherConfig
 from megatron_tropd.teacher.engines import registry
 from megatron_tropd.teacher.engines.registry import TEACHER_ENGINES, TeacherContext, scoring_engine
+from megatron_tropd.types import ModelSource
 
 CPU = torch.device("cpu")
 NOTHING: Any = SimpleNamespace()
@@ -76,7 +77,8 @@ def test_an_engine_in_process_is_made_for_the_alternatives_that_the_method_needs
 def test_servers_must_have_the_teacher_s_weights_where_these_can_be_told(
     monkeypatch: pytest.MonkeyPatch, fingerprint: str | None, more: dict[str, str]
 ):
-    monkeypatch.setattr(registry, "weights_fingerprint", lambda path: fingerprint if path == Path("teacher") else "?")
+    teacher = ModelSource(Path("teacher"))
+    monkeypatch.setattr(registry, "source_fingerprint", lambda source: fingerprint if source == teacher else "?")
     section = {"engine": "vllm_server", "vllm_server": {"urls": ["http://127.0.0.1:8100"], "timeout_s": 13.0}}
     made, _ = built(monkeypatch, section, "open_pool", "ServerScorer", "VLLMTeacher")
     needs = {"dtype": "float32", "vocab_size": 211, "max_model_len": 98, "max_logprobs": 7, **more}
