@@ -31,8 +31,8 @@ if kernels.installed() and not torch.cuda.is_available():
     kernels.use_interpreter()
 
 
-# what ignores a signal hands that on to what it starts, unlike a handler: under nohup, or behind a shell's "&", commands
-# under test would not hear what is sent to them
+# who ignores a signal hands that on to what it starts, unlike a handler: under nohup, or behind a shell's "&",
+# commands under test would not hear what is sent to them
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
