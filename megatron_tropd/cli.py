@@ -28,6 +28,7 @@ from megatron_tropd.progress.phases import Heartbeat, Phase
 
 if TYPE_CHECKING:
     from megatron_tropd.commands.generate import Sampling
+    from megatron_tropd.commands.locate import Parts
     from megatron_tropd.train.preemption import Preempted
 
 app = typer.Typer(
@@ -157,11 +158,15 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _settings(config: Path, overrides: list[str], **options: Any) -> Any:
-    """Load the configuration, and decide on the device before anything else looks for one."""
+def _settings(config: Path, overrides: list[str], *, parts: Parts = "all", **options: Any) -> Any:
+    """Load the configuration, fetch what it names on the hub (``parts`` of models), and decide on the device before
+    anything else looks for one.
+    """
+    from megatron_tropd.commands.locate import locate
     from megatron_tropd.config.loading import load_config
 
-    settings = load_config(config, overrides, **options)
+    settings = locate(load_config(config, overrides, check_paths=False, **options), parts=parts)
+    settings.check_paths()
     from megatron_tropd.parallel.device import use_device
 
     use_device(settings.device)
@@ -229,11 +234,12 @@ def check(
     """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
     if cluster is not None:
         from megatron_tropd.commands.cluster_plan import print_cluster_plan
+        from megatron_tropd.commands.locate import locate
         from megatron_tropd.config.loading import load_config
 
-        print_cluster_plan(load_config(config, overrides or [], check_paths=False), cluster)
+        print_cluster_plan(locate(load_config(config, overrides or [], check_paths=False), parts="config"), cluster)
         return
-    settings = _settings(config, overrides or [])
+    settings = _settings(config, overrides or [], parts="tokenizer")
     from megatron_tropd.commands.check import check_plan
 
     check_plan(settings)
@@ -326,6 +332,7 @@ def _generate_from_config(target: Path, arguments: list[str], given: dict[str, A
 
 def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any], alone: dict[str, Any]) -> None:
     from megatron_tropd.commands.generate import generate_responses
+    from megatron_tropd.commands.locate import locate_data, locate_model
     from megatron_tropd.config.sections import ColumnsConfig
     from megatron_tropd.data.rows import Source
     from megatron_tropd.types import ModelSource
@@ -336,7 +343,7 @@ def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any]
         prompt=alone["--prompt-column"] or "prompt", response=alone["--response-column"] or "response"
     )
     source = Source(
-        paths=(Path(arguments[0]),), columns=columns, template=alone["--template"], system=alone["--system"]
+        paths=locate_data(Path(arguments[0])), columns=columns, template=alone["--template"], system=alone["--system"]
     )
     options: dict[str, Any] = {}
     for text in alone["--template-option"] or ():
@@ -346,7 +353,7 @@ def _generate_of_model(target: Path, arguments: list[str], given: dict[str, Any]
         options[name] = yaml.safe_load(value)
     defaults = {"max_new_tokens": 1024, "temperature": 1.0, "top_p": 1.0, "seed": 0, "dtype": "bf16", "tensor": 1}
     generate_responses(
-        ModelSource(target, alone["--like"]),
+        ModelSource(locate_model(target), alone["--like"]),
         source,
         Path(arguments[1]),
         sampling=_sampling(given, defaults),
@@ -391,17 +398,18 @@ def evaluate(
 ) -> None:
     """Grade student and teacher of a configuration, or one model, on suites of problems, without training."""
     check_launcher(os.environ)
-    if target.is_dir():
+    if target.suffix not in (".yaml", ".yml"):
         if not suite:
             raise ConfigError("a model is graded on suites: give --suite FILE.yaml, such as one of examples/suites.")
+        from megatron_tropd.commands.locate import locate_model, locate_suite
         from megatron_tropd.config.loading import load_suite
 
-        suites = [load_suite(file, overrides or []) for file in suite]
+        suites = [locate_suite(load_suite(file, overrides or [], check_paths=False)) for file in suite]
         from megatron_tropd.commands.evaluate import evaluate_model, limited
         from megatron_tropd.types import ModelSource
 
         evaluate_model(
-            ModelSource(target, like),
+            ModelSource(locate_model(target), like),
             limited(suites, limit),
             seed=seed,
             dtype=dtype,
@@ -499,8 +507,13 @@ def _convert(
         where = ("--standalone", f"--nproc-per-node={ranks}")
         raise typer.Exit(torchrun.run_ranks(where, command, environment=environment, cwd=Path()))
     from megatron_tropd.commands import convert as conversion
+    from megatron_tropd.commands.locate import locate_model
     from megatron_tropd.config.sections import Layout
 
+    if name == "hf_to_megatron":
+        source = locate_model(source, key="SOURCE")
+    if options.get("like") is not None:
+        options["like"] = locate_model(options["like"], key="--like", parts="tokenizer")
     layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert)
     plan = conversion.ConversionPlan(layout=layout, dtype=dtype, texts=tuple(texts or ()))
     getattr(conversion, name)(source, target, plan, **options)

@@ -185,12 +185,13 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     sequences, prompts = sequences_per_step(config, inputs.method), inputs.prompts
     expected = _expected_packs(config, prompts, sequences)
     packs = expected.packs + len(config.teachers)  # no pack mixes teachers
+    named = config.named  # as their user calls the models
     table = Table(show_header=False, box=None)
     for name, value in (
         ("method", config.method.name),
-        ("student", _describe(config.student.model, inputs.student, config.student.parallel)),
-        *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(config, inputs)),
-        *([("base model", _describe(config.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
+        ("student", _describe(named.student.model, inputs.student, config.student.parallel)),
+        *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(named, inputs)),
+        *([("base model", _describe(named.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
         ("ranks", _ranks(config)),
         *_sampler(inputs.student, config),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),

@@ -38,7 +38,7 @@ from megatron_tropd.setup.validate import DTYPES, check_layouts, check_method, r
 from megatron_tropd.types import Prompt, SamplingParams
 
 
-def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
+def evaluate_models(config: RunConfig, *, limit: int | None = None) -> list[Evaluation]:
     """Grade the student and, with ``evaluate.teacher``, the teacher; print tables, record accuracies. Collective.
 
     In the directory of a training run nothing is recorded: its own results stay as they were measured.
@@ -85,6 +85,7 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> None:
     if dist.get_rank() == 0:
         show_results(results)
         _record(config.run_dir, results)
+    return results
 
 
 def is_of_training(run_dir: Path) -> bool:

@@ -45,8 +45,7 @@ def load_config(
     Raises:
         ConfigError: for everything that is wrong with the file, an override or a value.
     """
-    tree, text = read_tree(Path(path), overrides)
-    _include_suites(tree)
+    tree, text = config_tree(path, overrides)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -57,6 +56,17 @@ def load_config(
     if world_size is not None:
         config.check_world(world_size)
     return config
+
+
+def config_tree(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Read a YAML file, overrides applied, as the tree that a configuration is made of, and its text.
+
+    Raises:
+        ConfigError: the file, a file that it names, or an override cannot be read.
+    """
+    tree, text = read_tree(Path(path), overrides)
+    _include_suites(tree)
+    return tree, text
 
 
 def read_overrides(path: str | Path) -> list[str]:
@@ -90,8 +100,8 @@ def _include_suites(tree: dict[str, Any]) -> None:
             suites[i] = read_tree(Path(str(suite["file"])).expanduser(), ())[0] | own  # type: ignore[index]
 
 
-def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Read a suite of its own file, with ``key=value`` overrides, and check that its problems exist.
+def load_suite(path: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> SuiteConfig:
+    """Read a suite of its own file, with ``key=value`` overrides; with ``check_paths`` its problems must exist.
 
     Raises:
         ConfigError: for everything that is wrong with the file, an override or a value.
@@ -101,7 +111,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
         suite = SuiteConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, SuiteConfig, source=str(path), text=text, overrides=overrides)) from None
-    for prompts in suite.prompts:
+    for prompts in suite.prompts if check_paths else ():
         if not prompts.exists() and not matches(prompts):
             raise ConfigError(
                 f"{path}: prompts = '{prompts}': there is nothing at {prompts.absolute()}. {PROMPT_FILES}"

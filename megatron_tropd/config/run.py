@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_tropd.config.sections import (
     BaseConfig,
@@ -72,6 +73,8 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     export: ExportConfig = ExportConfig()
+    _named: RunConfig | None = PrivateAttr(default=None)
+    _commits: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
@@ -147,6 +150,22 @@ class RunConfig(Section):
         return self
 
     @property
+    def named(self) -> RunConfig:
+        """Return the configuration as its user named models and data, on the hub with their commits."""
+        return self._named or self
+
+    @property
+    def commits(self) -> Mapping[str, str]:
+        """Return the commit of every name on the hub, by the name as it was given."""
+        return self._commits
+
+    def noting(self, named: RunConfig, commits: Mapping[str, str]) -> Self:
+        """Return this configuration of local paths, with what they were named."""
+        found = self.model_copy()
+        found._named, found._commits = named, commits
+        return found
+
+    @property
     def base_model(self) -> Path:
         """Return the path of the base model's weights: the student's before training unless another is named."""
         return self.base.model or self.student.model
@@ -194,7 +213,7 @@ class RunConfig(Section):
     def check_paths(self) -> None:
         """Raise ConfigError when a path that the run reads does not exist."""
         resume = self.checkpoint.resume
-        model = "Give a Hugging Face directory, or a checkpoint, on this machine; hub names are not downloaded."
+        model = "Give a Hugging Face directory, a checkpoint, or a name on the hub, such as Qwen/Qwen3-8B."
         for name, path, fix in (
             ("student.model", self.student.model, model),
             ("teacher.model", self.teacher.model, model),
@@ -231,7 +250,10 @@ class RunConfig(Section):
                 )
 
 
-PROMPT_FILES = "Give a JSONL, Parquet or Arrow file, a glob, or a directory of them."
+PROMPT_FILES = (
+    "Give a JSONL, Parquet or Arrow file, a glob, a directory of them, or a data set on the hub, such as "
+    "openai/gsm8k:main:train."
+)
 
 
 def variable_in(path: Path) -> str:

@@ -16,6 +16,7 @@ from megatron_tropd.storage.write_aside import make_directory, write_aside
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.jsonl"
+PROVENANCE_FILE = "hub.json"  # the commit of every name on the hub, by the name as it was given
 BEFORE, DURING, AFTER, TEACHER = "student before", "student", "student after", "teacher"  # Evaluation.model
 
 
@@ -120,6 +121,25 @@ def read_evaluations(run_dir: str | Path) -> list[Evaluation]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}). Move it away and evaluate again.") from None
     return [_build(Evaluation, row, path) for row in rows]
+
+
+def record_provenance(run_dir: str | Path, commits: Mapping[str, str]) -> None:
+    """Write the commits of names on the hub to ``RUN/hub.json``. Atomic."""
+    _write(Path(run_dir) / PROVENANCE_FILE, json.dumps(dict(commits), indent=1) + "\n")
+
+
+def read_provenance(run_dir: str | Path) -> dict[str, str]:
+    """Read the commits that ``RUN/hub.json`` holds, nothing when there is none; DataError when it cannot be read."""
+    path = Path(run_dir) / PROVENANCE_FILE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {type(found).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}). Restore it, or name commits in the config.") from None
+    return {str(name): str(commit) for name, commit in found.items()}
 
 
 def record_samples(run_dir: str | Path, samples: Sequence[Sample]) -> None:

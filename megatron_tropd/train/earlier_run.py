@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tropd.report.records import EVALUATION_FILE, SAMPLES_FILE
+from megatron_tropd.report.records import EVALUATION_FILE, PROVENANCE_FILE, SAMPLES_FILE
 from megatron_tropd.report.terminal import say
 from megatron_tropd.storage.owned import free_name
 from megatron_tropd.storage.write_aside import storage_errors, sync_directory, write_aside
@@ -19,6 +19,7 @@ RESULTS = (
     SAMPLES_FILE,
     "report.html",
     "config.yaml",
+    PROVENANCE_FILE,
     "tensorboard",
     "wandb_id",
     "wandb",

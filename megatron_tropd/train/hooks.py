@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_tropd.types import Prompt, Rollout
+
 
 class Hooks:
     """Do nothing at any of them; a session overrides what it wants. All ranks call, at the same moments."""
 
+    def rollouts_ready(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+        """Follow the rollouts that step ``step`` (from 1) learns from, before it does."""
+
+    def step_measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Follow the metrics of step ``step`` (from 1)."""
+
     def step_finished(self, step: int) -> None:
         """Follow ``step`` finished steps: the weights are published and the metrics written, no checkpoint yet."""
+
+    def checkpoint_saved(self, step: int, checkpoint: Path) -> None:
+        """Follow a checkpoint of ``step`` finished steps, which is whole on disk."""
 
     def may_leave(self, step: int) -> None:
         """Leave by raising, where wanted: the weights are those of ``step`` finished steps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from megatron_tropd.engine.batch import BatchFacts, batch_entropy_threshold, batch_weights, train_packs
 from megatron_tropd.engine.checkpoint import save_checkpoint
@@ -42,6 +43,7 @@ def train(
             run.world.offload_stats.take_seconds()  # what checkpoints and evaluations have moved is not this step's
             queue.start(step, watch=watch)
             batch = queue.get(step, watch=watch, hooks=hooks)
+            hooks.rollouts_ready(step + 1, batch.prompts, batch.scored.rollouts)
             minibatches = score_and_pack(run, batch.scored, step=step, watch=watch)
             results = learn(run, queue, minibatches, step=step, watch=watch, hooks=hooks)
             with watch("publish"):
@@ -51,10 +53,11 @@ def train(
                 writer.write(metrics)
                 mismatch.check(metrics)
             progress.update(metrics)
+            hooks.step_measured(step + 1, metrics)
             # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
             hooks.step_finished(step + 1)
             if is_due(step + 1, every=run.checkpoint.every, last=run.train.steps):
-                save(run, queue, step + 1)
+                hooks.checkpoint_saved(step + 1, save(run, queue, step + 1))
             hooks.may_leave(step + 1)
 
 
@@ -124,9 +127,9 @@ def is_due(step: int, *, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def save(run: Run, queue: RolloutQueue, step: int) -> None:
-    """Write a checkpoint of ``step`` finished steps."""
-    save_checkpoint(
+def save(run: Run, queue: RolloutQueue, step: int) -> Path:
+    """Write a checkpoint of ``step`` finished steps; return where it is."""
+    return save_checkpoint(
         run.run_dir / "checkpoints",
         run.student,
         run.trainer.optimization,

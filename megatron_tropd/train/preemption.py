@@ -52,7 +52,13 @@ class StopRequest:
     A rank that waits for others in a library hears them as well.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, raises: bool = False) -> None:
+        """Hear nothing yet.
+
+        Args:
+            raises: where Ctrl-C would end the process at once, raise KeyboardInterrupt: the process is a user's own.
+        """
+        self._raises = raises
         self._heard: signal.Signals | None = None
         self._deferring = False
         self._others: Callable[[], int] | None = None
@@ -90,6 +96,8 @@ class StopRequest:
     def leave_if_heard(self) -> None:
         """End the process when there was a signal."""
         if self._heard is not None:
+            if self._raises and self._heard == signal.SIGINT:
+                raise KeyboardInterrupt
             _leave_at_once(self._heard)
 
     def _hear_while_waiting(self, number: int) -> None:
@@ -99,6 +107,8 @@ class StopRequest:
         """
         if number not in SIGNALS:
             return
+        if self._raises and number == signal.SIGINT:
+            return  # what is raised is raised in the main thread alone
         if self._repeats.is_again() and number in _BY_HAND:
             _leave_at_once(signal.Signals(number), deferring=self._deferring)
         self._seen += 1
@@ -110,6 +120,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._answered += 1
+        if self._raises and number == signal.SIGINT and (self._heard is not None or not self._deferring):
+            raise KeyboardInterrupt
         first, self._heard = self._heard is None, self._heard or signal.Signals(number)
         if not self._deferring:
             _leave_at_once(self._heard)
@@ -137,10 +149,19 @@ def _status(heard: signal.Signals) -> int:
     return 128 + heard if heard == signal.SIGINT else EXIT_PREEMPTED
 
 
-def leave_if_requested(run: Run, queue: RolloutQueue, stop: StopRequest, steps: int, *, first_step: int) -> None:
+def leave_if_requested(
+    run: Run,
+    queue: RolloutQueue,
+    stop: StopRequest,
+    steps: int,
+    *,
+    first_step: int,
+    saved: Callable[[int, Path], None] = lambda *_: None,
+) -> None:
     """Save and raise when any rank was asked to stop; the weights are those of ``steps`` finished steps.
 
-    Collective. ``first_step``: what this session resumed from, which needs no checkpoint of its own.
+    Collective. ``first_step``: what this session resumed from, which needs no checkpoint of its own. ``saved`` is told
+    of the checkpoint.
 
     Raises:
         Preempted: the run was asked to stop.
@@ -149,7 +170,7 @@ def leave_if_requested(run: Run, queue: RolloutQueue, stop: StopRequest, steps: 
     if heard is None:
         return
     if steps > first_step and not _is_saved(run, steps):
-        save(run, queue, steps)
+        saved(steps, save(run, queue, steps))
     newest = f"the checkpoint is in {run.run_dir / 'checkpoints'}" if steps else "nothing was learned yet"
     again = "" if run.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
     raise Preempted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
-from megatron_tropd.errors import EngineError
+from megatron_tropd.errors import DataError, EngineError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder
@@ -34,6 +34,7 @@ from megatron_tropd.report.records import (
     Evaluation,
     read_evaluations,
     record_evaluations,
+    record_provenance,
     record_samples,
 )
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
@@ -46,7 +47,7 @@ from megatron_tropd.rollout.recording import claim_recording
 from megatron_tropd.setup.build import Run, build_run, check_teacher_recording, embedded_sampler, load_model, rank_split
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.claims import claimed, exports, run_directory
-from megatron_tropd.setup.datasets import check_problem_lengths, suites_of
+from megatron_tropd.setup.datasets import check_problem_lengths, data_identity, suites_of
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
 from megatron_tropd.setup.validate import (
@@ -59,15 +60,21 @@ from megatron_tropd.setup.validate import (
 )
 from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
+from megatron_tropd.train.callbacks import Callbacks
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
 from megatron_tropd.train.resume import clear_way, confirmed, find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
+from megatron_tropd.types import Prompt, Rollout
 
 
-def run_training(config: RunConfig) -> Run | None:
+def run_training(config: RunConfig, *, callbacks: Callbacks | None = None, own_process: bool = True) -> Run | None:
     """Train as ``config`` says, from the newest checkpoint if there is one. Collective.
+
+    Args:
+        callbacks: what a user's program does meanwhile; ranks that are the teacher's alone do not call it.
+        own_process: whether Ctrl-C outside of training ends the process; else it raises KeyboardInterrupt.
 
     Returns:
         What was trained; None on ranks that are the teacher's alone.
@@ -75,13 +82,13 @@ def run_training(config: RunConfig) -> Run | None:
     Raises:
         Preempted: a signal wants the machines back; there is a checkpoint to resume from.
     """
-    with StopRequest() as stop:
+    with StopRequest(raises=not own_process) as stop:
         launch = join_launch(teacher_ranks=config.teacher.ranks, timeout_s=config.collective_timeout_s)
         config.check_world(launch.world_size)
         if launch.is_teachers:
             _serve_scores(config, launch, stop)
             return None
-        return _run_training(config, launch, stop)
+        return _run_training(config, launch, stop, callbacks or Callbacks())
 
 
 def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
@@ -104,14 +111,14 @@ def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             raise
 
 
-def _run_training(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
+def _run_training(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
     if dist.get_rank() == 0:
         check_export(config)
     with claimed(run_directory(config.run_dir), *exports(config.export.hf)):
-        return _train(config, launch, stop)
+        return _train(config, launch, stop, callbacks)
 
 
-def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
+def _train(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
     inputs = read_inputs(config)
     tell_ends(inputs.ends, enabled=dist.get_rank() == 0)
     check_writable(config)
@@ -141,15 +148,16 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
                 share_prefixes=run.world.share_prefixes,
             )
     if run.world.is_first:
-        dump_config(config, config.run_dir / "config.yaml")
+        _write_down(config)
     run.trainer.end_step()
     with Phase("handing on the weights"):
         loop.publish(run, first_step)
-    evaluator = Evaluator(run, config)
+    evaluator = Evaluator(run, config, callbacks)
     if first_step == 0:
         evaluator.before()
     with stop.deferred(), _metrics_writer(config, first_step, enabled=run.world.is_first) as writer:
-        hooks = SessionHooks(evaluator, partial(leave_if_requested, run, queue, stop, first_step=first_step))
+        leave = partial(leave_if_requested, run, queue, stop, first_step=first_step, saved=callbacks.on_checkpoint)
+        hooks = SessionHooks(evaluator, callbacks, leave)
         try:
             loop.train(run, queue, first_step=first_step, writer=writer, hooks=hooks)
         except Preempted:
@@ -168,11 +176,33 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest) -> Run:
     return run
 
 
+def _write_down(config: RunConfig) -> None:
+    """Write what the run is, as its user named it, and what names on the hub have meant."""
+    dump_config(config.named, config.run_dir / "config.yaml")
+    if config.commits:
+        record_provenance(config.run_dir, config.commits)
+
+
 def _agreed_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Return the identity of the run, for which one rank reads what fingerprints are made of. Collective."""
     found: list[dict[str, Any]] = [identity(config, inputs) if dist.get_rank() == 0 else {}]
     dist.broadcast_object_list(found, src=0)
+    _check_same_data(config, inputs)
     return found[0]
+
+
+def _check_same_data(config: RunConfig, inputs: Inputs) -> None:
+    """Raise DataError, on every rank, when ranks have read different prompts. Collective."""
+    own: dict[str, Any] = data_identity(config.data, inputs.prompts)
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
+    if others:
+        raise DataError(
+            f"rank {others[0]} has read {everyone[others[0]]['data.prompts']}, the first rank "
+            f"{everyone[0]['data.prompts']} ({len(others)} of {len(everyone)} ranks differ). Give all hosts the same "
+            "files, and all ranks the same rows in the same order."
+        )
 
 
 def _claim_recording(config: RunConfig, inputs: Inputs, facts: Mapping[str, Any], *, resumed: bool) -> None:
@@ -193,7 +223,7 @@ def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Ite
         config.run_dir,
         tensorboard=config.report.tensorboard,
         wandb=config.report.wandb,
-        config=config.model_dump(mode="json"),
+        config=config.named.model_dump(mode="json"),
     )
     with MetricsWriter(config.run_dir / "metrics.jsonl", sinks=sinks) as writer:
         writer.truncate_after(first_step if first_step else -1)
@@ -203,8 +233,8 @@ def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Ite
 class Evaluator:
     """Accuracy and sample answers before, during and after training: ``evaluation.json``, ``samples.jsonl``."""
 
-    def __init__(self, run: Run, config: RunConfig) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: Run, config: RunConfig, callbacks: Callbacks) -> None:
+        self._run, self._config, self._callbacks = run, config, callbacks
         # a recording cannot answer new questions, so evaluation then has a sampler of its own
         self._own = ROLLOUT_ENGINES[config.rollout.engine].generates
         self._sampler: Sampler | None = run.sampler if self._own else None
@@ -282,6 +312,7 @@ class Evaluator:
             )
         if run.world.is_first:
             record_evaluations(run.run_dir, results)
+        self._callbacks.on_evaluate(results)
 
     def _show(self, when: Literal["before", "after"]) -> None:
         count = self._config.report.samples
@@ -293,10 +324,21 @@ class Evaluator:
 
 
 class SessionHooks(Hooks):
-    """Evaluate after a step where that is due, and leave where the machines are wanted back."""
+    """Evaluate after a step where that is due, call the user's program, and leave where the machines are wanted
+    back.
+    """
 
-    def __init__(self, evaluator: Evaluator, leave: Callable[[int], None]) -> None:
-        self._evaluator, self._leave = evaluator, leave
+    def __init__(self, evaluator: Evaluator, callbacks: Callbacks, leave: Callable[[int], None]) -> None:
+        self._evaluator, self._callbacks, self._leave = evaluator, callbacks, leave
+
+    def rollouts_ready(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+        self._callbacks.on_rollouts(step, prompts, rollouts)
+
+    def step_measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._callbacks.on_step(step, metrics)
+
+    def checkpoint_saved(self, step: int, checkpoint: Path) -> None:
+        self._callbacks.on_checkpoint(step, checkpoint)
 
     def step_finished(self, step: int) -> None:
         self._evaluator.during(step)

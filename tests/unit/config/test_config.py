@@ -205,7 +205,7 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["run_dir=${oc.env:NO_SUCH_VARIABLE}"], "Set it first: `export NO_SUCH_VARIABLE=...`"),
         (["data.prompts=$GONE/train.jsonl"], "write ${oc.env:GONE}, after `export GONE=...`"),
         (["run_dir=???"], "run_dir is '???', which means that you must set it."),
-        (["student.model=Qwen/Qwen3-0.6B"], "hub names are not downloaded."),
+        (["student.model=Qwen/Qwen3-0.6B"], "or a name on the hub"),
         (["checkpoint.resume=gone"], "checkpoint.resume = 'gone': there is nothing at "),
         (["data.sources=[{name: a, prompts: x}]"], "prompts or sources names the data to train on: both are set."),
         (["data.prompts=null"], "prompts or sources names the data to train on: neither is set."),
