@@ -37,7 +37,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a run has left on disk."""
+    """A finished run, by what it has left on disk."""
 
     run_dir: Path
     export: Path | None  # the trained student as a Hugging Face directory, where export.hf names one
@@ -119,8 +119,8 @@ def _session(what: str, device: Device) -> Iterator[None]:
     rank, which a notebook makes again, else with the program.
     """
     use_device(device)
-    was_there, first = dist.is_initialized(), os.environ.get("RANK", "0") == "0"
-    with Heartbeat(enabled=first and Heartbeat.speaking is None), Phase(what):
+    was_there = dist.is_initialized()
+    with Heartbeat(enabled=_is_first() and Heartbeat.speaking is None), Phase(what):
         yield
     if was_there or not dist.is_initialized():
         return
@@ -137,6 +137,10 @@ def _leave() -> None:
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
         dist.all_reduce(torch.zeros(1))  # no rank goes while another still talks to it
         dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _on_this_machine(config: RunConfig) -> RunConfig:
@@ -156,7 +160,7 @@ def _with_rows(source: Source, rows: Rows) -> RunConfig:
     """Return the configuration that trains on these rows, which are in a file of its run directory then."""
     if isinstance(source, RunConfig):
         run_dir, data = source.run_dir, source.data
-        if data.prompts or data.sources:
+        if (data.prompts or data.sources) and _is_first():
             say("train got rows as prompts: they are trained on, and what data.prompts or data.sources names is not")
         file = _write_rows(run_dir, rows)
         return source.model_copy(update={"data": data.model_copy(update={"prompts": (file,), "sources": ()})})
@@ -186,7 +190,7 @@ def _write_rows(run_dir: Path, rows: Rows) -> Path:
             aside = Path(f"{file.name}.whole")
             os.link(file.name, aside)
             os.replace(aside, target)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         say(f"{count:,} rows to train on: {target}")
     return target
 

@@ -68,7 +68,7 @@ def locate_suite(suite: SuiteConfig) -> SuiteConfig:
 
 @dataclass(slots=True)
 class _Names:
-    """What names have turned out to mean."""
+    """Commits of names, and how what they stand for is fetched."""
 
     pins: dict[str, str]  # by the name as it was given
     parts: Parts

@@ -110,6 +110,24 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_compared_where_they_are_graded(self) -> Self:
+        for name, wanted in (
+            ("export.best = true", self.export.best),
+            (f"train.stop_after_no_gain = {self.train.stop_after_no_gain}", self.train.stop_after_no_gain > 0),
+        ):
+            if wanted and not self.evaluate.every:
+                raise ValueError(
+                    f"{name} compares accuracies, and evaluate.every = 0 measures none. Set evaluate.every."
+                )
+        if self.train.stop_after_no_gain and self.teacher.ranks and self.rollout.ahead:
+            raise ValueError(
+                f"train.stop_after_no_gain = {self.train.stop_after_no_gain} would leave scores behind that a teacher "
+                f"on ranks of its own (teacher.ranks = {self.teacher.ranks}) works on ahead of training "
+                f"(rollout.ahead = {self.rollout.ahead}). Set one of the three to 0."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _every_teacher_has_something_to_grade(self) -> Self:
         names = [teacher.name for teacher in self.teachers]
         named = [source.teacher for source in self.data.sources]

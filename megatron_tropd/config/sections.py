@@ -73,7 +73,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-MODEL = "a Hugging Face directory, or a checkpoint of Megatron-LM, Megatron-Bridge, NeMo 2 or of a run"
+MODEL = (
+    "a Hugging Face directory, a name on the hub (`Qwen/Qwen3-8B`, `Qwen/Qwen3-8B@revision`), or a checkpoint of "
+    "Megatron-LM, Megatron-Bridge, NeMo 2 or of a run"
+)
 LIKE = (
     "With a checkpoint of Megatron as `model`: the Hugging Face directory with its config.json and tokenizer; null: "
     "the checkpoint's own (`hf/` or `tokenizer/` in it)."
@@ -282,7 +285,9 @@ class DataConfig(Section):
     """The prompts to train on: `data.prompts`, or several `data.sources` that are mixed."""
 
     prompts: UserPaths = key(
-        (), "Files of prompts (JSONL, Parquet, Arrow): a path, a glob, a directory, or a list of them."
+        (),
+        "Files of prompts (JSONL, Parquet, Arrow): a path, a glob, a directory, a data set on the hub "
+        "(`openai/gsm8k:main:train`), or a list of them.",
     )
     sources: tuple[SourceConfig, ...] = key((), "Several sources instead of `prompts`, mixed by weight; a list.")
     shuffle: bool = key(True, "Visit prompts in an order of its own in every epoch; false: in file order.")
@@ -659,6 +664,12 @@ class TrainConfig(Section):
         "Compute what sequences of a pack begin with alike once, and budget packs by what is computed; off: every "
         "sequence by itself. The losses are the same.",
     )
+    stop_after_no_gain: Whole = key(
+        0,
+        "End the run when so many evaluations in a row (evaluate.every) were no better than the best before them, by "
+        "evaluate.best_by; 0 trains all steps.",
+        ge=0,
+    )
     minibatches: Whole = key(1, "Optimizer updates per step; above 1 the later ones are off-policy.", ge=1)
     keep_logits_gb: Real = key(
         0.0, "GiB per rank in which a pack's logits (fp32) wait for the backward, which else makes them again.", ge=0
@@ -809,6 +820,11 @@ class EvaluateConfig(Section):
     after: bool = key(True, "Evaluate the student after training.")
     teacher: bool = key(True, "Evaluate the teacher too.")
     max_problems: Whole | None = key(None, "Use the first so many problems; null uses all.", ge=1)
+    best_by: str | None = key(
+        None,
+        "Suite by whose accuracy weights are compared, for export.best and train.stop_after_no_gain; null: the first "
+        "that samples (temperature above 0), else the first.",
+    )
     suites: tuple[SuiteConfig, ...] = key(DEFAULT_SUITES, "Ways of answering, a list.")
     allow_code_execution: bool = key(
         False, "Whether the grader `code` may run programs that the model wrote (docs/evaluation.md says how confined)."
@@ -836,6 +852,8 @@ class EvaluateConfig(Section):
                 "required, or the other to true."
             )
         names = [suite.name for suite in self.suites]
+        if self.best_by is not None and self.best_by not in names:
+            raise ValueError(f"best_by = {self.best_by!r} is none of the suites ({', '.join(map(repr, names))}).")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"suites holds {names.count(name)} suites named {name!r}. Give each its own name.")
@@ -857,3 +875,11 @@ class ExportConfig(Section):
     """Where the trained student goes."""
 
     hf: UserPath | None = key(None, "Directory for the trained student as a Hugging Face checkpoint.")
+    every: Whole = key(
+        0, "Steps between exports to RUN/exports/step-..., Hugging Face directories like `hf`; 0 is none.", ge=0
+    )
+    keep: Whole = key(2, "Newest of those to keep.", ge=1)
+    best: bool = key(
+        False,
+        "Keep the weights that answered best so far (evaluate.best_by) in RUN/exports/best; needs evaluate.every.",
+    )

@@ -28,7 +28,7 @@ _FILES: dict[Parts, tuple[str, ...]] = {
 def fetch_model(name: HubName, *, parts: Parts, key: str) -> Path:
     """Return the directory of a model at a commit in the hub's cache, fetched where it is not there.
 
-    What was cut off is resumed, what is cached is not asked for again, and one process of a host fetches.
+    What was cut off is resumed, what is cached is not requested again, and one process of a host fetches.
 
     Args:
         name: with a commit as its revision (``data.hub.commit_of``).

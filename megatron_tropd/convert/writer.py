@@ -32,6 +32,7 @@ from megatron_tropd.storage.owned import (
 )
 from megatron_tropd.storage.write_aside import remove_partials, storage_errors, write_aside
 
+CARD = "README.md"
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.part|\.index\.json)?")
 
@@ -64,6 +65,7 @@ class HFWriter:
         max_file_bytes: int = 4 << 30,
         resume_from: str | None = None,
         end_ids: Sequence[int] = (),
+        card: str | None = None,
     ) -> None:
         """Prepare the files.
 
@@ -73,12 +75,14 @@ class HFWriter:
             resume_from: identifies the source. Files that an earlier writer of the same source finished before it was
                 killed are kept, and what they hold is in ``done``. None starts over.
             end_ids: tokens that end a response, for generation_config.json; empty leaves that as it came.
+            card: the README.md beside the model; None writes none.
         """
         self._open: dict[str, BufferedRandom] = {}  # by file name
         self.target = settled(directory)
         self._aside = beside(self.target, "partial")
         self._companions_from = Path(companions_from)
         self._shapes, self._dtype, self._end_ids = dict(tensors), dtype, list(end_ids)
+        self._card_text = card
         self._files = _plan(self._shapes, dtype, max_file_bytes)
         self._file_of = {name: file for file in self._files for name in file.offsets}
         self._prepare(resume_from)
@@ -106,7 +110,9 @@ class HFWriter:
 
     def _is_ours(self, name: str) -> bool:
         """Say whether a file is one that a writer of this target leaves."""
-        return _OURS.fullmatch(name) is not None or name == MARKER or name in companions_of(self._companions_from)
+        return (
+            _OURS.fullmatch(name) is not None or name in (MARKER, CARD) or name in companions_of(self._companions_from)
+        )
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write every tensor to its place, in the writer's dtype.
@@ -185,6 +191,8 @@ class HFWriter:
         check_companions(self._companions_from, self._aside)
         with storage_errors(self.target):
             _name_ends(self._aside / "generation_config.json", self._end_ids)
+            if self._card_text is not None:
+                write_aside(self._aside / CARD, self._card_text)
             mark_directory(self._aside, kind="Hugging Face model", without=(UNFINISHED,))
             (self._aside / UNFINISHED).unlink()
             replace_directory(self._aside, self.target)

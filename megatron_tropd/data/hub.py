@@ -37,7 +37,7 @@ _STALE_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """What a name on the hub says."""
+    """A name on the hub, by its parts."""
 
     kind: Kind
     repo: str
@@ -80,7 +80,7 @@ def hub_name(path: Path | str, kind: Kind) -> HubName | None:
 
 
 def commit_of(name: HubName, *, key: str) -> str:
-    """Return the commit that a name means, which the hub is asked for; without it, the one that is cached.
+    """Return the commit that a name means, which the hub says; without it, the one that is cached.
 
     Args:
         key: where the name was written, for messages.

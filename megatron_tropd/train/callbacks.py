@@ -1,4 +1,4 @@
-"""What a user's own program does while a run trains."""
+"""Methods of a user's own program that a run calls while it trains."""
 
 from __future__ import annotations
 

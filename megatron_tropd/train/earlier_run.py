@@ -14,6 +14,7 @@ CHECKPOINTS = "checkpoints"
 # all that a run writes to its directory by itself, and that the next one would take for its own
 RESULTS = (
     CHECKPOINTS,
+    "exports",
     "metrics.jsonl",
     EVALUATION_FILE,
     SAMPLES_FILE,

@@ -23,6 +23,13 @@ class Hooks:
     def checkpoint_saved(self, step: int, checkpoint: Path) -> None:
         """Follow a checkpoint of ``step`` finished steps, which is whole on disk."""
 
+    def is_over(self, step: int) -> bool:
+        """Say, the same on all ranks, whether ``step`` finished steps are enough, be they fewer than there were to be.
+
+        Called before the first step, and after every one.
+        """
+        return False
+
     def may_leave(self, step: int) -> None:
         """Leave by raising, where wanted: the weights are those of ``step`` finished steps.
 

@@ -32,13 +32,18 @@ from megatron_tropd.weight_sync.verify import probe_of, verify_publish
 
 def train(
     run: Run, queue: RolloutQueue, *, first_step: int, writer: MetricsWriter | None, hooks: Hooks | None = None
-) -> None:
-    """Train from ``first_step`` to the end. Collective; ``writer`` on the first rank only."""
+) -> int:
+    """Train from ``first_step`` to the end; return the number of finished steps. Collective.
+
+    ``writer``: on the first rank only.
+    """
     hooks, watch = hooks or Hooks(), Stopwatch(partial(wait_for_device, run.world.device))
     mismatch = MismatchMonitor(run.dtype, run.rollout.gap_warning)
     hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
     with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:
         for step in range(first_step, run.train.steps):
+            if hooks.is_over(step):
+                return step
             watch.reset()
             run.world.offload_stats.take_seconds()  # what checkpoints and evaluations have moved is not this step's
             queue.start(step, watch=watch)
@@ -56,9 +61,11 @@ def train(
             hooks.step_measured(step + 1, metrics)
             # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
             hooks.step_finished(step + 1)
-            if is_due(step + 1, every=run.checkpoint.every, last=run.train.steps):
+            last = step + 1 if hooks.is_over(step + 1) else run.train.steps
+            if is_due(step + 1, every=run.checkpoint.every, last=last):
                 hooks.checkpoint_saved(step + 1, save(run, queue, step + 1))
             hooks.may_leave(step + 1)
+    return run.train.steps
 
 
 def learn(

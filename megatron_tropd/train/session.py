@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,13 +14,11 @@ from rich.console import Console
 from megatron_tropd.config.loading import dump_config
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.convert.source import open_weights, source_architecture, source_files
-from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
-from megatron_tropd.engine.weights import hf_rows, hf_tensors, load_weights
+from megatron_tropd.engine.weights import hf_tensors, load_weights
 from megatron_tropd.errors import DataError, EngineError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
-from megatron_tropd.models.name_table import hf_shapes
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.parallel.partition import Launch, join_launch
 from megatron_tropd.progress.phases import Phase
@@ -60,13 +57,22 @@ from megatron_tropd.setup.validate import (
 )
 from megatron_tropd.teacher.engines.remote import serve_score_requests
 from megatron_tropd.train import loop
+from megatron_tropd.train.best import BestSoFar, deciding_suite
 from megatron_tropd.train.callbacks import Callbacks
+from megatron_tropd.train.exports import Exporter
 from megatron_tropd.train.hooks import Hooks
+from megatron_tropd.train.model_card import CardFacts, model_card
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
 from megatron_tropd.train.resume import clear_way, confirmed, find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
 from megatron_tropd.train.sample_report import sample_answers
 from megatron_tropd.types import Prompt, Rollout
+
+# what a model card says of the configuration besides the method
+_SETTINGS_OF_CARD = (
+    *("seed", "dtype", "optimizer.name", "optimizer.lr", "optimizer.schedule", "train.prompts_per_step"),
+    *("rollout.samples_per_prompt", "rollout.guided_per_prompt", "rollout.max_new_tokens", "rollout.temperature"),
+)
 
 
 def run_training(config: RunConfig, *, callbacks: Callbacks | None = None, own_process: bool = True) -> Run | None:
@@ -152,22 +158,23 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Call
     run.trainer.end_step()
     with Phase("handing on the weights"):
         loop.publish(run, first_step)
-    evaluator = Evaluator(run, config, callbacks)
+    exporter = _exporter(run, config)
+    evaluator = Evaluator(run, config, callbacks, _best_so_far(config), exporter)
     if first_step == 0:
         evaluator.before()
     with stop.deferred(), _metrics_writer(config, first_step, enabled=run.world.is_first) as writer:
         leave = partial(leave_if_requested, run, queue, stop, first_step=first_step, saved=callbacks.on_checkpoint)
         hooks = SessionHooks(evaluator, callbacks, leave)
         try:
-            loop.train(run, queue, first_step=first_step, writer=writer, hooks=hooks)
+            finished = loop.train(run, queue, first_step=first_step, writer=writer, hooks=hooks)
         except Preempted:
             if launch.bridge is not None:
                 launch.bridge.withdraw()
             run.teacher.close()
             raise
-    evaluator.after()
+    evaluator.after(finished)
     if config.export.hf is not None:
-        export_student(run, config.export.hf, companions_from=source_files(config.student.source))
+        exporter.to(config.export.hf, finished)
     if run.world.is_first:
         _conclude(config)
     dist.barrier()
@@ -213,6 +220,38 @@ def _claim_recording(config: RunConfig, inputs: Inputs, facts: Mapping[str, Any]
         claim_recording(directory, run_dir=run_dir, identity=facts, sampling=sampling, resumed=resumed)
 
 
+def _best_so_far(config: RunConfig) -> BestSoFar:
+    """Take up what the run has measured before it was resumed, as one rank reads it. Collective."""
+    earlier: list[list[Evaluation]] = [read_evaluations(config.run_dir) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(earlier, src=0)
+    return BestSoFar(deciding_suite(suites_of(config), config.evaluate.best_by), earlier[0])
+
+
+def _exporter(run: Run, config: RunConfig) -> Exporter:
+    named = config.named
+    facts = CardFacts(
+        student=str(named.student.model),
+        teachers=[str(one.model) for one in (named.teacher, *named.teachers)],
+        data=[str(path) for source in (named.data, *named.data.sources) for path in source.prompts],
+        method=named.method.model_dump(),
+        settings={key: _setting(named, key) for key in _SETTINGS_OF_CARD},
+        steps=config.train.steps,
+    )
+
+    def card(step: int) -> str:
+        return model_card(facts, read_evaluations(config.run_dir), step=step)
+
+    return Exporter(run, config.export, companions_from=source_files(config.student.source), card=card)
+
+
+def _setting(config: RunConfig, key: str) -> Any:
+    """Return the value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
 @contextmanager
 def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Iterator[MetricsWriter | None]:
     """Open the metrics file, cut back to what the checkpoint knows; None off the first rank."""
@@ -233,8 +272,9 @@ def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Ite
 class Evaluator:
     """Accuracy and sample answers before, during and after training: ``evaluation.json``, ``samples.jsonl``."""
 
-    def __init__(self, run: Run, config: RunConfig, callbacks: Callbacks) -> None:
+    def __init__(self, run: Run, config: RunConfig, callbacks: Callbacks, best: BestSoFar, exporter: Exporter) -> None:
         self._run, self._config, self._callbacks = run, config, callbacks
+        self._best, self._exporter, self._said = best, exporter, False
         # a recording cannot answer new questions, so evaluation then has a sampler of its own
         self._own = ROLLOUT_ENGINES[config.rollout.engine].generates
         self._sampler: Sampler | None = run.sampler if self._own else None
@@ -253,11 +293,25 @@ class Evaluator:
         every = self._config.evaluate.every
         if every and step % every == 0 and step < self._config.train.steps:
             self._evaluate_student(DURING, step)
+        self._exporter.during(step)
 
-    def after(self) -> None:
-        """Evaluate the trained student."""
+    def is_over(self, step: int) -> bool:
+        """Say whether there has been no gain for as many evaluations as are waited for."""
+        patience, waited = self._config.train.stop_after_no_gain, self._best.without_gain
+        if not patience or waited < patience or step >= self._config.train.steps:
+            return False
+        if self._run.world.is_first and not self._said:
+            say(
+                f"ending after {step} of {self._config.train.steps} steps: {waited} evaluations were no better than "
+                f"that after {self._best.step} (train.stop_after_no_gain)"
+            )
+        self._said = True
+        return True
+
+    def after(self, step: int) -> None:
+        """Evaluate the trained student, of ``step`` finished steps."""
         if self._config.evaluate.after:
-            self._evaluate_student(AFTER, self._config.train.steps)
+            self._evaluate_student(AFTER, step)
         self._show("after")
 
     def _student_sampler(self, step: int) -> Sampler:
@@ -313,6 +367,8 @@ class Evaluator:
         if run.world.is_first:
             record_evaluations(run.run_dir, results)
         self._callbacks.on_evaluate(results)
+        if self._best.add(results) and step is not None:
+            self._exporter.best(step)
 
     def _show(self, when: Literal["before", "after"]) -> None:
         count = self._config.report.samples
@@ -337,6 +393,9 @@ class SessionHooks(Hooks):
     def step_measured(self, step: int, metrics: Mapping[str, float]) -> None:
         self._callbacks.on_step(step, metrics)
 
+    def is_over(self, step: int) -> bool:
+        return self._evaluator.is_over(step)
+
     def checkpoint_saved(self, step: int, checkpoint: Path) -> None:
         self._callbacks.on_checkpoint(step, checkpoint)
 
@@ -345,26 +404,6 @@ class SessionHooks(Hooks):
 
     def may_leave(self, step: int) -> None:
         self._leave(step)
-
-
-def export_student(run: Run, target: Path, *, companions_from: Path) -> None:
-    """Write the student as a Hugging Face directory, with the tokenizer and config it came with. Collective."""
-    writer, shapes = None, hf_shapes(run.student.architecture)
-    if run.world.is_first:
-        writer = HFWriter(
-            target,
-            companions_from=companions_from,
-            tensors=shapes,
-            dtype=run.student.dtype,
-            end_ids=run.method.end_ids,
-        )
-    with Phase(f"exporting to {target}", total=sum(map(math.prod, shapes.values()))) as phase:
-        for name, first, rows in hf_rows(run.student):
-            if writer is not None:
-                writer.write_rows(name, first, rows)
-            phase.advance(rows.numel())
-        if writer is not None:
-            writer.finish()
 
 
 def _conclude(config: RunConfig) -> None:

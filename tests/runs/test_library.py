@@ -130,6 +130,7 @@ def test_the_program_of_the_page_on_the_library_runs(task: Task, tmp_path: Path)
     page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     (tmp_path / "my.yaml").write_text(task.config.read_text())
+    (tmp_path / "mine.jsonl").write_text("".join(task.prompts.read_text().splitlines(keepends=True)[:5]))
     call = json.dumps([code])
     function = f"{run_the_page.__module__}:{run_the_page.__qualname__}"
     outcome = commands().start(call, function=function, cwd=tmp_path).wait().expect_success()

@@ -1,0 +1,82 @@
+"""The student as Hugging Face directories: at the end, every so many steps, and the best so far."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tropd.config.sections import ExportConfig
+from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.engine.weights import hf_rows
+from megatron_tropd.errors import StorageError
+from megatron_tropd.models.name_table import hf_shapes
+from megatron_tropd.progress.phases import Phase
+from megatron_tropd.report.terminal import say
+from megatron_tropd.setup.build import Run
+from megatron_tropd.storage.owned import remove_owned
+
+EXPORTS, BEST = "exports", "best"  # RUN/exports/step-00000020, RUN/exports/best
+_OF_STEP = re.compile(r"step-\d{8}")
+
+
+class Exporter:
+    """Exporter of a run's student while it trains. Every method is collective."""
+
+    def __init__(self, run: Run, section: ExportConfig, *, companions_from: Path, card: Callable[[int], str]) -> None:
+        """Export nothing yet.
+
+        Args:
+            companions_from: a model directory whose config and tokenizer an export gets.
+            card: writes the README.md of the weights after so many steps; the first rank calls it.
+        """
+        self._run, self._section, self._companions, self._card = run, section, companions_from, card
+
+    def during(self, step: int) -> None:
+        """Export the weights of ``step`` finished steps where that is due, and drop the oldest beyond ``keep``."""
+        every, root = self._section.every, self._run.run_dir / EXPORTS
+        if not every or step % every:
+            return
+        self.to(root / f"step-{step:08d}", step)
+        if self._run.world.is_first:
+            _drop_oldest(root, keep=self._section.keep)
+        dist.barrier()
+
+    def best(self, step: int) -> None:
+        """Export the weights of ``step`` finished steps as the best so far."""
+        if self._section.best:
+            self.to(self._run.run_dir / EXPORTS / BEST, step)
+
+    def to(self, target: Path, step: int) -> None:
+        """Write the student as a Hugging Face directory, with the tokenizer and config it came with."""
+        run = self._run
+        writer, shapes = None, hf_shapes(run.student.architecture)
+        if run.world.is_first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writer = HFWriter(
+                target,
+                companions_from=self._companions,
+                tensors=shapes,
+                dtype=run.student.dtype,
+                end_ids=run.method.end_ids,
+                card=self._card(step),
+            )
+        with Phase(f"exporting to {target}", total=sum(map(math.prod, shapes.values()))) as phase:
+            for name, first, rows in hf_rows(run.student):
+                if writer is not None:
+                    writer.write_rows(name, first, rows)
+                phase.advance(rows.numel())
+            if writer is not None:
+                writer.finish()
+
+
+def _drop_oldest(root: Path, *, keep: int) -> None:
+    """Remove all exports of steps but the newest; one that has something of somebody else's in it stays."""
+    for old in sorted(path for path in root.iterdir() if _OF_STEP.fullmatch(path.name))[:-keep]:
+        try:
+            remove_owned(old)
+        except StorageError as error:
+            say(f"{error} It is one more than export.keep = {keep}.")
