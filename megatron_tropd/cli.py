@@ -594,21 +594,19 @@ def demo(
 ) -> None:
     """Train the demo's student: a few minutes on two CPU cores."""
     check_launcher(os.environ)
-    root = Path(__file__).resolve().parent.parent
-    config = root / "examples" / "demo" / "demo.yaml"
-    if not config.exists():
-        raise ConfigError(f"{config} is not there: the demo needs a clone of the repository, not only the package.")
-    from megatron_tropd.commands.demo import check_settings, of_engine, ranks_for, student_server
+    from megatron_tropd.commands.demo import check_settings, find_demo, of_engine, ranks_for, student_server
 
+    files = find_demo()
+    config = files.config
     processes = ranks_for(processes, overrides or [])
-    changes = [*_of_preset(root, method), "checkpoint.resume=never"]
+    changes = [*files.overrides, *_of_preset(files.root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
     added, needs_servers = of_engine(engine)
     changes += [*added, *(overrides or [])]
     with contextlib.ExitStack() as beside:
         if needs_servers:
             check_settings(config, changes, processes)
-            url, key = beside.enter_context(student_server(config, changes, root=root))
+            url, key = beside.enter_context(student_server(config, changes, root=files.cwd))
             changes.append(f"rollout.vllm_server.urls=[{url}]")
         else:
             key = {}
@@ -620,7 +618,7 @@ def demo(
         changes = list({change.partition("=")[0]: change for change in changes}.values())
         command = ("-m", "megatron_tropd", "train", str(config), *changes)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
-        status = torchrun.run_ranks(options, command, environment=environment, cwd=root)
+        status = torchrun.run_ranks(options, command, environment=environment, cwd=files.cwd)
     raise typer.Exit(status)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tropd.config.loading import load_config
@@ -26,9 +28,47 @@ _START_S = 300.0
 _END_S = 15.0
 
 
+@dataclass(frozen=True, slots=True)
+class DemoFiles:
+    """The demo's files, and how a run from elsewhere finds them."""
+
+    root: Path  # holds examples/demo and examples/methods
+    cwd: Path  # where the run is started: paths of overrides are relative to it
+    overrides: tuple[str, ...] = ()  # the configuration's own paths, where they are not relative to cwd
+
+    @property
+    def config(self) -> Path:
+        return self.root / "examples" / "demo" / "demo.yaml"
+
+
+def find_demo() -> DemoFiles:
+    """Find the demo: in the clone that the package is run from, else in the package itself, as a wheel has it.
+
+    Raises:
+        ConfigError: it is in neither.
+    """
+    package = Path(__file__).resolve().parents[1]
+    clone = DemoFiles(package.parent, package.parent)
+    if clone.config.exists():
+        return clone
+    demo = package / "examples" / "demo"
+    paths = {
+        "student.model": demo / "student",
+        "teacher.model": demo / "teacher",
+        "data.prompts": demo / "data" / "train.jsonl",
+        "evaluate.prompts": demo / "data" / "heldout.jsonl",
+    }
+    found = DemoFiles(package, Path.cwd(), tuple(f"{key}={json.dumps(str(path))}" for key, path in paths.items()))
+    if not found.config.exists():
+        raise ConfigError(
+            f"{found.config} is not there, nor is {clone.config}: install the package again, or clone it."
+        )
+    return found
+
+
 def check_settings(config: Path, changes: Sequence[str], processes: int) -> None:
     """Find a mistake in the settings here, where it is not buried under what the launcher says of its ranks."""
-    # paths are relative to the root of the repository, where the ranks will be
+    # paths are relative to where the ranks will be
     check_method(load_config(config, changes, world_size=processes, check_paths=False))
 
 
