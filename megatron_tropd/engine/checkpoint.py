@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
-from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
+from megatron_tropd.engine.patches.checkpoint_writer import write_in_process
 from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.errors import CheckpointError
@@ -144,7 +144,7 @@ def _write_whole(
     dist.barrier()
     with _saying_why(target):
         with use_parallel_state(model.groups), cuda_names_mean_cpu():
-            collect_writes_in_process()
+            write_in_process()
             dist_checkpointing.save(sharded, str(aside))
         if beside_it is not None:
             beside_it(aside)

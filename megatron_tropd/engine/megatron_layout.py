@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron_tropd.convert.megatron.describe import run_config
 from megatron_tropd.convert.megatron.locate import RUN_CONFIG, TRACKER, TRAIN_STATE
 from megatron_tropd.engine.model import Model
-from megatron_tropd.engine.patches.checkpoint_writer import collect_writes_in_process
+from megatron_tropd.engine.patches.checkpoint_writer import write_in_process
 from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.storage.owned import (
@@ -67,7 +67,7 @@ def save_for_megatron(target: Path, model: Model, *, layout: str, companions: Ma
             (aside / name).mkdir()
     dist.barrier()
     with storage_errors(target), use_parallel_state(model.groups), cuda_names_mean_cpu():
-        collect_writes_in_process()
+        write_in_process()
         dist_checkpointing.save(_state(model), str(aside / name))
     dist.barrier()
     if dist.get_rank() == 0:

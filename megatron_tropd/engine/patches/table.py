@@ -123,6 +123,14 @@ PATCHES = (
         ends="when a synchronous save starts no process; runs/test_train_resume.py leaves processes behind",
     ),
     ForeignPatch(
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+        ".write_preloaded_data_multiproc",
+        file="engine/patches/checkpoint_writer.py",
+        reason="it forks two writers on every rank, and waits for ever for one that is killed alone",
+        upstream="",
+        ends="when a synchronous save starts no process; unit/engine/test_checkpoint_disk.py without the patch",
+    ),
+    ForeignPatch(
         target="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
         file="engine/patches/optimizer_states.py",
         reason="over torch's Adam, loading fails with KeyError 'step'",

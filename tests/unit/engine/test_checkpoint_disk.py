@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 from collections import namedtuple
+from multiprocessing.process import BaseProcess
 from traceback import StackSummary
 
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.engine import checkpoint
+from megatron_tropd.engine.patches.checkpoint_writer import write_in_process
 from megatron_tropd.errors import StorageError
 
 Usage = namedtuple("Usage", "total used free")
@@ -50,3 +53,26 @@ def test_another_failure_keeps_its_own_message(tmp_path, monkeypatch):
             free=10**8,
             monkeypatch=monkeypatch,
         )
+
+
+def test_writers_are_threads_and_the_first_error_is_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process that could be killed alone"))
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr(
+        filesystem_async.FileSystemWriterAsync,
+        "write_preloaded_data_multiproc",
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc,
+    )
+    write_in_process()
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc
+    collected = filesystem_async._get_write_results_queue()
+
+    def bucket(name: str) -> tuple:
+        return tmp_path / name, name, ([], [])
+
+    write([], False, 0, [bucket("one"), bucket("two")], collected)
+    assert collected.get_nowait() == {0: [], 1: []}
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    write([], False, 0, [bucket("three"), bucket("nowhere/four")], collected)
+    assert isinstance(collected.get_nowait(), FileNotFoundError)
+    assert collected.empty()

@@ -38,7 +38,7 @@ def test_time_grows_with_the_length_alone(function):
             began = time.process_time()
             function(text)
             spent = time.process_time() - began
-            if spent > 1.0:  # tens of milliseconds where it is linear, ten seconds and more where it is not
+            if spent > 4.0:  # tens of milliseconds where it is linear, more under load; ten seconds where it is not
                 slow.append((start, piece, spent))
     assert not slow
 

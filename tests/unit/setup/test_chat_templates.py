@@ -48,7 +48,7 @@ def test_both_renderings_are_shown_and_a_warning_says_that_they_differ(config: A
     assert "[user]0?<eos>[bot]" in shown and "User: 0?<turn>Bot:" in shown
     chat_templates.warn_of_differences(config, student)
     assert "the teacher has another chat template than the student" in caplog.text and "3 of the first 3" in caplog.text
-    config.teacher.chat_template = "own"
+    config.teacher = config.teacher.model_copy(update={"chat_template": "own"})
     with pytest.raises(ConfigError, match=r"teacher.chat_template=own: the teacher renders 3 of the first 3"):
         chat_templates.warn_of_differences(config, student)
 
@@ -69,7 +69,7 @@ def test_the_teacher_is_posed_its_problems_as_it_writes_them(config: Any, tmp_pa
     own, posed = chat_templates.teacher_problems(config, suites, student, problems)
     assert "".join(own.tokens(posed["s"][0].token_ids.tolist())) == "User: 0?<turn>Bot:"
     assert own.turn_end == own.vocab["<turn>"] and own.turn_end in own.eos_ids
-    config.teacher.model = tmp_path / "same"
+    config.teacher = config.teacher.model_copy(update={"model": tmp_path / "same"})
     assert chat_templates.teacher_problems(config, suites, student, problems) == (student, problems)
 
 
