@@ -33,7 +33,7 @@ def on_ranks() -> dict[str, Gradients]:
 
 @cache
 def measured(world: int) -> list[dict[str, Gradients]]:
-    return run_on_ranks(on_ranks, world_size=world, timeout_s=280)
+    return run_on_ranks(on_ranks, world_size=world, timeout_s=500)
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids="{}-ranks".format)

@@ -158,7 +158,7 @@ def outcome(models: Path) -> Outcome:
     def together(ranks: int) -> list[dict[str, Any]] | Exception:
         cases = [c for c in [*CASES, ALL_TRUSTED] if c.ranks == ranks]
         try:
-            return run_on_ranks(run_cases, cases, str(models), world_size=ranks, timeout_s=200)
+            return run_on_ranks(run_cases, cases, str(models), world_size=ranks, timeout_s=500)
         except Exception as error:
             return error
 
@@ -263,7 +263,7 @@ MOVES = [
 def test_a_checkpoint_goes_from_layout_to_layout(models, tmp_path, reference):
     """Adam's moments and the schedule move with the weights: the steps are those of a training that never moved."""
     truth = reference(MOVES[0])
-    for rank in run_on_ranks(run_chain, MOVES, str(models), str(tmp_path), world_size=4, timeout_s=120):
+    for rank in run_on_ranks(run_chain, MOVES, str(models), str(tmp_path), world_size=4, timeout_s=400):
         for step, exact, size in zip(rank, truth.losses, truth.sizes, strict=True):
             assert abs(step["loss"] - exact) < 1e-5 * size
         assert [step["grad_norm"] for step in rank] == pytest.approx(truth.grad_norms, rel=1e-5)

@@ -63,7 +63,7 @@ def found(root: Path) -> Found:
     def together(ranks: int) -> list[dict[str, Any]] | Exception:
         try:
             cases = [case for case in CASES if case.ranks == ranks]
-            return run_on_ranks(run_cases, cases, str(root), world_size=ranks, timeout_s=200)
+            return run_on_ranks(run_cases, cases, str(root), world_size=ranks, timeout_s=500)
         except Exception as error:
             return error
 

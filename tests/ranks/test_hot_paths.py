@@ -55,5 +55,5 @@ def modes_in_hot_paths(root: str) -> dict[str, int]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is no mode where there is CUDA")
 def test_no_mode_wraps_the_calls_of_a_step(tmp_path: Path):
     save_family(tmp_path / "model", "qwen3")
-    seen = run_on_ranks(modes_in_hot_paths, str(tmp_path / "model"), world_size=1, timeout_s=300)[0]
+    seen = run_on_ranks(modes_in_hot_paths, str(tmp_path / "model"), world_size=1, timeout_s=500)[0]
     assert seen == dict.fromkeys(PLACES, 0)

@@ -177,7 +177,7 @@ def _worst(model: Any, said: dict[str, Any], gradients: dict[str, Tensor]) -> fl
 
 @pytest.fixture(scope="module")
 def found(root: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(run_examples, str(root), world_size=2, timeout_s=300)
+    return run_on_ranks(run_examples, str(root), world_size=2, timeout_s=500)
 
 
 @pytest.mark.parametrize("name", ["megatron_core_loop", "megatron_lm", "megatron_bridge"])

@@ -53,7 +53,7 @@ def test_every_tensor_is_that_of_the_model_bit_for_bit(root: Path, logits: list[
 
 @pytest.fixture(scope="module")
 def logits(root: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(write_and_read, str(root), world_size=2, timeout_s=300)
+    return run_on_ranks(write_and_read, str(root), world_size=2, timeout_s=500)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -113,7 +113,7 @@ def found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache  # a failure too: it would be the same for every case
     def together() -> list[dict[str, Any]] | Exception:
         try:
-            return run_on_ranks(compare, CASES, str(models), folder, world_size=2, timeout_s=240)
+            return run_on_ranks(compare, CASES, str(models), folder, world_size=2, timeout_s=500)
         except Exception as error:
             return error
 

@@ -138,7 +138,7 @@ def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache  # a failure too: it would be the same for every case
     def together(ranks: int) -> list[dict[str, Any]] | Exception:
         try:
-            return run_on_ranks(train, cases[ranks], str(models), folder, world_size=ranks, timeout_s=150)
+            return run_on_ranks(train, cases[ranks], str(models), folder, world_size=ranks, timeout_s=400)
         except Exception as error:
             return error
 

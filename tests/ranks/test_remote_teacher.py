@@ -187,13 +187,13 @@ def test_neither_side_outlives_the_other(task: Task, tmp_path: Path):
     # the student's ranks find fault with the data, while the teacher's are loading
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": 3}\n')
-    outcome = commands().run(*command, f"data.prompts={bad}", ranks=2, timeout_s=60)
+    outcome = commands().run(*command, f"data.prompts={bad}", ranks=2, timeout_s=200)
     assert outcome.statuses[0] == 2 and outcome.statuses[1] != 0
     # the teacher's weights are torn, which only its ranks can see
     torn = shutil.copytree(task.teacher, tmp_path / "torn")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    outcome = commands().run(*command, f"teacher.model={torn}", "evaluate.teacher=false", ranks=2, timeout_s=60)
+    outcome = commands().run(*command, f"teacher.model={torn}", "evaluate.teacher=false", ranks=2, timeout_s=200)
     assert outcome.statuses[1] == 2 and "model.safetensors" in outcome.outputs[1]
     assert time.monotonic() - started < 100
 

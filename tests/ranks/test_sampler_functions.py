@@ -65,7 +65,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     root = tmp_path_factory.mktemp("functions")
     for seed, name in enumerate(FAMILIES):
         save_family(root / name, name, seed=seed)
-    first, second = run_on_ranks(both_ways, str(root), world_size=2, timeout_s=480)
+    first, second = run_on_ranks(both_ways, str(root), world_size=2, timeout_s=550)
     runs = {"fp32": [first[0]], "bf16": [second[0]], "fp32-tp2": [first[1], second[1]]}
 
     def of(layout: str, family: str) -> Iterator[tuple[list[Any], list[Any]]]:

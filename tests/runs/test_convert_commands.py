@@ -234,7 +234,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(root: Path) -> list[dict[str, Any]]:
-    return run_on_ranks(convert_all, str(root), world_size=2, timeout_s=100)
+    return run_on_ranks(convert_all, str(root), world_size=2, timeout_s=400)
 
 
 def same_weights(a: Path, b: Path) -> bool:

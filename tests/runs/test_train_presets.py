@@ -228,7 +228,7 @@ def test_every_preset_trains(alone: Metrics):
     assert alone["sft"][0]["tokens"] == alone["tropd"][0]["prefix_length"]
 
 
-@pytest.mark.timeout(600)  # alone, it also trains what it compares with
+@pytest.mark.timeout(900)  # alone, it also trains what it compares with
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_twenty_steps_of_every_preset_have_the_metrics_of_one_rank(
     task: Task, alone: Metrics, drift: Metrics, rollouts: Path, tmp_path: Path, layout: str

@@ -35,7 +35,7 @@ class RankFailed(AssertionError):
     """A function failed on some rank; the message holds that rank's traceback."""
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 120) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 280) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` ranks and return what each returned, in rank order.
 
     Args:

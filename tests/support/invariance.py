@@ -171,7 +171,7 @@ def nudged(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             cases[name] = replace(case, name=name, models=(f"{student}-{draw}", teacher))
     with TemporaryDirectory() as folder:
         save_models(Path(folder))
-        return run_on_ranks(run_cases, list(cases.values()), folder, world_size=1, timeout_s=60 + 5 * len(cases))[0]
+        return run_on_ranks(run_cases, list(cases.values()), folder, world_size=1, timeout_s=120 + 15 * len(cases))[0]
 
 
 def moved_name(name: str, draw: int) -> str:

@@ -486,7 +486,7 @@ def problems_of(world: int) -> list[Problem]:
 def measured(world: int) -> Outcome:
     """All of it, the ranks being started once."""
     problems = problems_of(world)
-    ranks = run_on_ranks(on_ranks, problems, world_size=world, timeout_s=280)
+    ranks = run_on_ranks(on_ranks, problems, world_size=world, timeout_s=500)
     errors: Errors = {}
     losses, least = {}, {}
     for problem in problems:

@@ -154,7 +154,7 @@ def _budget(found: dict[str, Any], exact: dict[str, Any]) -> Budget:
 @cache
 def measured(world: int, dtype: torch.dtype = torch.bfloat16) -> dict[float, Budget]:
     """Ours by KL, the ranks being started once."""
-    ranks = run_on_ranks(on_ranks, dtype, world_size=world, timeout_s=280)
+    ranks = run_on_ranks(on_ranks, dtype, world_size=world, timeout_s=500)
     return {kl: _budget(_whole([rank[kl] for rank in ranks]), plain(kl, torch.float64)) for kl in KLS}
 
 

@@ -314,7 +314,7 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    def wait(self, timeout_s: float = 240) -> Outcome:
+    def wait(self, timeout_s: float = 400) -> Outcome:
         """Waits for every rank; what still runs when the time is over is killed, which is an error."""
         statuses = self.commands.ask(what="wait", pids=self.pids, timeout_s=timeout_s)
         outputs = tuple(file.read_text(errors="replace") for file in self.files)
@@ -326,7 +326,7 @@ class Job:
         state = Path(f"/proc/{self.pids[0]}/stat").read_text().rsplit(")", 1)[1].split()[0]
         return state != "Z"
 
-    def until(self, reached: Callable[[], bool], timeout_s: float = 240) -> None:
+    def until(self, reached: Callable[[], bool], timeout_s: float = 400) -> None:
         """Returns as soon as ``reached()``; a job that ends or takes longer first is an error."""
         deadline = time.monotonic() + timeout_s
         while not reached():
@@ -381,11 +381,11 @@ class Commands:
         )
         return Job(commands=self, pids=tuple(pids), files=files)
 
-    def run(self, *argv: object, ranks: int = 0, timeout_s: float = 240, **options: Any) -> Outcome:
+    def run(self, *argv: object, ranks: int = 0, timeout_s: float = 400, **options: Any) -> Outcome:
         """Runs ``tropd ARGV`` to its end."""
         return self.start(*argv, ranks=ranks, **options).wait(timeout_s)
 
-    def call(self, function: Callable[..., None], *arguments: object, ranks: int = 0, timeout_s: float = 240) -> None:
+    def call(self, function: Callable[..., None], *arguments: object, ranks: int = 0, timeout_s: float = 400) -> None:
         """Runs a module-level function with JSON-able arguments on every rank; what fails there fails here."""
         self.start_call(function, *arguments, ranks=ranks).wait(timeout_s).expect_success()
 
@@ -398,7 +398,7 @@ class Commands:
         """Ends the server, which ends what it has started."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=240)
+        self._server.wait(timeout=400)
 
 
 @functools.cache

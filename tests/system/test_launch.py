@@ -45,7 +45,6 @@ def test_a_script_called_without_its_arguments_explains_itself(name: str):
     assert "MAX_RESTARTS" in called.stderr and "set -" not in called.stderr
 
 
-@pytest.mark.timeout(300)
 def test_the_single_node_script_checks_the_machine_and_trains(tmp_path: Path):
     task = make_task(tmp_path)
     short = ("train.steps=2", "evaluate.prompts=null", "report.samples=0", "report.html=false")

@@ -60,7 +60,6 @@ def alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.skipif(bool(why_not()) and not NAMESPACES_REQUIRED, reason=why_not())
-@pytest.mark.timeout(600)
 def test_a_node_cut_off_in_a_step_is_noticed_in_seconds_and_the_run_ends_as_if_it_had_not_been(tmp_path: Path):
     task = make_task(tmp_path / "task")
     run_dir, outputs = tmp_path / "run", [tmp_path / "a.txt", tmp_path / "b.txt"]

@@ -75,7 +75,6 @@ else:
         ("any other command", signal.SIGINT, {-signal.SIGINT}),
     ],
 )
-@pytest.mark.timeout(300)
 def test_a_rank_that_waits_for_others_to_come_leaves_at_once_when_it_is_told_to(kind, number, statuses):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
