@@ -229,6 +229,8 @@ class TokenLoss:
     loss_T: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)  # per-token values; "prefix_*" are averaged over PREFIX,
     #                                                             all others over CONTINUATION tokens
+    stat_weights: Mapping[str, Tensor] = field(default_factory=dict)  # of the stats whose mean is not over all of these
+    #                                                                    tokens alike, [T], at least 0
     weight_T: Tensor | None = None  # detached multiplier; the sum is then divided by sum(weight), not by the count
 
 

@@ -37,10 +37,12 @@ class _Sums:
     stats: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, value_N: Tensor, mask_N: Tensor) -> None:
-        value = torch.where(mask_N, value_N.detach(), 0.0).double().sum()
-        self.stats[name] = self.stats.get(name, 0) + value
-        self.counts[name] = self.counts.get(name, 0) + mask_N.double().sum()
+    def add(self, name: str, value_N: Tensor, mask_N: Tensor, weight_N: Tensor | None = None) -> None:
+        """Add what a statistic is a mean of, over the tokens of a mask; ``weight_N``: what each counts, if not 1."""
+        count_N = mask_N.double() if weight_N is None else torch.where(mask_N, weight_N.detach(), 0.0).double()
+        value_N = torch.where(mask_N, value_N.detach(), 0.0).double()
+        self.stats[name] = self.stats.get(name, 0) + (value_N if weight_N is None else value_N * count_N).sum()
+        self.counts[name] = self.counts.get(name, 0) + count_N.sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class StepResult:
     optimizer_seconds: float = 0.0  # gradient norm and update, of the step's wall time
     predictions: int = 0  # that carried loss: those that are masked do not
     weight: float = 0.0  # sum of the weights that the loss is a mean under
-    counts: Mapping[str, float] = field(default_factory=dict)  # tokens that each statistic is a mean of
+    counts: Mapping[str, float] = field(default_factory=dict)  # tokens, or weights, that each statistic is a mean of
 
 
 def means_over_tokens(results: Sequence[StepResult]) -> tuple[float, dict[str, float]]:
@@ -253,7 +255,8 @@ class Trainer:
                 here_N = continuation_N & (bucket_N == number)
                 self._sums.add(f"logprob_gap/{bucket}", answer.stats["logprob_gap"], here_N)
         for name, value_N in answer.stats.items():
-            self._sums.add(name, value_N, prefix_N if name.startswith("prefix_") else continuation_N)
+            mask_N = prefix_N if name.startswith("prefix_") else continuation_N
+            self._sums.add(name, value_N, mask_N, answer.stat_weights.get(name))
 
     def _finalize_gradients(
         self, modules: Sequence[DistributedDataParallel], num_tokens: Tensor | None = None, **options: object

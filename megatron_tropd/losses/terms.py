@@ -35,6 +35,7 @@ class Term:
     needs: Needs = field(default_factory=Needs)
     vanishes: bool = True  # loss gradient is 0 when teacher and student agree
     on_policy: bool = False  # its gradient is right only while the weights that learn are those that sampled
+    names_alternatives: bool = False  # it takes mass from a rejected token even where the student is certain of it
 
 
 # --------------------------------------------------------------------------- sampled-token terms
@@ -167,7 +168,9 @@ def fkl_topk(*, k: int, tail: Tail = "none", support: SupportKind = "teacher") -
         logtails = _tails(student, teacher)[::-1] if tail == "bucket" else None
         return kl_on_support(teacher_TK, student_TK, tail=tail, mask_TK=teacher.support_mask_TK, logtails=logtails)
 
-    return _support_term("fkl_topk", loss, k=k, tail=tail, support=support)
+    term = _support_term("fkl_topk", loss, k=k, tail=tail, support=support)
+    # the student's own top k need not hold any, and within a renormalized one a token outside keeps its probability
+    return replace(term, names_alternatives=support != "student" and tail != "renorm")
 
 
 def rkl_topk(*, k: int, tail: ReverseTail = "renorm", support: SupportKind = "teacher") -> Term:
@@ -267,7 +270,7 @@ def _support_term(name: str, loss: Loss, *, k: int, tail: ReverseTail, support: 
 
 def fkl_full() -> Term:
     """Return ``KL(p || q)`` over the vocabulary; gradient ``q_j - p_j``."""
-    return _full("fkl_full", "forward_kl", 0.5)
+    return replace(_full("fkl_full", "forward_kl", 0.5), names_alternatives=True)
 
 
 def rkl_full() -> Term:
@@ -313,7 +316,7 @@ def scaled(term: Term, factor: float) -> Term:
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         return factor * term.loss(student, teacher)
 
-    return Term(name=term.name, loss=loss, needs=term.needs, vanishes=term.vanishes)
+    return replace(term, loss=loss, on_policy=False)
 
 
 def where_teacher_uncertain(term: Term, *, entropy: float) -> Term:
@@ -328,7 +331,7 @@ def where_teacher_uncertain(term: Term, *, entropy: float) -> Term:
         return torch.where(entropy_T > entropy, loss_T, torch.zeros_like(loss_T))
 
     needs = merge_needs(term.needs, Needs(teacher_entropy=True))
-    return Term(name=f"{term.name}_uncertain", loss=loss, needs=needs, vanishes=term.vanishes)
+    return replace(term, name=f"{term.name}_uncertain", loss=loss, needs=needs, on_policy=False)
 
 
 def merge_needs(*needs: Needs) -> Needs:

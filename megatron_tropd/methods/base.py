@@ -11,6 +11,7 @@ schedule) are plain fields that the trainer honors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.losses.gates import Gate, RatioSource, acceptance, reference_logprob
+from megatron_tropd.losses.gates import ALL, Gate, RatioSource, acceptance, reference_logprob
 from megatron_tropd.losses.multipliers import drift_weight, mismatch_weight, prefix_drift_weight, surprise_weight
 from megatron_tropd.losses.reduce import Normalization
 from megatron_tropd.losses.terms import NONE, Term, merge_needs
 from megatron_tropd.methods.options import MethodOptions, SpecialTokens
 from megatron_tropd.methods.schedule import PrefixSchedule, unguided
 from megatron_tropd.types import Needs, Region, StudentView, TeacherView, TokenLoss, TokenView
+
+LOG_CERTAIN = math.log(0.9)
+"""Log-prob, nats, above which a student is certain of a token: less than a tenth of a push on its log-prob is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,12 @@ class Method:
         return tuple(dict.fromkeys(t.name for t in (self.trusted, self.outlier, self.extra) if t.on_policy))
 
     @property
+    def teaches_certain_students(self) -> bool:
+        """Say whether an outlier of which the student is certain still has a gradient that does not vanish."""
+        of_outliers = self.trusted if self.gate is ALL else self.outlier
+        return of_outliers.names_alternatives or self.extra.names_alternatives
+
+    @property
     def _terms(self) -> tuple[Term, ...]:
         return (self.trusted, self.outlier, self.prefix, self.extra)
 
@@ -105,7 +115,12 @@ class Method:
         for term, weight_T in _merge(shares).items():
             loss_T = loss_T + _weighted(term, weight_T, student, teacher)
         stats = _stats(gate_T, student, teacher, tokens, self.ratio)
-        return TokenLoss(loss_T=loss_T, stats=stats, weight_T=self._multiplier(student, teacher, tokens))
+        return TokenLoss(
+            loss_T=loss_T,
+            stats=stats,
+            weight_T=self._multiplier(student, teacher, tokens),
+            stat_weights={"stuck_fraction": stats["total_variation"]},
+        )
 
     @torch.no_grad()
     def gate_weight(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
@@ -181,12 +196,16 @@ def _stats(
 ) -> dict[str, Tensor]:
     """Return per-token values, nats or shares; ``prefix_*`` are meant for PREFIX tokens, all others for
     CONTINUATION.
+
+    ``stuck_fraction`` is to be averaged over outliers: each token by its chance to fail the acceptance test, whatever
+    the method's own gate, 1 - min(1, rho).
     """
     reference_T = reference_logprob(student, tokens, ratio)
     stats = {
         "trusted_fraction": gate_T,
         "outlier_fraction": 1.0 - gate_T,
         "total_variation": 1.0 - acceptance(teacher.logprob_T - reference_T),
+        "stuck_fraction": (reference_T > LOG_CERTAIN).to(reference_T.dtype),
         "reverse_kl": student.old_logprob_T - teacher.logprob_T,
         "logprob_gap": (tokens.rollout_logprob_T - student.old_logprob_T).abs(),
         "prefix_nll": -student.logprob_T.detach(),

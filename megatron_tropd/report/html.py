@@ -64,6 +64,7 @@ _CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", ("loss",), False),
     ("Reverse KL", ("reverse_kl",), False),
     ("Outlier fraction", ("outlier_fraction",), True),
+    ("Outliers the student is certain of", ("stuck_fraction",), True),
     ("Entropy", ("student_entropy", "teacher_entropy", "teacher_entropy_bound"), False),
     ("Gradient norm", ("grad_norm",), False),
     ("Response length", ("response_length",), False),

@@ -45,6 +45,12 @@ METRICS: Mapping[str, Metric] = {
     "total_variation": Metric(
         "fraction", "Mean of 1 - min(1, p/q): an estimate of the total-variation distance to the teacher.", "gate"
     ),
+    "stuck_fraction": Metric(
+        "fraction",
+        "Share of outliers (tokens weighted by 1 - min(1, p/q), whatever the gate) of which the student is certain, "
+        "1 - q < 0.1: log-ratio rewards and reverse KL hardly move them.",
+        "gate",
+    ),
     "student_entropy": Metric("nats/token", "Full-vocabulary entropy of the student on its own tokens.", "entropy"),
     "teacher_entropy": Metric("nats/token", "The same of the teacher on the same tokens.", "entropy"),
     "teacher_entropy_bound": Metric(

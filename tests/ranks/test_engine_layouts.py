@@ -7,12 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_tropd.types import Region
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import (
     ADAM,
+    CERTAIN,
     STEPS,
     VOCAB,
     Case,
@@ -26,6 +29,7 @@ from tests.support.layout_cases import (
 from tests.support.tiny_models import (
     Objective,
     Reference,
+    hf_logprobs,
     load_hf,
     random_rollouts,
     relative_error,
@@ -279,6 +283,23 @@ def test_outliers_are_those_that_plain_autograd_finds(outcome, reference):
     stats, truth = outcome(ONE_RANK[0])[0]["stats"], reference(ONE_RANK[0])
     assert [step["outlier_fraction"] for step in stats] == pytest.approx(truth.outliers, abs=1e-9)
     assert all(0.2 < share < 0.8 for share in truth.outliers)
+
+
+def test_stuck_outliers_are_those_of_plain_log_probs(models, outcome):
+    """By chance to be rejected, not by count; these small models pass the limit of certainty half the time."""
+    student, teacher = load_hf(models / student_directory(ONE_RANK[0])), load_hf(models / "teacher")
+    rejected, stuck = 0.0, 0.0
+    for rollout in random_rollouts(0, vocab_size=VOCAB):
+        at = np.flatnonzero(rollout.region_L == Region.CONTINUATION)
+        q_N, p_N = (
+            hf_logprobs(model, rollout.token_ids, VOCAB)[at - 1, rollout.token_ids[at]].exp().detach().numpy()
+            for model in (student, teacher)
+        )
+        chance_N = 1.0 - np.minimum(1.0, p_N / q_N)
+        rejected += chance_N.sum()
+        stuck += chance_N[q_N > CERTAIN].sum()
+    assert 0.1 < stuck / rejected < 0.9
+    assert outcome(ONE_RANK[0])[0]["stats"][0]["stuck_fraction"] == pytest.approx(stuck / rejected, rel=1e-5)
 
 
 def test_tropd_that_trusts_every_token_and_is_not_guided_is_opd(outcome):

@@ -5,6 +5,7 @@ What ``run_cases`` does runs on every rank of ``run_on_ranks``; a ``Case`` says 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from megatron_tropd.engine.optimizer import Optimization, optimize
 from megatron_tropd.engine.step import Trainer, means_over_tokens
 from megatron_tropd.engine.weights import hf_tensors, local_table
 from megatron_tropd.errors import SelfCheckError
+from megatron_tropd.methods import base
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.setup.build import (
@@ -56,6 +58,7 @@ from tests.support.tiny_models import (
 # ids that both models know: what their vocabularies have beyond it must carry nothing
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
 STEPS = 5
+CERTAIN = 0.01  # the student's probability that counts as certain here: random models are never surer than a little
 TROPD = Objective()
 # Adam divides a gradient by its size: far below this eps it would turn the rounding of a vanishing one into whole steps
 ADAM = {"lr": 4e-3, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "clip_grad": 0.7}
@@ -234,6 +237,7 @@ def assemble(config: RunConfig, builder: GroupBuilder, *, ends: tuple[int, ...] 
 def run_cases(cases: Sequence[Case], models: str) -> dict[str, dict[str, Any]]:
     """Every case's losses, gradient norms and statistics by step, and its first gradient under HF names."""
     builder = GroupBuilder()
+    base.LOG_CERTAIN = math.log(CERTAIN)  # in this process alone
     return {
         case.name: _train(case, assemble(config_of(case, Path(models)), builder, ends=case.objective.ends))
         for case in cases

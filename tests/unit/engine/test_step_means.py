@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from megatron_tropd.engine.step import StepResult, means_over_tokens
+from megatron_tropd.engine.step import StepResult, _Sums, means_over_tokens
 
 
 def test_minibatches_of_unequal_sizes_give_the_mean_over_tokens_not_over_minibatches():
@@ -22,6 +23,18 @@ def test_minibatches_of_unequal_sizes_give_the_mean_over_tokens_not_over_minibat
     assert stats["reverse_kl"] == pytest.approx(1.75)  # (9 * 1 + 3 * 4) / 12
     assert stats["prefix_nll"] == 7.0  # of the one minibatch that has such tokens
     assert stats["logprob_gap_max"] == 0.3
+
+
+def test_a_statistic_with_weights_of_its_own_is_a_mean_under_them_over_packs_and_minibatches():
+    zero = torch.zeros((), dtype=torch.float64)
+    sums = _Sums(zero, zero, zero, zero)
+    inside = torch.tensor([True, True, False])
+    sums.add("stuck_fraction", torch.tensor([1.0, 0.0, 1.0]), inside, torch.tensor([0.5, 0.25, 9.0]))
+    sums.add("stuck_fraction", torch.tensor([1.0]), torch.tensor([True]), torch.tensor([0.25]))
+    assert (float(sums.stats["stuck_fraction"]), float(sums.counts["stuck_fraction"])) == (0.75, 1.0)
+    one = StepResult(0.0, 1.0, 1e-3, {"stuck_fraction": 0.75}, counts={"stuck_fraction": 1.0})
+    two = StepResult(0.0, 1.0, 1e-3, {"stuck_fraction": 0.0}, counts={"stuck_fraction": 0.5})
+    assert means_over_tokens([one, two])[1]["stuck_fraction"] == pytest.approx(0.5)  # 0.75 / 1.5
 
 
 def test_a_minibatch_without_tokens_counts_for_nothing():

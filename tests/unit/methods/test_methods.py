@@ -22,7 +22,10 @@ close = torch.testing.assert_close
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "methods"
 PREFIX, CONTINUATION = int(Region.PREFIX), int(Region.CONTINUATION)
 MIXED_T = torch.tensor([PREFIX, PREFIX, CONTINUATION, CONTINUATION, PREFIX, CONTINUATION, CONTINUATION])
-ALWAYS_LOGGED = {"outlier_fraction", "trusted_fraction", "total_variation", "reverse_kl", "logprob_gap", "prefix_nll"}
+ALWAYS_LOGGED = {
+    *("outlier_fraction", "trusted_fraction", "total_variation", "stuck_fraction"),
+    *("reverse_kl", "logprob_gap", "prefix_nll"),
+}
 
 
 def on(method: Method, data: Rows, **view_options):
@@ -198,6 +201,64 @@ def test_logged_fractions_are_the_realised_gate_and_its_expectation():
     close(expected_T, 0.5 * (p_TV - q_TV).abs().sum(-1))
     loss, _ = on(build_method("tropd_soft", k=5), data)
     close(loss.stats["outlier_fraction"], loss.stats["total_variation"])
+
+
+@pytest.mark.parametrize("name", ["opd", "tropd", "rkl"])
+def test_stuck_outliers_weigh_what_the_acceptance_test_rejects_of_certain_tokens(name):
+    """q of the sampled tokens .95, .89, .95, p .19, .089, .99. Rejected: .8, .9, 0; certain: first and last."""
+    data = rows(tokens=3)
+
+    def with_probability(values: list[float]) -> torch.Tensor:
+        at_T = torch.tensor(values, dtype=torch.float64)
+        logits_TV = torch.log((1.0 - at_T) / (V - 1))[:, None].repeat(1, V)
+        return logits_TV.scatter(1, data.target_T[:, None], at_T.log()[:, None])
+
+    q_TV, p_TV = with_probability([0.95, 0.89, 0.95]), with_probability([0.19, 0.089, 0.99])
+    data = replace(data, student_TV=q_TV.requires_grad_(), old_TV=q_TV.detach(), teacher_TV=p_TV)
+    loss, _ = on(build_method(name), data)
+    close(loss.stats["stuck_fraction"], torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+    close(loss.stat_weights["stuck_fraction"], torch.tensor([0.8, 0.9, 0.0], dtype=torch.float64))
+
+
+ALL_TERMS = {
+    "k1_pg": terms.k1_pg(),
+    "k1_pg_floor": terms.k1_pg(floor=-2.0),
+    "k2": terms.k2(),
+    "k3": terms.k3(),
+    "nll": terms.nll(),
+    "fkl_topk_none": terms.fkl_topk(k=3),
+    "fkl_topk_bucket": terms.fkl_topk(k=3, tail="bucket"),
+    "fkl_topk_renorm": terms.fkl_topk(k=3, tail="renorm"),
+    "fkl_pg_scalar": terms.fkl_pg_scalar(k=3),
+    "rkl_topk_bucket": terms.rkl_topk(k=3, tail="bucket", support="teacher"),
+    "fkl_full": terms.fkl_full(),
+    "rkl_full": terms.rkl_full(),
+    "jsd_full": terms.jsd_full(beta=0.5),
+    "none": terms.NONE,
+}
+
+
+@pytest.mark.parametrize("name", ALL_TERMS)
+def test_only_terms_that_name_alternatives_move_a_student_that_is_certain(name):
+    """1 - q(y) and p(y) are about 1e-7: a forward KL pushes y's logit down by about 1, all others by almost nothing."""
+    data = rows()
+    y_T1 = data.target_T[:, None]
+    student_TV = data.student_TV.detach().scatter(1, y_T1, 20.0)
+    teacher_TV = data.teacher_TV.scatter(1, y_T1, -16.0)
+    data = replace(data, student_TV=student_TV.requires_grad_(), old_TV=student_TV.detach(), teacher_TV=teacher_TV)
+    term = ALL_TERMS[name]
+    student, teacher, _ = views(data, k=3)
+    loss = term.loss(student, teacher).sum()
+    push_T = gradient(loss, data).gather(1, y_T1)[:, 0] if loss.requires_grad else torch.zeros(T)
+    assert (push_T > 0.3).all() if term.names_alternatives else (push_T.abs() < 1e-3).all(), push_T
+
+
+def test_the_presets_that_move_a_certain_student_are_those_with_a_forward_kl_on_outliers():
+    found = {name for name in PRESETS if build_method(name).teaches_certain_students}
+    assert found == {*("tropd", "tropd_rkl", "tropd_resopd", "tropd_soft", "tropd_aopd"), "aopd", "eopd", "fkl"}
+    assert not build_method("tropd", support="student").teaches_certain_students  # names the student's own alone
+    assert build_method("tropd", gate="none").teaches_certain_students
+    assert not build_method("tropd", gate="all").teaches_certain_students
 
 
 def test_gate_stays_when_the_weights_move():
