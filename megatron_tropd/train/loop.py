@@ -20,6 +20,7 @@ from megatron_tropd.losses import gates
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
 from megatron_tropd.report.stopwatch import Stopwatch
+from megatron_tropd.report.stuck import StuckMonitor
 from megatron_tropd.rollout.mismatch import MismatchMonitor
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.hooks import Hooks
@@ -38,7 +39,8 @@ def train(
     ``writer``: on the first rank only.
     """
     hooks, watch = hooks or Hooks(), Stopwatch(partial(wait_for_device, run.world.device))
-    mismatch = MismatchMonitor(run.dtype, run.rollout.gap_warning)
+    stuck = StuckMonitor(run.method.name, teaches_certain_students=run.method.teaches_certain_students)
+    monitors = (MismatchMonitor(run.dtype, run.rollout.gap_warning), stuck)
     hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
     with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:
         for step in range(first_step, run.train.steps):
@@ -56,7 +58,8 @@ def train(
             metrics = step_metrics(run, queue, batch, results, step=step, watch=watch)
             if writer is not None:
                 writer.write(metrics)
-                mismatch.check(metrics)
+                for monitor in monitors:
+                    monitor.check(metrics)
             progress.update(metrics)
             hooks.step_measured(step + 1, metrics)
             # before the checkpoint: a run killed in between repeats what follows the step, instead of leaving it out
