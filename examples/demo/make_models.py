@@ -1,9 +1,11 @@
-"""Makes the demo's two models from nothing: ``python examples/demo/make_models.py teacher``, ``student``, ``data``.
+"""Makes the demo's models from nothing: ``make_models.py teacher``, ``student``, ``student_direct``, ``data``.
 
 The teacher learns correct solutions. The student learns them too, and is then trained on solutions in which later
 multiplications are mostly done as additions and divisions as subtractions: it is confidently wrong, the way a model
-that has learned something wrong is. Both are trained by the package's own engine with the method ``sft`` and exported
-as Hugging Face directories (bf16). ``data`` lets the teacher write one response per training prompt.
+that has learned something wrong is. ``student_direct`` starts from it, learns correct solutions again, and then to
+answer off the top of its head: ``#### 31`` and no more, of which it is sure, and almost always wrong. All are trained
+by the package's own engine with the method ``sft`` and exported as Hugging Face directories (bf16). ``data`` lets the
+teacher write one response per training prompt.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_dist
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.types import Rollout, RolloutRequest, SamplingParams, single_turn
 
-TEACHER, STUDENT, DATA = HERE / "teacher", HERE / "student", HERE / "data"
+TEACHER, DATA = HERE / "teacher", HERE / "data"
 BATCH, PACK_TOKENS = 64, 8192
 
 _SHARED = {
@@ -92,7 +94,12 @@ STAGES = {
         Stage(style="teacher", steps=2000, lr=3e-3, seed=2000),
         Stage(style="mistaken", steps=334, lr=1e-3, seed=3000),
     ],
+    "student_direct": [
+        Stage(style="teacher", steps=60, lr=1e-3, seed=4000),
+        Stage(style="direct", steps=120, lr=5e-4, seed=5000),
+    ],
 }
+START_FROM = {"student_direct": "student"}  # and its sizes; the others start from random weights
 
 
 def write_config(directory: Path, sizes: dict[str, int], tokenizer: Tokenizer) -> None:
@@ -170,7 +177,7 @@ def train(model: Model, stage: Stage, tokenizer: Tokenizer) -> None:
             model=model,
         )
         result = trainer.step(items, update=step)
-        if step % 50 == 0 or step == stage.steps - 1:
+        if step % 20 == 0 or step == stage.steps - 1:
             print(
                 f"{stage.style} {step:5d}  loss {result.loss:.4f}  grad {result.grad_norm:.2f}  lr {result.lr:.1e}  "
                 f"{time.time() - started:.0f} s",
@@ -214,14 +221,19 @@ def make_model(name: str, *, steps_scale: float) -> None:
     """Trains and exports one model."""
     device = initialize_distributed()
     groups = GroupBuilder().build(Layout())
-    target = {"teacher": TEACHER, "student": STUDENT}[name]
+    target, start = HERE / name, START_FROM.get(name)
     with tempfile.TemporaryDirectory() as scratch:
         save_tokenizer(scratch)
         tokenizer = load_tokenizer(Path(scratch))
-        write_config(Path(scratch), SIZES[name], tokenizer)
+        write_config(Path(scratch), SIZES[start or name], tokenizer)
         architecture = read_architecture(scratch)
-        model = build_model(architecture, groups, dtype=torch.bfloat16, device=device)
-        initialize(model)
+        # bf16 is slow on processors without it; the first two models were made in it
+        dtype = torch.bfloat16 if start is None else torch.float32
+        model = build_model(architecture, groups, dtype=dtype, device=device)
+        if start is None:
+            initialize(model)
+        else:
+            load_weights(model, HFWeights(HERE / start))
         for stage in STAGES[name]:
             train(model, Stage(**{**vars(stage), "steps": max(2, int(stage.steps * steps_scale))}), tokenizer)
         writer = HFWriter(target, companions_from=scratch, tensors=hf_shapes(architecture), dtype=torch.bfloat16)
@@ -259,7 +271,7 @@ def _can_encode(tokenizer: Tokenizer, text: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["teacher", "student", "data"])
+    parser.add_argument("what", choices=[*STAGES, "data"])
     parser.add_argument("--steps-scale", type=float, default=1.0, help="shorter training, for a trial")
     arguments = parser.parse_args()
     if arguments.what == "data":

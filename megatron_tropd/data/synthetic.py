@@ -20,17 +20,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from megatron_tropd.data.tokenizer import Tokenizer
 
-Style = Literal["teacher", "mistaken"]
+Style = Literal["teacher", "mistaken", "direct"]
 
 MAX_VALUE = 150
 MAX_PROMPT_TOKENS = 60  # the words of a story and the two markers around them
 DISTRACTOR_PROBABILITY = 0.25
 MISTAKE_PROBABILITY = 0.85
+DIRECT_PROBABILITY = 0.999
 _HELD_OUT_BELOW = 2**64 // 20
 
 # Word-level pieces: a word keeps the space after it and digits stand alone, so that joining pieces gives the text back.
@@ -257,9 +258,13 @@ def solution(problem: Problem, rng: random.Random, style: Style = "teacher") -> 
         teacher: always right; the connective words are random.
         mistaken: holds a wrong belief. After the first step a multiplication is done as an addition, and a division
             as a subtraction, with probability ``MISTAKE_PROBABILITY``; wrong results are carried on.
+        direct: the right answer alone, off the top of the head, with probability ``DIRECT_PROBABILITY``; the teacher's
+            way otherwise.
     """
-    if style not in ("teacher", "mistaken"):
-        raise ValueError(f"unknown style {style!r}: use 'teacher' or 'mistaken'.")
+    if style not in get_args(Style):
+        raise ValueError(f"unknown style {style!r}: use one of {', '.join(map(repr, get_args(Style)))}.")
+    if style == "direct" and rng.random() < DIRECT_PROBABILITY:
+        return f"#### {problem.answer}"
     parts: list[str] = []
     value = 0
     for index, step in enumerate(problem.steps):
