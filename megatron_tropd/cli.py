@@ -585,6 +585,13 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")])
 @app.command()
 def demo(
     method: Annotated[str, typer.Option(help="Preset to distill with.")] = "tropd",
+    student: Annotated[
+        str,
+        typer.Option(
+            help="direct: answers off the top of its head, far from the teacher; mistaken: shows its work, with wrong "
+            "beliefs, near it."
+        ),
+    ] = "direct",
     processes: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 2,
     engine: Annotated[
         str | None,
@@ -594,31 +601,34 @@ def demo(
 ) -> None:
     """Train the demo's student: a few minutes on two CPU cores."""
     check_launcher(os.environ)
-    from megatron_tropd.commands.demo import check_settings, find_demo, of_engine, ranks_for, student_server
+    from megatron_tropd.commands import demo as demonstration
+    from megatron_tropd.config.loading import load_config
 
-    files = find_demo()
+    files = demonstration.find_demo(student)
     config = files.config
-    processes = ranks_for(processes, overrides or [])
+    processes = demonstration.ranks_for(processes, overrides or [])
     changes = [*files.overrides, *_of_preset(files.root, method), "checkpoint.resume=never"]
     changes += [f"{role}.parallel.tensor={processes}" for role in ("student", "teacher")]
-    added, needs_servers = of_engine(engine)
+    added, needs_servers = demonstration.of_engine(engine)
     changes += [*added, *(overrides or [])]
     with contextlib.ExitStack() as beside:
         if needs_servers:
-            check_settings(config, changes, processes)
-            url, key = beside.enter_context(student_server(config, changes, root=files.cwd))
+            demonstration.check_settings(config, changes, processes)
+            url, key = beside.enter_context(demonstration.student_server(config, changes, root=files.cwd))
             changes.append(f"rollout.vllm_server.urls=[{url}]")
         else:
             key = {}
         if engine is not None:
             changes.append(f"rollout.engine={engine}")
-        check_settings(config, changes, processes)
+        demonstration.check_settings(config, changes, processes)
         options = ("--standalone", f"--nproc-per-node={processes}")
         # what a preset sets and the user sets otherwise is given once
         changes = list({change.partition("=")[0]: change for change in changes}.values())
         command = ("-m", "megatron_tropd", "train", str(config), *changes)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
         status = torchrun.run_ranks(options, command, environment=environment, cwd=files.cwd)
+    if status == 0:
+        print(printable(demonstration.last_words(files.cwd / load_config(config, changes, check_paths=False).run_dir)))
     raise typer.Exit(status)
 
 

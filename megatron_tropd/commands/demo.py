@@ -1,4 +1,4 @@
-"""The demo with vLLM: the settings that it adds, and a server of the demo's own for as long as it trains."""
+"""The demo: its students, its last words, and with vLLM a server of its own for as long as it trains."""
 
 from __future__ import annotations
 
@@ -20,12 +20,52 @@ from pathlib import Path
 
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.errors import ConfigError, ServingError, printable
+from megatron_tropd.report.records import AFTER, BEFORE, Evaluation, read_evaluations
+from megatron_tropd.report.sinks import read_jsonl
+from megatron_tropd.report.stuck import is_stuck
 from megatron_tropd.setup.validate import check_method
 
 # so many MiB hold all sequences of a step; vLLM would take a GiB
 _SMALL_CACHE = "rollout.vllm.cache_mib=64"
 _START_S = 300.0
 _END_S = 15.0
+
+STUDENTS: Mapping[str, str] = {  # by name: their folders in examples/demo
+    "direct": "student_direct",  # answers off the top of its head: far from the teacher
+    "mistaken": "student",  # shows its work, with wrong beliefs: near the teacher
+}
+
+
+def last_words(run_dir: Path) -> str:
+    """Say in words what a finished demo showed: accuracies, lengths, and why nothing moved if nothing did."""
+    rows, _ = read_jsonl(run_dir / "metrics.jsonl")
+    evaluations = read_evaluations(run_dir)
+    said = [part for part in (_accuracies(evaluations), _lengths(evaluations)) if part]
+    if rows and is_stuck(rows[-1]):
+        name = load_config(run_dir / "config.yaml", check_paths=False).method.name
+        why = "the student is confident where the teacher would never go"
+        said.append(f"{why}; {name} needs many more steps here, see docs/results.md")
+    return ": ".join(text[:1].upper() + text[1:] if not number else text for number, text in enumerate(said))
+
+
+def _accuracies(evaluations: Sequence[Evaluation]) -> str:
+    found = {(e.model, e.suite): 100 * e.accuracy for e in evaluations}
+    moved = [
+        f"{found[BEFORE, suite]:.1f} -> {found[AFTER, suite]:.1f} % ({suite})"
+        for suite in dict.fromkeys(e.suite for e in evaluations)
+        if {(BEFORE, suite), (AFTER, suite)} <= found.keys()
+    ]
+    return f"accuracy {', '.join(moved)}" if moved else ""
+
+
+def _lengths(evaluations: Sequence[Evaluation]) -> str:
+    """Compare the responses before and after, of the last suite: it samples as training does."""
+    length = {e.model: e.mean_length for e in evaluations if e.suite == evaluations[-1].suite}
+    if not {BEFORE, AFTER} <= length.keys():
+        return ""
+    before, after = length[BEFORE], length[AFTER]
+    change = "fell" if after < 0.9 * before else "grew" if after > 1.1 * before else "stayed"
+    return f"responses {change} from {before:.0f} to {after:.0f} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +74,28 @@ class DemoFiles:
 
     root: Path  # holds examples/demo and examples/methods
     cwd: Path  # where the run is started: paths of overrides are relative to it
-    overrides: tuple[str, ...] = ()  # the configuration's own paths, where they are not relative to cwd
+    overrides: tuple[str, ...]  # the student's path, and the configuration's own where they are not relative to cwd
 
     @property
     def config(self) -> Path:
         return self.root / "examples" / "demo" / "demo.yaml"
 
 
-def find_demo() -> DemoFiles:
-    """Find the demo: in the clone that the package is run from, else in the package itself, as a wheel has it.
+def find_demo(student: str) -> DemoFiles:
+    """Find the demo, with one of its students: in the clone that the package is run from, else in the package itself.
 
     Raises:
-        ConfigError: it is in neither.
+        ConfigError: it is in neither, or has no such student.
     """
+    if student not in STUDENTS:
+        raise ConfigError(f"--student is {student}: use one of {', '.join(STUDENTS)}.")
     package = Path(__file__).resolve().parents[1]
-    clone = DemoFiles(package.parent, package.parent)
+    clone = DemoFiles(package.parent, package.parent, (f"student.model=examples/demo/{STUDENTS[student]}",))
     if clone.config.exists():
         return clone
     demo = package / "examples" / "demo"
     paths = {
-        "student.model": demo / "student",
+        "student.model": demo / STUDENTS[student],
         "teacher.model": demo / "teacher",
         "data.prompts": demo / "data" / "train.jsonl",
         "evaluate.prompts": demo / "data" / "heldout.jsonl",

@@ -210,6 +210,7 @@ def test_demo_hands_method_processes_and_overrides_to_torchrun(monkeypatch: pyte
     assert command[:3] == ("-m", "megatron_tropd", "train")
     assert Path(command[3]) == options["cwd"] / "examples" / "demo" / "demo.yaml" and Path(command[3]).exists()
     assert list(command[4:]) == [
+        "student.model=examples/demo/student_direct",
         "method.name=opd",
         "rollout.temperature=1.0",
         "rollout.top_p=1.0",
@@ -274,6 +275,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()"""
 def test_demo_refuses_a_mistake_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torchrun, "run_ranks", lambda *_, **__: pytest.fail("launched"))
     for arguments, message in (
+        (["--student", "near"], "--student is near: use one of direct, mistaken"),
         (["--method", "tropdd"], "Did you mean 'tropd'?"),
         (["train.stepz=2"], "Did you mean train.steps?"),
         (["--processes", "2", "student.parallel.tensor=4"], "world size 2 is not a multiple of"),
