@@ -15,6 +15,7 @@ from megatron_tropd.config.sections import Layout
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.activations import pack_bytes, packs_in_flight
 from megatron_tropd.planning.cluster import best, checkpoint_bytes, chosen, read_cluster, room
+from megatron_tropd.planning.parameters import total_parameters
 from megatron_tropd.setup.validate import check_layouts, read_architectures
 from tests.support.activation_cases import Case, kept
 from tests.support.distributed import run_on_ranks
@@ -80,6 +81,21 @@ def test_an_example_of_scale_fits_its_cluster(name):
 
 def test_there_is_an_example_of_every_class():
     assert EXAMPLES == ["1.5b-from-7b", "30b-a3b-from-235b-a22b", "70b-from-405b", "8b-from-32b"]
+
+
+def test_the_setting_of_the_paper_is_planned_on_one_node():
+    """Parameters as the two models' pages have them; batch, steps and rate as the paper does."""
+    config = load_config(SCALE.parent / "reproduce" / "tropd_math.yaml", check_paths=False)
+    job = job_of(config, SCALE / "clusters" / "h100-node.yaml")
+    assert total_parameters(job.student) == 1_777_088_000
+    assert total_parameters(job.teacher) == 7_615_616_512
+    assert job.sequences == 128 * 5 and config.train.steps == 200 and config.optimizer.lr == 5e-6
+    assert [(s.name, s.samples, s.max_new_tokens) for s in config.evaluate.suites] == [
+        ("AIME24", 32, 8192),
+        ("AIME25", 32, 8192),
+        ("AMC23", 32, 8192),
+    ]
+    assert chosen(job).total_memory < room(job.cluster)
 
 
 def test_a_plan_is_what_one_works_out_by_hand():
