@@ -628,7 +628,8 @@ def demo(
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **key}
         status = torchrun.run_ranks(options, command, environment=environment, cwd=files.cwd)
     if status == 0:
-        print(printable(demonstration.last_words(files.cwd / load_config(config, changes, check_paths=False).run_dir)))
+        words = demonstration.last_words(files.cwd / load_config(config, changes, check_paths=False).run_dir)
+        print(printable(words), end="\n" if words else "")
     raise typer.Exit(status)
 
 

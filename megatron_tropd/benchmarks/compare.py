@@ -59,7 +59,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ArmOutcome:
     """The course and the end of an arm. Accuracies are fractions; suites keep the order of the evaluation."""
 
     arm: Arm
@@ -127,7 +127,7 @@ def run_arm(arm: Arm, out: Path) -> bool:
     return True
 
 
-def outcome_of(arm: Arm, out: Path) -> Outcome:
+def outcome_of(arm: Arm, out: Path) -> ArmOutcome:
     """Read what a finished arm has left.
 
     Raises:
@@ -139,7 +139,7 @@ def outcome_of(arm: Arm, out: Path) -> Outcome:
     if not rows or not after:
         raise DataError(f"{folder} has {len(rows)} steps and {len(after)} evaluations: move it away and start again.")
     stuck = [rows[place].get("stuck_fraction") for place in (0, -1)]
-    return Outcome(
+    return ArmOutcome(
         arm=arm,
         step=[int(row["step"]) for row in rows],
         accuracy=[float(row["accuracy_train"]) for row in rows],
@@ -156,13 +156,13 @@ def running_mean(values: Sequence[float], window: int = WINDOW) -> npt.NDArray[n
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def steps_to(outcome: Outcome, accuracy: float) -> int | None:
+def steps_to(outcome: ArmOutcome, accuracy: float) -> int | None:
     """Return the first step at which the running mean of the accuracy is ``accuracy``; None: it never is."""
     reached = np.flatnonzero(running_mean(outcome.accuracy) >= accuracy)
     return outcome.step[int(reached[0])] if len(reached) else None
 
 
-def table_of(outcomes: Sequence[Outcome], references: Sequence[Evaluation]) -> str:
+def table_of(outcomes: Sequence[ArmOutcome], references: Sequence[Evaluation]) -> str:
     """Tabulate the arms of one pair in Markdown: percent with 95 % intervals, best last suite first.
 
     ``references``: the student before and the teacher. Half and nine tenths are of the way from the one to the other,
@@ -196,7 +196,7 @@ def _cell(accuracy: float, low: float, high: float) -> str:
     return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def draw(outcomes: Mapping[str, Sequence[Outcome]], path: Path) -> None:
+def draw(outcomes: Mapping[str, Sequence[ArmOutcome]], path: Path) -> None:
     """Draw the accuracy over steps, a panel per pair, in the format that ``path`` ends in."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -277,7 +277,7 @@ def part_of(arms: Sequence[Arm], wanted: Sequence[str]) -> list[Arm]:
 
 def write_comparison(arms: Sequence[Arm], out: Path) -> None:
     """Write table, rows and picture of finished arms."""
-    outcomes: dict[str, list[Outcome]] = {}
+    outcomes: dict[str, list[ArmOutcome]] = {}
     for arm in arms:
         if arm.method:
             outcomes.setdefault(arm.pair, []).append(outcome_of(arm, out))

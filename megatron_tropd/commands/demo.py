@@ -38,7 +38,8 @@ STUDENTS: Mapping[str, str] = {  # by name: their folders in examples/demo
 
 def last_words(run_dir: Path) -> str:
     """Say in words what a finished demo showed: accuracies, lengths, and why nothing moved if nothing did."""
-    rows, _ = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = run_dir / "metrics.jsonl"
+    rows = read_jsonl(metrics)[0] if metrics.exists() else []
     evaluations = read_evaluations(run_dir)
     said = [part for part in (_accuracies(evaluations), _lengths(evaluations)) if part]
     if rows and is_stuck(rows[-1]):

@@ -12,7 +12,7 @@ from megatron_tropd.benchmarks import compare
 from megatron_tropd.benchmarks.compare import (
     METHODS,
     Arm,
-    Outcome,
+    ArmOutcome,
     arms_of,
     draw,
     outcome_of,
@@ -31,8 +31,8 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "demo.yaml"
 INTERVAL = {"low": 0.0, "high": 1.0, "problems": 256, "samples": 4, "mean_length": 31.0}
 
 
-def outcome(method: str, accuracy: list[float], last: float, *, pair: str = "direct") -> Outcome:
-    return Outcome(
+def outcome(method: str, accuracy: list[float], last: float, *, pair: str = "direct") -> ArmOutcome:
+    return ArmOutcome(
         arm=Arm(pair=pair, method=method, changes=()),
         step=list(range(1, len(accuracy) + 1)),
         accuracy=accuracy,

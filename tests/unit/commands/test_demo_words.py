@@ -43,6 +43,7 @@ def test_a_run_that_moved_says_so_and_no_more(tmp_path: Path):
 
 
 def test_a_run_without_steps_and_evaluations_has_nothing_to_say(tmp_path: Path):
+    assert last_words(tmp_path) == ""
     (tmp_path / "metrics.jsonl").write_text("")
     assert last_words(tmp_path) == ""
 

@@ -153,8 +153,17 @@ def test_the_mistaken_style_confuses_later_products_and_shares_and_carries_the_e
     assert shares == pytest.approx(expected, abs=0.02)
 
 
+def test_the_direct_style_gives_the_answer_alone_but_for_one_in_a_thousand():
+    rng = random.Random(6)
+    texts = [solution(EXAMPLE, rng, "direct") for _ in range(20_000)]
+    shown = [text for text in texts if text != "#### 12"]
+    bare = {re.sub(r"First |Start: |Then |Next |So ", "", text) for text in shown}
+    assert bare == {"3*12=36. 36-6=30. 30/5=6. 6*2=12. #### 12"}
+    assert 5 <= len(shown) <= 40  # 20 expected; a chance of 1e-4 to be outside
+
+
 def test_an_unknown_style_is_refused():
-    with pytest.raises(ValueError, match="'teacher' or 'mistaken'"):
+    with pytest.raises(ValueError, match="'teacher', 'mistaken', 'direct'"):
         solution(EXAMPLE, random.Random(0), "student")
 
 
