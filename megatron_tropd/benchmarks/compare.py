@@ -201,8 +201,9 @@ def draw(outcomes: Mapping[str, Sequence[ArmOutcome]], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, 4.2), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
+    # one below the other: narrow enough to be read on a phone
+    figure = Figure(figsize=(4.8, 2.5 * len(outcomes) + 0.9), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(outcomes), 1, squeeze=False)[:, 0]
     methods = list(dict.fromkeys(one.arm.method for several in outcomes.values() for one in several))
     styles = _styles(methods)
     for axes, (pair, several) in zip(panels, outcomes.items(), strict=True):
@@ -210,10 +211,10 @@ def draw(outcomes: Mapping[str, Sequence[ArmOutcome]], path: Path) -> None:
             color, dashes = styles[one.arm.method]
             axes.plot(one.step, 100 * running_mean(one.accuracy), color=color, ls=dashes, lw=1.7, label=one.arm.method)
         axes.set_title(_TITLES.get(pair, pair), loc="left", fontsize=10)
-        axes.set(xlabel="step", ylim=(-2, 102), xlim=(1, max(one.step[-1] for one in several)))
+        axes.set(xlabel="step", ylabel="accuracy at T=1, %", ylim=(-2, 102))
+        axes.set_xlim(1, max(one.step[-1] for one in several))
         axes.grid(axis="y", color="#dddddd", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy of responses at T=1, %")
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
         [lines[name] for name in methods],

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 _log = logging.getLogger(__name__)
 
 LEAST_KL = 1.0  # nats per token
-LEAST_STUCK = 0.25  # of the outliers
+LEAST_STUCK = 0.35  # of the outliers
 LARGEST_PUSH = 3.0  # gradient norm per nat of reverse KL
 
 
