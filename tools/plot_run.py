@@ -1,4 +1,4 @@
-"""Draws the README's figure from a run: ``python tools/plot_run.py runs/demo docs/images/demo.svg``."""
+"""Draws a figure of docs/results.md from a run: ``python tools/plot_run.py runs/demo docs/images/demo.svg``."""
 
 from __future__ import annotations
 
