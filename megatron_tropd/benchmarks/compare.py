@@ -87,7 +87,11 @@ def arms_of(pairs: Sequence[str], methods: Sequence[str], overrides: Sequence[st
     )
     arms = []
     for pair in pairs:
-        shared = ("student.parallel.tensor=1", "teacher.parallel.tensor=1", f"student.model=examples/demo/{STUDENTS[pair]}")
+        shared = (
+            "student.parallel.tensor=1",
+            "teacher.parallel.tensor=1",
+            f"student.model=examples/demo/{STUDENTS[pair]}",
+        )
         arms.append(Arm(pair=pair, method="", changes=(*shared, *overrides)))
         for method in methods:
             preset = read_overrides(_EXAMPLES / "methods" / f"{method}.yaml")
