@@ -875,6 +875,10 @@ class ExportConfig(Section):
     """Where the trained student goes."""
 
     hf: UserPath | None = key(None, "Directory for the trained student as a Hugging Face checkpoint.")
+    push_to_hub: str | None = key(
+        None, "Name on the hub, `owner/name`, to which the directory of `hf` is pushed at the end of the run."
+    )
+    private: bool = key(True, "Whether a repository that is made for it is private; one that is there stays as it is.")
     every: Whole = key(
         0, "Steps between exports to RUN/exports/step-..., Hugging Face directories like `hf`; 0 is none.", ge=0
     )
@@ -883,3 +887,15 @@ class ExportConfig(Section):
         False,
         "Keep the weights that answered best so far (evaluate.best_by) in RUN/exports/best; needs evaluate.every.",
     )
+
+    @model_validator(mode="after")
+    def _pushes_what_is_exported(self) -> Self:
+        if self.push_to_hub is None:
+            return self
+        if self.hf is None:
+            raise ValueError(
+                f"push_to_hub = {self.push_to_hub!r} pushes the directory of hf, which is null. Set hf to one."
+            )
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.push_to_hub):
+            raise ValueError(f"push_to_hub = {self.push_to_hub!r} is no name on the hub. Write owner/name.")
+        return self

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tropd.convert.hf import INDEX, SINGLE
-from megatron_tropd.data.hub import HubName, explained, host_lock
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.data.hub import HubName, explained, host_lock, innermost, one_line, unreachable
+from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.progress.phases import Phase
+from megatron_tropd.storage.owned import MARKER
 
 Parts = Literal["config", "tokenizer", "all"]  # what of a model is needed; each has the parts before it
 _CONFIG = ("config.json",)
@@ -60,6 +61,46 @@ def fetch_model(name: HubName, *, parts: Parts, key: str) -> Path:
             raise explained(error, name, key) from None
     _check_whole(found, name, parts, key)
     return found
+
+
+def check_push(name: str) -> None:
+    """Raise ConfigError when a model cannot be pushed later, as far as this machine knows."""
+    from huggingface_hub import constants, get_token
+
+    if constants.is_offline_mode():
+        raise ConfigError(f"export.push_to_hub = '{name}': HF_HUB_OFFLINE is set. Unset it, or do not push.")
+    if not get_token():
+        raise ConfigError(
+            f"export.push_to_hub = '{name}': no token is set. Log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write there."
+        )
+
+
+def push_model(directory: Path, name: str, *, private: bool, message: str) -> str:
+    """Push a model directory to the hub as one commit; return its address. What is on disk stays.
+
+    Args:
+        private: whether a repository that has to be made is private.
+
+    Raises:
+        StorageError: the hub refuses, or cannot be reached; it says how to push by hand.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with Phase(f"pushing {directory} to {name}"):
+        try:
+            api = HfApi()
+            api.create_repo(name, private=private, exist_ok=True)
+            pushed = api.upload_folder(
+                repo_id=name, folder_path=directory, commit_message=message, ignore_patterns=[MARKER]
+            )
+        except (HfHubHTTPError, OSError, RuntimeError, ValueError, *unreachable()) as error:
+            raise StorageError(
+                f"export.push_to_hub = '{name}': {one_line(innermost(error))}. The export is whole, in "
+                f"{directory.absolute()}: push it by hand with `hf upload {name} {directory}`."
+            ) from None
+    return str(pushed.commit_url)
 
 
 def _check_whole(found: Path, name: HubName, parts: Parts, key: str) -> None:

@@ -120,7 +120,7 @@ def _ask(name: HubName, key: str) -> str:
             if error.response.status_code < 500:
                 raise explained(error, name, key) from None
             reason: Exception = error
-        except (OSError, OfflineModeIsEnabled, *_unreachable()) as error:
+        except (OSError, OfflineModeIsEnabled, *unreachable()) as error:
             reason = error
     else:
         reason = OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
@@ -198,13 +198,11 @@ def _build(name: HubName, key: str) -> tuple[Path, ...]:
         raise
     except HfHubHTTPError as error:
         raise explained(error, name, key) from None
-    except (ConnectionError, *_unreachable()) as error:
+    except (ConnectionError, *unreachable()) as error:
         raise explained(error, name, key) from None
     except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # the innermost names file and row
-            reason = reason.__cause__
-        raise ConfigError(f"{key} = '{name.written}' cannot be read by `datasets`: {_one_line(reason)}.") from None
+        reason = innermost(error)  # names file and row
+        raise ConfigError(f"{key} = '{name.written}' cannot be read by `datasets`: {one_line(reason)}.") from None
     if not files:
         raise ConfigError(f"{key} = '{name.written}' holds no row. Name another split.")
     return files
@@ -265,7 +263,7 @@ def _why(error: Exception) -> str:
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set."
-    return f"{constants.ENDPOINT} cannot be reached ({_one_line(error)})."
+    return f"{constants.ENDPOINT} cannot be reached ({one_line(error)})."
 
 
 def _token() -> str:
@@ -274,7 +272,7 @@ def _token() -> str:
     return "the token in use may not read it" if get_token() else "no token is set"
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
+def unreachable() -> tuple[type[Exception], ...]:
     """List what the client of the hub raises where there is no way to it."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
@@ -286,7 +284,14 @@ def _unreachable() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def _one_line(error: BaseException) -> str:
+def innermost(error: BaseException) -> BaseException:
+    """Return the error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_tropd.config.loading import dump_config
 from megatron_tropd.config.run import RunConfig
+from megatron_tropd.convert.hub import check_push, push_model
 from megatron_tropd.convert.source import open_weights, source_architecture, source_files
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -120,6 +121,8 @@ def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 def _run_training(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
     if dist.get_rank() == 0:
         check_export(config)
+        if config.export.push_to_hub is not None:
+            check_push(config.export.push_to_hub)
     with claimed(run_directory(config.run_dir), *exports(config.export.hf)):
         return _train(config, launch, stop, callbacks)
 
@@ -175,6 +178,7 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Call
     evaluator.after(finished)
     if config.export.hf is not None:
         exporter.to(config.export.hf, finished)
+        _push(config, finished)
     if run.world.is_first:
         _conclude(config)
     dist.barrier()
@@ -242,6 +246,14 @@ def _exporter(run: Run, config: RunConfig) -> Exporter:
         return model_card(facts, read_evaluations(config.run_dir), step=step)
 
     return Exporter(run, config.export, companions_from=source_files(config.student.source), card=card)
+
+
+def _push(config: RunConfig, step: int) -> None:
+    """Push the export, where that is wanted; the first rank does."""
+    target, export = config.export.push_to_hub, config.export.hf
+    if target is not None and export is not None and dist.get_rank() == 0:
+        message = f"{config.method.name} by megatron_tropd, {step} steps"
+        say(f"pushed: {push_model(export, target, private=config.export.private, message=message)}")
 
 
 def _setting(config: RunConfig, key: str) -> Any:

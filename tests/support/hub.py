@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -30,6 +31,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def push(self, files: Mapping[str, bytes], *, ref: str = "main") -> str:
         """A new commit of these files, which ``ref`` means from now on."""
@@ -49,6 +51,9 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, by their SHA-256
+    pushes: list[dict[str, Any]] = field(default_factory=list)  # headers of commits
+    readers_only: bool = False  # whether nobody may write
 
     def model(self, name: str, **facts: Any) -> Repo:
         return self.repos.setdefault(("models", name), Repo(**facts))
@@ -105,6 +110,7 @@ def _settings(url: str, home: Path, offline: bool) -> dict[tuple[Any, str], Any]
         (constants, "HF_HUB_CACHE"): str(home / "hub"),
         (constants, "HF_TOKEN_PATH"): str(home / "token"),
         (constants, "HF_HUB_OFFLINE"): offline,
+        (constants, "HF_HUB_DISABLE_XET"): True,  # large files go by the LFS protocol, which is a few routes
         (datasets.config, "HF_ENDPOINT"): url,
         (datasets.config, "HF_DATASETS_CACHE"): home / "datasets",
         (datasets.config, "DOWNLOADED_DATASETS_PATH"): home / "datasets" / "downloads",
@@ -132,11 +138,25 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests.append(f"PUT {self.path}")
+        self.hub.objects[hashlib.sha256(data).hexdigest()] = data
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {path}")
-        if found := _ROUTE.fullmatch(path):
+        if path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json({"warnings": [], "errors": []})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._batch(json.loads(body))
+        elif found := _ROUTE.fullmatch(path):
             self._api(found, body)
         elif found := _FILE.fullmatch(path):
             kinds = "datasets" if found["kinds"] else "models"
@@ -173,8 +193,44 @@ class _Handler(BaseHTTPRequestHandler):
             paths = json.loads(body or b"{}").get("paths", [])
             paths = [paths] if isinstance(paths, str) else paths
             self._json([_entry(name, files[name]) for name in paths if name in files])
+        elif what == "preupload":
+            asked = json.loads(body)["files"]
+            modes = {True: "lfs", False: "regular"}
+            files_ = [{"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")]} for f in asked]
+            self._json({"files": [{**one, "shouldIgnore": False} for one in files_]})
+        elif what == "commit":
+            self._json(self._push(found["repo"], repo, body))
         else:
             self._error(404, None, f"no {what} here")
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        if self.hub.readers_only:
+            return self._error(403, None, "You don't have the rights to create a model under this namespace")
+        owner, name = asked.get("organization"), asked["name"]
+        full = f"{owner}/{name}" if owner else name
+        repo = self.hub.model(full, private=asked.get("visibility") == "private")
+        if not repo.commits:
+            repo.push({})
+        self._json({"url": f"{self.hub.url}/{full}", "name": full, "id": full})
+
+    def _batch(self, asked: dict[str, Any]) -> None:
+        objects = [
+            {**one, "actions": {"upload": {"href": f"{self.hub.url}/objects/{one['oid']}"}}} for one in asked["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _push(self, name: str, repo: Repo, body: bytes) -> dict[str, Any]:
+        files = dict(repo.commits[repo.refs["main"]])
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.pushes.append(value)
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        commit = repo.push(files)
+        return {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"}
 
     def _file(self, kinds: str, name: str, revision: str, path: str) -> None:
         repo = self._repo(kinds, name, content=True)

@@ -126,7 +126,10 @@ def test_a_config_cannot_be_changed(config_path: Path):
         ("student.parallel.tensr=2", "student.parallel.tensr is not a key. Did you mean student.parallel.tensor?"),
         ("train.lr=3", "train.lr is not a key. Did you mean optimizer.lr?"),
         ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, "),
-        ("export.qqqq=1", "export.qqqq is not a key. Valid keys of export: hf, every, keep, best."),
+        (
+            "export.qqqq=1",
+            "export.qqqq is not a key. Valid keys of export: hf, push_to_hub, private, every, keep, best.",
+        ),
         ("dtype=bf15", "dtype = 'bf15': must be one of fp32, bf16. Did you mean bf16?"),
         ("rollout.engine=12", f"rollout.engine = 12: must be one of {', '.join(get_args(RolloutEngine))}."),
         ("train.steps=zehn", "train.steps = 'zehn': must be a whole number."),
@@ -407,8 +410,10 @@ def test_a_bare_off_is_the_word_and_not_the_truth_value_that_yaml_reads():
         (["export.best=true"], ("export.best = true", "evaluate.every")),
         (["train.stop_after_no_gain=2"], ("train.stop_after_no_gain = 2", "evaluate.every")),
         (["evaluate.best_by=other"], ("best_by = 'other'", "'greedy'")),
+        (["export.push_to_hub=own/new"], ("push_to_hub = 'own/new'", "Set hf")),
+        (["export.push_to_hub=new", "export.hf=out"], ("'new' is no name on the hub", "owner/name")),
     ],
 )
-def test_weights_are_compared_only_where_they_are_graded(config_path, changes, words):
+def test_exports_that_cannot_be_are_refused(config_path, changes, words):
     said = message(config_path, *changes)
     assert all(word in said for word in words), said

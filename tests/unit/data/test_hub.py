@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.convert.hub import Parts, fetch_model
+from megatron_tropd.convert.hub import Parts, check_push, fetch_model, push_model
 from megatron_tropd.data.files import read_rows
 from megatron_tropd.data.hub import HubName, commit_of, dataset_files, hub_name
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.errors import ConfigError, StorageError
 from tests.support.hub import Hub, serving, using_hub
 
 FILES = {
@@ -224,3 +224,48 @@ def test_names_compare_by_what_they_mean():
     name = HubName("model", "a/b", "main")
     assert name.at("0" * 40) == HubName("model", "a/b", "0" * 40) and name.at("0" * 40).written == "a/b@main"
     assert dataclasses.replace(name, revision=None) != name
+
+
+# --------------------------------------------------------------------------- pushing
+
+
+def exported(directory: Path) -> Path:
+    from megatron_tropd.storage.owned import mark_directory
+
+    directory.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (directory / name).write_bytes(FILES[name])
+    (directory / "README.md").write_text("---\nlibrary_name: transformers\n---\n# tiny\n")
+    mark_directory(directory, kind="Hugging Face model")
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")  # huggingface_hub's
+def test_an_export_is_pushed_as_one_commit_and_fetched_again(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    check_push("own/new")
+    export = exported(tmp_path / "export")
+    url = push_model(export, "own/new", private=True, message="tropd, 6 steps")
+    repo = hub.model("own/new")
+    there = repo.commits[repo.refs["main"]]
+    assert there == {path.name: path.read_bytes() for path in export.iterdir() if not path.name.startswith(".")}
+    assert repo.private and [push["summary"] for push in hub.pushes] == ["tropd, 6 steps"]
+    assert url == f"{hub.url}/own/new/commit/{repo.refs['main']}"
+    assert (fetched("own/new") / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert export.exists()
+
+
+def test_a_push_that_is_refused_leaves_the_export_and_says_how_to_go_about_it(hub: Hub, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    hub.readers_only = True
+    export = exported(tmp_path / "export")
+    with pytest.raises(StorageError, match=r"own/new'.*403.*The export is whole, in .*hf upload own/new"):
+        push_model(export, "own/new", private=True, message="m")
+    assert (export / "model.safetensors").exists() and hub.pushes == []
+
+
+def test_a_push_without_a_token_or_offline_is_refused_before_the_run(hub: Hub, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no token is set.*hf auth login"):
+        check_push("own/new")
+    with using_hub(hub.url, tmp_path, offline=True), pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        check_push("own/new")
