@@ -16,7 +16,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.report.records import read_provenance
 
 if TYPE_CHECKING:
-    from megatron_tropd.convert.hub import Parts
+    from megatron_tropd.convert.hub import Parts as Parts
 
 Node = TypeVar("Node", bound=BaseModel)
 

@@ -119,7 +119,7 @@ def _bar_of(phase: Phase) -> Any:
     """Return a progress bar class of the hub's kind that draws nothing, and counts bytes for a phase."""
     from huggingface_hub.utils import tqdm
 
-    class _Bar(tqdm):
+    class _Bar(tqdm):  # type: ignore[misc]  # Any to mypy
         def __init__(self, *arguments: Any, **options: Any) -> None:
             self._counts = options.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*arguments, **options | {"disable": True})

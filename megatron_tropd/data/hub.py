@@ -177,6 +177,7 @@ def _build(name: HubName, key: str) -> tuple[Path, ...]:
         ) from None
     from huggingface_hub.errors import HfHubHTTPError
 
+    unreadable: tuple[type[Exception], ...] = (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError)
     datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(name.repo, name.config, revision=name.commit)
@@ -198,9 +199,9 @@ def _build(name: HubName, key: str) -> tuple[Path, ...]:
         raise
     except HfHubHTTPError as error:
         raise explained(error, name, key) from None
-    except (ConnectionError, *unreachable()) as error:
+    except unreachable() as error:
         raise explained(error, name, key) from None
-    except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError) as error:
+    except unreadable as error:
         reason = innermost(error)  # names file and row
         raise ConfigError(f"{key} = '{name.written}' cannot be read by `datasets`: {one_line(reason)}.") from None
     if not files:
@@ -276,7 +277,7 @@ def unreachable() -> tuple[type[Exception], ...]:
     """List what the client of the hub raises where there is no way to it."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
-    found: list[type[Exception]] = [IncompleteSnapshotError, LocalEntryNotFoundError]
+    found: list[type[Exception]] = [ConnectionError, IncompleteSnapshotError, LocalEntryNotFoundError]
     for client in ("httpx2", "httpx"):  # whichever of the two its version speaks through
         with suppress(ImportError):
             module = __import__(client)

@@ -235,8 +235,8 @@ def _exporter(run: Run, config: RunConfig) -> Exporter:
     named = config.named
     facts = CardFacts(
         student=str(named.student.model),
-        teachers=[str(one.model) for one in (named.teacher, *named.teachers)],
-        data=[str(path) for source in (named.data, *named.data.sources) for path in source.prompts],
+        teachers=[str(named.teacher.model), *(str(one.model) for one in named.teachers)],
+        data=[*map(str, named.data.prompts), *(str(path) for one in named.data.sources for path in one.prompts)],
         method=named.method.model_dump(),
         settings={key: _setting(named, key) for key in _SETTINGS_OF_CARD},
         steps=config.train.steps,
