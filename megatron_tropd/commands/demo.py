@@ -66,7 +66,7 @@ def _lengths(evaluations: Sequence[Evaluation]) -> str:
         return ""
     before, after = length[BEFORE], length[AFTER]
     change = "fell" if after < 0.9 * before else "grew" if after > 1.1 * before else "stayed"
-    return f"responses {change} from {before:.0f} to {after:.0f} tokens"
+    return f"responses {change} from {before:.3g} to {after:.3g} tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def finished(directory: Path, *, method: str, accuracy: float, length: float, la
 def test_a_run_that_stood_still_says_why_and_where_to_read(tmp_path: Path):
     run = finished(tmp_path, method="opd", accuracy=0.004, length=3.1, last=STUCK)
     assert last_words(run) == (
-        "Accuracy 1.2 -> 0.4 % (T=1): responses fell from 4 to 3 tokens: the student is confident where the teacher "
+        "Accuracy 1.2 -> 0.4 % (T=1): responses fell from 4.2 to 3.1 tokens: the student is confident where the teacher "
         "would never go; opd needs many more steps here, see docs/results.md"
     )
 
@@ -39,7 +39,7 @@ def test_a_run_that_stood_still_says_why_and_where_to_read(tmp_path: Path):
 def test_a_run_that_moved_says_so_and_no_more(tmp_path: Path):
     moved = STUCK | {"reverse_kl": 0.1, "stuck_fraction": 0.0}
     run = finished(tmp_path, method="tropd", accuracy=0.9, length=31.4, last=moved)
-    assert last_words(run) == "Accuracy 1.2 -> 90.0 % (T=1): responses grew from 4 to 31 tokens"
+    assert last_words(run) == "Accuracy 1.2 -> 90.0 % (T=1): responses grew from 4.2 to 31.4 tokens"
 
 
 def test_a_run_without_steps_and_evaluations_has_nothing_to_say(tmp_path: Path):
