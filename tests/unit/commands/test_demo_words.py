@@ -31,8 +31,8 @@ def finished(directory: Path, *, method: str, accuracy: float, length: float, la
 def test_a_run_that_stood_still_says_why_and_where_to_read(tmp_path: Path):
     run = finished(tmp_path, method="opd", accuracy=0.004, length=3.1, last=STUCK)
     assert last_words(run) == (
-        "Accuracy 1.2 -> 0.4 % (T=1): responses fell from 4.2 to 3.1 tokens: the student is confident where the teacher "
-        "would never go; opd needs many more steps here, see docs/results.md"
+        "Accuracy 1.2 -> 0.4 % (T=1): responses fell from 4.2 to 3.1 tokens: the student is confident where the "
+        "teacher would never go; opd needs many more steps here, see docs/results.md"
     )
 
 
