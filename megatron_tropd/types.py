@@ -287,3 +287,18 @@ class Architecture:
     num_experts: int = 0  # per layer; 0 is a dense model
     experts_per_token: int = 0
     normalize_experts: bool = True  # the chosen experts' weights add up to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """Low-rank adapters (LoRA) beside the frozen matrices of a model: ``y = W x + alpha / rank * B (A x)``."""
+
+    rank: int
+    alpha: float
+    dropout: float  # of x, on its way to A alone
+    targets: tuple[str, ...]  # last parts of the Hugging Face names of the adapted matrices, in the model's order
+
+    @property
+    def scale(self) -> float:
+        """Return what the product of both matrices is multiplied by."""
+        return self.alpha / self.rank

@@ -31,6 +31,30 @@ def row(name: str, planted: str, path: str, old: str, new: str, caught_by: str) 
 
 SILENT = (
     row(
+        "adapters under sequence parallelism",
+        "the gradient of a matrix that tensor ranks have alike is that of one rank's tokens",
+        "engine/lora.py",
+        "        parameter.sequence_parallel = axis is None and self.place.sequence",
+        "        parameter.sequence_parallel = False",
+        "ranks/test_adapters.py::test_every_gradient_is_that_of_peft",
+    ),
+    row(
+        "an adapter's update is scaled",
+        "alpha / rank is left out",
+        "engine/lora.py",
+        "        return output + self.spec.scale * self._up(h)\n",
+        "        return output + self._up(h)\n",
+        "ranks/test_adapters.py::test_logits_are_those_of_peft",
+    ),
+    row(
+        "adapters of q, k and v stand where their rows do",
+        "all of q, then k, then v, as if there were one group of heads",
+        "engine/lora.py",
+        "        return self.place.head_groups if self.linear.per_head_group else 1\n",
+        "        return 1\n",
+        "ranks/test_adapters.py::test_logits_are_those_of_peft",
+    ),
+    row(
         "ends of responses are one class",
         "an end keeps the log-prob of its own id",
         "losses/end_class.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_tropd.engine.model import build_model, padded_vocab_size
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.tiles import Shard, plan_tiles
+from megatron_tropd.models.adapters import adapter_shapes
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
 from megatron_tropd.planning.activations import activation_bytes, per_token_bytes
 from megatron_tropd.planning.decoding import advice
@@ -29,6 +31,7 @@ from megatron_tropd.progress.phases import Phase
 from megatron_tropd.report.table import print_titled
 from megatron_tropd.report.terminal import literal, say
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
+from megatron_tropd.setup.adapters import adapter_spec, base_serves
 from megatron_tropd.setup.chat_templates import DIFFERENCES, difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
@@ -70,6 +73,7 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         itemsize=itemsize,
         moments={"adam": 2, "sgd": int(config.optimizer.momentum > 0)}[config.optimizer.name],
         distributed=config.optimizer.distributed,
+        adapters=adapter_spec(config.student, student),
     )
     activations = activation_bytes(
         student, layout, config.train.pack_tokens, itemsize=itemsize, recompute=config.student.recompute
@@ -82,7 +86,7 @@ def estimate_memory(config: RunConfig, inputs: Inputs, *, loss_bytes: int) -> Me
         activations=int(activations),
         loss=loss_bytes,
         teacher=0 if config.teacher.ranks else _teacher_bytes(config, inputs),
-        base=frozen_states(inputs.base, config.base_parallel, itemsize=itemsize).weights if inputs.base else 0,
+        base=_base_bytes(config, inputs),
         sampler=sampler.weights,
     )
 
@@ -91,9 +95,25 @@ def _teacher_bytes(config: RunConfig, inputs: Inputs) -> int:
     itemsize = DTYPES[config.dtype].itemsize
     together = max if config.teacher.offload else sum  # each is then there alone
     return together(
-        frozen_states(architecture, parallel, itemsize=itemsize).weights
-        for _, _, architecture, parallel in _teachers(config, inputs)
+        0
+        if not config.teacher.ranks and _is_frozen_student(config, role)
+        else frozen_states(architecture, parallel, itemsize=itemsize).weights
+        for role, _, architecture, parallel in _teachers(config, inputs)
     )
+
+
+def _base_bytes(config: RunConfig, inputs: Inputs) -> int:
+    if inputs.base is None or base_serves(config, config.base_source, config.base_parallel):
+        return 0
+    return frozen_states(inputs.base, config.base_parallel, itemsize=DTYPES[config.dtype].itemsize).weights
+
+
+def _is_frozen_student(config: RunConfig, role: str) -> bool:
+    """Say whether a teacher is the student without its adapters, which is there already."""
+    for one in config.teachers:
+        if role == f"teacher {one.name!r}":
+            return base_serves(config, one.source, one.parallel)
+    return base_serves(config, config.teacher.source, config.teacher.parallel)
 
 
 def _loss_bytes(student: Architecture, config: RunConfig, device: torch.device) -> int:
@@ -192,6 +212,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("student", _describe(named.student.model, inputs.student, config.student.parallel)),
         *((role, _describe(path, model, cut)) for role, path, model, cut in _teachers(named, inputs)),
         *([("base model", _describe(named.base_model, inputs.base, config.base_parallel))] if inputs.base else []),
+        *_adapters(config, inputs.student),
         ("ranks", _ranks(config)),
         *_sampler(inputs.student, config),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
@@ -209,6 +230,22 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
     ):
         table.add_row(literal(name), literal(value))
     return table
+
+
+def _adapters(config: RunConfig, student: Architecture) -> list[tuple[str, str]]:
+    """Describe the student's adapters; nothing where it has none."""
+    spec = adapter_spec(config.student, student)
+    if spec is None:
+        return []
+    count = sum(math.prod(shape) for shape in adapter_shapes(student, spec).values())
+    dropped = f", dropout {spec.dropout:g}" if spec.dropout else ""
+    return [
+        (
+            "adapters",
+            f"LoRA of rank {spec.rank}, alpha {spec.alpha:g}{dropped}, of {', '.join(spec.targets)}: "
+            f"{count:,} parameters ({count / total_parameters(student):.2%} of the model) are trained",
+        )
+    ]
 
 
 def _sampler(student: Architecture, config: RunConfig) -> list[tuple[str, str]]:

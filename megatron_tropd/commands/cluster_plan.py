@@ -9,6 +9,7 @@ from rich.console import Console
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.planning.cluster import ClusterJob, best, chosen, read_cluster
 from megatron_tropd.planning.cluster_report import print_requested, ranking
+from megatron_tropd.setup.adapters import adapter_spec, check_adapters
 from megatron_tropd.setup.validate import check_layouts, check_method, read_architectures, sequences_per_step
 
 
@@ -21,6 +22,7 @@ def job_of(config: RunConfig, cluster: Path) -> ClusterJob:
     method, described = check_method(config), read_cluster(cluster)
     student, teacher = read_architectures(config)
     check_layouts(config, student, teacher)
+    check_adapters(config, student)
     config.check_world(described.gpus)
     return ClusterJob(
         dtype=config.dtype,
@@ -35,6 +37,7 @@ def job_of(config: RunConfig, cluster: Path) -> ClusterJob:
         student=student,
         teacher=teacher,
         sequences=sequences_per_step(config, method),
+        adapters=adapter_spec(config.student, student),
     )
 
 

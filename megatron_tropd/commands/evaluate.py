@@ -14,6 +14,7 @@ from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import CodeExecution, DataConfig, EvaluateConfig, Layout, SuiteConfig
 from megatron_tropd.convert.source import ModelPath, as_source, source_architecture, source_tokenizer
 from megatron_tropd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tropd.engine.weights import hf_tensors
 from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.evaluate.suites import EvaluatedModel, answer_suites
 from megatron_tropd.parallel.groups import GroupBuilder, initialize_distributed
@@ -23,6 +24,8 @@ from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import check_finite
+from megatron_tropd.setup.adapters import with_adapters
+from megatron_tropd.setup.build import load_model
 from megatron_tropd.setup.chat_templates import teacher_problems
 from megatron_tropd.setup.claims import held_here, run_directory
 from megatron_tropd.setup.datasets import (
@@ -72,6 +75,9 @@ def evaluate_models(config: RunConfig, *, limit: int | None = None) -> list[Eval
     for name, source in models.items():
         step, (own, own_problems) = 0 if name == BEFORE else None, posed[name]
         sampler = sampler_of(source, groups, dtype=DTYPES[config.dtype], device=device, vocab_size=vocab_size)
+        if name == BEFORE and config.student.lora_path is not None:  # what training would start from
+            student_model = load_model(source, groups, dtype=DTYPES[config.dtype], device=device)
+            sampler.update_weights(hf_tensors(with_adapters(config, student_model)), version=0)
         check_numbers(sampler, own_problems, own, name)
         results += answer_suites(
             sampler,

@@ -107,6 +107,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"export.hf = '{self.export.hf}' is {name}, which would be overwritten. Name another directory."
                 )
+        if self.export.adapter is not None and self.student.lora is None:
+            raise ValueError(
+                f"export.adapter = '{self.export.adapter}' has nothing to write: the student has no adapters. Set "
+                "student.lora.rank to train some, or export.adapter to null."
+            )
         return self
 
     @model_validator(mode="after")
@@ -238,6 +243,7 @@ class RunConfig(Section):
             *((f"teachers[{i}].model", teacher.model, model) for i, teacher in enumerate(self.teachers)),
             ("base.model", self.base.model, model),
             ("student.like", self.student.like, model),
+            ("student.lora.path", self.student.lora_path, "Give the directory of an adapter of `peft`."),
             ("teacher.like", self.teacher.like, model),
             *((f"teachers[{i}].like", teacher.like, model) for i, teacher in enumerate(self.teachers)),
             ("base.like", self.base.like, model),

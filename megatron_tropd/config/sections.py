@@ -180,11 +180,43 @@ class BaseConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside the student's frozen weights, which alone are trained (docs/adapters.md)."""
+
+    rank: Whole | None = key(None, "Columns of B and rows of A; null: 16, or what `path` has.", ge=1)
+    alpha: Real | None = key(None, "The update is alpha / rank * B A; null: twice the rank, or what `path` has.", gt=0)
+    dropout: Real = key(0.0, "Share of an adapter's inputs that is dropped while it is trained.", ge=0, lt=1)
+    targets: tuple[str, ...] | None = key(
+        None,
+        "Matrices of every layer that get an adapter, a list such as `[q_proj, v_proj]`; null: those of attention and "
+        "MLP (of a mixture of experts those of attention), or what `path` has.",
+    )
+    path: UserPath | None = key(
+        None, "Directory of an adapter of `peft` to start from, for `student.model`; null starts from none."
+    )
+    dora: bool = key(False, "Weight-decomposed adapters (DoRA): refused with what is missing for them.")
+
+    @model_validator(mode="after")
+    def _is_lora(self) -> Self:
+        if self.dora:
+            raise ValueError(
+                "dora = true is not supported: the norm of every row of the merged weights would have to be taken anew "
+                "in each pass, over tensor ranks where they cut its columns. Set it to false, for LoRA."
+            )
+        if self.targets is not None and len(set(self.targets)) < max(len(self.targets), 1):
+            raise ValueError(
+                f"targets = {list(self.targets)} names {'a matrix twice' if self.targets else 'no matrix'}. "
+                "Name each one once, or leave it out for all."
+            )
+        return self
+
+
 class StudentConfig(Section):
     """The model that writes and learns."""
 
     model: UserPath = Field(description=f"Student: {MODEL}.")
     like: UserPath | None = key(None, LIKE)
+    lora: LoraConfig | None = None
     parallel: Layout = Layout()
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."
@@ -208,6 +240,11 @@ class StudentConfig(Section):
     def source(self) -> ModelSource:
         """Return where its weights come from, and its config and tokenizer."""
         return ModelSource(self.model, self.like)
+
+    @property
+    def lora_path(self) -> Path | None:
+        """Return the adapter that its own start from, if there is one."""
+        return None if self.lora is None else self.lora.path
 
 
 class ColumnsConfig(Section):
@@ -874,7 +911,14 @@ class ReportConfig(Section):
 class ExportConfig(Section):
     """Where the trained student goes."""
 
-    hf: UserPath | None = key(None, "Directory for the trained student as a Hugging Face checkpoint.")
+    hf: UserPath | None = key(
+        None,
+        "Directory for the trained student as a Hugging Face checkpoint; of a student with adapters, the merged "
+        "weights.",
+    )
+    adapter: UserPath | None = key(
+        None, "Directory for the trained adapters of `student.lora`, as `peft` loads them; null writes none."
+    )
     push_to_hub: str | None = key(
         None, "Name on the hub, `owner/name`, to which the directory of `hf` is pushed at the end of the run."
     )

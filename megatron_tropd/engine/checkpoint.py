@@ -1,6 +1,8 @@
 """Checkpoints that appear whole or not at all.
 
 Weights, optimizer and schedule go through Megatron's ``torch_dist`` format, so a run may resume under another layout.
+Of a model with adapters these are all the weights there are: the frozen ones are those of the model that it was made
+from, of which the run's state has the fingerprint.
 A checkpoint is written aside, synced, renamed into place, and only then named by the ``latest`` file. Its last file,
 ``complete.json``, lists every other one with its size and SHA-256. The loader trusts what ``latest`` names if it is
 whole, and otherwise falls back to the newest whole one, saying so. Nothing is removed but files of the names that a
@@ -27,6 +29,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tropd.convert.megatron.locate import adapters_alone
+from megatron_tropd.engine.adapters import restore_adapters, sharded_adapters
 from megatron_tropd.engine.metadata import check_metadata, only_plain_objects
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.optimizer import Optimization
@@ -47,6 +51,7 @@ from megatron_tropd.storage.write_aside import (
 )
 
 _LATEST = "latest"
+_ADAPTERS = "adapters"  # what a checkpoint has in the place of the model's own weights
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
 _FORMAT, _CHECKSUM = 2, "checksum"  # of complete.json itself
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there
@@ -377,7 +382,9 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
                 f"{Path(checkpoint).absolute()} does not fit this model and optimizer: {error}. "
                 "It was written by a run with another student or optimizer; start afresh with checkpoint.resume=never."
             ) from error
-        for number, chunk in enumerate(model.chunks):
+        if model.adapters is not None:
+            restore_adapters(model, loaded[_ADAPTERS])
+        for number, chunk in enumerate(model.chunks if model.adapters is None else ()):
             chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=True)
         optimization.load(loaded["optimizer"])
     torch.set_rng_state(loaded["torch_rng"])
@@ -390,7 +397,8 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
     Raises:
         CheckpointError: torn, or of another model.
     """
-    read_state(checkpoint)
+    if "student.lora" in dict(read_state(checkpoint).get("run") or {}):
+        raise CheckpointError(adapters_alone(Path(checkpoint)))
     check_contents(checkpoint)
     check_metadata(Path(checkpoint))
     reading = Phase(f"reading {checkpoint}")
@@ -416,6 +424,8 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
 
 def _sharded_model(model: Model) -> dict[str, Any]:
     model.finish_pending_gathers()
+    if model.adapters is not None:
+        return {_ADAPTERS: sharded_adapters(model)}
     metadata = {"dp_cp_group": model.groups.pg.dp_cp}
     return {
         _model_key(number, len(model.chunks)): chunk.sharded_state_dict(metadata=metadata)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.attention import PackedPlan, Plan
 from megatron_tropd.engine.context import ContextPlan, held_tokens, own_valid_positions
+from megatron_tropd.engine.dropout import row_histories
 from megatron_tropd.engine.forest import ForestPlan
 from megatron_tropd.engine.model import HiddenStateGPT, Model
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
@@ -37,6 +38,7 @@ class _Inputs:
     positions: Tensor  # [1, r]
     plan: Plan
     read_N: Tensor  # of this rank's rows, those that predictions which carry loss read
+    history_r: Tensor | None  # of each row's tokens, where inputs of adapters are dropped by it
     unbalanced: Tensor | None  # [1, r] bool, True where a row does not count for the balance of experts' loads
 
 
@@ -52,8 +54,15 @@ def _inputs(number: int, pack: Pack, model: Model) -> _Inputs:
         positions=torch.from_numpy(positions[held_r])[None].to(device),
         plan=_plan(pack, tokens_r, model),
         read_N=torch.from_numpy(np.searchsorted(held_r, row_N)).to(device),
+        history_r=torch.from_numpy(row_histories(pack)[held_r]).to(device) if _drops(model) else None,
         unbalanced=torch.from_numpy(tokens_r == 0)[None].to(device) if model.config.moe_aux_loss_coeff else None,
     )
+
+
+def _drops(model: Model) -> bool:
+    """Say whether inputs of adapters are dropped in passes with a backward."""
+    adapters = model.adapters
+    return adapters is not None and adapters.update is not None and adapters.spec.dropout > 0
 
 
 def _plan(pack: Pack, tokens_r: Int64Array, model: Model) -> Plan:
@@ -99,7 +108,9 @@ def run_packs(
     options: dict[str, Any] = {}
     if groups.layout.pipeline > 1:
         options["p2p_communicator"] = P2PCommunicator(groups.pg.pp, model.config)
-    with use_parallel_state(groups), torch.set_grad_enabled(backward), Phase("packs", total=len(prepared)) as phase:
+    phase = Phase("packs", total=len(prepared))
+    histories = {id(one.plan): one.history_r for one in prepared if backward and one.history_r is not None}
+    with use_parallel_state(groups), model.in_use(histories), torch.set_grad_enabled(backward), phase:
         collected: list[Any] = schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(prepared) for _ in modules],

@@ -7,7 +7,7 @@ states is left to the vocabulary-parallel losses, so logits are never materializ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.engine.attention import PlannedAttention, RMSNorm
 from megatron_tropd.engine.experts import expert_options, use_balancing_router
+from megatron_tropd.engine.lora import Adapters
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.patches import cuda_calls
 from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
@@ -51,6 +52,10 @@ class HiddenStateGPT(GPTModel):
     what packed streams and cached decoding with rows of different lengths need.
     """
 
+    # Whether what enters the first layer is to have a gradient, which nobody reads: a recomputed layer is
+    # differentiated only where an input of it is, though it be for the sake of adapters within it.
+    differentiate_inputs = False
+
     def _preprocess(
         self,
         input_ids: Tensor,
@@ -62,6 +67,8 @@ class HiddenStateGPT(GPTModel):
     ) -> tuple[Tensor | None, Tensor, None, None, None, Tensor | None]:
         if self.pre_process and decoder_input is None:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.differentiate_inputs and torch.is_grad_enabled():
+                decoder_input.requires_grad_()
         if padding_mask is not None and self.config.sequence_parallel:
             # activations are cut along the sequence between tensor-parallel regions
             padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
@@ -93,6 +100,8 @@ class Model:
     device: torch.device
     weights: OffloadedTensors | None = None  # of a model that is on the device only while in use: see `with_offload`
     pending: list[Callable[[], None]] = field(default_factory=list)  # what makes weights whole that are under way
+    adapters: Adapters | None = None  # of a model whose own weights are frozen: see `engine.adapters`
+    base_only: bool = False  # the same weights without the adapters: see `frozen_base`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,6 +144,17 @@ class Model:
             chunk.register_forward_pre_hook(lambda *_: weights.check())
         weights.offload()
         return replace(self, weights=weights)
+
+    def frozen_base(self) -> Model:
+        """Return the model that the adapters are beside, which they have no part in: it takes no memory of its own."""
+        return replace(self, base_only=True)
+
+    def in_use(self, histories: Mapping[int, Tensor]) -> AbstractContextManager[None]:
+        """Let passes within the block go through the adapters, or past them if this is the frozen base.
+
+        ``histories``: by which their inputs are dropped, of each pass, by the id of its plan; empty drops none.
+        """
+        return nullcontext() if self.adapters is None else self.adapters.used(histories, on=not self.base_only)
 
     def present(self) -> AbstractContextManager[None]:
         """Keep the weights on the device within the block."""

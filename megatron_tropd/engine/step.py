@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -115,7 +116,9 @@ class Trainer:
         """
         optimization = self.optimization
         lr = optimization.set_update(update)
-        sums = self._accumulate(packs)
+        adapters = self.model.adapters
+        with nullcontext() if adapters is None else adapters.dropping(update):
+            sums = self._accumulate(packs)
         loss = sums.loss
         if not math.isfinite(loss):
             raise EngineError(f"the loss of update {update} is {loss}. {self._blame(update)}")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_tropd.convert.hf import check_weights
 from megatron_tropd.convert.lazy import WeightsSource
+from megatron_tropd.engine.adapters import is_adapter, updates_of
+from megatron_tropd.engine.lora import LowRankUpdate
 from megatron_tropd.engine.model import Model, padded_vocab_size
 from megatron_tropd.errors import CheckpointError
 from megatron_tropd.models.family import Entry
@@ -65,14 +67,18 @@ def _chunks(model: Model) -> list[_Chunk]:
 
 
 def local_table(model: Model) -> list[tuple[Entry, Tensor]]:
-    """List every table entry this rank holds, with its parameter."""
+    """List every table entry this rank holds, with its parameter. Adapters are in no entry."""
     model.finish_pending_gathers()
     tables = [chunk.table for chunk in _chunks(model) if chunk.stage == model.groups.stage]
     found = []
     for chunk, offset, table in zip(model.chunks, model.layer_offsets(), tables, strict=True):
         experts = model.local_experts()
         mine = [entry for entry in table if entry.expert is None or entry.expert in experts]
-        parameters = {_global_name(name, offset, experts.start): p for name, p in chunk.named_parameters()}
+        parameters = {
+            _global_name(name, offset, experts.start): parameter
+            for name, parameter in chunk.named_parameters()
+            if not is_adapter(name)
+        }
         unknown = set(parameters) - {entry.megatron for entry in mine}
         if unknown:
             raise CheckpointError(f"parameters without a name in the conversion table: {sorted(unknown)}.")
@@ -165,9 +171,22 @@ class _Rows:
         return (self.count, *self.piece.shard[1:])
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A parameter of this rank, and the adapter beside it."""
+
+    weight: Tensor
+    update: LowRankUpdate | None
+
+    def rows(self, first: int, count: int) -> Tensor:
+        rows = slice(first, first + count)
+        return self.weight[rows] if self.update is None else self.update.merged(self.weight, rows)
+
+
 def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, int, Tensor]]:
     """Yield ``(HF name, first row, rows)`` until every row of every tensor has come once, on every rank, in a fixed
-    order and the model's dtype. The rows are lost when the next are drawn: copy what is to be kept.
+    order and the model's dtype. The rows are lost when the next are drawn: copy what is to be kept. Of a model with
+    adapters they are those of the merged weights (``LowRankUpdate.merged``), which are made a few rows at a time.
 
     Shards are gathered over tensor ranks, experts over expert ranks too, and handed from the pipeline stage that holds
     them to the others, 16 MiB at a time, whatever the size of a tensor. Collective: every rank must run the iterator
@@ -176,7 +195,8 @@ def hf_rows(model: Model, *, skip: Collection[str] = ()) -> Iterator[tuple[str, 
     Args:
         skip: names that need not come, the same on every rank. Others of the same parameter still may.
     """
-    local = {entry.megatron: p.detach() for entry, p in local_table(model)}
+    updates = {} if model.base_only else {update.linear.weight: update for update in updates_of(model)}
+    local = {entry.megatron: _Held(p.detach(), updates.get(entry.megatron)) for entry, p in local_table(model)}
     buffer = torch.empty(0, dtype=model.dtype, device=model.device)
     tensor, cut = model.groups.layout.tensor, _cut_of(model)
     for chunk in _without_repeats(_chunks(model)):
@@ -259,7 +279,7 @@ def _holders(model: Model, bucket: list[_Rows]) -> dist.ProcessGroup:
 
 
 def _gather(
-    model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, Tensor], buffer: Tensor
+    model: Model, bucket: list[_Rows], stage: int, local: Mapping[str, _Held], buffer: Tensor
 ) -> list[list[Tensor]]:
     """Gather each of the bucket's rows from all holders, by expert and tensor rank, on every rank of the pipeline.
 
@@ -281,6 +301,6 @@ def _gather(
     return [[shard.view(rows.shape) for shard in column.unbind()] for rows, column in zip(bucket, columns, strict=True)]
 
 
-def _local_rows(rows: _Rows, local: Mapping[str, Tensor]) -> Tensor:
+def _local_rows(rows: _Rows, local: Mapping[str, _Held]) -> Tensor:
     mine = next(local[entry.megatron] for entry in rows.piece.entries if entry.megatron in local)
-    return mine[rows.first : rows.first + rows.count]
+    return mine.rows(rows.first, rows.count)

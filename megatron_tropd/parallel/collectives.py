@@ -1,7 +1,7 @@
 """The collectives the package uses: plain ``torch.distributed``, contiguous tensors, ``group=None`` is one rank.
 
 The first half has no autograd (a collective without a backward inside a graph is the classic wrong gradient of
-tensor-parallel losses): use it on detached tensors or inside an ``autograd.Function``. The second half holds the two
+tensor-parallel losses): use it on detached tensors or inside an ``autograd.Function``. The second half holds the
 region mappings, which are ``autograd.Function`` themselves.
 
 Megatron-Core's own mappings are not used: its reduction returns a non-contiguous input unreduced.
@@ -114,6 +114,27 @@ class _GatherSequence(torch.autograd.Function):
         return reduce_scatter_rows(grads[0], ctx.group), None
 
 
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce_sum(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_rows(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_rows(grads[0], ctx.group), None
+
+
 def copy_to_region(x: Tensor, group: Group) -> Tensor:
     """Enter a region where each rank of ``group`` uses the same ``x`` for its own part of the work.
 
@@ -129,3 +150,19 @@ def gather_sequence(x_tD: Tensor, group: Group) -> Tensor:
     partial gradients and gives each rank its own rows.
     """
     return x_tD if group is None else _GatherSequence.apply(x_tD, group)
+
+
+def reduce_from_region(x: Tensor, group: Group) -> Tensor:
+    """Leave such a region with the sum of the ranks' partial ``x``, whole on every rank.
+
+    Backward is the identity: every rank has the whole gradient already.
+    """
+    return x if group is None else _ReduceFromRegion.apply(x, group)
+
+
+def scatter_sequence(x_TD: Tensor, group: Group) -> Tensor:
+    """Leave such a region for a sequence-parallel one: sum the ranks' partial rows, and keep this rank's share.
+
+    Forward takes ``[t * ranks, D] -> [t, D]`` on dim 0; backward gathers the gradients of all rows.
+    """
+    return x_TD if group is None else _ScatterSequence.apply(x_TD, group)

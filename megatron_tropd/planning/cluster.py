@@ -48,7 +48,7 @@ from megatron_tropd.planning.traffic import (
 )
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import AdapterSpec, Architecture
 
 _GIB = 2**30
 # of one group's channels, in both directions; of Hopper within and between nodes, and not measured here
@@ -101,6 +101,7 @@ class ClusterJob:
     student: Architecture
     teacher: Architecture
     sequences: int  # of a step
+    adapters: AdapterSpec | None = None  # what alone is trained of the student
 
     def part(self, role: str) -> Cluster:
         """Return the GPUs of student or teacher: all of them, unless the teacher has ranks of its own."""
@@ -244,6 +245,7 @@ def states_of(job: ClusterJob, layout: Layout) -> States:
         itemsize=job.itemsize,
         moments={"adam": 2, "sgd": int(optimizer.momentum > 0)}[optimizer.name],
         distributed=optimizer.distributed,
+        adapters=job.adapters,
     )
 
 
@@ -265,11 +267,16 @@ def _memory(job: ClusterJob, student: Layout, teacher: Layout, recompute: str, s
             a, student, tokens, itemsize=itemsize, recompute=recompute, keys_per_row=job.keys_per_row
         ),
         "loss": min(_TILE_BYTES, 2 * 4 * held * shard) + hidden * (4 + 2 * itemsize),
-        "teacher": 0 if job.teacher_section.ranks else _teacher_weights(job, teacher),
+        "teacher": 0 if job.teacher_section.ranks or _shared(job, student, teacher) else _teacher_weights(job, teacher),
         "sampler": frozen_states(a, sampler, itemsize=itemsize).weights * embedded,
         "key-value cache": cache * embedded,
         "communicators": _COMMUNICATOR_BYTES * _communicators(job, student, teacher),
     }
+
+
+def _shared(job: ClusterJob, student: Layout, teacher: Layout) -> bool:
+    """Say whether the student's frozen base is the teacher."""
+    return job.adapters is not None and student == teacher and job.student_section.source == job.teacher_section.source
 
 
 def _communicators(job: ClusterJob, student: Layout, teacher: Layout) -> int:
@@ -297,7 +304,7 @@ def checkpoint_bytes(job: ClusterJob, student: Layout) -> int:
     if not job.optimizer.distributed:
         return 0
     moments = 2 if job.optimizer.name == "adam" else int(job.optimizer.momentum > 0)
-    return states_of(job, student).weights // job.itemsize * 4 * (1 + moments)
+    return states_of(job, student).gradients * (1 + moments)  # gradients are fp32, and as many as weights
 
 
 def _teacher_weights(job: ClusterJob, layout: Layout) -> int:
@@ -362,6 +369,7 @@ def _student_transfers(job: ClusterJob, layout: Layout, packs: int, recompute: s
         data_ranks=data_ranks,
         itemsize=job.itemsize,
         distributed=job.optimizer.distributed,
+        adapters=job.adapters,
     )
     return every + update * job.train.minibatches
 
@@ -392,6 +400,7 @@ def _forward_flops(a: Architecture, job: ClusterJob) -> float:
 def _compute_seconds(job: ClusterJob, role: str, layout: Layout, packs: int, recompute: str) -> float:
     cluster, a = job.part(role), job.student if role == "student" else job.teacher
     passes = 1 if role == "teacher" else 4 if recompute == "full" else 3
+    passes -= role == "student" and job.adapters is not None  # frozen weights take no gradient
     flops = passes * _forward_flops(a, job) / cluster.gpus
     # while a pipeline fills and drains, stages wait
     idle = (layout.pipeline - 1) / (layout.virtual_pipeline * max(packs // max(job.train.minibatches, 1), 1))

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_tropd.config.sections import Layout
+from megatron_tropd.engine.adapters import adapter_sizes
 from megatron_tropd.engine.model import padded_vocab_size, uneven_stages
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import AdapterSpec, Architecture
 
 _GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32
 # of the distributed optimizer's buffers, in elements: where a parameter may start, and the least a bucket's end divides
@@ -68,6 +69,15 @@ def chunks_of_stage(a: Architecture, layout: Layout, stage: int) -> list[Chunk]:
     ]
 
 
+def trained_chunks(a: Architecture, layout: Layout, stage: int, adapters: AdapterSpec | None) -> list[Chunk]:
+    """List what a rank of ``stage`` trains, chunk by chunk: all it holds, or its adapters alone."""
+    if adapters is None:
+        return chunks_of_stage(a, layout, stage)
+    layers = layers_of_stages(a.num_layers, layout)[stage] // layout.virtual_pipeline
+    sizes, _ = adapter_sizes(a, layout, adapters)
+    return [Chunk(shared=sizes * layers, embedding=(), experts=())] * layout.virtual_pipeline
+
+
 def _chunk(a: Architecture, layout: Layout, *, layers: int, first: bool, last: bool) -> Chunk:
     vocabulary = padded_vocab_size(a.vocab_size, layout.tensor) // layout.tensor * a.hidden_size
     repeated = a.tied_embeddings and layout.pipeline > 1
@@ -118,6 +128,7 @@ def trained_states(
     moments: int = 2,
     distributed: bool = False,
     stage: int | None = None,
+    adapters: AdapterSpec | None = None,
 ) -> States:
     """Return the states of a model that is trained, on a rank of ``stage``, or (None) of the stage that holds most.
 
@@ -127,6 +138,7 @@ def trained_states(
         moments: fp32 numbers that the optimizer keeps per parameter (Adam 2, SGD 0, with momentum 1).
         distributed: optimizer states cut over the data ranks. A rank's share is then an upper bound: what is padding
             in it needs no state.
+        adapters: what alone is trained, where the model's own weights are frozen.
     """
     if stage is None:
         every = [
@@ -138,18 +150,21 @@ def trained_states(
                 moments=moments,
                 distributed=distributed,
                 stage=number,
+                adapters=adapters,
             )
             for number in range(layout.pipeline)
         ]
         return max(every, key=lambda states: states.total)
-    chunks = chunks_of_stage(a, layout, stage)
+    frozen = 0 if adapters is None else _elements(a, layout, stage) * itemsize
+    chunks = trained_chunks(a, layout, stage, adapters)
     kept = 4 * (moments + (itemsize < 4))
     if not distributed:
         elements = sum(chunk.total for chunk in chunks)
-        return States(weights=elements * itemsize, gradients=elements * _GRADIENT_BYTES, optimizer=elements * kept)
+        weights = frozen + elements * itemsize
+        return States(weights=weights, gradients=elements * _GRADIENT_BYTES, optimizer=elements * kept)
     buffers = [bucket for chunk in chunks for bucket in padded_buckets(chunk, data_ranks, layout.expert)]
     padded, share = sum(size for size, _, _ in buffers), sum(size // ranks for size, ranks, _ in buffers)
-    return States(weights=padded * itemsize, gradients=padded * _GRADIENT_BYTES, optimizer=share * kept)
+    return States(weights=frozen + padded * itemsize, gradients=padded * _GRADIENT_BYTES, optimizer=share * kept)
 
 
 def padded_buckets(chunk: Chunk, data_ranks: int, expert: int) -> list[tuple[int, int, bool]]:

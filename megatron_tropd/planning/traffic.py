@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_tropd.config.sections import Layout
-from megatron_tropd.planning.parameters import chunks_of_stage, layers_of_stages, padded_buckets
-from megatron_tropd.types import Architecture
+from megatron_tropd.engine.adapters import adapter_sizes
+from megatron_tropd.planning.parameters import layers_of_stages, padded_buckets, trained_chunks
+from megatron_tropd.types import AdapterSpec, Architecture
 
 _FP32 = 4
 _STATISTICS = 3  # floats per token and rank that make a softmax whole
@@ -198,12 +199,19 @@ def scoring_transfers(layout: Layout, *, valid: int, top_k: int, queries: int) -
 
 
 def gradient_transfers(
-    a: Architecture, layout: Layout, *, stage: int, data_ranks: int, itemsize: int, distributed: bool
+    a: Architecture,
+    layout: Layout,
+    *,
+    stage: int,
+    data_ranks: int,
+    itemsize: int,
+    distributed: bool,
+    adapters: AdapterSpec | None = None,
 ) -> list[RankTransfer]:
     """List the transfers of an update: gradients of ranks that hold the same weights and, where states are cut, the
-    new weights.
+    new weights. ``adapters``: what alone is trained.
     """
-    chunks = chunks_of_stage(a, layout, stage)
+    chunks = trained_chunks(a, layout, stage, adapters)
     found = []
     for axis, ranks, sizes in (
         ("data", data_ranks, [[*c.shared, *c.embedding] for c in chunks]),
@@ -219,9 +227,9 @@ def gradient_transfers(
             axis = "expert_data" if experts else "data"
             if ranks > 1:
                 found += [(axis, "reduce_scatter", size * _FP32), *[(axis, "all_gather", size * itemsize)] * gathers]
-    if a.tied_embeddings and layout.pipeline > 1 and stage in (0, layout.pipeline - 1):
+    if adapters is None and a.tied_embeddings and layout.pipeline > 1 and stage in (0, layout.pipeline - 1):
         found.append(("ends", "all_reduce", sum(sum(c.embedding) for c in chunks) * _FP32))
-    norms = _norms(a, layout, stage) * (layout.tensor > 1)
+    norms = _partial_sums(a, layout, stage, adapters) * (layout.tensor > 1)
     if norms:
         found.append(("tensor", "all_reduce", norms * _FP32))
     return [
@@ -231,9 +239,11 @@ def gradient_transfers(
     ]
 
 
-def _norms(a: Architecture, layout: Layout, stage: int) -> int:
-    """Count the elements that tensor ranks hold alike but see other tokens or heads of."""
+def _partial_sums(a: Architecture, layout: Layout, stage: int, adapters: AdapterSpec | None) -> int:
+    """Count the elements that tensor ranks hold alike but see other tokens or heads of: of norms, or of adapters."""
     layers, last = layers_of_stages(a.num_layers, layout)[stage], stage == layout.pipeline - 1
+    if adapters is not None:
+        return layers * adapter_sizes(a, layout, adapters)[1]
     heads = 2 * a.head_dim * a.qk_norm
     if not splits_tokens(layout):
         return layers * heads

@@ -25,6 +25,7 @@ from megatron_tropd.config.sections import (
 from megatron_tropd.convert.hf import check_weights
 from megatron_tropd.convert.source import (
     ModelPath,
+    as_source,
     open_weights,
     source_architecture,
     source_files,
@@ -48,6 +49,7 @@ from megatron_tropd.progress.phases import Phase
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerContext, build_embedded
 from megatron_tropd.rollout.protocol import Sampler
+from megatron_tropd.setup.adapters import base_serves, with_adapters
 from megatron_tropd.setup.datasets import shares_of
 from megatron_tropd.setup.validate import (
     DTYPES,
@@ -159,18 +161,11 @@ def build_run(
         TropdError: weights or a recording cannot be used.
     """
     device = initialize_distributed()
-    method, dtype = inputs.method, DTYPES[config.dtype]
+    method = inputs.method
     world = build_world(config, device, base=inputs.base is not None)
-    student = load_model(
-        config.student.source,
-        world.student,
-        dtype=dtype,
-        device=device,
-        recompute=config.student.recompute,
-        balance=config.student.router_aux_loss,
-    )
+    student = load_student(config, world)
     request = teacher_request(config, method)
-    teacher = load_teacher(config, world)
+    teacher = load_teacher(config, world, student)
     trainer = Trainer(
         student,
         optimize(
@@ -202,7 +197,7 @@ def build_run(
         student=student,
         trainer=trainer,
         teacher_model=teacher,
-        teacher=build_teacher(config, inputs, teacher, world, bridge),
+        teacher=build_teacher(config, inputs, teacher, world, bridge, student=student),
         sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
         teacher_request=request,
         identity=identity(config, inputs) if known is None else known,
@@ -220,11 +215,18 @@ def sections_of(config: RunConfig) -> dict[str, Any]:
 
 
 def build_teacher(
-    config: RunConfig, inputs: Inputs, model: Model | None, world: World, bridge: CrossWorldLink | None = None
+    config: RunConfig,
+    inputs: Inputs,
+    model: Model | None,
+    world: World,
+    bridge: CrossWorldLink | None = None,
+    *,
+    student: Model | None = None,
 ) -> Teacher:
     """Build the teacher: live or recorded, recording itself on request, with a base model beside it if there is one.
 
     ``model``: what :func:`load_teacher` has loaded. ``bridge``: to the teacher's own ranks, with ``teacher.ranks``.
+    ``student``: as of :func:`load_frozen`.
     """
     engine = scoring_engine(config.teacher)
     context = TeacherContext(
@@ -247,7 +249,9 @@ def build_teacher(
         own = engine.build(context)
     if not engine.scores_new:
         return own
-    live = with_others(config, own, world, vocab_size=context.vocab_size, temperature=context.temperature)
+    live = with_others(
+        config, own, world, vocab_size=context.vocab_size, temperature=context.temperature, student=student
+    )
     if config.teacher.record is None:
         return live
     return RecordingTeacher(
@@ -287,13 +291,24 @@ def check_teacher_recording(config: RunConfig, inputs: Inputs) -> None:
         check_facts(config.teacher.recorded_from, facts, fix="Use the models and method of the recording", quiet=True)
 
 
-def with_others(config: RunConfig, teacher: Teacher, world: World, *, vocab_size: int, temperature: float) -> Teacher:
-    """Put ``teacher`` together with the other teachers, and with the base model where the world has a place for one."""
+def with_others(
+    config: RunConfig,
+    teacher: Teacher,
+    world: World,
+    *,
+    vocab_size: int,
+    temperature: float,
+    student: Model | None = None,
+) -> Teacher:
+    """Put ``teacher`` together with the other teachers, and with the base model where the world has a place for one.
+
+    ``student``: as of :func:`load_frozen`.
+    """
     if config.teachers:
-        teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature)})
+        teacher = RoutedTeacher({"": teacher, **_other_teachers(config, world, vocab_size, temperature, student)})
     if world.base is None:
         return teacher
-    base = load_frozen(config, config.base_source, world.base, world)
+    base = load_frozen(config, config.base_source, world.base, world, student)
     beside = MegatronTeacher(base, world.student, vocab_size=vocab_size, temperature=temperature, role="base model")
     return TeacherWithBase(teacher, beside)
 
@@ -308,10 +323,12 @@ def rank_split(config: RunConfig, student_ranks: int) -> RankSplit:
     )
 
 
-def _other_teachers(config: RunConfig, world: World, vocab_size: int, temperature: float) -> dict[str, Teacher]:
+def _other_teachers(
+    config: RunConfig, world: World, vocab_size: int, temperature: float, student: Model | None
+) -> dict[str, Teacher]:
     found: dict[str, Teacher] = {}
     for one in config.teachers:
-        model = load_frozen(config, one.source, world.teachers[one.name], world)
+        model = load_frozen(config, one.source, world.teachers[one.name], world, student)
         role = f"teacher {one.name!r}"
         found[one.name] = MegatronTeacher(
             model, world.student, vocab_size=vocab_size, temperature=temperature, role=role
@@ -366,15 +383,38 @@ def load_model(source: ModelPath, groups: Groups, *, dtype: torch.dtype, device:
     return model
 
 
-def load_teacher(config: RunConfig, world: World) -> Model | None:
-    """Load the teacher's model; None where vLLM, a recording or other ranks stand in for it."""
+def load_student(config: RunConfig, world: World) -> Model:
+    """Load the model that is trained, with adapters where ``student.lora`` requests them."""
+    model = load_model(
+        config.student.source,
+        world.student,
+        dtype=DTYPES[config.dtype],
+        device=world.device,
+        recompute=config.student.recompute,
+        balance=config.student.router_aux_loss,
+    )
+    return with_adapters(config, model)
+
+
+def load_teacher(config: RunConfig, world: World, student: Model | None = None) -> Model | None:
+    """Load the teacher's model; None where vLLM, a recording or other ranks stand in for it.
+
+    ``student``: as of :func:`load_frozen`.
+    """
     if world.teacher is None or not scoring_engine(config.teacher).loads_model:
         return None
-    return load_frozen(config, config.teacher.source, world.teacher, world)
+    return load_frozen(config, config.teacher.source, world.teacher, world, student)
 
 
-def load_frozen(config: RunConfig, source: ModelPath, groups: Groups, world: World) -> Model:
-    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores."""
+def load_frozen(
+    config: RunConfig, source: ModelPath, groups: Groups, world: World, student: Model | None = None
+) -> Model:
+    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores.
+
+    ``student``: if it has adapters and is made from this very model, its frozen base is used, and nothing loaded.
+    """
+    if student is not None and base_serves(config, as_source(source), groups.layout):
+        return student.frozen_base()
     model = load_model(source, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.with_offload(world.offload_stats) if config.teacher.offload else model
 

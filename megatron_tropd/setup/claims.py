@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_tropd.config.sections import ExportConfig
 from megatron_tropd.errors import ConfigError, StorageError
 from megatron_tropd.parallel.leaving import forget, on_leave
 from megatron_tropd.storage.locks import take_lock
@@ -100,6 +101,12 @@ def _make(claim: Claim) -> None:
         raise ConfigError(f"{key}: cannot write to {where} ({why}). Name another directory.") from error
 
 
-def exports(path: Path | None) -> Sequence[Claim]:
-    """Claim ``export.hf``, where there is one."""
-    return () if path is None else (target(path, "export.hf"),)
+def exports_of(section: ExportConfig) -> dict[str, Path]:
+    """Return the directories that a run exports to, by the keys that name them."""
+    named = {"export.hf": section.hf, "export.adapter": section.adapter}
+    return {key: path for key, path in named.items() if path is not None}
+
+
+def exports(section: ExportConfig) -> Sequence[Claim]:
+    """Claim the directories that a run exports to."""
+    return [target(path, key) for key, path in exports_of(section).items()]

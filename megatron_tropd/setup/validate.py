@@ -30,8 +30,10 @@ from megatron_tropd.methods import Method, method_of
 from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
+from megatron_tropd.setup.adapters import adapter_identity, check_adapters
 from megatron_tropd.setup.chat_templates import warn_of_differences, warn_of_unread_options
 from megatron_tropd.setup.checkpoints import check_checkpoints
+from megatron_tropd.setup.claims import exports_of
 from megatron_tropd.setup.datasets import (
     check_ids,
     check_problem_lengths,
@@ -243,12 +245,11 @@ def _check_teachers(config: RunConfig, architectures: Mapping[str, Architecture]
 
 def check_writable(config: RunConfig) -> None:
     """Make the directories a run writes to; ConfigError when one cannot be made or written."""
-    export = config.export.hf
     for key, path in (
         ("run_dir", config.run_dir),
         ("rollout.record", config.rollout.record),
         ("teacher.record", config.teacher.record),
-        ("export.hf", None if export is None else export.parent),
+        *((key, path.parent) for key, path in exports_of(config.export).items()),
     ):
         if path is None:
             continue
@@ -264,13 +265,14 @@ def check_writable(config: RunConfig) -> None:
 
 
 def check_export(config: RunConfig) -> None:
-    """Raise ConfigError when ``export.hf`` would replace what the run reads or writes, or what is somebody else's."""
-    if config.export.hf is None:
+    """Raise ConfigError when an export would replace what the run reads or writes, or what is somebody else's."""
+    if not exports_of(config.export):
         return
     protected: dict[str, Path | None] = {
         "run_dir": config.run_dir,
         "the current directory": Path(),
         "student.model": config.student.model,
+        "student.lora.path": config.student.lora_path,
         "teacher.model": config.teacher.model,
         **{f"teachers[{i}].model": one.model for i, one in enumerate(config.teachers)},
         "base.model": config.base_model,
@@ -289,7 +291,9 @@ def check_export(config: RunConfig) -> None:
         **{f"{name} of the run": config.run_dir / name for name in ("checkpoints", "tensorboard", "publish")},
     }
     given = {name: path for name, path in protected.items() if path is not None}
-    check_target(config.export.hf, name="export.hf", protected=given)
+    for key, target in exports_of(config.export).items():
+        others = {name: path for name, path in exports_of(config.export).items() if name != key}
+        check_target(target, name=key, protected=given | others)
 
 
 # --------------------------------------------------------------------------- models and tokenizers
@@ -438,6 +442,7 @@ CHECKS = (
     Check("recorded rollouts", ("config",), check_recording),
     Check("several teachers", ("config", "method"), check_one_teacher),
     Check("layouts", ("config", "student", "teacher", "base"), check_layouts),
+    Check("adapters of the student", ("config", "student"), check_adapters),
     Check("layouts of more teachers", ("config", "teachers"), _check_teachers),
     Check("candidates per token", ("inputs",), check_support),
     Check("log-probs of the sampler", ("config", "inputs"), check_sampling),
@@ -467,6 +472,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "teacher.model": asdict(inputs.teacher),
         **{f"teachers.{name}": asdict(architecture) for name, architecture in inputs.teachers.items()},
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
+        **adapter_identity(config, inputs.student),
         **_fingerprints(config, inputs),
         **data_identity(config.data, inputs.prompts),
         # what end_tokens requests is in the ends themselves

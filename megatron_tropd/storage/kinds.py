@@ -124,5 +124,6 @@ def adapter_base(directory: Path) -> str | None:
     merge = f"M.from_pretrained('{directory}').merge_and_unload().save_pretrained('merged')"
     return (
         'a LoRA adapter, not a whole model. Merge it into its base model first: `python -c "from peft import '
-        f"AutoPeftModelForCausalLM as M; {merge}\"` (and copy the tokenizer's files there)."
+        f"AutoPeftModelForCausalLM as M; {merge}\"` (and copy the tokenizer's files there). A student starts from it "
+        f"with its base model as student.model and student.lora.path={directory}."
     )

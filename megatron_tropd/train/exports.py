@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tropd.config.sections import ExportConfig
+from megatron_tropd.convert.peft import write_peft
 from megatron_tropd.convert.writer import HFWriter
+from megatron_tropd.engine.adapters import adapter_tensors
 from megatron_tropd.engine.weights import hf_rows
 from megatron_tropd.errors import StorageError
 from megatron_tropd.models.name_table import hf_shapes
@@ -26,14 +29,18 @@ _OF_STEP = re.compile(r"step-\d{8}")
 class Exporter:
     """Exporter of a run's student while it trains. Every method is collective."""
 
-    def __init__(self, run: Run, section: ExportConfig, *, companions_from: Path, card: Callable[[int], str]) -> None:
+    def __init__(
+        self, run: Run, section: ExportConfig, *, companions_from: Path, card: Callable[[int], str], base: str
+    ) -> None:
         """Export nothing yet.
 
         Args:
             companions_from: a model directory whose config and tokenizer an export gets.
             card: writes the README.md of the weights after so many steps; the first rank calls it.
+            base: path or name on the hub of the model that adapters are for.
         """
         self._run, self._section, self._companions, self._card = run, section, companions_from, card
+        self._base = base
 
     def during(self, step: int) -> None:
         """Export the weights of ``step`` finished steps where that is due, and drop the oldest beyond ``keep``."""
@@ -49,6 +56,24 @@ class Exporter:
         """Export the weights of ``step`` finished steps as the best so far."""
         if self._section.best:
             self.to(self._run.run_dir / EXPORTS / BEST, step)
+
+    def at_the_end(self, step: int) -> None:
+        """Export what the configuration requests of the trained student, after ``step`` steps."""
+        if self._section.hf is not None:
+            self.to(self._section.hf, step)
+        if self._section.adapter is not None:
+            self._adapter(self._section.adapter)
+
+    def _adapter(self, target: Path) -> None:
+        """Write the student's adapters as `peft` reads them."""
+        student, held = self._run.student, dict[str, Tensor]()
+        assert student.adapters is not None
+        with Phase(f"exporting to {target}") as phase:
+            for name, tensor in phase.watch(adapter_tensors(student)):
+                if self._run.world.is_first:
+                    held[name] = tensor.cpu()
+            if self._run.world.is_first:
+                write_peft(target, held, student.adapters.spec, base=self._base)
 
     def to(self, target: Path, step: int) -> None:
         """Write the student as a Hugging Face directory, with the tokenizer and config it came with."""

@@ -33,7 +33,7 @@ _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
 _NOT_THESE = ("train.prompts_per_step",)
 _RESPELLED = {"normalise_experts": "normalize_experts"}
 # what no insisting helps with: the states of a checkpoint do not fit
-_MUST_AGREE = ("student.model", "optimizer.name", "optimizer.distributed")
+_MUST_AGREE = ("student.model", "student.lora", "optimizer.name", "optimizer.distributed")
 
 
 @dataclass(frozen=True, slots=True)

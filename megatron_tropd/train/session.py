@@ -123,7 +123,7 @@ def _run_training(config: RunConfig, launch: Launch, stop: StopRequest, callback
         check_export(config)
         if config.export.push_to_hub is not None:
             check_push(config.export.push_to_hub)
-    with claimed(run_directory(config.run_dir), *exports(config.export.hf)):
+    with claimed(run_directory(config.run_dir), *exports(config.export)):
         return _train(config, launch, stop, callbacks)
 
 
@@ -176,8 +176,8 @@ def _train(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Call
             run.teacher.close()
             raise
     evaluator.after(finished)
+    exporter.at_the_end(finished)
     if config.export.hf is not None:
-        exporter.to(config.export.hf, finished)
         _push(config, finished)
     if run.world.is_first:
         _conclude(config)
@@ -245,7 +245,9 @@ def _exporter(run: Run, config: RunConfig) -> Exporter:
     def card(step: int) -> str:
         return model_card(facts, read_evaluations(config.run_dir), step=step)
 
-    return Exporter(run, config.export, companions_from=source_files(config.student.source), card=card)
+    given, here = named.student.model, config.student.model
+    base = str(here.absolute()) if given == here else str(given).partition("@")[0]
+    return Exporter(run, config.export, companions_from=source_files(config.student.source), card=card, base=base)
 
 
 def _push(config: RunConfig, step: int) -> None:
@@ -426,6 +428,8 @@ def _conclude(config: RunConfig) -> None:
         print_accuracies(console, evaluations)
     if config.export.hf is not None:
         say(f"trained student: {config.export.hf}", console=console)
+    if config.export.adapter is not None:
+        say(f"trained adapters: {config.export.adapter}", console=console)
     if config.report.html:
         with Phase("drawing the report"):
             page = write_report(config.run_dir)

@@ -20,7 +20,9 @@ from megatron_tropd.parallel.collectives import (
     gather_sequence,
     group_rank,
     group_size,
+    reduce_from_region,
     reduce_scatter_rows,
+    scatter_sequence,
 )
 from tests.support.distributed import RankFailed, run_on_ranks
 
@@ -93,7 +95,30 @@ def check_region_mappings() -> None:
         torch.testing.assert_close(share.grad, weight[3 * rank : 3 * rank + 3] * ranks * (ranks + 1) / 2)
 
 
+def check_ways_out_of_a_region() -> None:
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    # each rank's part is its own multiple of x; the gradient of the sum is every part's
+    weight = torch.arange(6.0).reshape(2, 3) + 1
+    part = ((rank + 1) * torch.ones(3, 2)).requires_grad_()
+    whole = reduce_from_region(part.t(), group)  # not contiguous
+    torch.testing.assert_close(whole.detach(), torch.full((2, 3), ranks * (ranks + 1) / 2))
+    (whole * weight).sum().backward()
+    assert part.grad is not None
+    torch.testing.assert_close(part.grad, weight.t())
+    torch.testing.assert_close(part.detach(), (rank + 1) * torch.ones(3, 2))  # not reduced in place
+
+    rows = torch.arange(2.0 * ranks * 3).reshape(2 * ranks, 3)
+    part = ((rank + 1) * rows).requires_grad_()
+    mine = scatter_sequence(part, group)
+    own = slice(2 * rank, 2 * rank + 2)
+    torch.testing.assert_close(mine.detach(), rows[own] * ranks * (ranks + 1) / 2)
+    (mine * (rows[own] + 1)).sum().backward()  # every rank's loss is of its own rows
+    assert part.grad is not None
+    torch.testing.assert_close(part.grad, rows + 1)
+
+
 def check_everything() -> None:
+    check_ways_out_of_a_region()
     check_reductions()
     check_gathers()
     check_region_mappings()
@@ -115,6 +140,8 @@ def test_without_a_group_every_collective_is_the_identity() -> None:
         all_gather_rows,
         reduce_scatter_rows,
         copy_to_region,
+        reduce_from_region,
+        scatter_sequence,
     ):
         assert function(x, None) is x
     assert gather_sequence(x, None) is x

@@ -104,7 +104,7 @@ def _run(case: Case, root: Path, groups: Groups, device: torch.device) -> dict[s
         model, OptimizerConfig(name="sgd", lr=LEARNING_RATE, clip_grad=0.0, weight_decay=0.0), steps=1
     )
     trainer = Trainer(model, optimization, build_method("sft"))
-    items = _items(model)
+    items = items_of(model)
     found["loss"] = trainer.probe(items).loss
     gradients = whole_gradients(model)
     found["gradients"] = gradients if dist.get_rank() == 0 else {}
@@ -118,8 +118,10 @@ def _packs(model: Model) -> list[list[Pack]]:
     return pack(ROLLOUTS, max_tokens=64, multiple_of=4, num_replicas=model.groups.num_replicas)
 
 
-def _items(model: Model) -> list[Any]:
-    method, facts, packs = build_method("sft"), BatchFacts(seed=0, step=0, progress=0.0), _packs(model)
+def items_of(model: Model, rollouts: Sequence[Rollout] = ROLLOUTS, *, share: bool = False) -> list[Any]:
+    method, facts = build_method("sft"), BatchFacts(seed=0, step=0, progress=0.0)
+    replicas = model.groups.num_replicas
+    packs = pack(rollouts, max_tokens=64, multiple_of=4, num_replicas=replicas, share_prefixes=share)
     replica = model.groups.replica
     nothing = [None] * len(packs[replica])
     return train_packs(
@@ -127,7 +129,7 @@ def _items(model: Model) -> list[Any]:
         batch_weights(packs, method, facts, model.groups),
         nothing,
         nothing,
-        rollouts={rollout.sequence_id: rollout for rollout in ROLLOUTS},
+        rollouts={rollout.sequence_id: rollout for rollout in rollouts},
         method=method,
         facts=facts,
         model=model,

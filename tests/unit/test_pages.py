@@ -74,3 +74,11 @@ def test_the_example_for_own_models_is_a_configuration_of_their_size():
     assert config.dtype == "bf16" and config.optimizer.lr <= 1e-5
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     assert longest <= config.train.pack_tokens
+
+
+def test_the_example_for_adapters_is_a_configuration_that_trains_some():
+    from megatron_tropd.config.loading import load_config
+
+    config = load_config(ROOT / "examples" / "lora.yaml", check_paths=False)
+    assert config.student.lora is not None and config.student.lora.rank == 16
+    assert config.export.adapter is not None and config.optimizer.lr >= 1e-4

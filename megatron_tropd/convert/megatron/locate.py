@@ -16,6 +16,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "latest_train_state.pt"
 RUN_CONFIG = "run_config.yaml"
 OUR_RECORD, _OUR_LATEST = "complete.json", "latest"
+ADAPTER_KEY = ".lora_A."  # in the names of adapters' matrices
 _OUR_STEP = re.compile(r"step-\d{8,}")
 _COMPANIONS = ("hf", "tokenizer", "context/nemo_tokenizer")
 _CONVERT = {
@@ -26,6 +27,14 @@ _CONVERT = {
     "zarr": "pretrain_gpt.py --load {path} --ckpt-convert-format torch_dist --ckpt-convert-save NEW` of Megatron-LM "
     "(a version that still reads zarr: up to core_r0.12",
 }
+
+
+def adapters_alone(path: Path) -> str:
+    """Say what a checkpoint of a student with adapters lacks, and what to do."""
+    return (
+        f"{path.absolute()} holds the adapters of a run (student.lora) and not the model that they are beside. Resume "
+        "that run with export.hf=DIR for the merged model, or export.adapter=DIR for the adapters, and give that."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

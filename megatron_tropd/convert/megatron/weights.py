@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_tropd.convert.lazy import KINDS
 from megatron_tropd.convert.megatron.facts import Facts, compare, read_facts
-from megatron_tropd.convert.megatron.locate import MegatronDirectory
+from megatron_tropd.convert.megatron.locate import ADAPTER_KEY, MegatronDirectory, adapters_alone
 from megatron_tropd.convert.megatron.names import Names, StoredPlace, objects_by_kind
 from megatron_tropd.convert.megatron.stored import StoredReader, Table, read_table
 from megatron_tropd.errors import CheckpointError
@@ -81,6 +81,8 @@ class MegatronWeights(Mapping[str, StoredView]):
     def __init__(self, found: MegatronDirectory, architecture: Architecture, *, config: Path) -> None:
         self.directory = found.path
         table = _table(found.path)
+        if any(ADAPTER_KEY in key for key in table.tensors):
+            raise CheckpointError(adapters_alone(found.path))
         facts = read_facts(table, found.described)
         compare(facts, architecture, checkpoint=found.path, config=config)
         self._names, self._reader = Names(table.tensors), StoredReader(table)

@@ -128,7 +128,7 @@ def test_a_config_cannot_be_changed(config_path: Path):
         ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, "),
         (
             "export.qqqq=1",
-            "export.qqqq is not a key. Valid keys of export: hf, push_to_hub, private, every, keep, best.",
+            "export.qqqq is not a key. Valid keys of export: hf, adapter, push_to_hub, private, every, keep, best.",
         ),
         ("dtype=bf15", "dtype = 'bf15': must be one of fp32, bf16. Did you mean bf16?"),
         ("rollout.engine=12", f"rollout.engine = 12: must be one of {', '.join(get_args(RolloutEngine))}."),

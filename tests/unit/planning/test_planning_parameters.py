@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config.sections import Layout, OptimizerConfig
+from megatron_tropd.engine.adapters import add_adapters
 from megatron_tropd.engine.model import build_model
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
 from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.planning.parameters import frozen_states, total_parameters, trained_states
-from megatron_tropd.types import Architecture
+from megatron_tropd.types import AdapterSpec, Architecture
 from tests.support.distributed import run_on_ranks
 
 # no size is a multiple of the buffers' alignment, and no two are equal
@@ -37,8 +38,13 @@ DENSE = Architecture(
 BIASED = replace(DENSE, family="Qwen2ForCausalLM", qk_norm=False, qkv_bias=True, tied_embeddings=True)
 EXPERTS = replace(DENSE, family="Qwen3MoeForCausalLM", num_experts=4, experts_per_token=2, ffn_size=22)
 
-# (architecture, layout, bf16, distributed optimizer, optimizer): four ranks, what the layout leaves is data-parallel
-CASES: list[tuple[Architecture, Layout, bool, bool, str]] = [
+LORA = AdapterSpec(rank=3, alpha=6.0, dropout=0.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+ATTENTION = AdapterSpec(rank=5, alpha=5.0, dropout=0.0, targets=("q_proj", "o_proj"))
+
+# (architecture, layout, bf16, distributed optimizer, optimizer, what alone is trained): four ranks, what the layout
+# leaves is data-parallel
+Case = tuple[Architecture, Layout, bool, bool, str, AdapterSpec | None]
+FULL: list[tuple[Architecture, Layout, bool, bool, str]] = [
     (DENSE, Layout(), False, False, "adam"),
     (DENSE, Layout(tensor=2), True, True, "adam"),
     (DENSE, Layout(tensor=2, sequence=True, pipeline=2), True, False, "adam"),
@@ -51,16 +57,26 @@ CASES: list[tuple[Architecture, Layout, bool, bool, str]] = [
     (EXPERTS, Layout(), True, False, "adam"),
     (DENSE, Layout(context=2), True, True, "adam"),
 ]
+CASES: list[Case] = [
+    *((*case, None) for case in FULL),
+    (DENSE, Layout(), False, False, "adam", LORA),
+    (DENSE, Layout(tensor=2, sequence=True, pipeline=2), True, False, "adam", LORA),
+    (BIASED, Layout(tensor=2), True, True, "adam", LORA),
+    (BIASED, Layout(pipeline=2), False, True, "adam", LORA),
+    (EXPERTS, Layout(expert=2), True, True, "adam", ATTENTION),
+]
 
 
 def held_by_megatron(cases: list[Any]) -> list[dict[str, int]]:
     """On the ranks: bytes of every kind, after an update."""
     builder, found = GroupBuilder(), []
-    for architecture, layout, bf16, distributed, name in cases:
+    for architecture, layout, bf16, distributed, name, adapters in cases:
         groups = builder.build(layout)
         dtype = torch.bfloat16 if bf16 else torch.float32
         model = build_model(architecture, groups, dtype=dtype, device=torch.device("cpu"))
         frozen = sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
+        if adapters is not None:
+            model = add_adapters(model, adapters, seed=0)
         settings = OptimizerConfig(lr=1e-3, name=name, distributed=distributed)
         optimization = optimize(model, settings, steps=1)
         with use_parallel_state(groups):
@@ -94,7 +110,7 @@ def bytes_of_states(optimizer: Any, weights: set[int]) -> int:
 
 def test_planned_states_are_what_megatron_allocates():
     every = run_on_ranks(held_by_megatron, CASES, world_size=4)
-    for number, (architecture, layout, bf16, distributed, name) in enumerate(CASES):
+    for number, (architecture, layout, bf16, distributed, name, adapters) in enumerate(CASES):
         itemsize, here = 2 if bf16 else 4, [rank[number] for rank in every]
         for rank in here:
             planned = trained_states(
@@ -105,6 +121,7 @@ def test_planned_states_are_what_megatron_allocates():
                 moments=0 if name == "sgd" else 2,
                 distributed=distributed,
                 stage=rank["stage"],
+                adapters=adapters,
             )
             assert (planned.weights, planned.gradients) == (rank["weights"], rank["gradients"]), (number, rank)
             if distributed:
@@ -117,7 +134,7 @@ def test_planned_states_are_what_megatron_allocates():
             assert any(
                 rank["optimizer"] > 0.9 * trained_states(
                     architecture, layout, data_ranks=rank["data_ranks"], itemsize=itemsize,
-                    distributed=True, stage=rank["stage"],
+                    distributed=True, stage=rank["stage"], adapters=adapters,
                 ).optimizer
                 for rank in here
             )  # fmt: skip

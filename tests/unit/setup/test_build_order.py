@@ -14,7 +14,7 @@ from megatron_tropd.setup import build
 def test_the_trainer_makes_room_before_teacher_and_sampler_are_built(monkeypatch: pytest.MonkeyPatch):
     order: list[str] = []
     note: Any = lambda name: lambda *args, **kwargs: order.append(name)  # noqa: E731
-    names = "initialize_distributed build_world load_model load_teacher teacher_request optimize PromptStream Run"
+    names = "initialize_distributed build_world load_student load_teacher teacher_request optimize PromptStream Run"
     for name in (*names.split(), "shares_of", "output_weight_for"):
         monkeypatch.setattr(build, name, MagicMock())
     monkeypatch.setattr(build, "Trainer", lambda *args, **kwargs: SimpleNamespace(end_step=note("make room")))
