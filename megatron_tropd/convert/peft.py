@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_tropd.convert.hf import read_json
@@ -166,7 +166,7 @@ def write_peft(
     start_unfinished(aside, "an adapter")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in dict(tensors).items()}
     with storage_errors(target):
-        save_file(held, aside / TENSORS, metadata={"format": "pt"})
+        write_aside(aside / TENSORS, save(held, metadata={"format": "pt"}))
         write_aside(aside / CONFIG, json.dumps(_settings(spec, base), indent=2, sort_keys=True) + "\n")
         mark_directory(aside, kind="adapter", without=(UNFINISHED,))
         (aside / UNFINISHED).unlink()

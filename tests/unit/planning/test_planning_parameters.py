@@ -109,7 +109,7 @@ def bytes_of_states(optimizer: Any, weights: set[int]) -> int:
 
 
 def test_planned_states_are_what_megatron_allocates():
-    every = run_on_ranks(held_by_megatron, CASES, world_size=4)
+    every = run_on_ranks(held_by_megatron, CASES, world_size=4, timeout_s=240)
     for number, (architecture, layout, bf16, distributed, name, adapters) in enumerate(CASES):
         itemsize, here = 2 if bf16 else 4, [rank[number] for rank in every]
         for rank in here:
