@@ -131,8 +131,9 @@ def test_planned_states_are_what_megatron_allocates():
                 assert planned.optimizer == rank["optimizer"], (number, rank, planned)
         assert frozen_states(architecture, layout, itemsize=itemsize).weights == max(rank["frozen"] for rank in here)
         if distributed:
+            filled = 0.9 if adapters is None else 0.7  # small matrices leave more padding
             assert any(
-                rank["optimizer"] > 0.9 * trained_states(
+                rank["optimizer"] > filled * trained_states(
                     architecture, layout, data_ranks=rank["data_ranks"], itemsize=itemsize,
                     distributed=True, stage=rank["stage"], adapters=adapters,
                 ).optimizer
