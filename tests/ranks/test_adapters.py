@@ -255,7 +255,8 @@ def test_every_layout_and_packing_drops_the_same(case, dropped):
     for update in ("none dropped", "update 0", "update 1"):
         gradients, expected = (whole_matrices(dropped(one), update) for one in (case, DROPPED[0]))
         errors = {key: relative_error(gradients[key], gradient) for key, gradient in expected.items()}
-        assert max(errors.values()) < 1e-5, (update, max(errors, key=errors.__getitem__))
+        # both are rounded, each as far as the other claims here allow
+        assert max(errors.values()) < 2e-5, (update, max(errors, key=errors.__getitem__))
 
 
 def test_updates_drop_different_inputs_and_probes_none(dropped):

@@ -109,7 +109,7 @@ def _dropped(case: Case, root: Path, builder: GroupBuilder, device: torch.device
     model = add_adapters(model, spec, seed=11)
     generator = torch.Generator().manual_seed(5)
     shapes = adapter_shapes(model.architecture, spec)
-    load_adapters(model, {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()})
+    load_adapters(model, {key: 0.15 * torch.randn(shape, generator=generator) for key, shape in shapes.items()})
     rollouts = [
         replace(
             one,
