@@ -53,6 +53,20 @@ _PATIENCE_S = 3.0
 _LONG = ("train", "generate", "score", "evaluate", "check", "convert", "report")
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]...",
+        help="A YAML file, which --student, --teacher and --prompts can stand in for, and overrides such as "
+        "train.steps=10. Relative paths are relative to the current directory.",
+    ),
+]
+Student = Annotated[
+    str | None, typer.Option(help="Model that learns (student.model): a Hugging Face directory, or a name on the hub.")
+]
+Teacher = Annotated[str | None, typer.Option(help="Model that scores (teacher.model).")]
+Prompts = Annotated[list[str] | None, typer.Option(help="File of prompts (data.prompts); may be given several times.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Preset to distill with (method.name).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=10.")]
 Like = Annotated[
     Path | None,
@@ -158,19 +172,66 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _settings(config: Path, overrides: list[str], *, parts: Parts = "all", **options: Any) -> Any:
-    """Load the configuration, fetch what it names on the hub (``parts`` of models), and decide on the device before
-    anything else looks for one.
+def _settings(
+    config: Path | None, overrides: list[str], *, parts: Parts = "all", told: bool = False, **options: Any
+) -> Any:
+    """Load the configuration, fetch what it names on the hub (``parts`` of models), decide on the device before
+    anything else looks for one, and choose what is open; ``told``: whether that is printed.
     """
     from megatron_tropd.commands.locate import locate
     from megatron_tropd.config.loading import load_config
 
-    settings = locate(load_config(config, overrides, check_paths=False, **options), parts=parts)
+    settings = locate(load_config(config, overrides, check_paths=False, fitted_later=True, **options), parts=parts)
     settings.check_paths()
     from megatron_tropd.parallel.device import use_device
 
     use_device(settings.device)
-    return settings
+    from megatron_tropd.commands.fitting import fit
+
+    fitted = fit(settings)
+    if told and _is_first():
+        for line in fitted.lines():
+            print(printable(line), flush=True)
+    if fitted.warning is not None:
+        warnings.warn(fitted.warning, stacklevel=2)
+    return fitted.config
+
+
+def _file_and_overrides(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """Divide what stands on the command line: a file comes first, and has no ``=`` unless it is there."""
+    first, *others = words or [""]
+    if not first or first.startswith("-") or ("=" in first and not Path(first).exists()):
+        return None, [*(words or [])]
+    return Path(first), others
+
+
+def _named(student: str | None, teacher: str | None, prompts: list[str] | None, method: str | None) -> dict[str, Any]:
+    """Return what the options for the most important keys say, by key."""
+    from megatron_tropd.config.messages import Named
+
+    given: dict[str, tuple[str, str | list[str] | None]] = {
+        "student.model": ("--student", student),
+        "teacher.model": ("--teacher", teacher),
+        "data.prompts": ("--prompts", prompts),
+        "method.name": ("--method", method),
+    }
+    return {key: Named(option, value) for key, (option, value) in given.items() if value}
+
+
+def _check_named(verb: str, config: Path | None, overrides: list[str], named: dict[str, Any]) -> None:
+    """Raise ConfigError when there is neither a file nor enough of the options."""
+    if config is not None:
+        return
+    keys = {change.partition("=")[0] for change in overrides}
+    wanted = {"student.model": "--student", "teacher.model": "--teacher", "data.prompts": "--prompts"}
+    lacking = [option for key, option in wanted.items() if key not in named and key not in keys]
+    if "data.sources" in {key.partition("[")[0] for key in keys}:
+        lacking = [option for option in lacking if option != "--prompts"]
+    if lacking:
+        raise ConfigError(
+            f"tropd {verb} takes a CONFIG.yaml, or --student MODEL --teacher MODEL --prompts FILE; without a file "
+            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing. `tropd init` writes a file."
+        )
 
 
 def _leave() -> None:
@@ -201,19 +262,28 @@ _FLAGS_TOO = {"ignore_unknown_options": True}
 
 
 @app.command(context_settings=_FLAGS_TOO)
-def train(config: Config, overrides: Overrides = None) -> None:
-    """Distill the student from the teacher.
+def train(
+    words: Words = None,
+    student: Student = None,
+    teacher: Teacher = None,
+    prompts: Prompts = None,
+    method: MethodName = None,
+) -> None:
+    """Distill the student from the teacher: tropd train --student A --teacher B --prompts train.jsonl.
 
     SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask it to stop: it writes a checkpoint and exits with status 75 (130 on Ctrl-C;
     a second Ctrl-C ends it at once). Start it again to resume.
     """
     check_launcher(os.environ)
-    settings = _settings(config, overrides or [], world_size=_world_size())
+    config, overrides = _file_and_overrides(words)
+    named = _named(student, teacher, prompts, method)
+    _check_named("train", config, overrides, named)
+    settings = _settings(config, overrides, named=named, world_size=_world_size(), told=True)
+    from megatron_tropd.commands import train as training
     from megatron_tropd.train.preemption import Preempted
-    from megatron_tropd.train.session import run_training
 
     try:
-        run_training(settings)
+        training.train(settings)
     except Preempted as stop:
         _leave_preempted(stop)
     _leave()
@@ -221,8 +291,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(context_settings=_FLAGS_TOO)
 def check(
-    config: Config,
-    overrides: Overrides = None,
+    words: Words = None,
+    student: Student = None,
+    teacher: Teacher = None,
+    prompts: Prompts = None,
+    method: MethodName = None,
     cluster: Annotated[
         Path | None,
         typer.Option(
@@ -232,18 +305,46 @@ def check(
     ] = None,
 ) -> None:
     """Validate a configuration, print the plan it resolves to, and run the teacher == student self check."""
+    config, overrides = _file_and_overrides(words)
+    named = _named(student, teacher, prompts, method)
+    _check_named("check", config, overrides, named)
     if cluster is not None:
         from megatron_tropd.commands.cluster_plan import print_cluster_plan
         from megatron_tropd.commands.locate import locate
         from megatron_tropd.config.loading import load_config
 
-        print_cluster_plan(locate(load_config(config, overrides or [], check_paths=False), parts="config"), cluster)
+        found = load_config(config, overrides, named=named, check_paths=False, fitted_later=True)
+        print_cluster_plan(locate(found, parts="config"), cluster)
         return
-    settings = _settings(config, overrides or [], parts="tokenizer")
+    settings = _settings(config, overrides, named=named, told=True, parts="tokenizer")
     from megatron_tropd.commands.check import check_plan
 
     check_plan(settings)
     _leave()
+
+
+@app.command()
+def init(
+    student: Annotated[str, typer.Option(help="Model that learns: a Hugging Face directory, or a name on the hub.")],
+    teacher: Annotated[str, typer.Option(help="Model that scores, with the student's tokens.")],
+    prompts: Annotated[list[str], typer.Option(help="File of prompts; may be given several times.")],
+    method: MethodName = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; one that is there stays.")] = Path(
+        "tropd.yaml"
+    ),
+) -> None:
+    """Write a commented configuration for models and prompts, after a look at both."""
+    from megatron_tropd.commands.init import write_configuration
+    from megatron_tropd.commands.locate import locate
+    from megatron_tropd.config.loading import load_config
+    from megatron_tropd.parallel.device import use_device
+
+    named = _named(student, teacher, prompts, method)
+    settings = locate(load_config(None, named=named, check_paths=False, fitted_later=True), parts="tokenizer")
+    settings.check_paths()
+    use_device(settings.device)
+    write_configuration(settings, out)
+    print(printable(f"{out}: look through it, then `tropd check {out}`"))
 
 
 @app.command()

@@ -35,7 +35,14 @@ from megatron_tropd.setup.adapters import adapter_spec, base_serves
 from megatron_tropd.setup.chat_templates import DIFFERENCES, difference_table, template_differences
 from megatron_tropd.setup.ends import tell_ends
 from megatron_tropd.setup.self_check import check_self
-from megatron_tropd.setup.validate import DTYPES, Inputs, check_export, read_inputs, sequences_per_step
+from megatron_tropd.setup.validate import (
+    DTYPES,
+    Inputs,
+    check_export,
+    guided_per_prompt,
+    read_inputs,
+    sequences_per_step,
+)
 from megatron_tropd.teacher.protocol import TeacherRequest
 from megatron_tropd.types import Architecture, Rollout, single_turn
 
@@ -135,7 +142,7 @@ def check_plan(config: RunConfig) -> None:
     """
     device = initialize_distributed()
     check_export(config)
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, may_lack_responses=True)
     student = inputs.student
     memory = estimate_memory(config, inputs, loss_bytes=_loss_bytes(student, config, device))
     groups = GroupBuilder().build(Layout())
@@ -216,6 +223,7 @@ def _plan_table(config: RunConfig, inputs: Inputs) -> Table:
         ("ranks", _ranks(config)),
         *_sampler(inputs.student, config),
         ("prompts", f"{len(prompts):,} to train on, {_count_problems(inputs):,} to evaluate on"),
+        ("responses", _responses(config, inputs)),
         (
             "step",
             f"{config.train.prompts_per_step} prompts, {sequences} sequences, {config.train.minibatches} update(s)",
@@ -275,6 +283,16 @@ def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:
         return f"{text}; none travels, as the layouts agree"
     most = sequences * config.rollout.max_new_tokens * (reported + spec.query_bytes_per_row)
     return f"{text}; at most {most / _MIB:,.1f} MiB per step and tensor rank"
+
+
+def _responses(config: RunConfig, inputs: Inputs) -> str:
+    """Say where the teacher's responses come from, of which guided sequences start with the first tokens."""
+    bare = int((inputs.prompts.response_lengths() == 0).sum())
+    if not guided_per_prompt(config, inputs.method):
+        return "none needed: no sequence is guided"
+    if not bare:
+        return "in the data"
+    return f"{bare:,} are missing: `tropd train` has the teacher write them first, into {config.run_dir / 'responses'}"
 
 
 def _count_problems(inputs: Inputs) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ class _Job:
     limits: Limits
     on_bad_row: OnBadRow
     vocab_size: int | None = None
+    only: Missing | None = None  # rows to write; None: all that can be used
 
 
 def generate_responses(
@@ -111,8 +114,33 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
     With ``data.sources`` ``out`` is a directory with one file per source. Prompts are rendered as the teacher scores
     them in training (``teacher.chat_template``), and a response ends at an end token of either model.
     """
-    sources = sources_of(config.data)
     several = bool(config.data.sources)
+    files = {source.name: out / f"{source.name}.jsonl" if several else out for source in sources_of(config.data)}
+    _run(jobs_of(config, files, sampling=sampling), sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The rows of one source that are written to a file: the given ones as they are, the others with a response."""
+
+    out: Path
+    rows: frozenset[str]  # by ``PromptTable.place``
+    given: frozenset[str] = frozenset()  # of ``rows``, those that have a response
+
+
+def write_missing(config: RunConfig, sources: Mapping[str, Missing], *, sampling: Sampling) -> None:
+    """Have the teachers answer what has no response yet, by the name of its source. Collective."""
+    jobs = jobs_of(config, {name: missing.out for name, missing in sources.items()}, sampling=sampling)
+    _run(
+        [replace(job, only=sources[job.source.name]) for job in jobs],
+        sampling,
+        title="teacher's responses",
+    )
+
+
+def jobs_of(config: RunConfig, files: Mapping[str, Path], *, sampling: Sampling) -> list[_Job]:
+    """List what the teachers of a configuration have to answer, of the sources that ``files`` names."""
+    sources = [source for source in sources_of(config.data) if source.name in files]
     for source in sources:
         if source.columns.response in (source.columns.answer, source.columns.prompt):
             raise ConfigError(
@@ -125,7 +153,7 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
         student, own = read_tokenizer(config), teacher_tokenizer(config, model)
         shared = min(source_architecture(model).vocab_size, source_architecture(config.student.source).vocab_size)
         prompted = own if config.teacher.chat_template == "own" else student
-        file = out / f"{source.name}.jsonl" if several else out
+        file = files[source.name]
         _check_arguments(sampling, file)
         jobs.append(
             _Job(
@@ -144,7 +172,7 @@ def generate_from_config(config: RunConfig, out: Path, *, sampling: Sampling) ->
                 vocab_size=shared,
             )
         )
-    _run(jobs, sampling)
+    return jobs
 
 
 def _unanswered(source: Source) -> Source:
@@ -185,14 +213,14 @@ def _check_arguments(sampling: Sampling, out: Path) -> None:
 # --------------------------------------------------------------------------- the work
 
 
-def _run(jobs: Sequence[_Job], sampling: Sampling) -> None:
+def _run(jobs: Sequence[_Job], sampling: Sampling, *, title: str = "generate") -> None:
     """Answer every source in turn; everything is read and checked before the first model is loaded."""
     device = initialize_distributed()
     with claimed(*(target(job.out, "OUT") for job in jobs)):
-        _answer_all(jobs, sampling, device)
+        _answer_all(jobs, sampling, device, title)
 
 
-def _answer_all(jobs: Sequence[_Job], sampling: Sampling, device: torch.device) -> None:
+def _answer_all(jobs: Sequence[_Job], sampling: Sampling, device: torch.device, title: str) -> None:
     found = [_read(job, sampling) for job in jobs]
     groups = GroupBuilder().build(Layout(tensor=sampling.tensor))
     sampler, loaded = None, None
@@ -202,7 +230,9 @@ def _answer_all(jobs: Sequence[_Job], sampling: Sampling, device: torch.device) 
                 sampler.close()
             longest = int(prompts.prompt_lengths().max()) + sampling.params.max_new_tokens
             sampler, loaded = _build_sampler(job, sampling, groups, device, longest), job.model
-        _answer(job, prompts, sampler, sampling)
+        _answer(job, prompts, sampler, sampling, title)
+    if sampler is not None:
+        sampler.close()
 
 
 def _read(job: _Job, sampling: Sampling) -> PromptTable:
@@ -225,28 +255,41 @@ def _check_room(prompts: PromptTable, budget: int, positions: int) -> None:
         )
 
 
-def _answer(job: _Job, prompts: PromptTable, sampler: Sampler, sampling: Sampling) -> None:
+def _answer(job: _Job, table: PromptTable, sampler: Sampler, sampling: Sampling, title: str) -> None:
     params = replace(sampling.params, stop_token_ids=job.stops)
     per_block = max(1, _BLOCK // sampling.samples)
+    prompts, given = _chosen(table, job.only)
     blocks = [range(start, min(start + per_block, len(prompts))) for start in range(0, len(prompts), per_block)]
     first = dist.get_rank() == 0
-    file = ResponseFile(job.out, _description(job, prompts, sampling)) if first else None
+    file = ResponseFile(job.out, _description(job, table, sampling)) if first else None
     done: list[int] = [0 if file is None else file.resume(per_block * sampling.samples)]
     dist.broadcast_object_list(done, src=0)
     rows = numbered_rows(job.source.paths)
     answered = min(done[0] * per_block, len(prompts))
-    with TrainingProgress(len(prompts), done=answered, enabled=first, name="generate") as progress:
+    with TrainingProgress(len(prompts), done=answered, enabled=first, name=title) as progress:
         if done[0]:
             progress.say(f"{job.out}.partial has the responses to {answered} prompts: continued from there")
         for block in blocks[done[0] :]:
             posed = [prompts[i] for i in block]
-            rollouts = sampler.generate(_requests(posed, block.start, sampling), params, seed=sampling.seed, step=0)
+            requests = _requests(posed, block.start, sampling)
+            wanted = [request for request in requests if request.prompt_index not in given]
+            rollouts = sampler.generate(wanted, params, seed=sampling.seed, step=0) if wanted else []
             check_finite(rollouts, params, str(job.model.weights))
             if file is not None:
-                file.append(list(_written(job, posed, rollouts, rows, sampling.samples)))
+                file.append(list(_written(job, posed, rollouts, rows, given, sampling.samples)))
             progress.advance(len(block))
     if file is not None:
-        _conclude(file, len(prompts) * sampling.samples, job.column)
+        _conclude(file, (len(prompts) - len(given)) * sampling.samples, job.column)
+
+
+def _chosen(table: PromptTable, only: Missing | None) -> tuple[Sequence[Prompt], frozenset[int]]:
+    """Return the prompts to write, and by ``Prompt.index`` those of them that have a response."""
+    if only is None:
+        return table, frozenset()
+    places = [(i, place) for i in range(len(table)) if (place := table.place(i)) in only.rows]
+    prompts = [table[i] for i, _ in places]
+    pairs = zip(prompts, places, strict=True)
+    return prompts, frozenset(prompt.index for prompt, (_, place) in pairs if place in only.given)
 
 
 def _requests(prompts: Sequence[Prompt], start: int, sampling: Sampling) -> list[Any]:
@@ -261,13 +304,17 @@ def _written(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     rows: Iterator[tuple[int, dict[str, Any]]],
+    given: Collection[int],
     samples: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield every row that was answered, whole, once per answer. ``rows`` is read on to where the prompts are."""
-    digest, columns = tokenizer_digest(job.tokenizer), ColumnsConfig(response=job.column)
-    for number, prompt in enumerate(prompts):
+    digest, columns, answers = tokenizer_digest(job.tokenizer), ColumnsConfig(response=job.column), iter(rollouts)
+    for prompt in prompts:
         row = next(row for index, row in rows if index == prompt.index)
-        for rollout in rollouts[number * samples : (number + 1) * samples]:
+        if prompt.index in given:
+            yield row
+            continue
+        for rollout in islice(answers, samples):
             ids = [int(i) for i in rollout.token_ids[rollout.prompt_length :]]
             kept = {"ids": ids, "prompt": ids_digest(prompt.token_ids), "tokenizer": digest}
             yield {
@@ -290,6 +337,7 @@ def _description(job: _Job, prompts: PromptTable, sampling: Sampling) -> dict[st
         "seed": sampling.seed,
         "dtype": sampling.dtype,
         "engine": sampling.engine,
+        **({} if job.only is None else {"rows": hashlib.sha256(repr(sorted(job.only.rows)).encode()).hexdigest()[:16]}),
     }
 
 
@@ -297,7 +345,7 @@ def _conclude(file: ResponseFile, count: int, column: str) -> None:
     out = file.out
     kept = file.finish()
     finished = ColumnsConfig(response=column).finished
-    cut = sum(not row[finished] for _, row in numbered_rows([out]))
+    cut = sum(not row.get(finished, True) for _, row in numbered_rows([out]))
     facts = f"{count} responses in {out} ({cut} cut off by max_new_tokens)"
     say(facts)
     if kept is not None:

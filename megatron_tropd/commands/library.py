@@ -69,16 +69,17 @@ def train(config: Source, *, callbacks: Callbacks | None = None, prompts: Rows |
     """
     _prepare()
     followed = None if callbacks is None else check_callbacks(callbacks)
-    settings = _on_this_machine(_configured(config) if prompts is None else _with_rows(config, prompts))
+    settings = _on_this_machine(_configured(config) if prompts is None else _with_rows(config, prompts), told=True)
     if settings.teacher.ranks and dist.is_initialized():
         raise ConfigError(
             f"teacher.ranks = {settings.teacher.ranks} divides a launch that has not been joined yet, and this process "
             "has joined one. Train once per process, or set teacher.ranks to 0."
         )
+    from megatron_tropd.commands.responses import with_responses
     from megatron_tropd.train.session import run_training  # takes seconds: after what a configuration has wrong
 
     with _session("train", settings.device):
-        run_training(settings, callbacks=followed, own_process=False)
+        run_training(settings, callbacks=followed, own_process=False, responses=with_responses)
     return TrainingResult(settings.run_dir, settings.export.hf)
 
 
@@ -143,10 +144,19 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _on_this_machine(config: RunConfig) -> RunConfig:
+def _on_this_machine(config: RunConfig, *, told: bool = False) -> RunConfig:
+    """Return the configuration with what is on this machine, and nothing left open; ``told``: what was chosen."""
     located = locate(config)
     located.check_paths()
-    return located
+    use_device(located.device)
+    from megatron_tropd.commands.fitting import fit
+
+    fitted = fit(located)
+    for line in fitted.lines() if told and _is_first() else ():
+        say(line)
+    if fitted.warning is not None:
+        warnings.warn(fitted.warning, stacklevel=3)
+    return fitted.config
 
 
 def _configured(source: Source) -> RunConfig:

@@ -12,14 +12,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from megatron_tropd.config.messages import explain, read_tree
+from megatron_tropd.config.messages import NO_FILE, Named, explain, read_tree
 from megatron_tropd.config.run import PROMPT_FILES, RunConfig, matches, variable_in
-from megatron_tropd.config.sections import SuiteConfig, WrittenAt
+from megatron_tropd.config.sections import FITTED_LATER, SuiteConfig, WrittenAt
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.storage.write_aside import write_aside
 
@@ -33,24 +34,34 @@ def parse_config(tree: Mapping[str, Any], *, source: str = "config") -> RunConfi
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, check_paths: bool = True
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    named: Mapping[str, Named] = MappingProxyType({}),
+    world_size: int | None = None,
+    check_paths: bool = True,
+    fitted_later: bool = False,
 ) -> RunConfig:
     """Read a YAML file, apply ``key=value`` overrides, resolve interpolations and validate.
 
     Args:
+        path: None where ``named`` and ``overrides`` say everything.
+        named: by key, what options of the command line say. A file or override that says otherwise is an error.
         overrides: such as ``["train.steps=10", "evaluate.suites[0].samples=2"]``; values are YAML.
         world_size: number of ranks; when given, both layouts must fit it.
         check_paths: whether the models and data must exist; off for reading the config of a finished run.
+        fitted_later: whether keys that are ``auto`` will be chosen, so that rules between them wait.
 
     Raises:
         ConfigError: for everything that is wrong with the file, an override or a value.
     """
-    tree, text = config_tree(path, overrides)
+    tree, text = config_tree(path, overrides, named=named)
+    source = NO_FILE if path is None else str(path)
     try:
-        config = RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree, context=FITTED_LATER if fitted_later else None)
     except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig, source=str(path), text=text, overrides=overrides)) from None
-    config.method.note_where(WrittenAt(str(path), text, tuple(overrides)))
+        raise ConfigError(explain(error, RunConfig, source=source, text=text, overrides=overrides)) from None
+    config.method.note_where(WrittenAt(source, text, tuple(overrides)))
     if check_paths:
         config.check_paths()
     if world_size is not None:
@@ -58,13 +69,17 @@ def load_config(
     return config
 
 
-def config_tree(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+def config_tree(
+    path: str | Path | None, overrides: Sequence[str] = (), *, named: Mapping[str, Named] = MappingProxyType({})
+) -> tuple[dict[str, Any], str]:
     """Read a YAML file, overrides applied, as the tree that a configuration is made of, and its text.
+
+    ``path`` and ``named`` are those of :func:`load_config`.
 
     Raises:
         ConfigError: the file, a file that it names, or an override cannot be read.
     """
-    tree, text = read_tree(Path(path), overrides)
+    tree, text = read_tree(None if path is None else Path(path), overrides, named)
     _include_suites(tree)
     return tree, text
 

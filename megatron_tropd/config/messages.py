@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -35,12 +36,21 @@ from megatron_tropd.errors import ConfigError
 # --------------------------------------------------------------------------- reading
 
 
-def read_tree(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Return the file, overrides applied and interpolations resolved, as plain data, and the file's text."""
-    text = _read_text(path)
+def read_tree(
+    path: Path | None, overrides: Sequence[str], named: Mapping[str, Named] = MappingProxyType({})
+) -> tuple[dict[str, Any], str]:
+    """Return the file, overrides applied and interpolations resolved, as plain data, and the file's text.
+
+    ``path``: None is an empty file. ``named``: by key, what options of the command line say.
+    """
+    text = "" if path is None else _read_text(path)
+    path = path or Path(NO_FILE)
     config = _parse(text, path)
     for override in overrides:
         _apply(config, override)
+    for key, one in named.items():
+        at = where(_parts(key), text, overrides).removesuffix(": ")
+        _enter(config, key, one, f"{path}, {at}" if at.startswith("line") else at)
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -56,6 +66,40 @@ def read_tree(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str
             "An interpolation ${...} sees only keys that are written in the file or an override."
         ) from None
     return typing.cast("dict[str, Any]", _string_keys(tree)), text
+
+
+NO_FILE = "command line"
+
+
+class Named(NamedTuple):
+    """The value that an option of the command line gives a key."""
+
+    option: str  # such as --student
+    value: str | list[str]
+
+
+def _parts(key: str) -> Loc:
+    return tuple(key.split("."))
+
+
+def _enter(config: DictConfig, key: str, one: Named, place: str) -> None:
+    """Set a key to what an option says. ConfigError when the file, or an override, says something else."""
+    there = OmegaConf.to_container(config, resolve=False)
+    for part in _parts(key):
+        there = there.get(str(part)) if isinstance(there, dict) else None
+    if there not in (None, "???") and _as_paths(there) != _as_paths(one.value):
+        raise ConfigError(
+            f"{one.option} says {_listed(one.value)}, and {place} says {key} = {_listed(there)}. Leave one of them out."
+        )
+    OmegaConf.update(config, key, one.value)
+
+
+def _as_paths(value: object) -> list[Path]:
+    return [Path(str(item)).expanduser().absolute() for item in (value if isinstance(value, list) else [value])]
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value if isinstance(value, list) else [value]))
 
 
 def _read_text(path: Path) -> str:

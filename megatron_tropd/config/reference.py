@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_tropd.config.run import RunConfig
+from megatron_tropd.config.sections import AUTO, is_chosen
 
 Loc = tuple[int | str, ...]
 Model = type[BaseModel]
@@ -39,6 +40,9 @@ def reference_rows(model: Model, prefix: str = "") -> Iterator[ReferenceRow]:
     for name, field in model.model_fields.items():
         section = _model_of(field.annotation)
         is_list = typing.get_origin(field.annotation) is tuple
+        if section is not None and is_chosen(field):
+            meaning = field.description or ""
+            yield ReferenceRow(key=prefix + name, type="`auto` or keys", default=json.dumps(AUTO), meaning=meaning)
         if section is None or is_list:
             yield ReferenceRow(
                 key=prefix + name, type=_type_name(field), default=_default(field), meaning=field.description or ""
@@ -109,7 +113,7 @@ _TYPE_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or
 
 def _type_name(field: FieldInfo) -> str:
     name, null, _ = _annotation_name(field.annotation).partition(" | null")
-    return " ".join(filter(None, [name, _bounds(field)])) + null
+    return " ".join(filter(None, [name, _bounds(field)])) + null + " | `auto`" * is_chosen(field)
 
 
 def _annotation_name(annotation: Any) -> str:
@@ -136,6 +140,8 @@ def _bounds(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
+    if is_chosen(field):
+        return json.dumps(AUTO)
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, tuple):
         value = [item.model_dump(exclude_defaults=True) if isinstance(item, BaseModel) else item for item in value]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import PrivateAttr, ValidationInfo, model_validator
 
 from megatron_tropd.config.sections import (
+    AUTO,
+    FITTED_LATER,
     BaseConfig,
     CheckpointConfig,
     DataConfig,
@@ -35,6 +37,7 @@ from megatron_tropd.config.sections import (
     TrainConfig,
     UserPath,
     Whole,
+    chosen,
     key,
 )
 from megatron_tropd.errors import ConfigError
@@ -44,7 +47,11 @@ from megatron_tropd.types import ModelSource
 class RunConfig(Section):
     """A whole run. Build it with :func:`load_config` or :func:`parse_config`, which raise readable errors."""
 
-    run_dir: UserPath = Field(description="Directory of the run: metrics, config, checkpoints, report.")
+    run_dir: UserPath = chosen(
+        None,
+        "Directory of the run: metrics, config, checkpoints, report. `auto`: runs/STUDENT-from-TEACHER-METHOD, by the "
+        "last part of their names.",
+    )
     seed: Whole = key(0, "Seed of every random number of the run.", ge=0, lt=2**63)
     dtype: Dtype = key("bf16", "Compute type. `bf16` keeps fp32 master weights.")
     device: Device = key(
@@ -76,10 +83,34 @@ class RunConfig(Section):
     _named: RunConfig | None = PrivateAttr(default=None)
     _commits: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _run_has_a_directory(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("run_dir", AUTO) != AUTO:
+            return data
+        student, teacher = (_word(data, role, "model") for role in ("student", "teacher"))
+        if student is None or teacher is None:  # which is an error of its own
+            return {**data, "run_dir": Path("runs")}
+        method = _word(data, "method", "name") or MethodConfig().name
+        return {**data, "run_dir": Path("runs") / f"{_name(student)}-from-{_name(teacher)}-{method}"}
+
     @model_validator(mode="after")
-    def _sections_fit_each_other(self) -> Self:
+    def _none_of_the_sequences_is_guided_without_responses(self) -> Self:
+        guided = self.rollout.guided_per_prompt
+        if self.data.responses == "none" and guided:
+            if "guided_per_prompt" in self.rollout.model_fields_set:
+                raise ValueError(
+                    f"rollout.guided_per_prompt = {guided} starts sequences with a teacher's response, and "
+                    "data.responses = none has none. Set it to 0, or data.responses to auto."
+                )
+            rollout = self.rollout.model_copy(update={"guided_per_prompt": 0})
+            object.__setattr__(self, "rollout", rollout)  # frozen, and not handed out yet
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self, info: ValidationInfo) -> Self:
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        if self.train.pack_tokens < longest:
+        if self.train.pack_tokens < longest and not (info.context == FITTED_LATER and self._has_an_open_length()):
             raise ValueError(
                 f"train.pack_tokens = {self.train.pack_tokens} cannot hold the longest sequence: "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = "
@@ -172,6 +203,11 @@ class RunConfig(Section):
                 )
         return self
 
+    def _has_an_open_length(self) -> bool:
+        """Say whether a length, or the budget of packs, is still to be chosen."""
+        keys = ((self.data, "max_prompt_tokens"), (self.rollout, "max_new_tokens"), (self.train, "pack_tokens"))
+        return any(name not in section.model_fields_set for section, name in keys)
+
     @property
     def named(self) -> RunConfig:
         """Return the configuration as its user named models and data, on the hub with their commits."""
@@ -181,6 +217,11 @@ class RunConfig(Section):
     def commits(self) -> Mapping[str, str]:
         """Return the commit of every name on the hub, by the name as it was given."""
         return self._commits
+
+    def changed(self, change: Callable[[RunConfig], RunConfig]) -> RunConfig:
+        """Return the configuration with keys changed, also as its user named models and data."""
+        found = change(self)
+        return found if self._named is None else found.noting(change(self._named), self._commits)
 
     def noting(self, named: RunConfig, commits: Mapping[str, str]) -> Self:
         """Return this configuration of local paths, with what they were named."""
@@ -272,6 +313,19 @@ class RunConfig(Section):
                     f"{name} = '{path}': there is nothing at {path.absolute()} "
                     f"(relative paths are relative to the current directory). {fix}{variable_in(path)}"
                 )
+
+
+def _word(data: Mapping[str, Any], section: str, name: str) -> str | None:
+    """Return a value as it was written, where there is one."""
+    found = data.get(section)
+    value = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+    return None if value is None else str(value)
+
+
+def _name(model: str) -> str:
+    """Return the last part of the path or name of a model, which may be ``.`` or end in a slash."""
+    name = Path(model).name.partition("@")[0]
+    return Path(model).expanduser().resolve().name or "model" if name in ("", "..") else name
 
 
 PROMPT_FILES = (

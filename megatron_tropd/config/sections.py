@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.types import ModelSource
@@ -69,8 +79,33 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return Field(default=default, description=meaning, **bounds)
 
 
+def chosen(default: Any, meaning: str, **bounds: Any) -> Any:
+    """Declare a key that is chosen for the models and ranks at hand where it is ``auto`` or left out.
+
+    ``default``: its value until somebody has chosen.
+    """
+    return Field(default=default, description=meaning, json_schema_extra={"chosen": AUTO}, **bounds)
+
+
+AUTO = "auto"
+FITTED_LATER = "fitted later"  # context of a validation, after which ``auto`` becomes numbers
+
+
+def is_chosen(field: FieldInfo) -> bool:
+    """Say whether a key was declared by :func:`chosen`."""
+    return isinstance(field.json_schema_extra, dict) and "chosen" in field.json_schema_extra
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        open_keys = {name for name, field in cls.model_fields.items() if is_chosen(field) and data.get(name) == AUTO}
+        return {name: value for name, value in data.items() if name not in open_keys}
 
 
 MODEL = (
@@ -145,13 +180,19 @@ class Layout(Section):
         return ((stage * replicas + replica) * self.context + context) * self.tensor + tensor
 
 
+LAYOUT = (
+    "Its layout; `auto` takes, of those that divide the ranks, its heads and its layers, the fastest that the memory "
+    "is estimated to hold (docs/scaling.md)."
+)
+
+
 class NamedTeacherConfig(Section):
     """A teacher in addition to `teacher`, for the data sources that name it. Never trained."""
 
     name: str = Field(min_length=1, description="Name of the teacher, which `data.sources[i].teacher` gives.")
     model: UserPath = Field(description=f"With the student's vocabulary: {MODEL}.")
     like: UserPath | None = key(None, LIKE)
-    parallel: Layout = Layout()
+    parallel: Layout = chosen(Layout(), LAYOUT)
 
     @property
     def source(self) -> ModelSource:
@@ -217,7 +258,7 @@ class StudentConfig(Section):
     model: UserPath = Field(description=f"Student: {MODEL}.")
     like: UserPath | None = key(None, LIKE)
     lora: LoraConfig | None = None
-    parallel: Layout = Layout()
+    parallel: Layout = chosen(Layout(), LAYOUT)
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations computed again in backward instead of kept: nothing, attention, whole layers."
     )
@@ -340,7 +381,18 @@ class DataConfig(Section):
     template_options: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the chat template, such as `{enable_thinking: false}`."
     )
-    max_prompt_tokens: Whole = key(1024, "Longest prompt, in tokens; longer rows are left out and counted.", ge=1)
+    responses: Literal["auto", "required", "none"] = key(
+        "auto",
+        "The teacher's responses, of which a guided method starts some sequences with the first tokens. `auto`: those "
+        "in the data; where it has none, the teacher writes them when a run starts, once, into RUN/responses. "
+        "`required`: those in the data, or an error. `none`: no sequence is guided.",
+    )
+    max_prompt_tokens: Whole = chosen(
+        1024,
+        "Longest prompt, in tokens; longer rows are left out and counted. `auto`: 1024, or half of the models' "
+        "positions where that is less, or what rollout.max_new_tokens leaves of them.",
+        ge=1,
+    )
     max_response_tokens: Whole | None = key(
         None, "Longest response in the data, in tokens; longer rows are left out and counted. null: any.", ge=1
     )
@@ -381,7 +433,11 @@ class DataConfig(Section):
 class RolloutParallelConfig(Section):
     """The layout of the sampler's own copy of the student."""
 
-    tensor: Whole = key(1, "Tensor-parallel ranks of the sampler.", ge=1)
+    tensor: Whole = chosen(
+        1,
+        "Tensor-parallel ranks of the sampler. `auto`: as few as leave three quarters of a rank's memory to others.",
+        ge=1,
+    )
 
 
 class VLLMConfig(Section):
@@ -467,7 +523,7 @@ class TeacherConfig(Section):
         "student's, so that it sees the very prompts the student sees, or its `own` (`tropd generate` alone so far). "
         "It is always evaluated under its own template and end tokens.",
     )
-    parallel: Layout = Layout()
+    parallel: Layout = chosen(Layout(), LAYOUT)
     ranks: Whole = key(
         0,
         "Ranks that are the teacher's alone: the last ones of the launch, the others are the student's. 0: the teacher "
@@ -595,7 +651,12 @@ class RolloutConfig(Section):
     engine: RolloutEngine = key("megatron", "Who samples: the trainer's own model, vLLM, or a recording.")
     samples_per_prompt: Whole = key(4, "Sequences per prompt written by the student alone.", ge=0)
     guided_per_prompt: Whole = key(1, "Sequences per prompt that start with a teacher prefix.", ge=0)
-    max_new_tokens: Whole = key(8192, "Longest response (prefix and continuation), in tokens.", ge=1)
+    max_new_tokens: Whole = chosen(
+        8192,
+        "Longest response (prefix and continuation), in tokens. `auto`: 8192, or what data.max_prompt_tokens leaves of "
+        "the models' positions.",
+        ge=1,
+    )
     temperature: Real = key(1.0, "Sampling temperature. On-policy methods are derived for 1.", gt=0)
     top_p: Real = key(1.0, "Nucleus sampling: keep the smallest set with this probability.", gt=0, le=1)
     top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
@@ -695,7 +756,12 @@ class TrainConfig(Section):
 
     steps: Whole = key(200, "Training steps: one batch of prompts sampled, scored and learned from.", ge=1)
     prompts_per_step: Whole = key(128, "Prompts per step, over all ranks.", ge=1)
-    pack_tokens: Whole = key(16384, "Token budget of a pack, the micro-batch of teacher and student.", ge=1)
+    pack_tokens: Whole = chosen(
+        16384,
+        "Token budget of a pack, the micro-batch of teacher and student. `auto`: 16384, halved until the memory is "
+        "estimated to hold it, but never less than the longest sequence.",
+        ge=1,
+    )
     share_prefixes: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = key(
         "auto",
         "Compute what sequences of a pack begin with alike once, and budget packs by what is computed; off: every "
@@ -911,10 +977,10 @@ class ReportConfig(Section):
 class ExportConfig(Section):
     """Where the trained student goes."""
 
-    hf: UserPath | None = key(
+    hf: UserPath | None = chosen(
         None,
         "Directory for the trained student as a Hugging Face checkpoint; of a student with adapters, the merged "
-        "weights.",
+        "weights; null: none. `auto`: RUN/student.",
     )
     adapter: UserPath | None = key(
         None, "Directory for the trained adapters of `student.lora`, as `peft` loads them; null writes none."
@@ -933,10 +999,10 @@ class ExportConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _pushes_what_is_exported(self) -> Self:
+    def _pushes_what_is_exported(self, info: ValidationInfo) -> Self:
         if self.push_to_hub is None:
             return self
-        if self.hf is None:
+        if self.hf is None and not (info.context == FITTED_LATER and "hf" not in self.model_fields_set):
             raise ValueError(
                 f"push_to_hub = {self.push_to_hub!r} pushes the directory of hf, which is null. Set hf to one."
             )

@@ -168,7 +168,10 @@ class RowParser:
             self._notes.add(SPELLED)
             prompt = spelled
         if prompt is None and self._template is None:
-            raise BadRow(f"has neither {names.prompt!r} nor {names.messages!r}, only {sorted(row)}.")
+            raise BadRow(
+                f"has neither {names.prompt!r} nor {names.messages!r}, only {sorted(row)}. If the prompt is one of "
+                "these, name it in data.columns.prompt."
+            )
         if prompt is None or isinstance(prompt, str):
             return prompt
         if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):

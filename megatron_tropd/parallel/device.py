@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -103,3 +104,18 @@ def _why_no_cuda() -> str:
         f"torch {build} (CUDA {torch.version.cuda}) sees none. See whether `nvidia-smi` lists one, and whether its "
         "driver is new enough for that CUDA."
     )
+
+
+def memory_bytes(device: torch.device, environment: Mapping[str, str]) -> int:
+    """Return the memory of this rank's device; of a CPU, this rank's share of what its container or machine has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+            total = min(total, int(Path(path).read_text()))
+    return total // int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
+
+
+# of a container, by the second and the first version of the kernel's interface
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

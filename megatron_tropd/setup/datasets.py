@@ -27,6 +27,7 @@ from megatron_tropd.data.tokenizer import Tokenizer, check_same_vocabulary, load
 from megatron_tropd.errors import ConfigError, DataError, TokenizerError
 from megatron_tropd.evaluate.grader_pool import check_code_allowed
 from megatron_tropd.evaluate.rules import CODE
+from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.setup.ends import STUDENT
 from megatron_tropd.setup.references import answer_template, check_problem_answers
 from megatron_tropd.types import Architecture, ModelSource
@@ -123,25 +124,55 @@ def shares_of(data: DataConfig, prompts: PromptTable) -> tuple[Share, ...]:
     return tuple(Share(rows_N, weights.get(name) or float(len(rows_N))) for name, rows_N in rows.items())
 
 
-def read_training_prompts(config: RunConfig, tokenizer: Tokenizer, *, guided: bool) -> PromptTable:
-    """Read the training prompts; with ``guided`` every one of them has a teacher response."""
+def read_training_prompts(
+    config: RunConfig, tokenizer: Tokenizer, *, guided: bool, may_lack: bool = False
+) -> PromptTable:
+    """Read the training prompts; with ``guided`` every one of them has a teacher response.
+
+    ``may_lack``: unless the teacher is about to write what is missing (``data.responses: auto``).
+    """
     data = config.data
+    written = may_lack and data.responses == "auto" and why_not_by_teacher(config) is None
     limits = Limits(
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
         max_left_out=data.max_left_out,
-        require_response=guided and data.on_bad_row == "skip",
+        require_response=guided and data.on_bad_row == "skip" and not written,
     )
     prompts = _read(data, sources_of(data), tokenizer, limits)
     bare = np.flatnonzero(prompts.response_lengths() == 0)
-    if guided and bare.size:
+    if guided and bare.size and not written:
         raise DataError(
             f"{bare.size} of {len(prompts)} prompts have no teacher response in column {data.columns.response!r} (the "
             f"first is {prompts.place(int(bare[0]))}), and method.name={config.method.name} starts some sequences with "
-            "one. Let the teacher write them (`tropd generate CONFIG.yaml OUT`), or set "
-            "rollout.guided_per_prompt=0 to train without."
+            f"one. {_ways_to_responses(config)}"
         )
     return prompts
+
+
+def why_not_by_teacher(config: RunConfig) -> str | None:
+    """Say why the teacher of a run cannot write responses when the run starts; None where it can."""
+    if config.teacher.recorded_from is not None:
+        return f"its scores are recorded ones (teacher.recorded_from = '{config.teacher.recorded_from}')"
+    if not ROLLOUT_ENGINES[config.rollout.engine].generates:
+        return f"rollouts are replayed (rollout.engine={config.rollout.engine}), with the responses of their own run"
+    writer = ROLLOUT_ENGINES.get(config.teacher.engine)
+    if writer is None or not (writer.generates and writer.colocated):
+        return f"teacher.engine={config.teacher.engine} only scores"
+    return None
+
+
+def _ways_to_responses(config: RunConfig) -> str:
+    others = (
+        "write them beforehand (`tropd generate CONFIG.yaml OUT`, then data.prompts=OUT), or set data.responses=none "
+        "to train without guidance."
+    )
+    if config.data.responses == "required":
+        return f"data.responses=required has nobody write them: set it to auto, {others}"
+    reason = why_not_by_teacher(config)
+    if reason is not None:
+        return f"The teacher cannot write them now: {reason}. Do so with one that can: {others}"
+    return f"`tropd train` has the teacher write them (data.responses=auto). Else {others}"
 
 
 def _read(data: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, limits: Limits) -> PromptTable:

@@ -75,8 +75,11 @@ class Inputs:
     problems: Mapping[str, PromptTable]  # held out, by suite; empty when nothing is evaluated
 
 
-def read_inputs(config: RunConfig) -> Inputs:
+def read_inputs(config: RunConfig, *, may_lack_responses: bool = False) -> Inputs:
     """Read and check everything that training starts from.
+
+    Args:
+        may_lack_responses: whether prompts may lack responses that the teacher can write (``data.responses: auto``).
 
     Raises:
         TropdError: whatever method, models, layouts, tokenizers or data have wrong, in that order.
@@ -86,9 +89,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     found.learn(config=config, method=method)
     student, teacher = read_architectures(config)
     teachers = {
-        one.name: _read_architecture(f"teachers[{i}].model", one.source) for i, one in enumerate(config.teachers)
+        one.name: read_architecture(f"teachers[{i}].model", one.source) for i, one in enumerate(config.teachers)
     }
-    base = _read_architecture("base.model", config.base_source) if method.needs.base_model else None
+    base = read_architecture("base.model", config.base_source) if method.needs.base_model else None
     found.learn(student=student, teacher=teacher, teachers=teachers, base=base)
     models = {"student": student, "teacher": teacher}
     models |= {f"teacher {name!r}": architecture for name, architecture in teachers.items()}
@@ -106,7 +109,9 @@ def read_inputs(config: RunConfig) -> Inputs:
         tokenizer=tokenizer,
         ends=ends,
         vocab_size=vocab_size,
-        prompts=read_training_prompts(config, tokenizer, guided=guided_per_prompt(config, method) > 0),
+        prompts=read_training_prompts(
+            config, tokenizer, guided=guided_per_prompt(config, method) > 0, may_lack=may_lack_responses
+        ),
         problems=read_problems(suites_of(config), config.data, tokenizer, allow_code=config.evaluate.code_execution),
     )
     found.learn(models=models, inputs=inputs)
@@ -302,12 +307,13 @@ def check_export(config: RunConfig) -> None:
 def read_architectures(config: RunConfig) -> tuple[Architecture, Architecture]:
     """Read the sizes of student and teacher; CheckpointError that says whose ``config.json`` cannot be used."""
     return (
-        _read_architecture("student.model", config.student.source),
-        _read_architecture("teacher.model", config.teacher.source),
+        read_architecture("student.model", config.student.source),
+        read_architecture("teacher.model", config.teacher.source),
     )
 
 
-def _read_architecture(key: str, source: ModelSource) -> Architecture:
+def read_architecture(key: str, source: ModelSource) -> Architecture:
+    """Read the sizes of the model that ``key`` names; CheckpointError that says so."""
     try:
         return source_architecture(source)
     except CheckpointError as error:

@@ -75,13 +75,23 @@ _SETTINGS_OF_CARD = (
     *("rollout.samples_per_prompt", "rollout.guided_per_prompt", "rollout.max_new_tokens", "rollout.temperature"),
 )
 
+# given a configuration and what was read for it, returns one in which every guided prompt has a teacher response
+Responses = Callable[[RunConfig, Inputs], RunConfig]
 
-def run_training(config: RunConfig, *, callbacks: Callbacks | None = None, own_process: bool = True) -> Run | None:
+
+def run_training(
+    config: RunConfig,
+    *,
+    callbacks: Callbacks | None = None,
+    own_process: bool = True,
+    responses: Responses | None = None,
+) -> Run | None:
     """Train as ``config`` says, from the newest checkpoint if there is one. Collective.
 
     Args:
         callbacks: what a user's program does meanwhile; ranks that are the teacher's alone do not call it.
         own_process: whether Ctrl-C outside of training ends the process; else it raises KeyboardInterrupt.
+        responses: what finds responses for prompts that lack them, on the student's ranks; None: that is an error.
 
     Returns:
         What was trained; None on ranks that are the teacher's alone.
@@ -95,7 +105,7 @@ def run_training(config: RunConfig, *, callbacks: Callbacks | None = None, own_p
         if launch.is_teachers:
             _serve_scores(config, launch, stop)
             return None
-        return _run_training(config, launch, stop, callbacks or Callbacks())
+        return _run_training(config, launch, stop, callbacks or Callbacks(), responses)
 
 
 def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
@@ -118,19 +128,25 @@ def _serve_scores(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             raise
 
 
-def _run_training(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
+def _run_training(
+    config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks, responses: Responses | None
+) -> Run:
     if dist.get_rank() == 0:
         check_export(config)
         if config.export.push_to_hub is not None:
             check_push(config.export.push_to_hub)
     with claimed(run_directory(config.run_dir), *exports(config.export)):
-        return _train(config, launch, stop, callbacks)
+        inputs = read_inputs(config, may_lack_responses=responses is not None)
+        tell_ends(inputs.ends, enabled=dist.get_rank() == 0)
+        check_writable(config)
+        if responses is not None:
+            answered = responses(config, inputs)
+            inputs = inputs if answered is config else read_inputs(answered)
+            config = answered
+        return _train(config, inputs, launch, stop, callbacks)
 
 
-def _train(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
-    inputs = read_inputs(config)
-    tell_ends(inputs.ends, enabled=dist.get_rank() == 0)
-    check_writable(config)
+def _train(config: RunConfig, inputs: Inputs, launch: Launch, stop: StopRequest, callbacks: Callbacks) -> Run:
     facts = _agreed_identity(config, inputs)
     find = partial(find_start, config.checkpoint, facts, run_dir=config.run_dir, steps=config.train.steps)
     start = find()

@@ -431,7 +431,7 @@ INPUT_MISTAKES = [
     ("teacher.model=HOME/neox", "teacher.model = 'HOME/neox': architecture ['GPTNeoXForCausalLM'] is not supported."),
     ("student.model=HOME", "CheckpointError: student.model = 'HOME': HOME/config.json does not exist."),
     (
-        "data.prompts=HOME/bare.jsonl",
+        "data.prompts=HOME/bare.jsonl data.responses=required",
         "9 of 11 prompts have no teacher response in column 'response' (the first is HOME/bare.jsonl:3), and ",
     ),
     ("data.prompts=HOME/not_json.jsonl", "DataError: HOME/not_json.jsonl:12: not valid JSON"),

@@ -89,7 +89,7 @@ def test_a_recording_that_is_refused_is_refused_before_anything_is_moved(tmp_pat
     section = CheckpointConfig(resume="never")
     config = SimpleNamespace(checkpoint=section, run_dir=tmp_path, train=SimpleNamespace(steps=9))
     with pytest.raises(DataError, match="another run's rollouts"):
-        session._train(config, MagicMock(), MagicMock())  # type: ignore[arg-type]
+        session._train(config, MagicMock(), MagicMock(), MagicMock(), MagicMock())  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 

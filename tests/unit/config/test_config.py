@@ -288,7 +288,7 @@ def test_every_problem_of_a_file_is_listed_with_its_line(config_path: Path):
 def test_missing_sections_name_the_keys_to_set(config_path: Path):
     config_path.write_text("seed: 1\n")
     text = message(config_path)
-    for key in ("run_dir", "student.model", "teacher.model", "data"):
+    for key in ("student.model", "teacher.model", "data"):
         assert f"{key} must be set: " in text
 
 
@@ -303,7 +303,7 @@ def test_missing_sections_name_the_keys_to_set(config_path: Path):
         ("hello\n", ": the file must hold `key: value` lines, got only 'hello'."),
         ("run_dir: ${oops\n", ": run_dir: "),
         ("1: 2\n", "1 is not a key."),
-        ("", "run_dir must be set: "),
+        ("", "student.model must be set: "),
     ],
 )
 def test_bad_yaml_is_refused_with_its_line(config_path: Path, text: str, problem: str):
