@@ -140,8 +140,9 @@ def _suited(config: RunConfig, machines: Cluster) -> Cluster:
 
     A check may run on fewer ranks than the training will; a training on other ranks is refused before.
     """
-    layouts = (config.student, *([] if config.teacher.ranks else [config.teacher]), *config.teachers)
-    sizes = [section.parallel.smallest_world for section in layouts]
+    layouts = [config.student.parallel, *(one.parallel for one in config.teachers)]
+    layouts += [] if config.teacher.ranks else [config.teacher.parallel]
+    sizes = [layout.smallest_world for layout in layouts]
     least, own = math.lcm(config.rollout.parallel.tensor, *sizes), config.teacher.ranks
     students = machines.gpus - own
     if students > 0 and students % least == 0:
