@@ -175,11 +175,13 @@ def test_without_responses_no_sequence_is_guided(task: Task):
 
 def test_init_writes_what_one_line_says_and_leaves_a_file_that_is_there(task: Task, tmp_path: Path):
     bare, out = tmp_path / "a b.jsonl", tmp_path / "my.yaml"
-    bare.write_text("".join(f'{{"prompt": {json.dumps(row["prompt"])}}}\n' for row in rows_of(task)[:3]))
+    bare.write_text(
+        "".join(f'{{"prompt": {json.dumps(row["prompt"])}}}\n' for row in rows_of(task)[:3])
+    )  # of which one is too long
     config = load(task, prompts=bare)
     write_configuration(config, out)
     text = out.read_text()
-    assert "  responses: auto  # 3 prompts have none: the teacher writes them when a run starts\n" in text
+    assert "  responses: auto  # 2 prompts have none: the teacher writes them when a run starts\n" in text
     assert "  # max_new_tokens: 45  # of a response; the models have 89 positions\n" in text
     written = load_config(out, fitted_later=True)
     assert fit(written, ranks(1)).config == fit(config, ranks(1)).config
