@@ -103,7 +103,9 @@ def test_the_identity_of_the_data_changes_with_content_weights_order_and_teacher
 
 def test_one_prompt_without_a_response_is_one_too_many_for_guidance(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "c"})
-    config: Any = SimpleNamespace(data=DataConfig(prompts=(path,)), method=SimpleNamespace(name="tropd"))
+    config: Any = SimpleNamespace(
+        data=DataConfig(prompts=(path,), responses="required"), method=SimpleNamespace(name="tropd")
+    )
     with pytest.raises(DataError, match=r"1 of 2 prompts have no teacher response .* first is .*p.jsonl:2"):
         reading.read_training_prompts(config, Letters(), guided=True)
     assert len(reading.read_training_prompts(config, Letters(), guided=False)) == 2
