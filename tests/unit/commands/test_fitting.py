@@ -137,6 +137,13 @@ def test_a_file_and_an_option_may_say_the_same_and_not_otherwise(task: Task, tmp
         load(task, "data.prompts=a")
 
 
+def test_what_is_pushed_to_the_hub_is_the_export_that_was_chosen(task: Task):
+    fitted = fit(load(task, "export.push_to_hub=own/new"), ranks(1)).config
+    assert fitted.export.hf == fitted.run_dir / "student"
+    with pytest.raises(ConfigError, match="Set hf to one"):
+        load(task, "export.push_to_hub=own/new", "export.hf=null")
+
+
 def test_three_keys_are_a_whole_configuration(task: Task, tmp_path: Path):
     file = tmp_path / "my.yaml"
     file.write_text(
