@@ -70,6 +70,7 @@ class Prompt:
     response_finished: bool = True  # False: it was cut off, has no end token and may be continued
     source: str = ""  # name of the data source, empty where there is only one
     teacher: str = ""  # name of the teacher that scores it, empty where there is only one
+    teacher_ids: Int64Array | None = None  # [L] the teacher's own prompt, tokenized; None: it reads the student's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,7 @@ class Rollout:
     weight_version: int = 0  # training step whose weights wrote the continuation
     token_versions: Int64Array | None = None  # [C] the same token by token; None: weight_version for all
     teacher: str = ""  # name of the teacher that scores it, as of its prompt
+    teacher_prompt_ids: Int64Array | None = None  # [L] what the teacher reads in place of the PROMPT tokens; None: them
 
     def count(self, *regions: Region) -> int:
         """Count the tokens in any of ``regions``."""
@@ -152,6 +154,13 @@ class Pack:
     row_T: Int64Array | None = None  # which row computes each token, -1 for padding; None: every token is its own.
     #                                  Tokens with equal histories are one row, numbered in order of first appearance
     num_rows: int = 0  # rows of ``row_T``, rounded up to ``multiple_of``: the last ones may be padding
+    teacher_pack: Pack | None = None  # the same sequences behind the teacher's own prompts, with the same valid
+    #                                   predictions in the same order; None: the teacher reads this one
+
+    @property
+    def scored(self) -> Pack:
+        """Return the pack that the teacher reads."""
+        return self if self.teacher_pack is None else self.teacher_pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

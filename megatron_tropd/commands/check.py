@@ -267,7 +267,8 @@ def _sampler(student: Architecture, config: RunConfig) -> list[tuple[str, str]]:
 def _teachers(config: RunConfig, inputs: Inputs) -> list[tuple[str, Path, Architecture, Layout]]:
     """List role, directory, sizes and layout of every teacher."""
     others = [(f"teacher {t.name!r}", t.model, inputs.teachers[t.name], t.parallel) for t in config.teachers]
-    return [("teacher", config.teacher.model, inputs.teacher, config.teacher.parallel), *others]
+    layout = config.student.parallel if config.teacher.moves else config.teacher.parallel
+    return [("teacher", config.teacher.model, inputs.teacher, layout), *others]
 
 
 def _traffic(config: RunConfig, inputs: Inputs, sequences: int) -> str:

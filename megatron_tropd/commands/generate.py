@@ -176,8 +176,8 @@ def jobs_of(config: RunConfig, files: Mapping[str, Path], *, sampling: Sampling)
 
 
 def _unanswered(source: Source) -> Source:
-    columns = source.columns.model_copy(update={"response": _UNREAD, "answer": _UNREAD})
-    return replace(source, columns=columns, answer_template=None)
+    columns = source.columns.model_copy(update={"response": _UNREAD, "answer": _UNREAD, "teacher_prompt": None})
+    return replace(source, columns=columns, answer_template=None, teacher_template=None, teacher_system=None)
 
 
 def _check_arguments(sampling: Sampling, out: Path) -> None:

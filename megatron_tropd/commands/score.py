@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_tropd.config.run import RunConfig
+from megatron_tropd.data.packing import as_teacher_reads
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.parallel.groups import initialize_distributed
 from megatron_tropd.progress.phases import Phase
@@ -104,10 +105,10 @@ class _Known:
 
     def is_new(self, rollout: Rollout) -> bool:
         """Say whether a rollout is to be scored, and take it for scored from then on."""
-        position = _loss_positions(rollout)
-        if not len(position):
+        if not len(_loss_positions(rollout)):
             return False
-        key = sequence_key(rollout.token_ids)
+        rollout = as_teacher_reads(rollout)
+        position, key = _loss_positions(rollout), sequence_key(rollout.token_ids)
         seen = self._seen.setdefault(key, [])
         if any(np.isin(position, earlier).all() for earlier in seen):
             return False
@@ -130,8 +131,9 @@ def _count_batches(config: RunConfig, inputs: Inputs) -> int:
 def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
     """Iterate over what is to be scored, numbered separately within each batch."""
     if config.rollout.recorded_from is not None:
+        rows = inputs.prompts.row_of_index()
         for step in range(config.train.steps):
-            yield read_rollouts(config.rollout.recorded_from, step)
+            yield [_as_of(inputs, rows, one) for one in read_rollouts(config.rollout.recorded_from, step)]
         return
     prompts, size = inputs.prompts, config.train.prompts_per_step
     bare = [row for row, length in enumerate(prompts.response_lengths().tolist()) if not length]
@@ -146,4 +148,24 @@ def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
         requests = make_requests(rows, samples=0, guided=1, fraction=1.0, max_new_tokens=params.max_new_tokens)
         whole = [replace(request, max_new_tokens=0) for request in requests]
         contexts = contexts_of(whole, inputs.teacher.max_positions)
-        yield [to_rollout(r, c, None, params, version=0) for r, c in zip(whole, contexts, strict=True)]
+        written = [to_rollout(r, c, None, params, version=0) for r, c in zip(whole, contexts, strict=True)]
+        yield [replace(one, teacher_prompt_ids=row.teacher_ids) for one, row in zip(written, rows, strict=True)]
+
+
+def _as_of(inputs: Inputs, rows: Mapping[int, int], rollout: Rollout) -> Rollout:
+    """Add what the teacher reads in place of the prompt, by the row of the data that it came from.
+
+    Raises:
+        DataError: the data has no such row, or has another prompt there.
+    """
+    if not len(inputs.prompts.with_own_teacher_prompt()):
+        return rollout
+    row = rows.get(rollout.prompt_index)
+    prompt = None if row is None else inputs.prompts[row]
+    asked = rollout.token_ids[: rollout.prompt_length]
+    if prompt is None or not np.array_equal(prompt.token_ids, asked):
+        raise DataError(
+            f"sequence {rollout.sequence_id} of the recorded rollouts answers row {rollout.prompt_index} of other data "
+            "than data.prompts, where the teacher's own prompts are. Give the data that the rollouts were made of."
+        )
+    return replace(rollout, teacher_prompt_ids=prompt.teacher_ids)

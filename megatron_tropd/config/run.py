@@ -43,6 +43,8 @@ from megatron_tropd.config.sections import (
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.types import ModelSource
 
+STUDENT = "student"  # in teacher.model: the student itself
+
 
 class RunConfig(Section):
     """A whole run. Build it with :func:`load_config` or :func:`parse_config`, which raise readable errors."""
@@ -94,6 +96,41 @@ class RunConfig(Section):
         method = _word(data, "method", "name") or MethodConfig().name
         return {**data, "run_dir": Path("runs") / f"{_name(student)}-from-{_name(teacher)}-{method}"}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_may_be_the_student(cls, data: Any) -> Any:
+        """Put the student's model in the place of the word ``student``."""
+        if not isinstance(data, Mapping):
+            return data
+        student, teacher = data.get("student"), data.get("teacher")
+        if not (isinstance(student, Mapping) and isinstance(teacher, Mapping) and teacher.get("model") == STUDENT):
+            return data
+        if teacher.get("like") is not None:
+            raise ValueError(
+                f"teacher.like = '{teacher['like']}' is not read with teacher.model = student. Take it out."
+            )
+        if "model" not in student:
+            return data
+        own = {"model": student["model"], "like": student.get("like")}
+        return {**data, "teacher": {**teacher, **own}}
+
+    @model_validator(mode="after")
+    def _who_moves_is_the_student(self) -> Self:
+        teacher = self.teacher
+        if not teacher.moves:
+            return self
+        if teacher.source != self.student.source:
+            raise ValueError(
+                f"teacher.update = {teacher.update} is for a student that is its own teacher, and teacher.model = "
+                f"'{teacher.model}' is another model. Set teacher.model to student, or teacher.update to frozen."
+            )
+        if teacher.parallel not in (Layout(), self.student.parallel):
+            raise ValueError(
+                f"teacher.parallel is not read with teacher.update = {teacher.update}: it is laid out as the student. "
+                "Leave it out."
+            )
+        return self
+
     @model_validator(mode="after")
     def _none_of_the_sequences_is_guided_without_responses(self) -> Self:
         guided = self.rollout.guided_per_prompt
@@ -116,6 +153,13 @@ class RunConfig(Section):
                 f"data.max_prompt_tokens + rollout.max_new_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.rollout.max_new_tokens} = {longest}. "
                 f"Raise train.pack_tokens to {longest} or more, or lower one of the two."
+            )
+        scored = self.data.longest_teacher_prompt + self.rollout.max_new_tokens
+        if self.train.pack_tokens < scored:
+            raise ValueError(
+                f"train.pack_tokens = {self.train.pack_tokens} cannot hold the longest sequence that the teacher "
+                f"reads: data.max_teacher_prompt_tokens + rollout.max_new_tokens = {scored}. "
+                f"Raise train.pack_tokens to {scored} or more, or lower one of the two."
             )
         sequences = self.train.prompts_per_step * (self.rollout.samples_per_prompt + self.rollout.guided_per_prompt)
         if self.train.minibatches > sequences:

@@ -296,6 +296,12 @@ class ColumnsConfig(Section):
     response: str = key("response", "Column with one teacher response, for guidance.", min_length=1)
     answer: str = key("answer", "Column with the reference answer, for grading.", min_length=1)
     tools: str = key("tools", "Column with the tools that the chat template writes, a list or its JSON.", min_length=1)
+    teacher_prompt: str | None = key(
+        None,
+        "Column with the prompt that the teacher reads in place of the student's, as text or chat messages; null: no. "
+        "Of a row without it the teacher reads the student's, which is counted.",
+        min_length=1,
+    )
 
     @property
     def finished(self) -> str:
@@ -353,6 +359,8 @@ class SourceConfig(Section):
     template: str | None = key(None, "Jinja over the row's columns that makes the prompt; null takes data.template.")
     answer_template: str | None = key(None, "The same for the reference answer; null takes data.answer_template.")
     system: str | None = key(None, "System message; null takes data.system.")
+    teacher_template: str | None = key(None, "The same for the teacher's own prompt; null takes data.teacher_template.")
+    teacher_system: str | None = key(None, "The teacher's own system message; null takes data.teacher_system.")
     grader: Grader | None = key(None, "Rule that grades its responses; null takes data.grader.")
     extract: Pattern = key(None, "Regular expression, as of a suite; null takes data.extract.")
     code: CodeConfig | None = key(None, "For the grader `code`; null takes data.code.")
@@ -375,6 +383,14 @@ class DataConfig(Section):
     )
     answer_template: str | None = key(None, "Jinja that makes the reference answer; null: the answer column.")
     system: str | None = key(None, "System message of every conversation without one; needs a chat template.")
+    teacher_template: str | None = key(
+        None,
+        "Jinja over the row's columns that makes a prompt of the teacher's own, behind which it scores the student's "
+        "responses; `{{ prompt }}` is the student's. Null: it reads what the student reads.",
+    )
+    teacher_system: str | None = key(
+        None, "System message of the teacher's own prompt, in place of any other; needs a chat template."
+    )
     chat_template: bool = key(
         True, "Wrap prompts in the tokenizer's chat template where it has one; false: plain text."
     )
@@ -395,6 +411,11 @@ class DataConfig(Section):
     )
     max_response_tokens: Whole | None = key(
         None, "Longest response in the data, in tokens; longer rows are left out and counted. null: any.", ge=1
+    )
+    max_teacher_prompt_tokens: Whole | None = key(
+        None,
+        "Longest prompt of the teacher's own, in tokens; longer rows are left out, counted. null: max_prompt_tokens.",
+        ge=1,
     )
     on_bad_row: Literal["error", "skip"] = key("error", "Stop at a bad row, or skip and count it.")
     cache_dir: UserPath | None = key(
@@ -423,11 +444,32 @@ class DataConfig(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sources holds {names.count(name)} sources named {name!r}. Give each its own name.")
+        if self.max_teacher_prompt_tokens is not None and not self.own_teacher_prompts:
+            raise ValueError(
+                f"max_teacher_prompt_tokens = {self.max_teacher_prompt_tokens}, but the teacher has no prompts of its "
+                "own. Set teacher_template, teacher_system or columns.teacher_prompt, or take it out."
+            )
         weighed = [source.weight is not None for source in self.sources]
         if any(weighed) and not all(weighed):
             bare = names[weighed.index(False)]
             raise ValueError(f"sources gives a weight to some, but not to {bare!r}. Weigh all of them, or none.")
         return self
+
+    @property
+    def own_teacher_prompts(self) -> bool:
+        """Say whether some prompts are other ones for the teacher than for the student."""
+        makers = [(self.teacher_template, self.teacher_system, self.columns.teacher_prompt)]
+        makers += [
+            (source.teacher_template, source.teacher_system, source.columns and source.columns.teacher_prompt)
+            for source in self.sources
+        ]
+        return any(part is not None for maker in makers for part in maker)
+
+    @property
+    def longest_teacher_prompt(self) -> int:
+        """Return the most tokens of a prompt that the teacher reads."""
+        own = self.max_teacher_prompt_tokens or self.max_prompt_tokens
+        return max(self.max_prompt_tokens, own) if self.own_teacher_prompts else self.max_prompt_tokens
 
 
 class RolloutParallelConfig(Section):
@@ -512,8 +554,17 @@ class ServersConfig(Section):
 class TeacherConfig(Section):
     """The model that scores. Never trained."""
 
-    model: UserPath = Field(description=f"Teacher: {MODEL}.")
+    model: UserPath = Field(
+        description=f"Teacher: {MODEL}. `student`: the student itself (a directory of that name has a `/` in its path)."
+    )
     like: UserPath | None = key(None, LIKE)
+    update: Literal["frozen", "live", "ema"] = key(
+        "frozen",
+        "Of a student that is its own teacher: the weights it starts from (`frozen`), its present ones at every step "
+        "(`live`), or their moving average (`ema`).",
+    )
+    ema_decay: Real = key(0.99, "update=ema: average = decay * average + (1 - decay) * student, in fp32.", gt=0, lt=1)
+    ema_every: Whole = key(1, "update=ema: steps between updates of the average.", ge=1)
     engine: TeacherEngine = key(
         "megatron", "Who runs it: Megatron or vLLM in the trainer's processes, or vLLM servers (`tropd serve teacher`)."
     )
@@ -558,6 +609,33 @@ class TeacherConfig(Section):
     def source(self) -> ModelSource:
         """Return where its weights come from, and its config and tokenizer."""
         return ModelSource(self.model, self.like)
+
+    @property
+    def moves(self) -> bool:
+        """Say whether its weights are the student's, or follow them, as these learn."""
+        return self.update != "frozen"
+
+    @model_validator(mode="after")
+    def _moves_in_the_trainer_alone(self) -> Self:
+        for name in ("ema_decay", "ema_every"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and self.update != "ema":
+                raise ValueError(
+                    f"{name} = {value} is not read with update = {self.update}. Leave it out, or set update to ema."
+                )
+        if not self.moves:
+            return self
+        frozen: dict[str, Any] = {"engine": "megatron", "ranks": 0, "record": None, "recorded_from": None}
+        frozen |= {"offload": False} if self.update == "live" else {}
+        for name, wanted in frozen.items():
+            value = getattr(self, name)
+            if value != wanted:
+                raise ValueError(
+                    f"{name} = {value!r} does not go with update = {self.update}: weights that move are the trainer's "
+                    f"own, on its own ranks, and what they said of a sequence holds for one step. Set {name} to "
+                    f"{'null' if wanted is None else wanted}, or update to frozen."
+                )
+        return self
 
     @model_validator(mode="after")
     def _records_or_replays(self) -> Self:

@@ -34,6 +34,7 @@ class Limits:
 
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None  # of the response column, end token included
+    max_teacher_prompt_tokens: int | None = None  # of the teacher's own prompt
     max_rows: int | None = None  # usable rows of every source
     require_response: bool = False  # rows without a response are bad
     max_left_out: float = 0.9  # share of a source's rows that may be left out; beyond it that is an error
@@ -225,10 +226,14 @@ class _Reading:
 
 
 def _is_too_long(prompt: Prompt, limits: Limits) -> bool:
-    response = 0 if prompt.response_ids is None else len(prompt.response_ids)
+    response, own = (0 if ids is None else len(ids) for ids in (prompt.response_ids, prompt.teacher_ids))
     return any(
         most is not None and length > most
-        for length, most in ((len(prompt.token_ids), limits.max_prompt_tokens), (response, limits.max_response_tokens))
+        for length, most in (
+            (len(prompt.token_ids), limits.max_prompt_tokens),
+            (response, limits.max_response_tokens),
+            (own, limits.max_teacher_prompt_tokens),
+        )
     )
 
 
@@ -237,6 +242,8 @@ def _checked_left_out(what: str, *, kept: int, too_long: int, bad: Sequence[str]
     allowed = f"{limits.max_prompt_tokens} tokens"
     if limits.max_response_tokens is not None:
         allowed += f" of prompt or {limits.max_response_tokens} of response"
+    if limits.max_teacher_prompt_tokens is not None:
+        allowed += f" (the teacher's own prompt: {limits.max_teacher_prompt_tokens})"
     long = f"{too_long} longer than {allowed}, " if too_long else ""
     summary = f"{long}{len(bad)} bad" + "".join(f"\n  {row}" for row in bad[:3])
     if not kept:

@@ -41,6 +41,8 @@ OTHER_PROMPT = (
     "hold a response that `tropd generate` wrote to another prompt than this run's (template, system message, "
     "template_options or model differ); `tropd generate CONFIG.yaml OUT` takes the prompts of training"
 )
+NO_TEACHER_PROMPT = "have no {!r}: the teacher reads the student's prompt"
+SAME_PROMPT = "give the teacher the very prompt of the student"
 
 # ``finish_reason`` (``stop_reason``) of responses that were cut off, and of those that were not, in lower case
 _CUT = ("length", "max_tokens", "max_output_tokens", "max_new_tokens", "model_length", "context_length", "abort")
@@ -57,7 +59,7 @@ _FOREIGN = {
     **dict.fromkeys(("input", "instruction", "question", "query"), "data.columns.prompt or data.template may use it"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "put it into the response"),
     "truncated": "give `finished: false` where a response was cut off",
-    "teacher_prompt": "the teacher scores under the student's prompt",
+    "teacher_prompt": "data.columns.teacher_prompt may name it",
 }
 
 
@@ -74,6 +76,8 @@ class Source:
     )
     answer_template: str | None = None  # the same for the reference answer
     system: str | None = None  # system message of every conversation that has none
+    teacher_template: str | None = None  # Jinja around the student's prompt that makes the teacher's own
+    teacher_system: str | None = None  # system message of the teacher's own, in place of any other
 
 
 class RowParser:
@@ -82,15 +86,19 @@ class RowParser:
     def __init__(self, source: Source, tokenizer: Tokenizer, *, require_response: bool, notes: Notes) -> None:
         self._source, self._tokenizer, self._required, self._notes = source, tokenizer, require_response, notes
         self._template, self._answer_template = _compiled(source.template), _compiled(source.answer_template)
+        self._teacher_template = _compiled(source.teacher_template)
         self._responses = ResponseReader(tokenizer, notes)
         self._repeats = _PromptRepeats(tokenizer, source.system, notes)
-        names, used = source.columns, [t.columns for t in (self._template, self._answer_template) if t]
+        self._teacher_system = source.system if source.teacher_system is None else source.teacher_system
+        templates = (self._template, self._answer_template, self._teacher_template)
+        names, used = source.columns, [t.columns for t in templates if t]
         self._template_columns = frozenset().union(*used) - {"prompt", "answer"}
         self._used_by_templates = frozenset().union(*used)
         self._seen: set[str] = set()
         self._unread: dict[str, str] = {}  # what is said of a column, by its name
         self._system_is_written = False
         own = {names.prompt, names.messages, names.response, names.answer, names.tools}
+        own |= set() if names.teacher_prompt is None else {names.teacher_prompt}
         self._used = frozenset(own | {names.finished, names.generated, *_REASONS}.union(*used))
         self.columns = self._used | frozenset(_FOREIGN)
         # with a template of its own a source may have neither
@@ -104,7 +112,8 @@ class RowParser:
             shown = conversation
         else:
             shown = "\n".join(m.get("content") or "" for m in conversation)
-        prompt = self._rendered(conversation, _tools(column_of(row, self._source.columns.tools)))
+        tools = _tools(column_of(row, self._source.columns.tools))
+        prompt = self._rendered(conversation, tools, self._source.system)
         response, finished = self._response(row, prompt, spoken)
         return Prompt(
             index=index,
@@ -115,6 +124,52 @@ class RowParser:
             response_finished=finished,
             source=self._source.name,
             teacher=self._source.teacher,
+            teacher_ids=self._teacher_ids(row, conversation, tools, prompt),
+        )
+
+    def _teacher_ids(
+        self, row: dict[str, Any], conversation: str | list[Message], tools: Tools | None, prompt: Rendered
+    ) -> Int64Array | None:
+        """Return the teacher's own prompt; None where it reads the student's.
+
+        A column of its own takes the place of the student's prompt, the template goes around either, and the system
+        message in place of any other. The student's responses are never part of it.
+        """
+        source, own = self._source, None
+        if source.columns.teacher_prompt is not None:
+            own = column_of(row, source.columns.teacher_prompt)
+            if is_missing(own):
+                self._notes.add(NO_TEACHER_PROMPT.format(source.columns.teacher_prompt))
+                own = None
+        if own is None and self._teacher_template is None and source.teacher_system is None:
+            return None
+        read = conversation if own is None else self._own_conversation(own)
+        if self._teacher_template is not None:
+            read = self._filled(self._teacher_template, read, row)
+        read = self._repeats.cut(read)
+        if isinstance(read, str) and not read.strip():
+            raise BadRow("has an empty prompt for the teacher.")
+        if source.teacher_system is not None and isinstance(read, list) and read[0]["role"] == "system":
+            read = read[1:]
+        ids = self._rendered(read, tools, self._teacher_system).ids
+        if np.array_equal(ids, prompt.ids):
+            self._notes.add(SAME_PROMPT)
+            return None
+        return ids
+
+    def _own_conversation(self, given: Any) -> str | list[Message]:
+        spelled = _spelled(given) if isinstance(given, str) else None
+        given = given if spelled is None else spelled
+        if isinstance(given, str):
+            return given
+        if isinstance(given, list) and given and all(_is_message(message) for message in given):
+            if given[-1]["role"] == "assistant":
+                raise BadRow("has a prompt for the teacher that ends in an assistant message.")
+            self._look_at_messages(given)
+            return list(given)
+        raise BadRow(
+            f"column {self._source.columns.teacher_prompt!r} holds {str(given)[:80]!r}, expected text or a list of "
+            "messages with text 'role' and 'content'."
         )
 
     def unseen_columns(self) -> list[str]:
@@ -202,8 +257,8 @@ class RowParser:
         *before, last = given
         return [*before, {**last, "content": template.render(row | {"prompt": last["content"]})}]
 
-    def _rendered(self, conversation: str | list[Message], tools: Tools | None) -> Rendered:
-        chat, system = self._tokenizer.chat, self._source.system
+    def _rendered(self, conversation: str | list[Message], tools: Tools | None, system: str | None) -> Rendered:
+        chat = self._tokenizer.chat
         if isinstance(conversation, str) and self._repeats.is_rendered(conversation):
             if tools is not None:
                 raise BadRow("is a whole rendered prompt already, into which its tools cannot be written.")

@@ -90,7 +90,7 @@ class PromptTable(Sequence[Prompt]):
 
     def __init__(self) -> None:
         self.left_out = 0  # rows of the files that are not in the table: too long, or bad and skipped
-        self._token_ids, self._response_ids = Ragged("i"), Ragged("i")
+        self._token_ids, self._response_ids, self._teacher_ids = Ragged("i"), Ragged("i"), Ragged("i")
         self._text, self._answer = Ragged("B"), Ragged("B")
         self._has_answer: Any = bytearray()
         self._finished: Any = bytearray()
@@ -119,6 +119,7 @@ class PromptTable(Sequence[Prompt]):
         return {
             "token_ids": self._token_ids,
             "response_ids": self._response_ids,
+            "teacher_ids": self._teacher_ids,
             "text": self._text,
             "answer": self._answer,
             **{name: _bytes_of(column) for name, column in flat.items()},
@@ -129,6 +130,7 @@ class PromptTable(Sequence[Prompt]):
         """Append a row; ``file`` and ``line`` are where it was read."""
         self._token_ids.append(prompt.token_ids.tolist())
         self._response_ids.append(() if prompt.response_ids is None else prompt.response_ids.tolist())
+        self._teacher_ids.append(() if prompt.teacher_ids is None else prompt.teacher_ids.tolist())
         self._text.append_bytes(_encode(prompt.text))
         self._answer.append_bytes(_encode(prompt.answer or ""))
         self._has_answer.append(prompt.answer is not None)
@@ -149,7 +151,7 @@ class PromptTable(Sequence[Prompt]):
         if isinstance(i, slice):
             return tuple(self[row] for row in range(*i.indices(len(self))))
         row = range(len(self))[i]
-        response, origin = self._response_ids[row], self.origins[self._origin[row]]
+        response, own, origin = self._response_ids[row], self._teacher_ids[row], self.origins[self._origin[row]]
         return Prompt(
             index=int(self._index[row]),
             token_ids=self._token_ids[row].astype(np.int64),
@@ -159,6 +161,7 @@ class PromptTable(Sequence[Prompt]):
             response_finished=bool(self._finished[row]),
             source=origin.source,
             teacher=origin.teacher,
+            teacher_ids=own.astype(np.int64) if len(own) else None,
         )
 
     def place(self, row: int) -> str:
@@ -178,26 +181,41 @@ class PromptTable(Sequence[Prompt]):
         """Count the ``[N]`` tokens of every response, 0 where there is none."""
         return self._response_ids.lengths()
 
+    def teacher_prompt_lengths(self) -> Int64Array:
+        """Count the ``[N]`` tokens of every prompt as the teacher reads it."""
+        own_N = self._teacher_ids.lengths()
+        return np.where(own_N > 0, own_N, self.prompt_lengths())
+
+    def with_own_teacher_prompt(self) -> Int64Array:
+        """List the rows whose prompt is another for the teacher than for the student."""
+        return np.flatnonzero(self._teacher_ids.lengths())
+
+    def row_of_index(self) -> dict[int, int]:
+        """Map ``Prompt.index`` to the row that has it."""
+        return {int(index): row for row, index in enumerate(self._index)}
+
     def answered(self) -> npt.NDArray[np.bool_]:
         """Say, ``[N]``, whether a row has a reference answer."""
         return _bytes_of(self._has_answer).view(np.bool_)
 
     def largest_ids(self) -> Int64Array:
-        """Return the ``[N]`` largest token id of every row's prompt and response."""
-        return np.maximum(self._token_ids.maxima(), self._response_ids.maxima())
+        """Return the ``[N]`` largest token id of every row's prompts and response."""
+        return np.maximum.reduce([part.maxima() for part in (self._token_ids, self._response_ids, self._teacher_ids)])
 
     def fingerprint(self) -> str:
         """Hash (SHA-256, hex) all that training sees of the prompts, in their order."""
         digest = hashlib.sha256()
         for part in (self._token_ids, self._response_ids, self._answer):
             part.feed(digest)
+        if len(self.with_own_teacher_prompt()):
+            self._teacher_ids.feed(digest)
         digest.update(repr([(o.source, o.teacher) for o in self.origins]).encode() + self._origin.tobytes())
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
         """Count the bytes of the arrays."""
-        ragged = (self._token_ids, self._response_ids, self._text, self._answer)
+        ragged = (self._token_ids, self._response_ids, self._teacher_ids, self._text, self._answer)
         return sum(part.nbytes for part in ragged) + len(self) * (1 + 1 + 8 + 8 + 4 + 4)
 
 

@@ -16,9 +16,15 @@ from megatron_tropd.data.table import Origin, PromptTable, Ragged
 from megatron_tropd.errors import DataError
 from megatron_tropd.storage.write_aside import write_aside
 
-FORMAT = 1
+FORMAT = 2
 _ABOUT = b"megatron_tropd"  # key of the schema's metadata
-_RAGGED = {"token_ids": np.int32, "response_ids": np.int32, "text": np.uint8, "answer": np.uint8}
+_RAGGED = {
+    "token_ids": np.int32,
+    "response_ids": np.int32,
+    "teacher_ids": np.int32,
+    "text": np.uint8,
+    "answer": np.uint8,
+}
 _FLAT = {
     "has_answer": np.uint8,
     "finished": np.uint8,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.convert.megatron.locate import adapters_alone
@@ -52,6 +53,7 @@ from megatron_tropd.storage.write_aside import (
 
 _LATEST = "latest"
 _ADAPTERS = "adapters"  # what a checkpoint has in the place of the model's own weights
+_AVERAGE = "average"  # what the weights of a moving average are known by
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
 _FORMAT, _CHECKSUM = 2, "checksum"  # of complete.json itself
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there
@@ -92,6 +94,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 0,
     beside_it: Callable[[Path], None] | None = None,
+    average: Model | None = None,
 ) -> Path:
     """Save after ``step`` finished steps. Collective.
 
@@ -99,6 +102,7 @@ def save_checkpoint(
         state: small JSON-able facts of the run (seed, method, what else must agree to resume).
         beside_it: called on every rank with a directory, to write more files of the checkpoint into.
         keep: how many checkpoints to leave on disk, this one and those of earlier steps; 0 keeps all.
+        average: a moving average of the model's weights, to be kept with them.
 
     Raises:
         StorageError: it cannot be written. Earlier checkpoints are whole.
@@ -107,7 +111,7 @@ def save_checkpoint(
     target = _directory(root, step)
     with optimization.states.present(), Phase(f"writing {target}"):
         with use_parallel_state(model.groups), cuda_names_mean_cpu():
-            sharded = _sharded_state(model, optimization, loading=False)
+            sharded = _sharded_state(model, optimization, loading=False) | _sharded_average(average)
         _write_whole(target, sharded, {"step": step, **state}, model, beside_it=beside_it)
     if dist.get_rank() == 0:
         remove_partials(root)
@@ -354,8 +358,10 @@ def _torn(checkpoint: str | Path, fault: str) -> CheckpointError:
     return CheckpointError(f"{Path(checkpoint).absolute()} is torn: {fault}. {_OTHER_STEP}")
 
 
-def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimization) -> dict[str, Any]:
-    """Restore weights and the optimizer's states; return the run state. Collective.
+def load_checkpoint(
+    checkpoint: str | Path, model: Model, optimization: Optimization, average: Model | None = None
+) -> dict[str, Any]:
+    """Restore weights, the optimizer's states and the weights' ``average``; return the run state. Collective.
 
     Learning rate, schedule, weight decay and Adam's constants are those that the optimizer was made with, whatever they
     were in the run that saved.
@@ -374,9 +380,8 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
         reading,
     ):
         try:
-            loaded = dist_checkpointing.load(
-                _sharded_state(model, optimization, loading=True), str(Path(checkpoint).absolute())
-            )
+            sharded = _sharded_state(model, optimization, loading=True) | _sharded_average(average)
+            loaded = dist_checkpointing.load(sharded, str(Path(checkpoint).absolute()))
         except _UNREADABLE as error:
             raise CheckpointError(
                 f"{Path(checkpoint).absolute()} does not fit this model and optimizer: {error}. "
@@ -386,6 +391,8 @@ def load_checkpoint(checkpoint: str | Path, model: Model, optimization: Optimiza
             restore_adapters(model, loaded[_ADAPTERS])
         for number, chunk in enumerate(model.chunks if model.adapters is None else ()):
             chunk.load_state_dict(loaded[_model_key(number, len(model.chunks))], strict=True)
+        for number, chunk in enumerate(() if average is None else average.chunks):
+            chunk.load_state_dict(loaded[_AVERAGE][_model_key(number, len(model.chunks))], strict=True)
         optimization.load(loaded["optimizer"])
     torch.set_rng_state(loaded["torch_rng"])
     return state
@@ -422,15 +429,23 @@ def load_model_weights(checkpoint: str | Path, model: Model) -> None:
                 raise CheckpointError(f"{Path(checkpoint).absolute()} has no {missing[0]}.")
 
 
-def _sharded_model(model: Model) -> dict[str, Any]:
+def _sharded_model(model: Model, prefix: str = "") -> dict[str, Any]:
+    """Describe the weights; with a prefix their names, by which the checkpoint tells two models apart, begin so."""
     model.finish_pending_gathers()
     if model.adapters is not None:
         return {_ADAPTERS: sharded_adapters(model)}
     metadata = {"dp_cp_group": model.groups.pg.dp_cp}
-    return {
+    sharded = {
         _model_key(number, len(model.chunks)): chunk.sharded_state_dict(metadata=metadata)
         for number, chunk in enumerate(model.chunks)
     }
+    if prefix:
+        add_prefix_for_sharding(sharded, prefix)
+    return sharded
+
+
+def _sharded_average(average: Model | None) -> dict[str, Any]:
+    return {} if average is None else {_AVERAGE: _sharded_model(average, f"{_AVERAGE}.")}
 
 
 def _model_key(number: int, chunks: int) -> str:

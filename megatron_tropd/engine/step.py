@@ -104,6 +104,10 @@ class Trainer:
         self._sums = self._new_sums()
         self._stat_names: list[str] | None = None
 
+    def use_teacher_weight(self, weight_vE: Tensor | None) -> None:
+        """Multiply the teacher's hidden states with this output weight from now on: of a teacher that moves."""
+        self._teacher_weight_vE = weight_vE
+
     def step(
         self, packs: Sequence[TrainPack], *, update: int, before_update: Callable[[], None] | None = None
     ) -> StepResult:

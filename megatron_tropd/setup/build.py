@@ -31,7 +31,7 @@ from megatron_tropd.convert.source import (
     source_files,
     source_fingerprint,
 )
-from megatron_tropd.data.packing import pack
+from megatron_tropd.data.packing import pack, pack_for_both
 from megatron_tropd.data.stream import PromptStream
 from megatron_tropd.data.table import PromptTable
 from megatron_tropd.data.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ from megatron_tropd.engine.offload import OffloadStats
 from megatron_tropd.engine.optimizer import optimize
 from megatron_tropd.engine.step import Trainer
 from megatron_tropd.engine.weights import load_weights
+from megatron_tropd.errors import ConfigError
 from megatron_tropd.methods import Method
 from megatron_tropd.models.name_table import output_entry
 from megatron_tropd.models.rules import RULES, TensorShard, fill
@@ -65,6 +66,7 @@ from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.recorded import RecordingTeacher
 from megatron_tropd.teacher.engines.registry import TeacherContext, scoring_engine
 from megatron_tropd.teacher.engines.remote import RankSplit
+from megatron_tropd.teacher.moving import MovingTeacher
 from megatron_tropd.teacher.protocol import Teacher, TeacherRequest
 from megatron_tropd.teacher.recording import FILE, check_facts
 from megatron_tropd.teacher.routing import RoutedTeacher, TeacherWithBase
@@ -143,6 +145,7 @@ class Run:
     teacher: Teacher
     sampler: Sampler
     teacher_request: TeacherRequest
+    moving: MovingTeacher | None = None  # a teacher whose weights follow the student's
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see validate.identity
 
 
@@ -165,7 +168,8 @@ def build_run(
     world = build_world(config, device, base=inputs.base is not None)
     student = load_student(config, world)
     request = teacher_request(config, method)
-    teacher = load_teacher(config, world, student)
+    moving = moving_teacher(config, world, student)
+    teacher = load_teacher(config, world, student) if moving is None else moving.model
     trainer = Trainer(
         student,
         optimize(
@@ -177,6 +181,7 @@ def build_run(
         ),
         method,
         vocab_size=inputs.vocab_size,
+        # one that moves is taken at every step
         teacher_weight_vE=output_weight_for(config.teacher.source, inputs.teacher, student)
         if request.hidden_states
         else None,
@@ -200,6 +205,7 @@ def build_run(
         teacher=build_teacher(config, inputs, teacher, world, bridge, student=student),
         sampler=build_sampler(config, student.architecture, world, inputs.vocab_size),
         teacher_request=request,
+        moving=moving,
         identity=identity(config, inputs) if known is None else known,
     )
 
@@ -339,10 +345,12 @@ def _other_teachers(
 def build_world(config: RunConfig, device: torch.device, *, base: bool = False) -> World:
     """Build the process groups of all layouts, in the same order on every rank."""
     builder = GroupBuilder(timeout_s=config.collective_timeout_s)
+    student = builder.build(config.student.parallel)
+    shared = student if config.teacher.moves else None  # weights that follow the student's are laid out as they are
     return World(
         device=device,
-        student=builder.build(config.student.parallel),
-        teacher=None if config.teacher.ranks else builder.build(config.teacher.parallel),
+        student=student,
+        teacher=None if config.teacher.ranks else shared or builder.build(config.teacher.parallel),
         sampler=builder.build(Layout(tensor=config.rollout.parallel.tensor)),
         base=builder.build(config.base_parallel) if base else None,
         teachers={one.name: builder.build(one.parallel) for one in config.teachers},
@@ -354,20 +362,23 @@ def build_world(config: RunConfig, device: torch.device, *, base: bool = False) 
 def pack_for(world: World, rollouts: Sequence[Rollout], *, pack_tokens: int, hidden_size: int) -> list[list[Pack]]:
     """Pack rollouts for every student replica; ``hidden_size``: the student's.
 
-    No pack mixes teachers, and pack by pack all replicas have the same one.
+    No pack mixes teachers, and pack by pack all replicas have the same one. Where the teacher reads prompts of its own,
+    each has a second pack that it reads.
     """
     replicas: list[list[Pack]] = [[] for _ in range(world.student.num_replicas)]
     for teacher in sorted({rollout.teacher for rollout in rollouts}):
-        packs = pack(
-            [rollout for rollout in rollouts if rollout.teacher == teacher],
+        own = [rollout for rollout in rollouts if rollout.teacher == teacher]
+        packer = pack if all(rollout.teacher_prompt_ids is None for rollout in own) else pack_for_both
+        packs = packer(
+            own,
             max_tokens=pack_tokens,
             multiple_of=world.pack_multiple,
             num_replicas=len(replicas),
             linear_work=12 * hidden_size,
             share_prefixes=world.share_prefixes,
         )
-        for replica, own in zip(replicas, packs, strict=True):
-            replica += [replace(one, teacher=teacher) for one in own] if teacher else own
+        for replica, mine in zip(replicas, packs, strict=True):
+            replica += [replace(one, teacher=teacher) for one in mine] if teacher else mine
     return replicas
 
 
@@ -406,6 +417,7 @@ def load_teacher(config: RunConfig, world: World, student: Model | None = None) 
     return load_frozen(config, config.teacher.source, world.teacher, world, student)
 
 
+<<<<<<< HEAD
 def load_frozen(
     config: RunConfig, source: ModelPath, groups: Groups, world: World, student: Model | None = None
 ) -> Model:
@@ -415,6 +427,30 @@ def load_frozen(
     """
     if student is not None and base_serves(config, as_source(source), groups.layout):
         return student.frozen_base()
+=======
+def moving_teacher(config: RunConfig, world: World, student: Model) -> MovingTeacher | None:
+    """Build the teacher whose weights follow the student's; None where it has weights of its own."""
+    section = config.teacher
+    if not section.moves:
+        return None
+    if section.update == "live":
+        return MovingTeacher(student=student)
+    source, groups, device = config.student.source, world.student, world.device
+    average = load_model(source, groups, dtype=torch.float32, device=device).freeze()
+    scoring = average if student.dtype == torch.float32 else load_frozen(config, source, groups, world)
+    if scoring is average and section.offload:
+        raise ConfigError(
+            "teacher.offload=true moves a teacher that is the same at every step; with dtype=fp32 the moving average "
+            "itself scores. Set it to false."
+        )
+    return MovingTeacher(
+        student=student, average=average, scoring=scoring, decay=section.ema_decay, every=section.ema_every
+    )
+
+
+def load_frozen(config: RunConfig, source: ModelPath, groups: Groups, world: World) -> Model:
+    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores."""
+>>>>>>> 1997672 (Score behind prompts of the teacher's own; let the student teach itself)
     model = load_model(source, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.with_offload(world.offload_stats) if config.teacher.offload else model
 

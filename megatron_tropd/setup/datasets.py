@@ -112,6 +112,8 @@ def sources_of(data: DataConfig) -> list[Source]:
                 code=source.code or data.code if (source.grader or data.grader) == CODE else None,
             ),
             system=data.system if source.system is None else source.system,
+            teacher_template=data.teacher_template if source.teacher_template is None else source.teacher_template,
+            teacher_system=data.teacher_system if source.teacher_system is None else source.teacher_system,
         )
         for source in listed
     ]
@@ -136,6 +138,7 @@ def read_training_prompts(
     limits = Limits(
         max_prompt_tokens=data.max_prompt_tokens,
         max_response_tokens=data.max_response_tokens,
+        max_teacher_prompt_tokens=data.longest_teacher_prompt if data.own_teacher_prompts else None,
         max_left_out=data.max_left_out,
         require_response=guided and data.on_bad_row == "skip" and not written,
     )
@@ -251,7 +254,10 @@ def read_problems(
 def check_training_lengths(config: RunConfig, prompts: PromptTable, models: Mapping[str, Architecture]) -> None:
     """Raise ConfigError when a prompt and a response of full length have more tokens than a model has positions."""
     for role, architecture in models.items():
-        _check_length(prompts, config.rollout.max_new_tokens, architecture, role=role, key="rollout.max_new_tokens")
+        own = role.startswith("teacher")  # whose prompts may be longer
+        _check_length(
+            prompts, config.rollout.max_new_tokens, architecture, role=role, key="rollout.max_new_tokens", own=own
+        )
 
 
 def check_problem_lengths(
@@ -265,8 +271,11 @@ def check_problem_lengths(
             _check_length(problems[suite.name], budget, architecture, role=role, key=key)
 
 
-def _check_length(prompts: PromptTable, budget: int, architecture: Architecture, *, role: str, key: str) -> None:
-    limit, length_N = architecture.max_positions, prompts.prompt_lengths()
+def _check_length(
+    prompts: PromptTable, budget: int, architecture: Architecture, *, role: str, key: str, own: bool = False
+) -> None:
+    limit = architecture.max_positions
+    length_N = prompts.teacher_prompt_lengths() if own else prompts.prompt_lengths()
     if not len(prompts) or length_N.max() + budget <= limit:
         return
     row = int(np.argmax(length_N))

@@ -355,12 +355,27 @@ def longest_sequence(config: RunConfig) -> int:
 
 def longest_training_sequence(config: RunConfig) -> int:
     """Count the tokens of the longest sequence that the teacher may have to score."""
-    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return config.data.longest_teacher_prompt + config.rollout.max_new_tokens
 
 
 def most_alternatives(config: RunConfig, method: Method, teacher: Architecture) -> int:
     """Return how many alternatives of a token may be requested of a vLLM teacher."""
     return teacher.vocab_size if config.teacher.whole_vocabulary else TeacherRequest.of(method.needs).top_k
+
+
+def check_own_prompts(config: RunConfig, inputs: Inputs) -> None:
+    """Raise ConfigError where the student would be compared with itself; say of how many prompts the teacher reads
+    others than the student.
+    """
+    rows, own = len(inputs.prompts), len(inputs.prompts.with_own_teacher_prompt())
+    if config.teacher.update == "live" and not own:
+        raise ConfigError(
+            "teacher.update=live compares the student with itself, and there is nothing to learn while both read the "
+            "same prompts. Give the teacher prompts of its own (data.teacher_template, data.teacher_system or "
+            "data.columns.teacher_prompt), or set teacher.update to ema or frozen."
+        )
+    if config.data.own_teacher_prompts:
+        logger.info("the teacher reads a prompt of its own for %d of %d prompts", own, rows)
 
 
 def check_support(inputs: Inputs) -> None:
@@ -451,6 +466,7 @@ CHECKS = (
     Check("adapters of the student", ("config", "student"), check_adapters),
     Check("layouts of more teachers", ("config", "teachers"), _check_teachers),
     Check("candidates per token", ("inputs",), check_support),
+    Check("prompts of the teacher's own", ("config", "inputs"), check_own_prompts),
     Check("log-probs of the sampler", ("config", "inputs"), check_sampling),
     Check("scores of the teacher", ("config", "inputs"), check_teacher),
     Check("token ids of the data", ("inputs", "models"), check_data_ids),
@@ -476,6 +492,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "student.model": asdict(inputs.student),
         "student.router_aux_loss": config.student.router_aux_loss,
         "teacher.model": asdict(inputs.teacher),
+        **_movement(config),
         **{f"teachers.{name}": asdict(architecture) for name, architecture in inputs.teachers.items()},
         **({} if inputs.base is None else {"base.model": asdict(inputs.base)}),
         **adapter_identity(config, inputs.student),
@@ -494,6 +511,15 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **{f"train.{key}": getattr(config.train, key) for key in ("steps", "prompts_per_step", "minibatches")},
         **{f"optimizer.{key}": value for key, value in optimizer.items()},
     }
+
+
+def _movement(config: RunConfig) -> dict[str, Any]:
+    """Say how the teacher's weights follow the student's; nothing where they do not, as before that could be."""
+    section = config.teacher
+    if not section.moves:
+        return {}
+    rates = {"teacher.ema_decay": section.ema_decay, "teacher.ema_every": section.ema_every}
+    return {"teacher.update": section.update, **(rates if section.update == "ema" else {})}
 
 
 # how the keys end that stand for content, which checkpoints of earlier versions do not have

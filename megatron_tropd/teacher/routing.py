@@ -45,7 +45,7 @@ class TeacherWithBase:
     """Implement ``teacher.protocol.Teacher``: a teacher's outputs with a base model's log-probs of the same tokens.
 
     The base model is what a method like ExOPD measures the teacher's progress against. It scores as a teacher would,
-    the target alone, and has a layout of its own.
+    the target alone, behind the student's prompts, and has a layout of its own.
     """
 
     def __init__(self, teacher: Teacher, base: Teacher) -> None:
@@ -67,7 +67,9 @@ class TeacherWithBase:
             found = pending()
             if not request.base:
                 return found
-            base = self._base.score(packs, TeacherRequest(entropy=False, end_ids=request.end_ids))
+            # it is a reference for the student, and reads what the student reads
+            read = [[replace(pack, teacher_pack=None) for pack in replica] for replica in packs]
+            base = self._base.score(read, TeacherRequest(entropy=False, end_ids=request.end_ids))
             return [_with_base(*pair) for pair in zip(found, base, strict=True)]
 
         return outputs

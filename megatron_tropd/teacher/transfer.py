@@ -3,6 +3,8 @@ rank, without padding, to whoever computes on them. The layouts need nothing in 
 
 One layout is the student's, whose replica r trains on ``packs[r]``; any other (a teacher's) has all packs of the batch
 assigned to its replicas, round robin. Where both agree every pack is worked on by the same ranks and nothing travels.
+Rows are known by their number among the valid predictions of the pack, which is the same in the pack that the teacher
+reads behind prompts of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class ReplicaMap:
 
     layout: Layout
     num_replicas: int
-    round_robin: bool  # all packs are assigned to the replicas in turn; else replica r works on packs[r]
+    round_robin: bool  # a teacher's: all packs are assigned to the replicas in turn, and it reads those with its own
+    #                    prompts; else replica r works on packs[r]
     groups: Groups | None  # None where they are ranks of a launch that this one is not among
     first_rank: int = 0  # the number of their first rank, as senders give it
 
@@ -62,6 +65,10 @@ class ReplicaMap:
         """Return the replica that works on pack ``key``."""
         replica, number = key
         return (number * len(packs) + replica) % self.num_replicas if self.round_robin else replica
+
+    def reads(self, pack: Pack) -> Pack:
+        """Return the pack that this layout computes: the teacher's own prompts are the teacher's alone."""
+        return pack.scored if self.round_robin else pack
 
     def mine(self, packs: Sequence[Sequence[Pack]]) -> list[Key]:
         """List the packs this rank's replica works on; none where it is not one of them."""
@@ -100,8 +107,8 @@ def _parcels(packs: Sequence[Sequence[Pack]], source: ReplicaMap, target: Replic
     for key in _keys(packs):
         pack = packs[key[0]][key[1]]
         from_replica, to_replica = source.replica(packs, key), target.replica(packs, key)
-        has = _rows_by_context(pack, source.layout)
-        for context, needed in enumerate(_rows_by_context(pack, target.layout)):
+        has = _rows_by_context(source.reads(pack), source.layout)
+        for context, needed in enumerate(_rows_by_context(target.reads(pack), target.layout)):
             for source_context, rows in enumerate(has):
                 _, held, wanted = np.intersect1d(rows, needed, assume_unique=True, return_indices=True)
                 holders = [
@@ -115,8 +122,9 @@ def _parcels(packs: Sequence[Sequence[Pack]], source: ReplicaMap, target: Replic
 
 
 def _rows_by_context(pack: Pack, layout: Layout) -> list[Int64Array]:
-    ranks = layout.context
-    return [valid_positions(pack, rank=rank, ranks=ranks) for rank in range(ranks)]
+    """Number the valid predictions that each context rank computes, as the whole pack counts them."""
+    ranks, every = layout.context, valid_positions(pack)
+    return [np.searchsorted(every, valid_positions(pack, rank=rank, ranks=ranks)) for rank in range(ranks)]
 
 
 def carry(

@@ -53,6 +53,8 @@ def train(
             hooks.rollouts_ready(step + 1, batch.prompts, batch.scored.rollouts)
             minibatches = score_and_pack(run, batch.scored, step=step, watch=watch)
             results = learn(run, queue, minibatches, step=step, watch=watch, hooks=hooks)
+            if run.moving is not None:
+                run.moving.follow(step + 1)
             with watch("publish"):
                 publish(run, step + 1)
             metrics = step_metrics(run, queue, batch, results, step=step, watch=watch)
@@ -108,6 +110,8 @@ def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwa
     """
     with watch("teacher"):
         outputs = [pending() for pending in scored.pending_scores]
+        if run.moving is not None and run.teacher_request.hidden_states:
+            run.trainer.use_teacher_weight(run.moving.output_weight())
     facts = BatchFacts(
         seed=run.seed,
         step=step,
@@ -147,4 +151,5 @@ def save(run: Run, queue: RolloutQueue, step: int) -> Path:
         state={"run": run.identity},
         keep=run.checkpoint.keep,
         beside_it=partial(queue.save, step=step),
+        average=None if run.moving is None else run.moving.average,
     )

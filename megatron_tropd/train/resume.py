@@ -96,7 +96,10 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     """Put the run where the checkpoint was written; return the number of steps already done. Collective."""
     if checkpoint is None:
         return 0
-    steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization)["step"])
+    average = None if run.moving is None else run.moving.average
+    steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization, average)["step"])
+    if run.moving is not None:
+        run.moving.restored()
     queue.restore(checkpoint, steps)
     if run.world.is_first:
         remove_half_done(run.run_dir / CHECKPOINTS)

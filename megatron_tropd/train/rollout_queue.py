@@ -214,10 +214,17 @@ def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
 
 
 def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """Name in rollouts, which follow their prompts in equal numbers, the teachers that score them."""
+    """Name in rollouts, which follow their prompts in equal numbers, the teachers that score them and what those read
+    in place of the prompt. Nobody but the teacher is given that: the sampler has written before it is there.
+    """
     per_prompt = len(rollouts) // len(prompts)
-    teachers = (prompts[number // per_prompt].teacher for number in range(len(rollouts)))
-    return [replace(one, teacher=name) if name else one for one, name in zip(rollouts, teachers, strict=True)]
+    own = (prompts[number // per_prompt] for number in range(len(rollouts)))
+    return [
+        replace(one, teacher=prompt.teacher, teacher_prompt_ids=prompt.teacher_ids)
+        if prompt.teacher or prompt.teacher_ids is not None
+        else one
+        for one, prompt in zip(rollouts, own, strict=True)
+    ]
 
 
 def sampling_params(run: Run) -> SamplingParams:

@@ -315,7 +315,11 @@ class Evaluator:
         if config.before:
             self._evaluate_student(BEFORE, 0)
         if config.teacher and self._run.problems:
-            self._evaluate_teacher()
+            if config.before and self._config.teacher.source == self._config.student.source:
+                if self._run.world.is_first:
+                    say("the teacher is the student as it came: it is evaluated once, before training")
+            else:
+                self._evaluate_teacher()
         self._show("before")
 
     def during(self, step: int) -> None:

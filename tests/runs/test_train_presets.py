@@ -39,6 +39,9 @@ NATS = math.log(219)  # what log-probabilities are like in size: means and diffe
 Metrics = dict[str, list[dict[str, Any]]]
 
 UNGUIDED = "method.prefix_schedule=none"
+# what the teacher reads, and the student does not; within the models' positions and the smallest packs
+TOLD = ('data.teacher_template="{{ prompt }} #### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
+MOVING = ("teacher.model=student", "teacher.parallel.tensor=1")  # laid out as the student, whatever that is
 PRESETS: dict[str, list[str]] = {
     **{name: [f"method.name={name}"] for name in METHODS},
     # those that show what they are under other settings
@@ -46,7 +49,14 @@ PRESETS: dict[str, list[str]] = {
     "sft": ["method.name=sft", "rollout.samples_per_prompt=0"],
     "local_support": ["method.name=local_support", "rollout.top_p=0.9"],
     "drift_gate": ["method.name=drift_gate", "train.minibatches=2"],
+    "opsd": ["method.name=opsd", "teacher.model=student", *TOLD],
+    "sdft": ["method.name=sdft", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD],
+    "prompt_distillation": ["method.name=prompt_distillation", *TOLD],
     # options that no preset has
+    "the student's present self, told": [
+        *("method.name=opsd", "method.form=topk", "method.k=9", "teacher.update=live", "train.minibatches=2"),
+        *(*MOVING, *TOLD),
+    ],
     "sampled token beside the top k": ["method.name=tropd", "method.support=teacher_and_sampled", "method.tail=bucket"],
     "the student's top k, soft": ["method.name=tropd_soft", "method.support=student", "method.tail=renorm"],
     "union, ranked, drifting": [

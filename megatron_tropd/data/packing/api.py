@@ -175,6 +175,19 @@ def pack_flat(
     check_sequences(flat, capacity=capacity, linear_work=linear_work, max_tokens=max_tokens)
     assign = _assign_forests if share_prefixes else _assign_streams
     order, pack_offsets = assign(flat, capacity=capacity, num_replicas=num_replicas, linear_work=linear_work)
+    packs = pack_in_order(flat, order, pack_offsets, multiple_of=multiple_of, share_prefixes=share_prefixes)
+    share = len(packs) // num_replicas
+    return [packs[replica * share : (replica + 1) * share] for replica in range(num_replicas)]
+
+
+def pack_in_order(
+    flat: FlatSequences, order: Int64Array, pack_offsets: Int64Array, *, multiple_of: int, share_prefixes: bool
+) -> list[Pack]:
+    """Build packs of which it is known who goes where: pack p has ``order[pack_offsets[p]:pack_offsets[p + 1]]``.
+
+    With ``share_prefixes`` a sequence shares rows with the one before it, so that in the order of their trie equal
+    histories are one row, and in any other order some are computed again.
+    """
     check_boundaries(_sums(flat.lengths[order], pack_offsets))
     starts = np.cumsum(flat.lengths) - flat.lengths
     table = (starts, flat.lengths, flat.sequence_ids)
@@ -185,8 +198,7 @@ def pack_flat(
         lengths = flat.lengths[order]
         found = _CORE.find_rows(stream.token_T, lengths, pack_offsets, stream.token_offsets)
         packs = _with_rows(packs, *found, tokens_P=_sums(lengths, pack_offsets), multiple_of=multiple_of)
-    share = len(packs) // num_replicas
-    return [packs[replica * share : (replica + 1) * share] for replica in range(num_replicas)]
+    return packs
 
 
 def _assign_streams(

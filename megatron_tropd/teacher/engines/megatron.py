@@ -56,10 +56,10 @@ class MegatronTeacher(ShardedTeacher):
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         groups, keys = self.model.groups, self._own.mine(packs)
-        assigned = [packs[replica][number] for replica, number in keys]
+        assigned = [packs[replica][number].scored for replica, number in keys]
         # replicas that share experts run the same number of passes: one without a pack repeats another's, for nothing
         missing = -(-sum(map(len, packs)) // groups.num_replicas) - len(assigned)
-        assigned += [packs[0][0]] * missing if groups.layout.expert > 1 else []
+        assigned += [packs[0][0].scored] * missing if groups.layout.expert > 1 else []
         if not assigned:
             return {}
 

@@ -1,6 +1,7 @@
 """The teacher's scores on disk, by the sequences they are about: written beside a live teacher, read instead of it.
 
-How the sequences were packed and laid out plays no part. The files are those of ``teacher.store``.
+How the sequences were packed and laid out plays no part. The files are those of ``teacher.store``. A sequence is
+what the teacher read: behind another prompt of the teacher's own it is another one.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class RecordingTeacher:
             if output is not None and self._student.tensor_rank == 0:
                 whole = _whole(output, pack, self._student)
                 if self._student.context_rank == 0:
-                    found += _by_sequence(pack, whole)
+                    found += _by_sequence(pack.scored, whole)
         write_part(self._directory, found, vocab_size=self._vocab_size, values=self._values)
         return outputs
 
@@ -192,7 +193,7 @@ class RecordedTeacher:
         outputs: list[TeacherOutputs | None] = []
         for pack, ids_NJ in zip(mine, query_ids or [None] * len(mine), strict=True):
             whole_NJ = None if ids_NJ is None or self._student.layout.context > 1 else ids_NJ
-            found = _own(_read_pack(self._store, pack, request, whole_NJ), pack, self._student)
+            found = _own(_read_pack(self._store, pack.scored, request, whole_NJ), pack, self._student)
             found = mapped(found, lambda value: value.to(self._device))
             _check_queries(found.query_ids_NJ, ids_NJ, self._directory)
             outputs.append(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,11 @@ def _receive_request(bridge: CrossWorldLink, length: int) -> bytes | None:
 def encode_request(packs: Sequence[Sequence[Pack]], request: TeacherRequest, facts: Mapping[str, Any]) -> bytes:
     """Encode packs of every replica, of which all have the same number, and what is requested, as safetensors."""
     flat = [pack for replica in packs for pack in replica]
-    text = json.dumps({"replicas": len(packs), "request": asdict(request), "facts": dict(facts)})
+    count, own = len(flat), [number for number, pack in enumerate(flat) if pack.teacher_pack is not None]
+    flat += [flat[number].scored for number in own]
+    text = json.dumps(
+        {"replicas": len(packs), "packs": count, "own": own, "request": asdict(request), "facts": dict(facts)}
+    )
     arrays: dict[str, np.ndarray] = {
         "header": np.frombuffer(text.encode(), np.uint8),
         "tokens": np.array([len(pack.token_T) for pack in flat], np.int64),
@@ -192,6 +196,9 @@ def decode_request(body: bytes) -> tuple[list[list[Pack]], TeacherRequest, dict[
         fields: dict[str, Any] = {name: column[number] for name, column in columns.items()}
         fields["row_T"] = fields["row_T"] if len(fields["row_T"]) else None
         flat.append(Pack(num_valid=valid, num_rows=rows, **fields))
+    flat, read = flat[: header["packs"]], flat[header["packs"] :]
+    for number, other in zip(header["own"], read, strict=True):
+        flat[number] = replace(flat[number], teacher_pack=other)
     each = len(flat) // header["replicas"]
     packs = [flat[start : start + each] for start in range(0, len(flat), each)]
     request = header["request"]

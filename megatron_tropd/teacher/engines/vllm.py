@@ -123,7 +123,7 @@ class VLLMTeacher(ShardedTeacher):
         self, packs: Sequence[Sequence[Pack]], request: TeacherRequest, query_ids: Mapping[Key, Tensor]
     ) -> dict[Key, Wire]:
         keys = self._own.mine(packs)
-        per_pack = [self._requests(packs[r][i], request, query_ids.get((r, i))) for r, i in keys]
+        per_pack = [self._requests(packs[r][i].scored, request, query_ids.get((r, i))) for r, i in keys]
         answers = iter(self._scorer.answer([one for requests in per_pack for one in requests]))
         wires: dict[Key, Wire] = {}
         for key, requests in zip(keys, per_pack, strict=True):
