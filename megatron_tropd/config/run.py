@@ -124,6 +124,11 @@ class RunConfig(Section):
                 f"teacher.update = {teacher.update} is for a student that is its own teacher, and teacher.model = "
                 f"'{teacher.model}' is another model. Set teacher.model to student, or teacher.update to frozen."
             )
+        if self.student.lora is not None:
+            raise ValueError(
+                f"teacher.update = {teacher.update} is not available for a student with adapters (student.lora). Set "
+                "teacher.update to frozen, which is the student's frozen base, or student.lora to null."
+            )
         if teacher.parallel not in (Layout(), self.student.parallel):
             raise ValueError(
                 f"teacher.parallel is not read with teacher.update = {teacher.update}: it is laid out as the student. "

@@ -53,7 +53,7 @@ from megatron_tropd.storage.write_aside import (
 
 _LATEST = "latest"
 _ADAPTERS = "adapters"  # what a checkpoint has in the place of the model's own weights
-_AVERAGE = "average"  # what the weights of a moving average are known by
+_AVERAGE = "moving_average"  # what the weights of a moving average are known by
 COMPANIONS = "hf"  # config and tokenizer files of a converted model, inside the directory
 _FORMAT, _CHECKSUM = 2, "checksum"  # of complete.json itself
 _COMPLETE = "complete.json"  # written last inside the directory, so its presence means that all else was there

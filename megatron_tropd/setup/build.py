@@ -417,17 +417,6 @@ def load_teacher(config: RunConfig, world: World, student: Model | None = None) 
     return load_frozen(config, config.teacher.source, world.teacher, world, student)
 
 
-<<<<<<< HEAD
-def load_frozen(
-    config: RunConfig, source: ModelPath, groups: Groups, world: World, student: Model | None = None
-) -> Model:
-    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores.
-
-    ``student``: if it has adapters and is made from this very model, its frozen base is used, and nothing loaded.
-    """
-    if student is not None and base_serves(config, as_source(source), groups.layout):
-        return student.frozen_base()
-=======
 def moving_teacher(config: RunConfig, world: World, student: Model) -> MovingTeacher | None:
     """Build the teacher whose weights follow the student's; None where it has weights of its own."""
     section = config.teacher
@@ -448,9 +437,15 @@ def moving_teacher(config: RunConfig, world: World, student: Model) -> MovingTea
     )
 
 
-def load_frozen(config: RunConfig, source: ModelPath, groups: Groups, world: World) -> Model:
-    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores."""
->>>>>>> 1997672 (Score behind prompts of the teacher's own; let the student teach itself)
+def load_frozen(
+    config: RunConfig, source: ModelPath, groups: Groups, world: World, student: Model | None = None
+) -> Model:
+    """Load a model that only scores: on the device throughout, or with ``teacher.offload`` while it scores.
+
+    ``student``: if it has adapters and is made from this very model, its frozen base is used, and nothing loaded.
+    """
+    if student is not None and base_serves(config, as_source(source), groups.layout):
+        return student.frozen_base()
     model = load_model(source, groups, dtype=DTYPES[config.dtype], device=world.device).freeze()
     return model.with_offload(world.offload_stats) if config.teacher.offload else model
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_tropd.config.run import RunConfig
 from megatron_tropd.config.sections import Layout
@@ -27,6 +28,7 @@ from megatron_tropd.errors import CheckpointError, ConfigError
 from megatron_tropd.losses.multipliers import WHOLE_SEQUENCE
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, method_of
+from megatron_tropd.report.terminal import say
 from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
@@ -374,8 +376,8 @@ def check_own_prompts(config: RunConfig, inputs: Inputs) -> None:
             "same prompts. Give the teacher prompts of its own (data.teacher_template, data.teacher_system or "
             "data.columns.teacher_prompt), or set teacher.update to ema or frozen."
         )
-    if config.data.own_teacher_prompts:
-        logger.info("the teacher reads a prompt of its own for %d of %d prompts", own, rows)
+    if config.data.own_teacher_prompts and not (dist.is_initialized() and dist.get_rank()):
+        say(f"the teacher reads prompts of its own: {own:,} of {rows:,} differ from the student's")
 
 
 def check_support(inputs: Inputs) -> None:

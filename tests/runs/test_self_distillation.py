@@ -16,7 +16,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.teacher.moving import MovingTeacher
 from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics, weights_of
 
-OWN = ('data.teacher_template="{{ prompt }} #### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
+OWN = ('data.teacher_template="{{ prompt }}#### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "train.prompts_per_step=1")
 SELF = ("method.name=opsd", "teacher.model=student", *OWN, *QUIET)
 
@@ -41,7 +41,9 @@ def train_each(config: str, directory: str, cases: dict[str, list[str]]) -> None
 
 
 def train_all(task: Task, directory: Path, cases: dict[str, list[str]], *, ranks: int = 0) -> dict[str, Any]:
-    commands().call(train_each, task.config, directory, {k: [*SELF, *v] for k, v in cases.items()}, ranks=ranks)
+    commands().call(
+        train_each, task.config, directory, {k: [*SELF, *v] for k, v in cases.items()}, ranks=ranks, timeout_s=560
+    )
     return {name: steady_metrics(directory / name) for name in cases}
 
 
@@ -93,7 +95,9 @@ def test_the_student_learns_nothing_of_a_token_that_the_teacher_alone_reads(task
     with np.load(tmp_path / "rollouts" / "step-00000000.npz") as stored:
         read = set(stored["token_ids"].tolist())
     vocabulary = json.loads((task.student / "tokenizer.json").read_text())["model"]["vocab"]
-    word, secret = next((word, i) for word, i in vocabulary.items() if i not in read and word.strip().isalpha())
+    word, secret = next(
+        (word, i) for word, i in vocabulary.items() if i not in read and word[-1] == " " and word.strip().isalpha()
+    )
     replayed = ["rollout.engine=recorded", f"rollout.recorded_from={tmp_path}/rollouts"]
     told = f'data.teacher_template="{word * 3}{{{{ prompt }}}}"'
     cases = {

@@ -40,7 +40,7 @@ Metrics = dict[str, list[dict[str, Any]]]
 
 UNGUIDED = "method.prefix_schedule=none"
 # what the teacher reads, and the student does not; within the models' positions and the smallest packs
-TOLD = ('data.teacher_template="{{ prompt }} #### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
+TOLD = ('data.teacher_template="{{ prompt }}#### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
 MOVING = ("teacher.model=student", "teacher.parallel.tensor=1")  # laid out as the student, whatever that is
 PRESETS: dict[str, list[str]] = {
     **{name: [f"method.name={name}"] for name in METHODS},

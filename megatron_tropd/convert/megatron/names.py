@@ -29,6 +29,7 @@ TE_NAMES = {plain: te for te, plain in _WITHIN.items()}
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\d*\.|^chained_\d+\.optimizer\.|^optimizer")
 _RNG = re.compile(r"(^|\.|/)rng_state|rerun_state_machine|^torch_rng$|^scheduler$|opt_param_scheduler")
 _EXTRA = re.compile(r"\._extra_state(/|$)")
+_AVERAGE = re.compile(r"^moving_average\.")  # of a student that is its own teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class Names:
         self._tensors = tensors
         self._key_of: dict[str, str] = {}  # a plain name, with {i} and {e} for the axes of layers and experts
         self.strange: list[str] = []  # tensors of the model that no table has a place for
-        self.beside = {"optimizer": 0, "generator": 0}  # tensors of other parts of a run
+        self.beside = {"moving average": 0, "optimizer": 0, "generator": 0}  # tensors of other parts of a run
         for key in tensors:
             self._sort(key)
 
     def _sort(self, key: str) -> None:
-        if _OPTIMIZER.search(key):
+        if _AVERAGE.search(key):
+            self.beside["moving average"] += 1
+        elif _OPTIMIZER.search(key):
             self.beside["optimizer"] += 1
         elif _RNG.search(key):
             self.beside["generator"] += 1
@@ -130,7 +133,7 @@ def objects_by_kind(others: Iterable[str]) -> dict[str, list[str]]:
     for key in others:
         if key.startswith("common_state/"):
             continue  # read, as common.pt is
-        kinds = {"_extra_state": _EXTRA, "optimizer": _OPTIMIZER, "generator": _RNG}
+        kinds = {"moving average": _AVERAGE, "_extra_state": _EXTRA, "optimizer": _OPTIMIZER, "generator": _RNG}
         kind = next((name for name, pattern in kinds.items() if pattern.search(key)), "unknown")
         found.setdefault(kind, []).append(key)
     return found
