@@ -131,9 +131,9 @@ def _count_batches(config: RunConfig, inputs: Inputs) -> int:
 def _batches(config: RunConfig, inputs: Inputs) -> Iterator[list[Rollout]]:
     """Iterate over what is to be scored, numbered separately within each batch."""
     if config.rollout.recorded_from is not None:
-        rows = inputs.prompts.row_of_index()
+        numbers = inputs.prompts.row_of_index()
         for step in range(config.train.steps):
-            yield [_as_of(inputs, rows, one) for one in read_rollouts(config.rollout.recorded_from, step)]
+            yield [_as_of(inputs, numbers, one) for one in read_rollouts(config.rollout.recorded_from, step)]
         return
     prompts, size = inputs.prompts, config.train.prompts_per_step
     bare = [row for row, length in enumerate(prompts.response_lengths().tolist()) if not length]

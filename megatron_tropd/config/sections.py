@@ -458,12 +458,11 @@ class DataConfig(Section):
     @property
     def own_teacher_prompts(self) -> bool:
         """Say whether some prompts are other ones for the teacher than for the student."""
-        makers = [(self.teacher_template, self.teacher_system, self.columns.teacher_prompt)]
-        makers += [
-            (source.teacher_template, source.teacher_system, source.columns and source.columns.teacher_prompt)
-            for source in self.sources
-        ]
-        return any(part is not None for maker in makers for part in maker)
+        makers = [self.teacher_template, self.teacher_system, self.columns.teacher_prompt]
+        for source in self.sources:
+            columns = source.columns or self.columns
+            makers += [source.teacher_template, source.teacher_system, columns.teacher_prompt]
+        return any(maker is not None for maker in makers)
 
     @property
     def longest_teacher_prompt(self) -> int:

@@ -49,8 +49,10 @@ def pack_for_both(
         )
         flat = [one for replica in assigned for one in replica]
         groups = [one.sequence_ids for one in flat]
-        options = {"multiple_of": multiple_of, "share_prefixes": share_prefixes}
-        both = [_packs_of(each, groups, **options) for each in (sequences, read)]
+        both = [
+            _packs_of(each, groups, multiple_of=multiple_of, share_prefixes=share_prefixes)
+            for each in (sequences, read)
+        ]
         if all(_size(one) <= max_tokens for packs in both for one in packs):
             break
     packs = [replace(one, teacher_pack=other) for one, other in zip(*both, strict=True)]
