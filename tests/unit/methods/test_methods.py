@@ -100,7 +100,7 @@ def test_preset_vanishes_at_the_teacher_exactly_when_it_says_so(name):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_preset_has_an_example_that_builds(name):
     text = OmegaConf.load(EXAMPLES / f"{name}.yaml")
-    assert set(text) <= {"method", "rollout"}
+    assert set(text) <= {"method", "rollout", "teacher", "data"}
     options = OmegaConf.to_container(text.method)
     assert options["name"] == name
     example, default = build_method(**options), build_method(name)
@@ -340,7 +340,9 @@ def test_gkd_at_beta_zero_is_forward_kl_and_at_one_reverse_kl():
 def test_opsd_at_the_ends_of_beta_and_on_all_ids_is_what_it_says():
     assert_same(build_method("opsd", beta=0.0), build_method("fkl"))
     assert_same(build_method("opsd", form="topk", beta=1.0, k=5), build_method("rkl", form="topk", k=5))
-    assert_same(build_method("sdft", beta=1.0, k=5), build_method("local_support", support="student", k=5))
+    assert_same(
+        build_method("sdft", beta=1.0, k=5, mismatch="none"), build_method("local_support", support="student", k=5)
+    )
     for tail in ("none", "bucket", "renorm"):
         assert_same(build_method("opsd", form="topk", k=V, tail=tail), build_method("opsd"))
     assert_same(build_method("prompt_distillation"), build_method("fkl"))
