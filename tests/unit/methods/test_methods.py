@@ -255,7 +255,8 @@ def test_only_terms_that_name_alternatives_move_a_student_that_is_certain(name):
 
 def test_the_presets_that_move_a_certain_student_are_those_with_a_forward_kl_on_outliers():
     found = {name for name in PRESETS if build_method(name).teaches_certain_students}
-    assert found == {*("tropd", "tropd_rkl", "tropd_resopd", "tropd_soft", "tropd_aopd"), "aopd", "eopd", "fkl"}
+    forward = {"aopd", "eopd", "fkl", "prompt_distillation"}
+    assert found == {"tropd", "tropd_rkl", "tropd_resopd", "tropd_soft", "tropd_aopd", *forward}
     assert not build_method("tropd", support="student").teaches_certain_students  # names the student's own alone
     assert build_method("tropd", gate="none").teaches_certain_students
     assert not build_method("tropd", gate="all").teaches_certain_students
