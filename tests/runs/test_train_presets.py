@@ -50,12 +50,13 @@ PRESETS: dict[str, list[str]] = {
     "local_support": ["method.name=local_support", "rollout.top_p=0.9"],
     "drift_gate": ["method.name=drift_gate", "train.minibatches=2"],
     "opsd": ["method.name=opsd", "teacher.model=student", *TOLD],
-    "sdft": ["method.name=sdft", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD],
     "prompt_distillation": ["method.name=prompt_distillation", *TOLD],
     # options that no preset has
+    "the student's average, told": [
+        *("method.name=opsd", "method.beta=0.2", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD),
+    ],
     "the student's present self, told": [
-        *("method.name=opsd", "method.form=topk", "method.k=9", "teacher.update=live", "train.minibatches=2"),
-        *(*MOVING, *TOLD),
+        *("method.name=opd", "method.ppo_clip=0.2", "teacher.update=live", "train.minibatches=2", *MOVING, *TOLD),
     ],
     "sampled token beside the top k": ["method.name=tropd", "method.support=teacher_and_sampled", "method.tail=bucket"],
     "the student's top k, soft": ["method.name=tropd_soft", "method.support=student", "method.tail=renorm"],
