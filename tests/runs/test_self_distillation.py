@@ -151,7 +151,7 @@ def test_the_average_is_the_recurrence_in_fp32_whatever_the_student_s_dtype():
         (["teacher.ema_decay=0.9"], "ema_decay = 0.9 is not read with update = frozen"),
         (["teacher.update=live", "teacher.ema_every=2"], "ema_every = 2 is not read with update = live"),
         (["teacher.update=live", "teacher.parallel.pipeline=2"], "it is laid out as the student"),
-        (["teacher.like=somewhere"], "teacher.like = 'somewhere' is not read: teacher.model is student"),
+        (["teacher.like=somewhere"], "teacher.like = 'somewhere' is not read with teacher.model = student"),
         (["data.teacher_template=null"], "max_teacher_prompt_tokens = 75, but the teacher has no prompts of its own"),
         (["train.pack_tokens=80"], "cannot hold the longest sequence that the teacher reads"),
     ],
