@@ -160,7 +160,8 @@ class RunConfig(Section):
                 f"Raise train.pack_tokens to {longest} or more, or lower one of the two."
             )
         scored = self.data.longest_teacher_prompt + self.rollout.max_new_tokens
-        if self.train.pack_tokens < scored:
+        fitted = info.context == FITTED_LATER and self._has_an_open_length()
+        if self.data.own_teacher_prompts and self.train.pack_tokens < scored and not fitted:
             raise ValueError(
                 f"train.pack_tokens = {self.train.pack_tokens} cannot hold the longest sequence that the teacher "
                 f"reads: data.max_teacher_prompt_tokens + rollout.max_new_tokens = {scored}. "
