@@ -87,16 +87,21 @@ class Truth:
     moved: dict[str, Tensor]  # the gradients where every weight is one step of fp32 away, up or down
 
 
-def logits_of(directory: Path) -> dict[str, Tensor]:
+def logits_of(directory: Path, *, moved: bool = False) -> dict[str, Tensor]:
     model = load_transformers(directory)
+    if moved:
+        nudge(model)
     with torch.no_grad():
         return {str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1] for r in ROLLOUTS}
 
 
-def agree(found: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
+def agree(found: dict[str, Tensor], truth: dict[str, Tensor], limit: float = 1e-5) -> bool:
+    return furthest(found, truth) < limit
+
+
+def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     assert found.keys() == truth.keys()
-    errors = [(found[s] - logits).abs().max() / logits.abs().max() for s, logits in truth.items()]
-    return max(map(float, errors)) < 1e-5
+    return max(float((found[s] - logits).abs().max() / logits.abs().max()) for s, logits in truth.items())
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +231,13 @@ def test_the_exported_student_gives_the_logits_it_was_trained_to(case, found, ro
     ranks, before, after = found(case), root / case.family, logits_of(root / "exported" / case.name / "after")
     vocab_size = config_of(before)["vocab_size"]
     trained = whole_logits(ranks, "trained", vocab_size)
-    assert agree(trained, after)
+    # weights that a large step has moved amplify rounding by their own measure: that of one step of fp32 in each of
+    # them, for the sqrt(n)/2 steps that sums of n terms, here a row of the MLP, are rounded by
+    limit = math.sqrt(config_of(before)["intermediate_size"]) / 2 * furthest(
+        logits_of(root / "exported" / case.name / "after", moved=True), after
+    )
+    assert limit < 1e-4  # a defect of a part in ten thousand is always seen
+    assert agree(trained, after, max(limit, 1e-5))
     assert not agree(trained, whole_logits(ranks, "logits", vocab_size))
 
 

@@ -416,7 +416,9 @@ def row(model: str, step: int | None) -> Evaluation:
 
 def test_a_restored_run_has_the_batches_the_steps_and_the_evaluations_of_its_checkpoint(monkeypatch, tmp_path):
     restored: list[Any] = []
-    run: Any = SimpleNamespace(student="s", trainer=SimpleNamespace(optimization="o"), run_dir=tmp_path)
+    run: Any = SimpleNamespace(
+        student="s", trainer=SimpleNamespace(optimization="o"), moving=None, run_dir=tmp_path
+    )
     run.world = SimpleNamespace(is_first=True)
     rows = [
         row("student before", 0),
@@ -430,7 +432,7 @@ def test_a_restored_run_has_the_batches_the_steps_and_the_evaluations_of_its_che
     monkeypatch.setattr(resume, "load_checkpoint", lambda *given: restored.append(given) or {"step": 4})
     assert resume.restore(run, batches, None) == 0 and not restored
     assert resume.restore(run, batches, Path("c")) == 4
-    assert restored == [(Path("c"), "s", "o"), (Path("c"), 4)]
+    assert restored == [(Path("c"), "s", "o", None), (Path("c"), 4)]
     # what the run has measured after that belongs to steps that it takes anew
     assert [one.step for one in read_evaluations(tmp_path)] == [0, None, 4]
 
