@@ -328,7 +328,7 @@ def _read(note: Path) -> Any:
 def _write(note: Path, content: Any) -> None:
     """Keep a note, and drop those of earlier launches."""
     _quietly(lambda: write_aside(note, json.dumps(content)))
-    for old in _notes().glob("commit-*"):
+    for old in _notes().glob("commit-*.json"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > _STALE_S:
                 old.unlink()

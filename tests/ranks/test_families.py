@@ -233,8 +233,10 @@ def test_the_exported_student_gives_the_logits_it_was_trained_to(case, found, ro
     trained = whole_logits(ranks, "trained", vocab_size)
     # weights that a large step has moved amplify rounding by their own measure: that of one step of fp32 in each of
     # them, for the sqrt(n)/2 steps that sums of n terms, here a row of the MLP, are rounded by
-    limit = math.sqrt(config_of(before)["intermediate_size"]) / 2 * furthest(
-        logits_of(root / "exported" / case.name / "after", moved=True), after
+    limit = (
+        math.sqrt(config_of(before)["intermediate_size"])
+        / 2
+        * furthest(logits_of(root / "exported" / case.name / "after", moved=True), after)
     )
     assert limit < 1e-4  # a defect of a part in ten thousand is always seen
     assert agree(trained, after, max(limit, 1e-5))

@@ -416,9 +416,7 @@ def row(model: str, step: int | None) -> Evaluation:
 
 def test_a_restored_run_has_the_batches_the_steps_and_the_evaluations_of_its_checkpoint(monkeypatch, tmp_path):
     restored: list[Any] = []
-    run: Any = SimpleNamespace(
-        student="s", trainer=SimpleNamespace(optimization="o"), moving=None, run_dir=tmp_path
-    )
+    run: Any = SimpleNamespace(student="s", trainer=SimpleNamespace(optimization="o"), moving=None, run_dir=tmp_path)
     run.world = SimpleNamespace(is_first=True)
     rows = [
         row("student before", 0),

@@ -136,6 +136,22 @@ GUARDS: dict[tuple[str, str], Guard] = {
     ("storage/locks.py", "HeldLock.release"): Guard(
         "the file that it holds open, while it is locked", _LOCKS + "test_one_process_holds_a_lock_once"
     ),
+    ("commands/init.py", "write_configuration"): Guard(
+        "opened only where no file is",
+        "tests/unit/commands/test_fitting.py::test_init_writes_what_one_line_says_and_leaves_a_file_that_is_there",
+    ),
+    ("commands/library.py", "_write_rows"): Guard(
+        "a new name of its own, then the name that its content has, if nothing is there",
+        "tests/unit/test_library.py::test_rows_are_written_once_under_the_name_of_their_content",
+    ),
+    ("convert/peft.py", "write_peft"): Guard(
+        "its own note, in a directory aside that it has started",
+        "tests/unit/convert/test_peft_files.py::test_a_directory_with_anything_of_the_users_is_left",
+    ),
+    ("data/hub.py", "_write"): Guard(
+        "notes of its own folder and name, a day old",
+        "tests/unit/data/test_hub.py::test_a_note_drops_those_of_launches_long_gone_and_nothing_else",
+    ),
     ("setup/claims.py", "held_here"): Guard("directories that it made, if they are empty", _ATTACK),
     ("engine/checkpoint.py", "_write_whole"): Guard(
         "in `STEP.partial`, made anew; what is no checkpoint's there is moved aside", _ATTACK

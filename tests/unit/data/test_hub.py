@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_tropd.convert.hub import Parts, check_push, fetch_model, push_model
+from megatron_tropd.data import hub as hub_room
 from megatron_tropd.data.files import read_rows
 from megatron_tropd.data.hub import HubName, commit_of, dataset_files, hub_name
 from megatron_tropd.errors import ConfigError, StorageError
@@ -269,3 +271,16 @@ def test_a_push_without_a_token_or_offline_is_refused_before_the_run(hub: Hub, t
         check_push("own/new")
     with using_hub(hub.url, tmp_path, offline=True), pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         check_push("own/new")
+
+
+def test_a_note_drops_those_of_launches_long_gone_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MEGATRON_TROPD_CACHE", str(tmp_path))
+    notes = tmp_path / "hub"
+    notes.mkdir()
+    names = ("commit-old.json", "commit-old.lock", "newest-a.json", "mine.json")
+    for name in names:
+        (notes / name).write_text("1")
+        os.utime(notes / name, (0, 0))
+    (notes / "commit-new.json").write_text("1")
+    hub_room._write(notes / "commit-own.json", "c")
+    assert {path.name for path in notes.iterdir()} == {*names[1:], "commit-new.json", "commit-own.json"}
