@@ -134,7 +134,7 @@ def test_a_teacher_is_given_its_own_sequences_and_none_without_any(graded):
 
 
 def test_rollouts_take_their_teacher_from_their_prompt():
-    prompts: Any = [SimpleNamespace(teacher="a"), SimpleNamespace(teacher="")]
+    prompts: Any = [SimpleNamespace(teacher=name, teacher_ids=None) for name in ("a", "")]
     named = batches.with_teachers([replace(one, teacher="") for one in ROLLOUTS[:6]], prompts)
     assert [one.teacher for one in named] == ["a", "a", "a", "", "", ""]
 
