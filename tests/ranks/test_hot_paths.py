@@ -18,7 +18,7 @@ from megatron_tropd.parallel.groups import GroupBuilder, Layout, initialize_dist
 from megatron_tropd.setup.build import load_model
 from megatron_tropd.types import SamplingParams
 from tests.support.distributed import run_on_ranks
-from tests.support.family_cases import _items
+from tests.support.family_cases import items_of
 from tests.support.tiny_families import SIZES, save_family
 
 PLACES = {"sampling", "forward", "backward", "update"}
@@ -48,7 +48,7 @@ def modes_in_hot_paths(root: str) -> dict[str, int]:
     model.chunks[0].decoder.layers[0].register_forward_hook(lambda *_: look("forward"))
     model.chunks[0].decoder.final_layernorm.weight.register_hook(lambda _: look("backward"))
     optimization.optimizer.optimizer.register_step_pre_hook(lambda *_: look("update"))
-    Trainer(model, optimization, build_method("sft")).step(_items(model), update=0)
+    Trainer(model, optimization, build_method("sft")).step(items_of(model), update=0)
     return seen
 
 

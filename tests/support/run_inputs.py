@@ -493,7 +493,7 @@ def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict
         os.environ.update(variables)
         os.chdir(cwd)
         sys.argv = ["tropd", *argv]
-        faulthandler.dump_traceback_later(150)  # shorter than a test's patience: what hangs says where
+        faulthandler.dump_traceback_later(380)  # shorter than a test's patience: what hangs says where
         if function:
             _call(function, argv)
         else:

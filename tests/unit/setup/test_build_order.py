@@ -22,6 +22,6 @@ def test_the_trainer_makes_room_before_teacher_and_sampler_are_built(monkeypatch
     monkeypatch.setattr(build, "build_sampler", note("sampler"))
     monkeypatch.setattr(build, "sections_of", lambda config: {})
     config = MagicMock(dtype="bf16")
-    config.train.keep_logits_gb = 0.0
+    config.train.keep_logits_gb, config.teacher.moves = 0.0, False
     build.build_run(config, MagicMock(), known={})
     assert order == ["make room", "teacher", "sampler"]
