@@ -1,7 +1,7 @@
 # Everything for GPUs in one image: CUDA builds of torch and vLLM, this package with its C++ extension.
 #
 #   docker build -t tropd .                    --build-arg TE=1 compiles Transformer Engine's extension, too (an hour)
-#   docker run --gpus all --shm-size=64g --ulimit memlock=-1 -v "$PWD/runs:/work/runs" tropd tropd health
+#   docker run --gpus all --shm-size=64g --ulimit memlock=-1 -v "$PWD/runs:/srv/tropd/runs" tropd tropd health
 #
 # The shared memory is for weights that are published to servers on the same host: two copies of the student.
 # Resolved, never built: see docs/gpu.md.
@@ -16,5 +16,5 @@ COPY . .
 RUN make install-gpu TE="$TE"
 
 ENV PATH=/opt/megatron_tropd/.venv-gpu/bin:$PATH
-WORKDIR /work
+WORKDIR /srv/tropd
 CMD ["tropd", "health"]

@@ -22,11 +22,11 @@ if _os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None) is not None:
 _HOMES = {
     "Callbacks": "megatron_tropd.train.callbacks",
     "Config": "megatron_tropd.config.python",
-    "TrainingResult": "megatron_tropd.commands.library",
+    "TrainingResult": "megatron_tropd.commands.api",
     "build_method": "megatron_tropd.methods",
-    "evaluate": "megatron_tropd.commands.library",
+    "evaluate": "megatron_tropd.commands.api",
     "linear_logprobs": "megatron_tropd.losses.vocab_parallel",
-    "train": "megatron_tropd.commands.library",
+    "train": "megatron_tropd.commands.api",
 }
 _ROOMS = ("evaluate", "train")  # are rooms, too
 __all__ = [*_HOMES, "__version__"]

@@ -14,23 +14,26 @@ import torch.distributed as dist
 
 from megatron_tropd.config.sections import Layout
 from megatron_tropd.data.packing import pack_for_both
+from megatron_tropd.engine.batch import BatchFacts, batch_weights, train_packs
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.rows import is_forest
 from megatron_tropd.errors import DataError
 from megatron_tropd.parallel.groups import GroupBuilder, Groups, initialize_distributed
-from megatron_tropd.setup.build import load_model
+from megatron_tropd.setup.build import load_model, pack_for
 from megatron_tropd.teacher.engines.megatron import MegatronTeacher
 from megatron_tropd.teacher.engines.recorded import RecordedTeacher, RecordingTeacher
 from megatron_tropd.teacher.engines.remote import decode_request, encode_request
 from megatron_tropd.teacher.protocol import TeacherRequest
-from megatron_tropd.types import LOSS_REGIONS, Pack, Rollout, TeacherOutputs
+from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout, TeacherOutputs
 from tests.support.distributed import run_on_ranks
+from tests.support.layout_cases import Case, assemble, config_of, save_models, whole_gradients
 from tests.support.tiny_models import (
     TEACHER,
     grouped_rollouts,
     hf_logprobs,
     load_hf,
     random_rollouts,
+    relative_error,
     save_qwen3,
     with_turns,
 )
@@ -180,6 +183,92 @@ def test_scores_are_those_of_a_second_run_by_hand(teacher: Path, tmp_path: Path)
             np.testing.assert_allclose(
                 [said[at] for at in sorted(said)], expected[sequence], rtol=0, atol=1e-5, err_msg=f"{name}, {sequence}"
             )
+
+
+# --------------------------------------------------------------------------- gradients
+
+LEARNED = {
+    "context ranks": {"student": {"context": 2}, "teacher": {"pipeline": 2}},
+    "tensor ranks beside replicas": {"student": {"tensor": 2}, "teacher": {}},
+    "stages": {"student": {"pipeline": 2}, "teacher": {"context": 2}},
+    "replicas": {"student": {}, "teacher": {"tensor": 2}},
+}
+METHODS = {"prompt_distillation": {}, "opsd": {"beta": 0.3}, "opd": {}}
+
+
+def learned_from() -> list[Rollout]:
+    """Responses that begin where the prompt ends: every prediction of theirs is the student's own."""
+    some = random_rollouts(0, vocab_size=VOCAB - SECRET)
+    own = [np.where(one.region_L == Region.PREFIX, Region.PROMPT, one.region_L).astype(np.uint8) for one in some]
+    return with_own_prompts([replace(one, region_L=region) for one, region in zip(some, own, strict=True)])
+
+
+def gradients(root: str) -> dict[str, dict[str, torch.Tensor]]:
+    """On every rank: the student's gradients and loss, whole, by layout and method."""
+    builder, rollouts, found = GroupBuilder(), learned_from(), dict[str, dict[str, torch.Tensor]]()
+    for name, layouts in LEARNED.items():
+        for method, options in METHODS.items():
+            case = Case(name=name, ranks=2, method={"name": method} | options, share=True, **layouts)
+            run = assemble(config_of(case, Path(root)), builder)
+            groups = run.world.student
+            packs = pack_for(run.world, rollouts, pack_tokens=96, hidden_size=52)
+            mine, facts = packs[groups.replica], BatchFacts(seed=0, step=0, progress=0.0)
+            items = train_packs(
+                mine,
+                batch_weights(packs, run.method, facts, groups),
+                run.teacher.score(packs, run.teacher_request),
+                [None] * len(mine),
+                rollouts={one.sequence_id: one for one in rollouts},
+                method=run.method,
+                facts=facts,
+                model=run.student,
+            )
+            loss = run.trainer.probe(items).loss
+            found[f"{name}, {method}"] = whole_gradients(run.student) | {"loss": torch.tensor(loss)}
+    return found
+
+
+def gradients_by_hand(root: Path, method: str) -> dict[str, torch.Tensor]:
+    """By `transformers` and plain autograd in fp64: each model reads its own prompt before the same response."""
+    student, teacher = load_hf(root / "untied"), load_hf(root / "teacher")
+    losses = []
+    for rollout in learned_from():
+        start, whole = rollout.prompt_length, rollout.token_ids
+        own = whole[:start] if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
+        logq = hf_logprobs(student, whole, VOCAB)[start - 1 :]
+        logp = hf_logprobs(teacher, np.append(own, whole[start:]), VOCAB)[len(own) - 1 :].detach()
+        kept = torch.from_numpy(np.isin(rollout.region_L[start:], LOSS_REGIONS))
+        if method == "opd":
+            target = torch.from_numpy(whole[start:])[:, None]
+            logq, logp = logq.gather(1, target), logp.gather(1, target)
+            loss = -(logp - logq).detach() * logq
+        elif method == "opsd":
+            beta = METHODS["opsd"]["beta"]
+            mixed = (beta * logp.exp() + (1 - beta) * logq.exp()).log()
+            loss = beta * logp.exp() * (logp - mixed) + (1 - beta) * logq.exp() * (logq - mixed)
+        else:
+            loss = logp.exp() * (logp - logq)
+        losses.append(loss.sum(1)[kept])
+    torch.cat(losses).mean().backward()
+    return {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, torch.Tensor]]]]:
+    root = save_models(tmp_path_factory.mktemp("models"))
+    return root, run_on_ranks(gradients, str(root), world_size=2, timeout_s=500)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_gradient_is_that_of_a_teacher_that_reads_its_own_prompt(learned, method: str):
+    root, ranks = learned
+    expected = gradients_by_hand(root, method)
+    for name in LEARNED:
+        for rank in ranks:
+            found = rank[f"{name}, {method}"]
+            assert found.keys() - {"loss"} == expected.keys()
+            errors = {key: relative_error(found[key], gradient) for key, gradient in expected.items()}
+            assert max(errors.values()) < 1e-5, (name, max(errors.items(), key=lambda one: one[1]))
 
 
 # --------------------------------------------------------------------------- packs

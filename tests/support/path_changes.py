@@ -140,7 +140,7 @@ GUARDS: dict[tuple[str, str], Guard] = {
         "opened only where no file is",
         "tests/unit/commands/test_fitting.py::test_init_writes_what_one_line_says_and_leaves_a_file_that_is_there",
     ),
-    ("commands/library.py", "_write_rows"): Guard(
+    ("commands/api.py", "_write_rows"): Guard(
         "a new name of its own, then the name that its content has, if nothing is there",
         "tests/unit/test_library.py::test_rows_are_written_once_under_the_name_of_their_content",
     ),

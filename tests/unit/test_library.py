@@ -97,7 +97,7 @@ def test_callbacks_that_nothing_would_call_are_refused():
     ids=["none", "no mapping", "not JSON"],
 )
 def test_rows_that_cannot_be_trained_on_are_named(tmp_path: Path, rows, message):
-    from megatron_tropd.commands.library import _write_rows
+    from megatron_tropd.commands.api import _write_rows
     from megatron_tropd.errors import DataError
 
     with pytest.raises(DataError, match=message):
@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_trained_on_are_named(tmp_path: Path, rows, message)
 
 
 def test_rows_are_written_once_under_the_name_of_their_content(tmp_path: Path):
-    from megatron_tropd.commands.library import _write_rows
+    from megatron_tropd.commands.api import _write_rows
 
     rows = [{"prompt": "é", "answer": "2"}, {"prompt": "b"}]
     first = _write_rows(tmp_path, rows)

@@ -34,7 +34,7 @@ def test_a_program_is_checked_by_mypy_and_its_mistakes_are_found(tmp_path: Path)
     (tmp_path / "program.py").write_text(PROGRAM + WRONG)
     first = len(PROGRAM.splitlines()) + 2
     # nothing is looked into but the modules of these names: the package itself is checked elsewhere
-    looked_into = ("megatron_tropd", "commands.library", "config.python", "train.callbacks", "report.records")
+    looked_into = ("megatron_tropd", "commands.api", "config.python", "train.callbacks", "report.records")
     homes = [name if name == "megatron_tropd" else f"megatron_tropd.{name}" for name in looked_into]
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nstrict = True\ndisallow_subclassing_any = False\nfollow_imports = skip\n"
