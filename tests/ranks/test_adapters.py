@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.support.adapter_cases import ALPHA, RANK, STEP, Case, run_cases, whole_matrices
 from tests.support.distributed import run_on_ranks
-from tests.support.family_cases import ROLLOUTS, whole_logits
+from tests.support.family_cases import ROLLOUTS, furthest, logits_of, whole_logits
 from tests.support.tiny_families import config_of, load_transformers, save_family
 from tests.support.tiny_models import relative_error
 
@@ -135,15 +135,8 @@ def in_peft(root: Path, family: str, adapter: Path) -> Any:
     return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).double()
 
 
-def logits_of(model: Any) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1] for r in ROLLOUTS}
-
-
 def agree(found: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
-    assert found.keys() == truth.keys()
-    errors = [(found[s] - logits).abs().max() / logits.abs().max() for s, logits in truth.items()]
-    return max(map(float, errors)) < 1e-5
+    return furthest(found, truth) < 1e-5
 
 
 def whole(ranks: list[dict[str, Any]], key: str, root: Path, case: Case) -> dict[str, Tensor]:

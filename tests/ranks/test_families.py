@@ -19,7 +19,7 @@ from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.packing import pack
 from megatron_tropd.models.name_table import entries, hf_shapes
 from tests.support.distributed import run_on_ranks
-from tests.support.family_cases import NEW_TOKENS, ROLLOUTS, Case, run_cases, whole_logits
+from tests.support.family_cases import NEW_TOKENS, ROLLOUTS, Case, furthest, logits_of, run_cases, whole_logits
 from tests.support.tiny_families import FAMILIES, MOE, SIZES, config_of, load_transformers, save_family
 from tests.support.tiny_models import relative_error
 
@@ -87,21 +87,8 @@ class Truth:
     moved: dict[str, Tensor]  # the gradients where every weight is one step of fp32 away, up or down
 
 
-def logits_of(directory: Path, *, moved: bool = False) -> dict[str, Tensor]:
-    model = load_transformers(directory)
-    if moved:
-        nudge(model)
-    with torch.no_grad():
-        return {str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1] for r in ROLLOUTS}
-
-
 def agree(found: dict[str, Tensor], truth: dict[str, Tensor], limit: float = 1e-5) -> bool:
     return furthest(found, truth) < limit
-
-
-def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    assert found.keys() == truth.keys()
-    return max(float((found[s] - logits).abs().max() / logits.abs().max()) for s, logits in truth.items())
 
 
 @pytest.fixture(scope="module")
@@ -228,18 +215,18 @@ def test_the_gradient_norm_counts_every_weight_once(case, found, truth):
 
 @BY_NAME
 def test_the_exported_student_gives_the_logits_it_was_trained_to(case, found, root):
-    ranks, before, after = found(case), root / case.family, logits_of(root / "exported" / case.name / "after")
+    ranks, before = found(case), root / case.family
+    model = load_transformers(root / "exported" / case.name / "after")
+    after = logits_of(model)
+    nudge(model)
+    moved = logits_of(model)
     vocab_size = config_of(before)["vocab_size"]
     trained = whole_logits(ranks, "trained", vocab_size)
     # weights that a large step has moved amplify rounding by their own measure: that of one step of fp32 in each of
     # them, for the sqrt(n)/2 steps that sums of n terms, here a row of the MLP, are rounded by
-    limit = (
-        math.sqrt(config_of(before)["intermediate_size"])
-        / 2
-        * furthest(logits_of(root / "exported" / case.name / "after", moved=True), after)
-    )
+    limit = math.sqrt(config_of(before)["intermediate_size"]) / 2 * furthest(moved, after)
     assert limit < 1e-4  # a defect of a part in ten thousand is always seen
-    assert agree(trained, after, max(limit, 1e-5))
+    assert agree(trained, after, limit)
     assert not agree(trained, whole_logits(ranks, "logits", vocab_size))
 
 

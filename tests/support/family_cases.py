@@ -136,6 +136,18 @@ def items_of(model: Model, rollouts: Sequence[Rollout] = ROLLOUTS, *, share: boo
     )
 
 
+def logits_of(model: Any) -> dict[str, Tensor]:
+    """What a model of `transformers` or `peft` says, ``"sequence"`` -> ``[L - 1, V]``."""
+    with torch.no_grad():
+        return {str(r.sequence_id): model(torch.from_numpy(r.token_ids)[None]).logits[0, :-1] for r in ROLLOUTS}
+
+
+def furthest(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """The largest difference of a sequence's logits, of its largest logit."""
+    assert found.keys() == truth.keys()
+    return max(float((found[s] - logits).abs().max() / logits.abs().max()) for s, logits in truth.items())
+
+
 def local_logits(model: Model) -> dict[str, Tensor]:
     """``"sequence"`` -> ``[L - 1, v]`` of this replica's sequences, on the last stage."""
     packs = _packs(model)[model.groups.replica]
