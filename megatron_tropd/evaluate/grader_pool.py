@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -303,7 +304,8 @@ class _Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 assert stream is not None
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what was not taken any more
+                    stream.close()
             self._process = None
 
     def _is_running(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -84,6 +85,29 @@ def test_a_worker_that_dies_is_replaced(pool):
         if "grader_worker" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
     assert [grade.correct for grade in pool.grade(items(*[("math", "$2$", "2")] * 4))] == [True] * 4
+
+
+def test_a_worker_that_dies_between_the_look_at_it_and_the_task_is_replaced():
+    pool, before = GraderPool(workers=1), psutil.Process().children()
+    right = items(("regex", "aaa", "a{3}"), seconds=60)
+    try:
+        assert pool.grade(right)[0].correct
+        (process,) = set(psutil.Process().children()) - set(before)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has been told
+        poll, asked = subprocess.Popen.poll, []
+
+        def told_late(popen):
+            if popen.pid == process.pid and len(asked) < 2:  # for its time limit, and before the task is written
+                asked.append(popen)
+                return None
+            return poll(popen)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess.Popen, "poll", told_late)
+            assert pool.grade(right)[0].correct and len(asked) == 2
+    finally:
+        pool.close()
 
 
 def test_a_worker_that_no_longer_answers_is_ended_before_the_next_response():
