@@ -19,7 +19,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from megatron_tropd.errors import ConfigError, TropdError, printable
+from megatron_tropd.errors import EXIT_ERROR, ConfigError, TropdError, printable
 from megatron_tropd.parallel import torchrun
 from megatron_tropd.parallel.launch import check_launcher, check_variables
 from megatron_tropd.parallel.leaving import leave
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="On-policy distillation of large language models on Megatron-Core.",
 )
 
 # what is left of a command that a signal has stopped, and how it is taken up
@@ -87,7 +85,7 @@ Verify = Annotated[
 def main() -> None:
     """Run the command line. Errors made on purpose are one message and exit status 2; others keep their traceback.
 
-    A signal that asks to stop is one message, and the exit status 128 and its number.
+    A signal that asks to stop is one message, and the exit status 128 and its number. ``errors.EXIT_STATUSES`` has all.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     # Megatron's checkpoints use it; there is nothing for a user to do
@@ -113,7 +111,7 @@ def main() -> None:
             raise
         _report(error, first)
         # other ranks may wait in a collective for this one: leave without joining them
-        leave(2)
+        leave(EXIT_ERROR)
 
 
 def _say_repeated(arguments: list[str]) -> None:
@@ -255,6 +253,31 @@ def _leave_preempted(stop: Preempted) -> NoReturn:
         print(printable(str(stop)), flush=True)
     _leave()
     leave(stop.status)
+
+
+def _print_versions(asked: bool) -> None:
+    """Print the versions of this package and of what its numbers depend on, without importing any of it."""
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from megatron_tropd import __version__
+
+    print(f"megatron-tropd {__version__}")
+    for package in ("torch", "megatron-core", "transformers"):
+        print(f"{package} {version(package)}")
+    print(f"Python {sys.version.split()[0]}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions, and exit."),
+    ] = False,
+) -> None:
+    """On-policy distillation of large language models on Megatron-Core."""
 
 
 # an option that is not ours arrives as an override: of Megatron's, the answer names the key that stands for it
@@ -640,7 +663,7 @@ def health(
     if problems and _is_first():
         raise HealthError(f"{len(problems)} problem(s):\n" + "\n".join(f"  {problem}" for problem in problems))
     if problems:
-        raise typer.Exit(2)
+        raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()

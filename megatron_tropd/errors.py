@@ -2,6 +2,27 @@
 
 import unicodedata
 
+EXIT_ERROR = 2
+
+# docs/commands.md holds them as a table
+EXIT_STATUSES = {
+    "0": "done",
+    "1": "a defect of the program, or of what it runs on: a traceback says where",
+    "2": "an error that a message explains, with the value and the fix; a command line that cannot be read; "
+    "machines that are not fit (`tropd health`); a disk that is full",
+    "75": "a training run that was asked to stop (SIGTERM, SIGUSR1, SIGHUP) and has left a checkpoint where there was "
+    "something to save: the same command again resumes",
+    "130": "the same after Ctrl-C, on which nobody puts a run back into the queue",
+    "128 + n": "a command that signal number n has stopped: 143 on SIGTERM; also a rank that the signal has ended",
+}
+
+
+def exit_statuses_table() -> str:
+    """Return what the exit statuses mean as a Markdown table."""
+    return (
+        "\n".join(["| status | meaning |", "|---|---|", *(f"| {k} | {v} |" for k, v in EXIT_STATUSES.items())]) + "\n"
+    )
+
 
 def printable(text: str) -> str:
     """Write control characters, formatting ones and halves of characters as escapes, all but line breaks and tabs.

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tropd.engine.attention import PackedPlan, attend_groups, groups_of
 from megatron_tropd.engine.rows import computed_rows, row_of
@@ -155,6 +154,9 @@ def _pieces(cu_seqlens: Int64Array, held_t: Int64Array) -> tuple[Int64Array, Int
 def _attend_continued(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Compute the last rows of a causal square: ``[n, 1, heads, d]`` over ``[m, 1, key heads, d]``, m > n."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    # its module brings torch's compiler along, which takes a second
+    from torch.nn.attention.bias import causal_lower_right
+
     mask = causal_lower_right(q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3)

@@ -20,6 +20,7 @@ from megatron_tropd.config.sections import OptimizerConfig
 from megatron_tropd.engine.model import Model
 from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats
 from megatron_tropd.engine.overlap import Overlap
+from megatron_tropd.engine.patches.compiler import building_optimizers
 from megatron_tropd.engine.patches.cuda_calls import cuda_names_mean_cpu
 from megatron_tropd.engine.patches.optimizer_states import load_without_steps
 from megatron_tropd.engine.patches.parallel_state import use_parallel_state
@@ -187,7 +188,7 @@ def optimize(
         align_param_gather=gathers and len(model.chunks) > 1,
         bucket_size=bucket_elements,
     )
-    with use_parallel_state(model.groups), cuda_names_mean_cpu():
+    with use_parallel_state(model.groups), cuda_names_mean_cpu(), building_optimizers():
         wrapped = [
             DistributedDataParallel(
                 model.config, ddp, chunk, pg_collection=model.groups.pg, disable_bucketing=number > 0

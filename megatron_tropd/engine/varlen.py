@@ -9,17 +9,24 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_tropd.engine.rows import gather_rows
 from megatron_tropd.types import Int64Array
 
 _log = logging.getLogger(__name__)
+
+
+def varlen_attn(*args: Any, **options: Any) -> Any:
+    """Call torch's kernel. Its module brings torch's compiler along, a second that starting on a CPU need not take."""
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn(*args, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,13 @@ _CPU_TESTS = "when Megatron-Core asks the model for its device; ranks/test_engin
 
 PATCHES = (
     ForeignPatch(
+        target="torch.compile",
+        file="engine/patches/compiler.py",
+        reason="Megatron-Core compiles what it only defines, and so imports the compiler; while it is imported, alone",
+        upstream="",
+        ends="when importing megatron.core leaves torch._dynamo out; unit/engine/test_compiler.py without the patch",
+    ),
+    ForeignPatch(
         target="torch.cuda.current_device",
         file="engine/patches/cuda_calls.py",
         reason=_NO_CUDA,
