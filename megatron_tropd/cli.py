@@ -699,11 +699,39 @@ def score(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
-    """Write RUN/report.html from what a run has left on disk."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directory of a run, or of several.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Page that compares several runs; comparison.html in the current directory."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever a run has gone on, until Ctrl-C; browsers reload.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="With --watch: seconds between two looks.")] = 10,
+) -> None:
+    """Write RUN/report.html from what a run has left on disk, or a page that compares several runs."""
+    from megatron_tropd.report.comparison import write_comparison
     from megatron_tropd.report.html import write_report
+    from megatron_tropd.report.watch import watch
 
-    print(printable(str(write_report(run_dir))))
+    if len(run_dirs) == 1 and out is not None:
+        raise ConfigError(f"--out = {out} is for several runs: the page of one is RUN/report.html. Leave it out.")
+
+    def write(refresh_s: int | None) -> Path:
+        if len(run_dirs) == 1:
+            return write_report(run_dirs[0], refresh_s=refresh_s)
+        return write_comparison(run_dirs, out or Path("comparison.html"), refresh_s=refresh_s)
+
+    if live:
+        watch(
+            run_dirs,
+            write,
+            every_s=every,
+            told=lambda page: print(printable(f"{page}: live, until Ctrl-C"), flush=True),
+        )
+    else:
+        print(printable(str(write(None))))
 
 
 @app.command()

@@ -1049,6 +1049,11 @@ class ReportConfig(Section):
         None, "Weights & Biases project; `true` names it megatron_tropd, null or `false` is off."
     )
     samples: Whole = key(4, "Answers before and after training to show in the report.", ge=0)
+    samples_every: Whole = key(
+        0,
+        "Steps between answers that are printed, colored by region and gate, of those the step learns from; 0: none.",
+        ge=0,
+    )
 
 
 class ExportConfig(Section):

@@ -39,12 +39,14 @@ class Series:
     low: FloatArray | None = None
     high: FloatArray | None = None
     smooth: bool = True  # draw a running mean over the faint raw line
+    style: int | None = None  # which color and dashes; None: those of its place among the lines
 
 
 def line_chart(series: Sequence[Series], *, alt: str, percent: bool = False) -> Markup:
     """Draw lines over training steps. ``alt`` describes the chart to those who cannot see it."""
     figure, axes = _axes()
-    for i, line in enumerate(series):
+    for place, line in enumerate(series):
+        i = place if line.style is None else line.style
         _draw_line(axes, line, color=SERIES[i % len(SERIES)], dashes=_DASHES[i % len(_DASHES)])
     every_step = np.concatenate([line.step for line in series])
     room = 0.5 if every_step.min() == every_step.max() else 0.0
@@ -60,12 +62,17 @@ def legend(labels: Sequence[str]) -> Markup:
     """
     if len(labels) < 2:
         return Markup()
-    item = Markup(
-        '<li><svg class="line" width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" '
-        'stroke="var(--s{})" stroke-width="2.2" stroke-dasharray="{}"/></svg>{}</li>'
-    )
-    items = (item.format(i % len(SERIES) + 1, _DASHES[i % len(_DASHES)], label) for i, label in enumerate(labels))
+    items = (Markup("<li>{}{}</li>").format(line_mark(i), label) for i, label in enumerate(labels))
     return Markup('<ul class="lines">{}</ul>').format(Markup("").join(items))
+
+
+def line_mark(style: int) -> Markup:
+    """Draw a short piece of a line of :func:`line_chart`."""
+    mark = Markup(
+        '<svg class="line" width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" '
+        'stroke="var(--s{})" stroke-width="2.2" stroke-dasharray="{}"/></svg>'
+    )
+    return mark.format(style % len(SERIES) + 1, _DASHES[style % len(_DASHES)])
 
 
 def stacked_chart(steps: FloatArray, parts: Mapping[str, FloatArray], *, alt: str) -> Markup:

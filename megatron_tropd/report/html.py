@@ -60,7 +60,7 @@ class StepShare:
 
 
 # title, metrics, percent?
-_CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", ("loss",), False),
     ("Reverse KL", ("reverse_kl",), False),
     ("Outlier fraction", ("outlier_fraction",), True),
@@ -69,7 +69,7 @@ _CURVES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Gradient norm", ("grad_norm",), False),
     ("Response length", ("response_length",), False),
 )
-_HEALTH: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+HEALTH: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Learning rate", ("lr",), False),
     ("Sampler against trainer", ("logprob_gap_mean",), False),
     ("Throughput", ("tokens_per_second",), False),
@@ -81,16 +81,32 @@ _GUIDANCE: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 )
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, refresh_s: int | None = None) -> Path:
     """Write ``RUN/report.html`` and return its path. A file that is missing gives a section that says so.
+
+    Args:
+        refresh_s: seconds after which a browser loads the page again; None: it does not.
 
     Raises:
         DataError: ``run_dir`` does not exist, or a file in it cannot be read.
     """
+    run_dir = existing_run(run_dir)
+    remove_partials(run_dir)
+    return write_aside(
+        run_dir / "report.html", rendered("template.html.j2", _context(run_dir) | {"refresh": refresh_s})
+    )
+
+
+def existing_run(run_dir: str | Path) -> Path:
+    """Return the directory of a run; DataError when there is none."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise DataError(f"there is no run directory {run_dir} ({run_dir.absolute()}). Give the run_dir of a run.")
-    remove_partials(run_dir)
+    return run_dir
+
+
+def rendered(template: str, context: Mapping[str, Any]) -> str:
+    """Fill in a page's template; whatever it quotes is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # answers and prompts are whatever a model or a data file says
@@ -98,14 +114,13 @@ def write_report(run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html.j2").render(_context(run_dir))
-    return write_aside(run_dir / "report.html", page.translate(_CONTROLS))
+    return environment.get_template(template).render(context).translate(_CONTROLS)
 
 
 def _context(run_dir: Path) -> dict[str, Any]:
-    rows, torn = _metrics(run_dir)
+    rows, torn = metrics_of(run_dir)
     evaluations = read_evaluations(run_dir)
-    config_text = _config_text(run_dir)
+    config_text = config_text_of(run_dir)
     breakdown = _step_parts(rows)
     return {
         "run_name": run_dir.absolute().name,
@@ -117,8 +132,8 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "results": {(e.model, e.suite): e for e in evaluations if e.model != DURING},
         "closed": {suite: distance_closed(evaluations, suite) for suite in _suites(evaluations)},
         "accuracy": [*_accuracy_charts(evaluations, rows), *_charts(rows, _accuracy_curves(rows))],
-        "curves": _charts(rows, _CURVES),
-        "health": _charts(rows, [*_HEALTH, *_gap_curves(rows)]),
+        "curves": _charts(rows, CURVES),
+        "health": _charts(rows, [*HEALTH, *_gap_curves(rows)]),
         "guidance": _charts(rows, _GUIDANCE),
         "shares": _shares(breakdown),
         "step_seconds": sum(float(np.mean(seconds)) for seconds in breakdown.values()),
@@ -133,24 +148,23 @@ def _context(run_dir: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------- reading
 
 
-def _metrics(run_dir: Path) -> tuple[Rows, bool]:
+def metrics_of(run_dir: Path) -> tuple[Rows, bool]:
+    """Read the metrics of a run, and whether a torn last line was left out."""
     path = run_dir / "metrics.jsonl"
     return read_jsonl(path) if path.exists() else ([], False)
 
 
-def _config_text(run_dir: Path) -> str | None:
+def config_text_of(run_dir: Path) -> str | None:
+    """Read ``config.yaml`` of a run; None where there is none."""
     path = run_dir / "config.yaml"
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _facts(config_text: str | None, rows: Rows) -> list[tuple[str, str]]:
     """Name and value of what a reader wants to know first."""
-    if config_text is None:
+    config = parsed_config(config_text)
+    if config is None:
         return []
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise DataError(f"config.yaml of the run is not valid YAML: {error}. Restore or delete it.") from None
     facts = [
         ("Method", _at(config, "method", "name")),
         ("Student", _last_part(_at(config, "student", "model"))),
@@ -161,6 +175,16 @@ def _facts(config_text: str | None, rows: Rows) -> list[tuple[str, str]]:
         ("Seed", _at(config, "seed")),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def parsed_config(text: str | None) -> Any:
+    """Read a run's ``config.yaml``; None where there is none."""
+    if text is None:
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"config.yaml of the run is not valid YAML: {error}. Restore or delete it.") from None
 
 
 def _percent(share: float | None) -> str | None:
@@ -177,7 +201,7 @@ def _last_part(path: Any) -> str | None:
     return None if path is None else Path(str(path)).name
 
 
-def _column(rows: Rows, name: str) -> FloatArray:
+def column_of(rows: Rows, name: str) -> FloatArray:
     """Return the values over the rows, NaN where a row has none."""
     values = (row.get(name) for row in rows)
     return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
@@ -188,9 +212,9 @@ def _column(rows: Rows, name: str) -> FloatArray:
 
 def _charts(rows: Rows, wanted: Sequence[tuple[str, tuple[str, ...], bool]]) -> list[Chart]:
     """Draw those of the wanted charts for which there is anything to draw."""
-    step, charts = _column(rows, "step"), []
+    step, charts = column_of(rows, "step"), []
     for title, names, percent in wanted:
-        there = {name: column for name in names if np.isfinite(column := _column(rows, name)).any()}
+        there = {name: column for name in names if np.isfinite(column := column_of(rows, name)).any()}
         if not there:
             continue
         series = [
@@ -274,9 +298,9 @@ def _suites(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _step_parts(rows: Rows) -> dict[str, FloatArray]:
     """Return the seconds per step of every part that was measured; what is left of ``time_step`` goes to ``other``."""
-    columns = {part: _column(rows, f"time_{part}") for part in STEP_PARTS}
+    columns = {part: column_of(rows, f"time_{part}") for part in STEP_PARTS}
     parts = {part: np.nan_to_num(column) for part, column in columns.items() if np.isfinite(column).any()}
-    whole = _column(rows, "time_step")
+    whole = column_of(rows, "time_step")
     if parts and "other" not in parts and np.isfinite(whole).any():
         parts["other"] = np.nan_to_num(np.maximum(whole - sum(parts.values()), 0.0))
     return parts
@@ -284,7 +308,7 @@ def _step_parts(rows: Rows) -> dict[str, FloatArray]:
 
 def _mean(rows: Rows, name: str) -> float | None:
     """Return the mean of the steps that have the metric; None when none has."""
-    column = _column(rows, name)
+    column = column_of(rows, name)
     return float(np.nanmean(column)) if np.isfinite(column).any() else None
 
 
@@ -305,7 +329,7 @@ def _shares(parts: Mapping[str, FloatArray]) -> list[StepShare]:
 def _time_chart(rows: Rows, parts: Mapping[str, FloatArray]) -> Markup | None:
     if not parts:
         return None
-    return stacked_chart(_column(rows, "step"), parts, alt="Seconds per step, by part, over training steps")
+    return stacked_chart(column_of(rows, "step"), parts, alt="Seconds per step, by part, over training steps")
 
 
 # --------------------------------------------------------------------------- samples

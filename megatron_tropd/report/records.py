@@ -20,6 +20,9 @@ PROVENANCE_FILE = "hub.json"  # the commit of every name on the hub, by the name
 BEFORE, DURING, AFTER, TEACHER = "student before", "student", "student after", "teacher"  # Evaluation.model
 
 
+When = Literal["before", "during", "after"]  # of training
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One model on one suite. Accuracies are fractions; ``low`` and ``high`` bound the 95 % interval."""
@@ -67,9 +70,9 @@ class SampleToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sampled answer to show in the report."""
+    """One sampled answer to show in the report; those of during training are for the terminal."""
 
-    when: Literal["before", "after"]
+    when: When
     prompt: str
     tokens: tuple[SampleToken, ...]
     answer: str | None = None  # reference answer

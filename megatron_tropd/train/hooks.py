@@ -14,6 +14,9 @@ class Hooks:
     def rollouts_ready(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
         """Follow the rollouts that step ``step`` (from 1) learns from, before it does."""
 
+    def batch_scored(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+        """Follow what step ``step`` (from 1) is about to learn from; no score is being waited for."""
+
     def step_measured(self, step: int, metrics: Mapping[str, float]) -> None:
         """Follow the metrics of step ``step`` (from 1)."""
 

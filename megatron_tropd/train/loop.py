@@ -19,6 +19,7 @@ from megatron_tropd.engine.views import TrainPack
 from megatron_tropd.losses import gates
 from megatron_tropd.report.progress import TrainingProgress
 from megatron_tropd.report.sinks import MetricsWriter
+from megatron_tropd.report.stalls import StallMonitor
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.report.stuck import StuckMonitor
 from megatron_tropd.rollout.mismatch import MismatchMonitor
@@ -40,7 +41,7 @@ def train(
     """
     hooks, watch = hooks or Hooks(), Stopwatch(partial(wait_for_device, run.world.device))
     stuck = StuckMonitor(run.method.name, teaches_certain_students=run.method.teaches_certain_students)
-    monitors = (MismatchMonitor(run.dtype, run.rollout.gap_warning), stuck)
+    monitors = (MismatchMonitor(run.dtype, run.rollout.gap_warning), stuck, StallMonitor())
     hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
     with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:
         for step in range(first_step, run.train.steps):
@@ -52,6 +53,7 @@ def train(
             batch = queue.get(step, watch=watch, hooks=hooks)
             hooks.rollouts_ready(step + 1, batch.prompts, batch.scored.rollouts)
             minibatches = score_and_pack(run, batch.scored, step=step, watch=watch)
+            hooks.batch_scored(step + 1, batch.prompts, batch.scored.rollouts)
             results = learn(run, queue, minibatches, step=step, watch=watch, hooks=hooks)
             if run.moving is not None:
                 run.moving.follow(step + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -15,12 +16,12 @@ from megatron_tropd.engine.score import query_ids, score_packs
 from megatron_tropd.engine.views import views_of
 from megatron_tropd.evaluate.suites import correctness, training_rule
 from megatron_tropd.parallel.groups import Groups
-from megatron_tropd.report.records import Sample, SampleToken
+from megatron_tropd.report.records import Sample, SampleToken, When
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.rollout_queue import pack_rollouts, sampling_params, with_teachers
-from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
+from megatron_tropd.types import LOSS_REGIONS, Pack, Prompt, Region, Rollout
 
 # how much of the teacher's response the guided samples start with
 _SHOWN_PREFIX = 0.5
@@ -47,17 +48,34 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     shown = 0 if when == "before" else run.train.steps - 1  # the gate of the first step or of the last
     # a recording has no scores of new answers
     gates = _gate_by_sequence(run, rollouts, step=shown) if run.scores_new else {}
-    samples = []
-    for number, rollout in enumerate(rollouts):
-        prompt = prompts[number // (1 + guided)]
-        right = None
-        if prompt.answer is not None:
-            rule, allowed = partial(training_rule, run.data), run.evaluate.code_execution
-            mark = correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0]
-            right = None if np.isnan(mark) else bool(mark)
-        tokens = _sample_tokens(run, rollout, gates.get(rollout.sequence_id))
-        samples.append(Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens))
-    return samples
+    return [
+        _sample(run, prompts[number // (1 + guided)], rollout, gates.get(rollout.sequence_id), when=when)
+        for number, rollout in enumerate(rollouts)
+    ]
+
+
+def training_samples(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
+    """Return answers to the first prompt that step ``step`` (from 1) learns from, as far as there are such: one of the
+    student's own and one that is guided. Collective.
+
+    They are scored once more, by themselves: a gate that goes by the entropies of a batch sees theirs alone.
+    """
+    own = run.rollout.samples_per_prompt
+    per_prompt = len(rollouts) // len(prompts)
+    shown = [rollouts[number] for number in dict.fromkeys((0, own)) if number < per_prompt]
+    gates = _gate_by_sequence(run, shown, step=step - 1) if run.scores_new else {}
+    return [_sample(run, prompts[0], rollout, gates.get(rollout.sequence_id), when="during") for rollout in shown]
+
+
+def _sample(run: Run, prompt: Prompt, rollout: Rollout, gate: np.ndarray | None, *, when: When) -> Sample:
+    """Grade one rollout, where its prompt has an answer, and mark its tokens."""
+    right = None
+    if prompt.answer is not None:
+        rule, allowed = partial(training_rule, run.data), run.evaluate.code_execution
+        mark = correctness([rollout], [prompt], run.tokenizer, rule, allow_code=allowed)[0, 0]
+        right = None if np.isnan(mark) else bool(mark)
+    tokens = _sample_tokens(run, rollout, gate)
+    return Sample(when=when, prompt=prompt.text, answer=prompt.answer, correct=right, tokens=tokens)
 
 
 def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple[SampleToken, ...]:

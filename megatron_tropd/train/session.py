@@ -35,6 +35,7 @@ from megatron_tropd.report.records import (
     record_provenance,
     record_samples,
 )
+from megatron_tropd.report.sample_text import print_samples
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import print_accuracies
 from megatron_tropd.report.terminal import say
@@ -66,7 +67,7 @@ from megatron_tropd.train.model_card import CardFacts, model_card
 from megatron_tropd.train.preemption import Preempted, StopRequest, leave_if_requested
 from megatron_tropd.train.resume import clear_way, confirmed, find_start, restore
 from megatron_tropd.train.rollout_queue import RolloutQueue, sampling_of
-from megatron_tropd.train.sample_report import sample_answers
+from megatron_tropd.train.sample_report import sample_answers, training_samples
 from megatron_tropd.types import Prompt, Rollout
 
 # what a model card says of the configuration besides the method
@@ -412,6 +413,15 @@ class Evaluator:
             if self._run.world.is_first:
                 record_samples(self._config.run_dir, samples)
 
+    def show_step(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+        """Print answers that a step learns from, where that is due."""
+        every = self._config.report.samples_every
+        if not every or (step - 1) % every:
+            return
+        samples = training_samples(self._run, prompts, rollouts, step=step)
+        if self._run.world.is_first:
+            print_samples(samples, step=step)
+
 
 class SessionHooks(Hooks):
     """Evaluate after a step where that is due, call the user's program, and leave where the machines are wanted
@@ -423,6 +433,9 @@ class SessionHooks(Hooks):
 
     def rollouts_ready(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
         self._callbacks.on_rollouts(step, prompts, rollouts)
+
+    def batch_scored(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+        self._evaluator.show_step(step, prompts, rollouts)
 
     def step_measured(self, step: int, metrics: Mapping[str, float]) -> None:
         self._callbacks.on_step(step, metrics)
