@@ -37,7 +37,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 TE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-vllm bench-trl demo demo-compare wheel test test-fast test-portable test-gpu test-vllm check format clean
+.PHONY: help install install-gpu install-vllm bench-trl demo demo-compare wheel test test-fast test-portable test-gpu test-vllm docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,10 @@ test-vllm: export MEGATRON_TROPD_REQUIRE_VLLM := 1
 test-vllm: $(VLLM_STAMP) ## run the tests that need vLLM, with real engines and servers on CPU
 	$(VLLM_BIN)/python -m pytest $(or $(ARGS),$(VLLM_TESTS))
 
+docs: $(STAMP) ## build the documentation's site into site/; a warning is an error
+	$(PIP) mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 check: $(STAMP) ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,7 +111,7 @@ format: $(STAMP) ## fix what ruff can fix and format
 	$(BIN)/ruff format .
 
 clean: ## remove all that make has made; runs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(TRL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) $(TRL_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f megatron_tropd/_C.*.so
 	find megatron_tropd tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
