@@ -66,7 +66,7 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, refresh
     if len(set(places)) < len(places):
         raise DataError(f"{', '.join(map(str, found))}: a run is given twice. Give different ones.")
     if len(found) > MOST_RUNS:
-        raise DataError(f"{len(found)} runs are more than the {MOST_RUNS} that can be told apart. Leave some out.")
+        raise DataError(f"{len(found)} runs are more than the {MOST_RUNS} colors there are for lines. Leave some out.")
     _check_ours(out)
     runs = [_read(one, name, number) for number, (one, name) in enumerate(zip(found, _names(found), strict=True))]
     context = {

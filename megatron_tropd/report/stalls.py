@@ -76,7 +76,7 @@ def _leaving(courses: Mapping[str, Course]) -> str | None:
     return (
         f"{share.last:.1%} of the student's tokens are outliers, after {share.least:.1%} when they were fewest. Likely "
         "causes: optimizer.lr is too high, or its warm-up too short; prefixes have become shorter, and the student "
-        "goes on alone (report, teacher prefix); responses have become longer than those it learned from; another "
+        "writes alone (report, teacher prefix); responses have become longer than those it learned from; another "
         "source of prompts"
     )
 
