@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -202,7 +203,7 @@ class WandbSink:
                 "Run `pip install wandb`, or set report.wandb=null."
             ) from error
         kept = run_dir / "wandb_id"
-        identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else wandb.util.generate_id()
+        identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else uuid.uuid4().hex[:8]
         make_directory(run_dir)
         write_aside(kept, identity + "\n")
         self._run = wandb.init(
