@@ -8,8 +8,8 @@
 
     results = run_on_ranks(check_sum, torch.float32, world_size=2)     # what each rank returned, in rank order
 
-The ranks meet through a file in a temporary folder. Processes are forked from a small server that has imported torch
-and nothing else, so a rank starts in well under a second; it then imports the function's module only.
+The ranks meet through a file in a temporary folder. Processes are forked from a small server that has imported what
+most of them need (``rank_imports``), so a rank starts in well under a second; it then imports the function's module.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int, time
         RankFailed: with the number and traceback of the rank that failed first.
         TimeoutError: the limit passed; the message names the ranks that were still running.
     """
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    multiprocessing.set_forkserver_preload(["tests.support.rank_imports"])
     with tempfile.TemporaryDirectory(prefix="tropd-ranks-") as folder:
         context = torch.multiprocessing.start_processes(
             _rank_main,
