@@ -32,7 +32,13 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def trained(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything asked for, on one process without a launcher."""
     run_dir = tmp_path_factory.mktemp("trained")
-    wishes = ("evaluate.every=4", "report.tensorboard=true", f"export.hf={run_dir}/export", "train.minibatches=2")
+    wishes = (
+        "evaluate.every=4",
+        "report.tensorboard=true",
+        f"export.hf={run_dir}/export",
+        "train.minibatches=2",
+        "report.html=true",
+    )
     outcome = commands().run("train", task.config, f"run_dir={run_dir}", *wishes).expect_success()
     for line in ("student before", "student after", "teacher", f"report: {run_dir}/report.html"):
         assert line in outcome.output

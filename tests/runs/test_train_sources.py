@@ -40,7 +40,7 @@ def train(task: Task, run_dir: Path, *overrides: str, ranks: int = 0) -> str:
 
 def test_a_mixture_trains_reports_each_source_and_goes_on_where_it_stopped(task: Task, tmp_path: Path):
     record = f"rollout.record={tmp_path}/rollouts"
-    train(task, tmp_path / "whole", record, ranks=2)
+    train(task, tmp_path / "whole", record, "report.html=true", ranks=2)
     rows: list[dict[str, Any]] = steady_metrics(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:

@@ -10,9 +10,11 @@ file, real exit status), on one rank or on several that meet as under torchrun.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -23,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +53,23 @@ TEACHER = {
     "head_dim": 14,
 }
 POSITIONS = 96
+
+# what a command imports, by itself or when it is first used
+PRELOADED = (
+    "megatron_tropd.cli",
+    "megatron_tropd.commands.check",
+    "megatron_tropd.commands.evaluate",
+    "megatron_tropd.train.session",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "pandas",  # pyarrow's wish
+    "pyarrow.compute",
+    "rich.progress",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.tokenization_utils_tokenizers",
+)
 
 
 # --------------------------------------------------------------------------- the task
@@ -185,7 +205,8 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _config(task: Task) -> str:
-    # eps: Adam's first steps are otherwise as large for a rounding error as for a gradient
+    # eps: Adam's first steps are otherwise as large for a rounding error as for a gradient; html: its charts take
+    # longer than the training, and those who read the page ask for it
     return f"""\
 run_dir: {task.directory}/run
 seed: 7
@@ -224,6 +245,7 @@ evaluate:
     - {{name: sampled, samples: 2, temperature: 0.6, top_p: 0.95}}
 report:
   samples: 2
+  html: false
 """
 
 
@@ -404,7 +426,6 @@ class Commands:
 @functools.cache
 def commands(*preload: str) -> Commands:
     """The one server of this process (for what is to be preloaded), ended at exit."""
-    import atexit
     import tempfile
 
     scratch = Path(tempfile.mkdtemp(prefix="tropd-commands-"))
@@ -442,16 +463,9 @@ def _free_port() -> int:
 
 def _serve() -> None:
     """Answers requests on standard input until it closes."""
-    import transformers  # noqa: F401
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    import megatron_tropd.cli
-    import megatron_tropd.commands.check
-    import megatron_tropd.commands.evaluate
-    import megatron_tropd.train.session  # noqa: F401
-
-    for module in sys.argv[1:]:
+    for module in (*PRELOADED, *sys.argv[1:]):
         importlib.import_module(module)
+    gc.freeze()  # what all commands share need not be looked through, and so copied, by each
     alive: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
@@ -486,6 +500,7 @@ def _start(
 
 def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict[str, str]) -> NoReturn:
     """Turns this fork into ``python -m megatron_tropd ARGV``, up to the interpreter's own end."""
+    status = 0
     try:
         nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
@@ -498,10 +513,18 @@ def _become(argv: list[str], function: str, file: str, cwd: str, variables: dict
             _call(function, argv)
         else:
             runpy.run_module("megatron_tropd", run_name="__main__", alter_sys=True)
+    except SystemExit as ending:
+        assert ending.code is None or isinstance(ending.code, int), ending.code
+        status = ending.code or 0
     except Exception:
         traceback.print_exc()
-        sys.exit(1)
-    sys.exit(0)
+        status = 1
+    # what the interpreter does at its end, but for taking every imported module apart, which takes half a second
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _call(function: str, argv: list[str]) -> None:
