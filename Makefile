@@ -37,7 +37,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 TE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-vllm bench-trl demo demo-compare wheel test test-fast test-portable test-gpu test-vllm docs check format clean
+.PHONY: help install install-gpu install-vllm bench-trl demo demo-compare wheel test test-fast test-long test-portable test-gpu test-vllm docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,10 +76,15 @@ test-fast: export OMP_NUM_THREADS := $(THREADS)
 test-fast: $(STAMP) ## run the tests of single rooms alone, under two minutes
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m unit $(ARGS)
 
+test-long: export MEGATRON_TROPD_TEST_LONG := 1
+test-long: export OMP_NUM_THREADS := $(THREADS)
+test-long: $(STAMP) ## run what the suite repeats in part in full: twenty steps of every preset under three layouts
+	$(BIN)/python -m pytest $(or $(ARGS),tests/runs/test_train_presets.py)
+
 # other instructions add up in another order: what is rounding differs, and what a limit must allow with it
 PORTABLE_TESTS := tests/unit/engine/test_engine_attention.py tests/ranks/test_losses_parity.py tests/ranks/test_layout_invariance.py \
   tests/runs/test_train_presets.py::test_every_preset_trains \
-  "tests/runs/test_train_presets.py::test_twenty_steps_of_every_preset_have_the_metrics_of_one_rank[pp2]"
+  "tests/runs/test_train_presets.py::test_every_step_of_every_preset_has_the_metrics_of_one_rank[pp2]"
 
 test-portable: export OMP_NUM_THREADS := $(THREADS)
 test-portable: export ATEN_CPU_CAPABILITY := default

@@ -22,7 +22,6 @@ from megatron_tropd.train.loop import score_and_pack
 from megatron_tropd.train.rollout_queue import score_rollouts
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import (
-    STEPS,
     VOCAB,
     Case,
     assemble,
@@ -74,7 +73,7 @@ def _train(one: Case, models: str, folder: Path, builder: GroupBuilder) -> dict[
     run = assemble(config_of(one, Path(models)), builder)
     found: dict[str, Any] = {"loss": [], "grad_norm": []}
     buckets = [len(module.bucket_groups) for module in run.trainer.optimization.wrapped]
-    for step in range(STEPS):
+    for step in range(one.steps):
         scored = score_rollouts(run, random_rollouts(step, vocab_size=VOCAB), watch=Stopwatch())
         minibatches = score_and_pack(run, scored, step=step, watch=Stopwatch())
         if step == 0:
@@ -89,7 +88,7 @@ def _train(one: Case, models: str, folder: Path, builder: GroupBuilder) -> dict[
             found["grad_norm"].append(result.grad_norm)
         if step % 2:
             run.trainer.end_step()
-    # five steps: the last one has not rested, so that each of these readers would be the first to see the new weights
+    # three steps: the last one has not rested, so that each of these readers would be the first to see the new weights
     packs = pack_alone(random_rollouts(0, vocab_size=VOCAB)[0].token_ids, run.student.groups.layout)[0]
     score = score_packs(run.student, packs, vocab_size=VOCAB)[0]
     found["weights"] = {name: tensor.clone() for name, tensor in hf_tensors(run.student)}
@@ -152,7 +151,7 @@ def outcome(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.name)
-def test_five_steps_are_those_of_one_rank(one, outcome):
+def test_every_step_is_that_of_one_rank(one, outcome):
     ranks, [truth] = outcome(one), outcome(alone(one))
     assert ranks[0]["buckets"] > 1
     # means of terms of either sign: as large as the largest of the steps, however little a step leaves of them

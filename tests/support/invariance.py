@@ -81,6 +81,7 @@ class Row:
             adam_eps=1e-5,  # see the page
             distributed_optimizer=self.distributed_optimizer,
             pack_tokens=self.pack_tokens,
+            steps=5,
         )
 
 

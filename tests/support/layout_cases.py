@@ -57,7 +57,7 @@ from tests.support.tiny_models import (
 
 # ids that both models know: what their vocabularies have beyond it must carry nothing
 VOCAB = min(STUDENT["vocab_size"], TEACHER["vocab_size"])
-STEPS = 5
+STEPS = 3  # the learning rate rises, is at its peak, and falls
 CERTAIN = 0.01  # the student's probability that counts as certain here: random models are never surer than a little
 TROPD = Objective()
 # Adam divides a gradient by its size: far below this eps it would turn the rounding of a vanishing one into whole steps
@@ -100,12 +100,13 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         """Cases with one key must have one outcome."""
-        return (self.objective, self.base is None, self.tied, self.deep, self.minibatches, self.sequences, self.turns)
+        same = (self.objective, self.base is None, self.tied, self.deep, self.minibatches, self.sequences, self.turns)
+        return (*same, self.steps)
 
 
-def learning_rates(minibatches: int) -> list[float]:
+def learning_rates(minibatches: int, steps: int = STEPS) -> list[float]:
     """Of every update, by hand: up in WARMUP steps, then down so that the update after the last would be at min_lr."""
-    updates, rising = STEPS * minibatches, WARMUP * minibatches
+    updates, rising = steps * minibatches, WARMUP * minibatches
     up = [ADAM["lr"] * (i + 1) / rising for i in range(rising)]
     down = [(i + 1) / (updates - rising + 1) for i in range(updates - rising)]
     return up + [ADAM["lr"] + share * (ADAM["min_lr"] - ADAM["lr"]) for share in down]
@@ -133,7 +134,7 @@ def config_of(case: Case, models: Path) -> RunConfig:
             "rollout": {"max_new_tokens": 20},
             "method": case.method or case.objective.options(),
             "train": {
-                "steps": STEPS,
+                "steps": case.steps,
                 "pack_tokens": case.pack_tokens,
                 "minibatches": case.minibatches,
                 "share_prefixes": "auto" if case.share else "off",
