@@ -5,6 +5,7 @@ import importlib
 
 for module in (
     "torch.distributed",
+    "torch._inductor.compile_fx",  # experts: Megatron compiles some of their functions
     "transformers.models.qwen3.modeling_qwen3",
     "megatron_tropd.setup.build",
 ):

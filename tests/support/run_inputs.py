@@ -66,6 +66,7 @@ PRELOADED = (
     "pandas",  # pyarrow's wish
     "pyarrow.compute",
     "rich.progress",
+    "torch._dynamo",  # every optimizer's step
     "transformers.models.auto.tokenization_auto",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.tokenization_utils_tokenizers",
