@@ -11,6 +11,7 @@ Additional dimension names: ``t`` tokens of this rank (T / ranks), in stream ord
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -151,12 +152,16 @@ def _pieces(cu_seqlens: Int64Array, held_t: Int64Array) -> tuple[Int64Array, Int
     return np.array(starts, np.int64), np.array(lengths, np.int64), continued
 
 
+def causal_lower_right(rows: int, columns: int) -> Any:
+    """Return torch's own mask. Its module brings torch's compiler along, a second that starting need not take."""
+    from torch.nn.attention import bias
+
+    return bias.causal_lower_right(rows, columns)
+
+
 def _attend_continued(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Compute the last rows of a causal square: ``[n, 1, heads, d]`` over ``[m, 1, key heads, d]``, m > n."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    # its module brings torch's compiler along, which takes a second
-    from torch.nn.attention.bias import causal_lower_right
-
     mask = causal_lower_right(q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3)

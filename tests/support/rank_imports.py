@@ -3,6 +3,14 @@
 import gc
 import importlib
 
+import torch
+
+from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
+
+# as in the process of the tests themselves: chosen before Megatron-Core imports Triton
+if kernels.installed() and not torch.cuda.is_available():
+    kernels.use_interpreter()
+
 for module in (
     "torch.distributed",
     "torch._inductor.compile_fx",  # experts: Megatron compiles some of their functions
