@@ -198,6 +198,7 @@ class StudentView:
     entropy_T: Tensor | None = None  # H(q), nats, no gradient needed
     old_entropy_T: Tensor | None = None  # H(q) at the weights of the rollout, no gradient
     divergence: Callable[[str, float], Tensor] | None = None  # (kind, beta) -> loss_T, full vocabulary
+    advantage_T: Tensor | None = None  # of the answer that a token is in, over what its reward is measured against
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +230,8 @@ class TokenView:
     #                            temperature 1; = old_logprob on PREFIX tokens
     entropy_threshold: float = 0.0  # global batch quantile of old_entropy_T, when Needs.entropy_top requests it
     progress: float = 0.0  # step / total steps, in [0, 1)
+    reward_T: Tensor | None = None  # of the answer that a token is in; nan where it has none
+    advantage_T: Tensor | None = None  # the same over what it is measured against; 0 where it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +262,7 @@ class Needs:
     entropy_top: float = 0.0  # fraction f: provide entropy_threshold so that a share f of the batch lies above it
     hidden_states: bool = False  # teacher hidden states for StudentView.divergence
     base_model: bool = False
+    reward: bool = False  # of whole answers
     end_ids: tuple[int, ...] = ()  # ids that end a response and count as one token; empty: every id is its own
 
 

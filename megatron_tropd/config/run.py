@@ -30,6 +30,7 @@ from megatron_tropd.config.sections import (
     OptimizerConfig,
     Real,
     ReportConfig,
+    RewardConfig,
     RolloutConfig,
     Section,
     StudentConfig,
@@ -76,6 +77,7 @@ class RunConfig(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()
+    reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

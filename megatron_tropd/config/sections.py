@@ -828,6 +828,29 @@ class MethodConfig(Section):
         return {"name": self.name, **self.options}
 
 
+class RewardConfig(Section):
+    """Rewards of whole answers, for methods with `reward_weight` and for the gate `correct`."""
+
+    function: str | None = key(
+        None,
+        "`PATH.py:NAME` of a function of yours that rewards the responses to a prompt; it runs in the trainer's "
+        "processes (docs/rewards.md). null: the grader of the data, 1 for a right answer and 0 for a wrong one.",
+    )
+    advantage: Literal["group_mean", "leave_one_out", "normalized", "raw"] = key(
+        "group_mean",
+        "What a reward is measured against: the mean over the prompt's samples, the mean of the others, the mean and "
+        "then divided by the standard deviation (GRPO), or nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _function_has_a_file_and_a_name(self) -> Self:
+        if self.function is not None:
+            path, colon, name = self.function.rpartition(":")
+            if not (colon and path.endswith(".py") and name.isidentifier()):
+                raise ValueError(f"function = {self.function!r} is not PATH.py:NAME, as in rewards.py:short_answers.")
+        return self
+
+
 class TrainConfig(Section):
     """The amounts of data per step."""
 

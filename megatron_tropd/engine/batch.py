@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,12 +29,18 @@ class BatchFacts:
     progress: float  # step / total steps
     special_token_ids: tuple[int, ...] = ()
     entropy_threshold: float = 0.0
+    rewards: Mapping[int, float] | None = None  # of the answers that have one, by sequence id; None: nobody asks
+    advantages: Mapping[int, float] = field(default_factory=dict)  # the same over what they are measured against
 
 
 def batch_weights(
     packs: Sequence[Sequence[Pack]], method: Method, facts: BatchFacts, groups: Groups
 ) -> list[np.ndarray]:
-    """Return ``[N]`` normalization weights of this rank's packs, computed over all replicas' packs at once."""
+    """Return ``[N]`` normalization weights of this rank's packs, computed over all replicas' packs at once.
+
+    An answer of which the gate wants a reward that it does not have counts neither as right nor as wrong: what the
+    student wrote of it is in neither loss nor denominator.
+    """
     flat = [pack for replica in packs for pack in replica]
     region, sequence, target = (
         np.concatenate([getattr(pack, name) for pack in flat]) for name in ("region_T", "sequence_T", "target_T")
@@ -48,6 +54,9 @@ def batch_weights(
             special_ids=facts.special_token_ids,
             first_only=method.settings.special_tokens == "mask_first",
         )
+    if method.gate.needs.reward and facts.rewards is not None:
+        rewarded = np.isin(sequence, np.array([*facts.rewards], dtype=np.int64)) | (region != Region.CONTINUATION)
+        keep = rewarded if keep is None else keep & rewarded
     weights = token_weights(region, sequence, normalization=method.normalization, keep_T=keep)
     ends = np.cumsum([len(pack.token_T) for pack in flat])[:-1]
     per_pack = iter(np.split(weights, ends))
@@ -61,6 +70,7 @@ def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, m
     predictions, device = own_predictions(pack, model.groups), model.device
     read_N = predictions.read_N
     uniform, sampled = _per_token(pack, rollouts, facts)
+    wanted = facts.rewards is not None
     return TokenView(
         region_T=torch.from_numpy(pack.region_T[read_N].astype(np.int64)).to(device),
         uniform_T=torch.from_numpy(uniform[read_N]).to(device),
@@ -70,7 +80,20 @@ def token_view(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts, m
         rollout_logprob_T=torch.from_numpy(sampled[read_N]).to(device),
         entropy_threshold=facts.entropy_threshold,
         progress=facts.progress,
+        reward_T=_of_answers(facts.rewards, pack.sequence_T[read_N], device, otherwise=np.nan),
+        advantage_T=_of_answers(facts.advantages if wanted else None, pack.sequence_T[read_N], device, otherwise=0.0),
     )
+
+
+def _of_answers(
+    values: Mapping[int, float] | None, sequence_N: np.ndarray, device: torch.device, *, otherwise: float
+) -> torch.Tensor | None:
+    """Give every token what its whole answer has, fp32; ``otherwise`` where it has none. None where nobody asks."""
+    if values is None:
+        return None
+    ids, index_N = np.unique(sequence_N, return_inverse=True)
+    each = np.array([values.get(int(i), otherwise) for i in ids], dtype=np.float32)
+    return torch.from_numpy(each[index_N]).to(device)
 
 
 def _per_token(pack: Pack, rollouts: Mapping[int, Rollout], facts: BatchFacts) -> tuple[np.ndarray, np.ndarray]:

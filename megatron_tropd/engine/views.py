@@ -97,6 +97,7 @@ def views_of(item: TrainPack, rows: StudentRows | None = None) -> Views:
         entropy_T=rows.entropy_N,
         old_entropy_T=rows.entropy_N.detach() if item.old is None else item.old.entropy_N,
         divergence=rows.divergence,
+        advantage_T=item.tokens.advantage_T,
     )
     tokens = complete_tokens(item.tokens, old_N, old_N if plain_N is None else plain_N)
     tokens = replace(tokens, target_T=represented(tokens.target_T, item.end_ids))

@@ -76,6 +76,7 @@ class Grade:
     note: str = ""
     timed_out: bool = False
     bad_reference: bool = False
+    given_up: bool = False  # the grader had no answer in time, so that nobody knows; a program out of time is wrong
 
 
 class GraderPool:
@@ -276,7 +277,7 @@ class _Worker:
             reply = self._try(item, what)  # it did not take long: the worker had died of something else
         if reply is None:
             note = f"grading took longer than {item.rule.seconds:g} s, or too much memory"
-            return Grade(False, note, timed_out=True), ""
+            return Grade(False, note, timed_out=True, given_up=True), ""
         bad = reply.get("bad_reference", "")
         return Grade(reply["correct"], bad or reply.get("note", ""), bad_reference=bool(bad)), reply.get("program", "")
 

@@ -112,9 +112,13 @@ def correctness(
     allow_code: CodeExecution,
 ) -> np.ndarray:
     """Return ``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
-    found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
+    return marks_of(grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code), prompts=len(prompts))
+
+
+def marks_of(found: Sequence[Grade], *, prompts: int) -> np.ndarray:
+    """Return ``[prompts, samples]`` of 0 and 1; nan where the reference cannot be graded against."""
     marks = [np.nan if grade.bad_reference else float(grade.correct) for grade in found]
-    return np.array(marks, dtype=np.float64).reshape(len(prompts), -1)
+    return np.array(marks, dtype=np.float64).reshape(prompts, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

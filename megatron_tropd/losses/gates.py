@@ -177,6 +177,18 @@ def entropy_top(fraction: float) -> Gate:
     return Gate(name="entropy_top", trust=trust, needs=needs)
 
 
+def correct(least: float = 0.5) -> Gate:
+    """Trust every token of an answer whose reward is at least ``least``; to a grader 1 is right and 0 is wrong.
+
+    Answers without a reward (nan) are not trusted, and not distrusted either: ``engine.batch`` leaves them out.
+    """
+
+    def trust(reference_T: Tensor, student: StudentView, teacher: TeacherView, tokens: TokenView) -> Tensor:
+        return required(tokens.reward_T, field="TokenView.reward_T", need="reward") >= least
+
+    return Gate(name="correct", trust=trust, needs=Needs(reward=True))
+
+
 # --------------------------------------------------------------------------- constants and combinators
 
 

@@ -135,6 +135,50 @@ def k3(*, bound: float | None = K3_BOUND) -> Term:
     return Term(name="k3", loss=loss, on_policy=True)
 
 
+def reward_pg(*, clip: float | None = None) -> Term:
+    """Take the policy gradient of the answer's reward: ``-sg[A] log q(y)``, A the advantage of the whole answer.
+
+    With ``clip`` as of ``policy_gradient``. Over answers drawn from q the mean of the gradient is that of minus the
+    expected reward, by whatever the loss is divided. Whoever gives A decides what a reward is measured against
+    (``losses.advantages``).
+    """
+    if clip is not None and not 0.0 < clip < 1.0:
+        raise ConfigError(f"reward_clip={clip} must lie in (0, 1), or be null for no importance ratio.")
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        advantage_T = required(student.advantage_T, field="StudentView.advantage_T", need="reward").detach()
+        if clip is None:
+            return -advantage_T * student.logprob_T
+        ratio_T = torch.exp(student.logprob_T - student.old_logprob_T.detach())
+        return -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(1.0 - clip, 1.0 + clip) * advantage_T)
+
+    return Term(name="reward_pg", loss=loss, needs=Needs(reward=True), vanishes=False, on_policy=clip is None)
+
+
+def reference_k3() -> Term:
+    """Hold the student near a reference b, the base model: ``b/q - 1 - log(b/q)`` at y, gradient through ``log q(y)``.
+
+    GRPO's (arXiv 2402.03300): never negative, its mean over y ~ q is ``KL(q || b)``. Its gradient is not that one's:
+    ``(1 - b/q) (1[j=y] - q_j)``, on average ``q_j - b_j``, that of ``KL(b || q)``; the ratio is held as in ``k3``.
+    """
+    direct = k3()
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        base_T = required(teacher.base_logprob_T, field="TeacherView.base_logprob_T", need="base_model")
+        return direct.loss(student, replace(teacher, logprob_T=base_T))
+
+    return Term(name="reference_k3", loss=loss, needs=Needs(base_model=True), vanishes=False, on_policy=True)
+
+
+def reference_pg(*, clip: float | None = None) -> Term:
+    """Hold the student near a reference b, the base model, by the policy gradient of ``KL(q || b)``: ``k1_pg`` to b."""
+
+    def reward(logprob_T: Tensor, teacher: TeacherView) -> Tensor:
+        return required(teacher.base_logprob_T, field="TeacherView.base_logprob_T", need="base_model") - logprob_T
+
+    return policy_gradient(reward, name="reference_pg", clip=clip, needs=Needs(base_model=True), vanishes=False)
+
+
 def nll() -> Term:
     """Imitate the token as written: ``-log q(y)``. Gradient ``q_j - 1[j=y]``, not zero when student equals teacher."""
     return Term(name="nll", loss=lambda student, teacher: -student.logprob_T, vanishes=False)
@@ -349,4 +393,5 @@ def merge_needs(*needs: Needs) -> Needs:
         entropy_top=max((n.entropy_top for n in needs), default=0.0),
         hidden_states=any(n.hidden_states for n in needs),
         base_model=any(n.base_model for n in needs),
+        reward=any(n.reward for n in needs),
     )

@@ -4,6 +4,7 @@ A method says, for every valid token, which loss it gets:
 
     PREFIX        prefix
     CONTINUATION  g * trusted + (1 - g) * outlier + extra        g in [0, 1] from the gate
+                  + reward_weight * reward + reference_weight * reference
 
 It never communicates, masks, averages or reads config: those wishes (normalization, special tokens, temperature,
 schedule) are plain fields that the trainer honors.
@@ -40,6 +41,8 @@ class Method:
     outlier: Term = NONE
     prefix: Term = NONE
     extra: Term = NONE  # added on every CONTINUATION token, whatever the gate says
+    reward: Term = NONE  # the same, ``settings.reward_weight`` times: the answer's own reward
+    reference: Term = NONE  # the same, ``settings.reference_weight`` times: not to leave a reference
     schedule: PrefixSchedule = field(default_factory=unguided)
     settings: MethodOptions = field(default_factory=MethodOptions)
     name: str = ""
@@ -84,7 +87,13 @@ class Method:
     @property
     def on_policy_terms(self) -> tuple[str, ...]:
         """Name the terms whose gradient takes the student's own tokens for samples of the weights that learn."""
-        return tuple(dict.fromkeys(t.name for t in (self.trusted, self.outlier, self.extra) if t.on_policy))
+        continuation = (self.trusted, self.outlier, self.extra, self.reward, self.reference)
+        return tuple(dict.fromkeys(term.name for term in continuation if term.on_policy))
+
+    @property
+    def distills(self) -> bool:
+        """Say whether something that the student writes is compared with what the teacher would write."""
+        return not (self.trusted is NONE and self.outlier is NONE and self.extra is NONE)
 
     @property
     def teaches_certain_students(self) -> bool:
@@ -94,7 +103,7 @@ class Method:
 
     @property
     def _terms(self) -> tuple[Term, ...]:
-        return (self.trusted, self.outlier, self.prefix, self.extra)
+        return (self.trusted, self.outlier, self.prefix, self.extra, self.reward, self.reference)
 
     def token_loss(self, student: StudentView, teacher: TeacherView, tokens: TokenView) -> TokenLoss:
         """Return the loss of every valid token, nats, before masks, weights and sums; ``[T]``, differentiable in the
@@ -110,6 +119,8 @@ class Method:
             (self.outlier, continuation_T * (1.0 - gate_T)),
             (self.prefix, prefix_T),
             (self.extra, continuation_T),
+            (self.reward, continuation_T * self.settings.reward_weight),
+            (self.reference, continuation_T * self.settings.reference_weight),
         )
         loss_T = torch.where(torch.zeros_like(prefix_T, dtype=torch.bool), student.logprob_T, 0.0)
         for term, weight_T in _merge(shares).items():

@@ -25,6 +25,7 @@ from megatron_tropd.types import SupportKind
 Multiplier = Literal["none", "drift_gate", "prefix_drift", "surprise"]
 SpecialTokens = Literal["keep", "mask", "mask_first"]
 EndTokens = Literal["class", "exact", "refuse"]
+Reference = Literal["k3", "pg"]
 
 
 class MethodOptions(Section):
@@ -44,6 +45,12 @@ class MethodOptions(Section):
     drift_block: Whole = key(64, "drift_gate: tokens per block", ge=1)
     prefix_drift_gain: Real = key(0.5, "prefix_drift: weight of a first token beyond that of a last one, 1", ge=0)
     surprise_gain: Real = key(1.0, "surprise: weight of a token of probability 0 beyond that of a sure one, 1", ge=0)
+    reward_weight: Real = key(0.0, "weight of the policy gradient of the answer's reward, beside all else", ge=0)
+    reward_clip: Real | None = key(
+        None, "PPO clip range of that and of reference_pg, for rollouts used more than once", gt=0, lt=1
+    )
+    reference_weight: Real = key(0.0, "weight of a KL to a reference, the base model, beside all else", ge=0)
+    reference: Reference = key("k3", "that KL: GRPO's estimator, or the policy gradient of the reverse KL")
     mismatch: Mismatch = key("none", "correction for the sampler's log-probs")
     mismatch_cap: Real = key(2.0, "mismatch: truncate at cap, mask outside [1/cap, cap]", gt=1)
 

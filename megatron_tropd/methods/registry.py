@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 from megatron_tropd.config.sections import MethodConfig, WrittenAt
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses import terms
+from megatron_tropd.losses.terms import Term
 from megatron_tropd.methods import (
     aopd,
     drift_gate,
@@ -16,6 +18,7 @@ from megatron_tropd.methods import (
     exopd,
     fkl,
     gkd,
+    grpo,
     local_support,
     opd,
     opsd,
@@ -33,7 +36,7 @@ from megatron_tropd.methods import (
     tropd_soft,
 )
 from megatron_tropd.methods.base import Method, Preset
-from megatron_tropd.methods.options import parse_options, suggestion
+from megatron_tropd.methods.options import MethodOptions, parse_options, suggestion
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
@@ -58,6 +61,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "prompt_distillation": prompt_distillation.PRESET,
         "drift_gate": drift_gate.PRESET,
         "exopd": exopd.PRESET,
+        "grpo": grpo.PRESET,
         "sft": sft.PRESET,
     }
 )
@@ -88,4 +92,12 @@ def _built(name: str, options: Mapping[str, object], written: WrittenAt) -> Meth
         raise ConfigError(f"{place}unknown method '{name}'.{near} Methods: {', '.join(PRESETS)}.")
     preset = PRESETS[name]
     chosen = parse_options(preset.options, {**preset.defaults, **options}, method=name, written=written)
-    return replace(preset.build(chosen), name=name, settings=chosen)
+    reward = terms.reward_pg(clip=chosen.reward_clip) if chosen.reward_weight else terms.NONE
+    return replace(preset.build(chosen), name=name, settings=chosen, reward=reward, reference=_reference(chosen))
+
+
+def _reference(options: MethodOptions) -> Term:
+    """Build the term by which any method may hold the student near the base model."""
+    if not options.reference_weight:
+        return terms.NONE
+    return terms.reference_pg(clip=options.reward_clip) if options.reference == "pg" else terms.reference_k3()

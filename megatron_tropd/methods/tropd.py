@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -42,6 +42,7 @@ GateName = Literal[
     "teacher_topk",
     "teacher_topp",
     "entropy_top",
+    "correct",
     "all",
     "none",
 ]
@@ -65,6 +66,7 @@ class TropdOptions(MethodOptions):
     gate_k: Whole = key(16, "gate teacher_topk: ranks that are trusted, at most k", ge=1)
     gate_p: Real = key(0.9, "gate teacher_topp: mass of the nucleus", gt=0, le=1)
     gate_fraction: Real = key(0.2, "gate entropy_top: share that is trusted", gt=0, lt=1)
+    gate_reward: Real = key(0.5, "gate correct: least reward of an answer that is trusted")
     trusted: TrustedTerm = key("k1_pg", "term of trusted tokens")
     trusted_tail: ReverseTailKind = "bucket"
     jsd_beta: Real = key(0.5, "beta of a trusted jsd_full", ge=0, le=1)
@@ -102,12 +104,15 @@ def tropd(options: TropdOptions) -> Method:
     )
 
 
+_PLAIN_GATES = {"bernoulli": gates.bernoulli(), "soft": gates.soft(), "all": gates.ALL, "none": gates.NOTHING}
+
+
 def _gate(name: str, options: TropdOptions) -> Gate:
+    if name in _PLAIN_GATES:
+        return _PLAIN_GATES[name]
     match name:
-        case "bernoulli":
-            return gates.bernoulli()
-        case "soft":
-            return gates.soft()
+        case "correct":
+            return gates.correct(options.gate_reward)
         case "threshold":
             return gates.threshold(options.gate_threshold)
         case "probability_gap":
@@ -120,9 +125,7 @@ def _gate(name: str, options: TropdOptions) -> Gate:
             return gates.teacher_topp(options.gate_p, k=options.k, support=options.support)
         case "entropy_top":
             return gates.entropy_top(options.gate_fraction)
-        case "none":
-            return gates.NOTHING
-    return gates.ALL
+    raise ConfigError(f"gate={name!r} is none of {', '.join(get_args(GateName))}.")
 
 
 def _trusted(options: TropdOptions) -> Term:

@@ -82,6 +82,11 @@ METRICS: Mapping[str, Metric] = {
     "accuracy_train": Metric(
         "fraction", "Share of the step's own fully on-policy responses graded correct.", "accuracy"
     ),
+    "reward_mean": Metric("", "Mean reward of the student's own answers; with methods that look at it.", "accuracy"),
+    "reward_advantage": Metric(
+        "", "Mean absolute advantage of these answers: 0 where all answers to every prompt fare alike.", "accuracy"
+    ),
+    "reward_missing": Metric("answers", "The student's own answers that nothing could grade.", "accuracy"),
     "time_step": Metric("s", "Wall time of the whole step.", "time"),
     "time_rollout": Metric("s", "Wall time of sampling, as far as the step waited for it.", "time"),
     "time_rollout_hidden": Metric(

@@ -19,6 +19,7 @@ from megatron_tropd.config.sections import (
     Dtype,
     EvaluateConfig,
     Layout,
+    RewardConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -52,6 +53,7 @@ from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES, SamplerCont
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.adapters import base_serves, with_adapters
 from megatron_tropd.setup.datasets import shares_of
+from megatron_tropd.setup.rewards import RewardFunction, reward_function
 from megatron_tropd.setup.validate import (
     DTYPES,
     Inputs,
@@ -128,6 +130,7 @@ class Run:
     dtype: Dtype
     data: DataConfig
     rollout: RolloutConfig
+    reward: RewardConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
     evaluate: EvaluateConfig
@@ -146,6 +149,7 @@ class Run:
     sampler: Sampler
     teacher_request: TeacherRequest
     moving: MovingTeacher | None = None  # a teacher whose weights follow the student's
+    reward_function: RewardFunction | None = None  # None: answers are graded
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must share: see validate.identity
 
 
@@ -212,10 +216,11 @@ def build_run(
 
 def sections_of(config: RunConfig) -> dict[str, Any]:
     """Return what a :class:`Run` has of the configuration itself."""
-    names = ("run_dir", "seed", "dtype", "data", "rollout", "train", "checkpoint", "evaluate")
+    names = ("run_dir", "seed", "dtype", "data", "rollout", "reward", "train", "checkpoint", "evaluate")
     facts = {
         "offloads": config.teacher.offload or config.optimizer.offload,
         "scores_new": scoring_engine(config.teacher).scores_new,
+        "reward_function": reward_function(config.reward.function),
     }
     return {name: getattr(config, name) for name in names} | facts
 

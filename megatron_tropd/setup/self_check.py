@@ -147,7 +147,9 @@ def _items(
         end_ids=method.end_ids,
     )
     threshold = batch_entropy_threshold(scores, method, groups)
-    facts = BatchFacts(seed=0, step=0, progress=0.0, entropy_threshold=threshold)
+    # answers that fare alike: all are right, and there is nothing to learn from their rewards either
+    rewards = {rollout.sequence_id: 1.0 for rollout in rollouts}
+    facts = BatchFacts(seed=0, step=0, progress=0.0, entropy_threshold=threshold, rewards=rewards)
     return train_packs(
         mine,
         batch_weights(packs, method, facts, groups),

@@ -49,6 +49,7 @@ from megatron_tropd.setup.datasets import (
 from megatron_tropd.setup.ends import STUDENT, ResponseEnds, response_ends, stopping_at
 from megatron_tropd.setup.findings import Check, Findings
 from megatron_tropd.setup.references import check_training_answers
+from megatron_tropd.setup.rewards import check_answers, check_rewards, reward_function
 from megatron_tropd.storage.owned import check_target
 from megatron_tropd.storage.write_aside import sync_directory, why_not_written
 from megatron_tropd.teacher.engines.checks import check_reported
@@ -152,8 +153,8 @@ def check_ahead(config: RunConfig, method: Method) -> None:
     if method.on_policy_terms:
         raise ConfigError(
             f"rollout.ahead={ahead} has method.name={config.method.name} learn from tokens that older weights sampled, "
-            f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. Set "
-            "method.ppo_clip=0.2 where the method has it, take another term, or set rollout.ahead=0."
+            f"but its {' and '.join(method.on_policy_terms)} has no importance ratio and would be biased by that. "
+            f"{_clips(method)}take another term, or set rollout.ahead=0."
         )
     if ROLLOUT_ENGINES[engine].colocated and not config.teacher.ranks:
         warnings.warn(
@@ -162,6 +163,14 @@ def check_ahead(config: RunConfig, method: Method) -> None:
             "its own (teacher.ranks), or set rollout.ahead=0.",
             stacklevel=2,
         )
+
+
+def _clips(method: Method) -> str:
+    """Say which options give the terms that lack one an importance ratio."""
+    advice = {"reward_pg": "method.reward_clip=0.2", "reference_pg": "method.reward_clip=0.2"}
+    advice["reference_k3"] = "method.reference=pg with method.reward_clip=0.2"
+    other = "method.ppo_clip=0.2 where the method has it"
+    return f"Set {', '.join(dict.fromkeys(advice.get(name, other) for name in method.on_policy_terms))}, "
 
 
 def check_multiplier(config: RunConfig, method: Method) -> None:
@@ -213,7 +222,8 @@ def check_sequences(config: RunConfig, method: Method) -> None:
             f"method.name={name} is not guided, so rollout.guided_per_prompt={rollout.guided_per_prompt} does not "
             "count, and rollout.samples_per_prompt=0: nothing would be sampled. Raise rollout.samples_per_prompt."
         )
-    if method.trusted is NONE and method.outlier is NONE and method.extra is NONE and rollout.guided_per_prompt == 0:
+    learns = method.distills or method.reward is not NONE or method.reference is not NONE
+    if not learns and rollout.guided_per_prompt == 0:
         raise ConfigError(
             f"method.name={name} learns from the teacher's responses alone, but rollout.guided_per_prompt=0 asks for "
             "none. Set rollout.guided_per_prompt=1."
@@ -380,6 +390,10 @@ def check_own_prompts(config: RunConfig, inputs: Inputs) -> None:
         say(f"the teacher reads prompts of its own: {own:,} of {rows:,} differ from the student's")
 
 
+def _check_answers(config: RunConfig, inputs: Inputs) -> None:
+    check_answers(config, inputs.method, inputs.prompts)
+
+
 def check_support(inputs: Inputs) -> None:
     """Raise ConfigError when the method requests more candidates than there are ids."""
     if inputs.method.needs.top_k > inputs.vocab_size:
@@ -462,6 +476,7 @@ CHECKS = (
     Check("checkpoints of Megatron", ("config",), check_checkpoints),
     Check("weights of tokens", ("config", "method"), check_multiplier),
     Check("sequences of a step", ("config", "method"), check_sequences),
+    Check("rewards", ("config", "method"), check_rewards),
     Check("recorded rollouts", ("config",), check_recording),
     Check("several teachers", ("config", "method"), check_one_teacher),
     Check("layouts", ("config", "student", "teacher", "base"), check_layouts),
@@ -469,6 +484,7 @@ CHECKS = (
     Check("layouts of more teachers", ("config", "teachers"), _check_teachers),
     Check("candidates per token", ("inputs",), check_support),
     Check("prompts of the teacher's own", ("config", "inputs"), check_own_prompts),
+    Check("answers to reward", ("config", "inputs"), _check_answers),
     Check("log-probs of the sampler", ("config", "inputs"), check_sampling),
     Check("scores of the teacher", ("config", "inputs"), check_teacher),
     Check("token ids of the data", ("inputs", "models"), check_data_ids),
@@ -503,6 +519,7 @@ def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         # what end_tokens requests is in the ends themselves
         **{f"method.{key}": value for key, value in config.method.model_dump().items() if key != "end_tokens"},
         **({"method.end_ids": list(inputs.method.end_ids)} if inputs.method.end_ids else {}),
+        **_reward(config, inputs.method),
         **{
             f"rollout.{key}": getattr(config.rollout, key)
             for key in (
@@ -524,8 +541,22 @@ def _movement(config: RunConfig) -> dict[str, Any]:
     return {"teacher.update": section.update, **(rates if section.update == "ema" else {})}
 
 
+def _reward(config: RunConfig, method: Method) -> dict[str, Any]:
+    """Say what answers are rewarded by; nothing where the method looks at no rewards, as before that could be."""
+    if not method.needs.reward:
+        return {}
+    function = reward_function(config.reward.function)
+    rewards = {"reward.advantage": config.reward.advantage, "reward.function": None}
+    if function is None:
+        return rewards
+    return rewards | {
+        "reward.function": function.written.rpartition(":")[2],
+        "reward.function.program": function.fingerprint,
+    }
+
+
 # how the keys end that stand for content, which checkpoints of earlier versions do not have
-FINGERPRINTS = (".weights", ".vocabulary", ".chat_template", ".end_tokens")
+FINGERPRINTS = (".weights", ".vocabulary", ".chat_template", ".end_tokens", ".program")
 
 
 def _fingerprints(config: RunConfig, inputs: Inputs) -> dict[str, Any]:

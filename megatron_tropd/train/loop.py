@@ -26,6 +26,7 @@ from megatron_tropd.rollout.mismatch import MismatchMonitor
 from megatron_tropd.setup.build import Run
 from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.train.metrics import step_metrics
+from megatron_tropd.train.rewards import BatchRewards, reward_batch
 from megatron_tropd.train.rollout_queue import RolloutQueue, ScoredRollouts
 from megatron_tropd.weight_sync.interface import ProbeableSampler
 from megatron_tropd.weight_sync.publishers import WeightStream
@@ -40,7 +41,8 @@ def train(
     ``writer``: on the first rank only.
     """
     hooks, watch = hooks or Hooks(), Stopwatch(partial(wait_for_device, run.world.device))
-    stuck = StuckMonitor(run.method.name, teaches_certain_students=run.method.teaches_certain_students)
+    moves = run.method.teaches_certain_students or not run.method.distills
+    stuck = StuckMonitor(run.method.name, teaches_certain_students=moves)
     monitors = (MismatchMonitor(run.dtype, run.rollout.gap_warning), stuck, StallMonitor())
     hidden = ("outlier_fraction",) if run.method.gate in (gates.ALL, gates.NOTHING) else ()
     with TrainingProgress(run.train.steps, done=first_step, enabled=run.world.is_first, hidden=hidden) as progress:
@@ -52,14 +54,16 @@ def train(
             queue.start(step, watch=watch)
             batch = queue.get(step, watch=watch, hooks=hooks)
             hooks.rollouts_ready(step + 1, batch.prompts, batch.scored.rollouts)
-            minibatches = score_and_pack(run, batch.scored, step=step, watch=watch)
+            with watch("other"):
+                rewards = reward_batch(run, batch.prompts, batch.scored.rollouts, step=step)
+            minibatches = score_and_pack(run, batch.scored, step=step, watch=watch, rewards=rewards)
             hooks.batch_scored(step + 1, batch.prompts, batch.scored.rollouts)
             results = learn(run, queue, minibatches, step=step, watch=watch, hooks=hooks)
             if run.moving is not None:
                 run.moving.follow(step + 1)
             with watch("publish"):
                 publish(run, step + 1)
-            metrics = step_metrics(run, queue, batch, results, step=step, watch=watch)
+            metrics = step_metrics(run, queue, batch, results, step=step, watch=watch, rewards=rewards)
             if writer is not None:
                 writer.write(metrics)
                 for monitor in monitors:
@@ -105,10 +109,13 @@ def publish(run: Run, version: int) -> None:
         verify_publish(run.student, run.sampler, probe, rollout.verify_tolerance)
 
 
-def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch) -> list[list[TrainPack]]:
+def score_and_pack(
+    run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwatch, rewards: BatchRewards | None = None
+) -> list[list[TrainPack]]:
     """Pack this replica's share of every minibatch, scored by the teacher.
 
     All scoring happens before the first update, so gates and old log-probs belong to the weights that sampled.
+    ``rewards``: of the answers, for methods that look at them.
     """
     with watch("teacher"):
         outputs = [pending() for pending in scored.pending_scores]
@@ -120,6 +127,8 @@ def score_and_pack(run: Run, scored: ScoredRollouts, *, step: int, watch: Stopwa
         progress=step / run.train.steps,
         special_token_ids=tuple(run.tokenizer.eos_ids),
         entropy_threshold=batch_entropy_threshold([*chain(*scored.scores)], run.method, run.world.student),
+        rewards=None if rewards is None or not run.method.needs.reward else rewards.rewards,
+        advantages={} if rewards is None else rewards.advantages,
     )
     by_id = {rollout.sequence_id: rollout for rollout in scored.rollouts}
     with watch("pack"):

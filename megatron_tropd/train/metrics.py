@@ -14,15 +14,23 @@ from megatron_tropd.report.metrics import of_source
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.dispatch import versions_of
 from megatron_tropd.setup.build import Run
+from megatron_tropd.train.rewards import BatchRewards
 from megatron_tropd.train.rollout_queue import Batch, RolloutQueue
 from megatron_tropd.types import Prompt, Region, Rollout
 
 
 def step_metrics(
-    run: Run, queue: RolloutQueue, batch: Batch, results: Sequence[StepResult], *, step: int, watch: Stopwatch
+    run: Run,
+    queue: RolloutQueue,
+    batch: Batch,
+    results: Sequence[StepResult],
+    *,
+    step: int,
+    watch: Stopwatch,
+    rewards: BatchRewards,
 ) -> dict[str, float]:
     """Collect the metrics of ``step``: its batch, its updates, and the seconds of its parts."""
-    metrics = describe(run, step, batch, results) | watch.metrics()
+    metrics = describe(run, step, batch, results, rewards) | watch.metrics()
     metrics["time_optimizer"] = sum(result.optimizer_seconds for result in results)
     if run.offloads:
         metrics["time_offload"] = run.world.offload_stats.take_seconds()
@@ -32,7 +40,9 @@ def step_metrics(
     return metrics
 
 
-def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -> dict[str, float]:
+def describe(
+    run: Run, step: int, batch: Batch, results: Sequence[StepResult], rewards: BatchRewards
+) -> dict[str, float]:
     """Describe what was sampled and learned."""
     prompts, rollouts = batch.prompts, batch.scored.rollouts
     responses = [r.response_length for r in rollouts]
@@ -59,8 +69,18 @@ def describe(run: Run, step: int, batch: Batch, results: Sequence[StepResult]) -
         metrics["prefix_length"] = sum(prefixes) / (len(prompts) * guided)
     if run.rollout.ahead:
         metrics |= _staleness(rollouts, step)
-    metrics |= _training_accuracy(run, prompts, rollouts)
+    metrics |= _training_accuracy(run, prompts, rollouts, rewards.marks)
+    metrics |= of_rewards(rewards) if run.method.needs.reward else {}
     return metrics | _length_by_source(prompts, rollouts)
+
+
+def of_rewards(rewards: BatchRewards) -> dict[str, float]:
+    """Average the rewards of the student's own answers, and say how much their advantages leave to learn from."""
+    found = {"reward_missing": float(rewards.missing)}
+    if rewards.advantages:
+        found["reward_mean"] = float(np.mean(rewards.own))
+        found["reward_advantage"] = float(np.mean(np.abs([*rewards.advantages.values()])))
+    return found
 
 
 def _rows_fraction(batch: Batch) -> float:
@@ -92,9 +112,12 @@ def _length_by_source(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) ->
     return metrics
 
 
-def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _training_accuracy(
+    run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], marks: np.ndarray | None
+) -> dict[str, float]:
     """Grade the fully on-policy responses: of all prompts, and of every source, where each has answers.
 
+    ``marks``: their grades, where rewards have needed them already.
     Prompts without an answer that they can be graded against are left out; the start of the run has counted them.
     """
     samples = run.rollout.samples_per_prompt
@@ -102,11 +125,12 @@ def _training_accuracy(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[R
     answered = [number for number, prompt in enumerate(prompts) if prompt.answer is not None]
     if not samples or not answered:
         return {}
-    alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
     posed = [prompts[number] for number in answered]
-    allowed = run.evaluate.code_execution
-    right = correctness(alone, posed, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
-    return _accuracy_by_source(right, [prompt.source for prompt in posed], {prompt.source for prompt in prompts})
+    if marks is None:
+        alone = [rollouts[number * per_prompt + sample] for number in answered for sample in range(samples)]
+        allowed = run.evaluate.code_execution
+        marks = correctness(alone, posed, run.tokenizer, partial(training_rule, run.data), allow_code=allowed)
+    return _accuracy_by_source(marks, [prompt.source for prompt in posed], {prompt.source for prompt in prompts})
 
 
 def _accuracy_by_source(right: np.ndarray, sources: Sequence[str], of: Collection[str]) -> dict[str, float]:

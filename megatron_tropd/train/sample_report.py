@@ -20,6 +20,7 @@ from megatron_tropd.report.records import Sample, SampleToken, When
 from megatron_tropd.rollout.guidance import make_requests
 from megatron_tropd.rollout.protocol import Sampler
 from megatron_tropd.setup.build import Run
+from megatron_tropd.train.rewards import BatchRewards, reward_batch
 from megatron_tropd.train.rollout_queue import pack_rollouts, sampling_params, with_teachers
 from megatron_tropd.types import LOSS_REGIONS, Pack, Prompt, Region, Rollout
 
@@ -47,7 +48,8 @@ def sample_answers(run: Run, sampler: Sampler, *, when: Literal["before", "after
     rollouts = with_teachers(rollouts, prompts)
     shown = 0 if when == "before" else run.train.steps - 1  # the gate of the first step or of the last
     # a recording has no scores of new answers
-    gates = _gate_by_sequence(run, rollouts, step=shown) if run.scores_new else {}
+    rewards = _rewards(run, prompts, rollouts)
+    gates = _gate_by_sequence(run, rollouts, step=shown, rewards=rewards) if run.scores_new else {}
     return [
         _sample(run, prompts[number // (1 + guided)], rollout, gates.get(rollout.sequence_id), when=when)
         for number, rollout in enumerate(rollouts)
@@ -63,7 +65,8 @@ def training_samples(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rol
     own = run.rollout.samples_per_prompt
     per_prompt = len(rollouts) // len(prompts)
     shown = [rollouts[number] for number in dict.fromkeys((0, own)) if number < per_prompt]
-    gates = _gate_by_sequence(run, shown, step=step - 1) if run.scores_new else {}
+    rewards = _rewards(run, prompts[:1], shown)
+    gates = _gate_by_sequence(run, shown, step=step - 1, rewards=rewards) if run.scores_new else {}
     return [_sample(run, prompts[0], rollout, gates.get(rollout.sequence_id), when="during") for rollout in shown]
 
 
@@ -98,7 +101,14 @@ def _sample_tokens(run: Run, rollout: Rollout, gate: np.ndarray | None) -> tuple
     return tuple(tokens)
 
 
-def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[int, np.ndarray]:
+def _rewards(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> BatchRewards:
+    """Reward the answers shown, where the gate looks at rewards. Collective."""
+    return reward_batch(run, prompts, rollouts, step=None) if run.method.gate.needs.reward else BatchRewards()
+
+
+def _gate_by_sequence(
+    run: Run, rollouts: list[Rollout], *, step: int, rewards: BatchRewards
+) -> dict[int, np.ndarray]:
     """Compute, ``[response, 2]``, gate weight and log ratio of every token that carries loss, on every rank.
 
     ``step``: the training step whose gate is shown, as it would be with these rollouts for a batch.
@@ -119,6 +129,7 @@ def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int) -> dict[i
         step=step,
         progress=step / run.train.steps,
         entropy_threshold=batch_entropy_threshold(scores, run.method, groups),
+        rewards=rewards.rewards if run.method.needs.reward else None,
     )
     items = train_packs(
         mine,

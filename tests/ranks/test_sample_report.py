@@ -14,6 +14,7 @@ from megatron_tropd.parallel.groups import GroupBuilder
 from megatron_tropd.report.records import SampleToken
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.train.loop import score_and_pack
+from megatron_tropd.train.rewards import BatchRewards
 from megatron_tropd.train.rollout_queue import score_rollouts
 from megatron_tropd.train.sample_report import _gate_by_sequence, _sample_tokens
 from tests.support.distributed import run_on_ranks
@@ -24,6 +25,9 @@ from tests.support.tiny_models import random_rollouts
 VARIANTS = {"tropd at 0.8": {"name": "tropd", "temperature": 0.8}, "opd, union": {"name": "fkl", "support": "union"}}
 METHODS = {name: {"name": name} for name in PRESETS} | VARIANTS
 METHODS["opd, union"] |= {"form": "topk", "k": 5}
+METHODS["right answers"] = {"name": "tropd", "gate": ["soft", "correct"], "k": 5}
+# of the eleven answers of a batch every second one is right, and one is not known
+REWARDS = BatchRewards(rewards={i: i % 2.0 for i in range(10)}, advantages={i: i % 2 - 0.5 for i in range(10)})
 
 
 def shares(models: str) -> dict[str, list[dict[str, Any]]]:
@@ -39,9 +43,10 @@ def shares(models: str) -> dict[str, list[dict[str, Any]]]:
 
 def shares_at(run: Any, step: int) -> dict[str, Any]:
     rollouts = random_rollouts(step, vocab_size=VOCAB)
-    [packs] = score_and_pack(run, score_rollouts(run, rollouts, watch=Stopwatch()), step=step, watch=Stopwatch())
+    scored, watch = score_rollouts(run, rollouts, watch=Stopwatch()), Stopwatch()
+    [packs] = score_and_pack(run, scored, step=step, watch=watch, rewards=REWARDS)
     stats = run.trainer.probe(packs).stats
-    gates = _gate_by_sequence(run, rollouts, step=step)
+    gates = _gate_by_sequence(run, rollouts, step=step, rewards=REWARDS)
     tokens: list[SampleToken] = []
     for rollout in rollouts:
         tokens += _sample_tokens(run, rollout, gates.get(rollout.sequence_id))

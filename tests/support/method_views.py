@@ -84,6 +84,7 @@ def views(
         entropy_T=entropy(student_TV).detach(),
         old_entropy_T=entropy(old_TV),
         divergence=lambda kind, beta: divergence(student_TV, teacher_TV, kind, beta),
+        advantage_T=data.target_T % 3 - 1.0,
     )
     teacher = TeacherView(
         logprob_T=teacher_TV.gather(1, target_T1)[:, 0],
@@ -104,6 +105,8 @@ def views(
         rollout_logprob_T=old_T + 0.01,
         entropy_threshold=float(entropy(old_TV).median()) if count else 0.0,
         progress=progress,
+        reward_T=(data.target_T % 3) / 2.0,
+        advantage_T=data.target_T % 3 - 1.0,
     )
     return student, teacher, tokens
 

@@ -72,6 +72,15 @@ PROOFS: dict[str, tuple[Proof, ...]] = {
         Proof(textbook=truth.k3_bounded, options={"bound": truth.BOUND}),
         Proof(textbook=truth.k3, options={"bound": None}, name="k3, unbounded"),
     ),
+    "reward_pg": (
+        Proof(textbook=truth.reward_pg),
+        Proof(textbook=truth.reward_pg_clip, options={"clip": truth.CLIP}, name="reward_pg, PPO clip"),
+    ),
+    "reference_k3": (Proof(textbook=truth.reference_k3),),
+    "reference_pg": (
+        Proof(textbook=truth.reference_pg),
+        Proof(textbook=truth.reference_pg_clip, options={"clip": truth.CLIP}, name="reference_pg, PPO clip"),
+    ),
     "nll": (Proof(textbook=truth.nll),),
     "prefix_pg_scalar": (Proof(textbook=truth.prefix_pg_scalar),),
     "fkl_topk": (Proof(textbook=truth.fkl_topk),),

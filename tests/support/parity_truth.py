@@ -87,6 +87,38 @@ def extrapolated(rows: Rows) -> Tensor:
     return ((q_T - b_T) - LAM * (p_T - b_T)) * rows.at_target(rows.logq_TV)
 
 
+def advantage(rows: Rows) -> Tensor:
+    """A number of either sign, 0 too, in place of an answer's advantage."""
+    return (rows.target_T % 5).to(rows.logq_TV.dtype) / 2 - 1
+
+
+def reward_pg(rows: Rows) -> Tensor:
+    return -advantage(rows) * rows.at_target(rows.logq_TV)
+
+
+def reward_pg_clip(rows: Rows) -> Tensor:
+    w_T, a_T = rows.at_target(rows.logq_TV).exp() / rows.at_target(rows.logold_TV).exp(), advantage(rows)
+    return -torch.minimum(w_T * a_T, w_T.clamp(1 - CLIP, 1 + CLIP) * a_T)
+
+
+def reference_k3(rows: Rows) -> Tensor:
+    """b/q - 1 - log(b/q) at y; beyond 3 nats the tangent there."""
+    r_T = rows.at_target(rows.logbase_TV) - rows.at_target(rows.logq_TV)
+    tangent_T = (math.exp(3) - 1 - 3) + (math.exp(3) - 1) * (r_T - 3)
+    return torch.where(r_T > 3, tangent_T, r_T.exp() - 1 - r_T)
+
+
+def reference_pg(rows: Rows) -> Tensor:
+    r_T = rows.at_target(rows.logbase_TV) - rows.at_target(rows.logq_TV)
+    return -r_T.detach() * rows.at_target(rows.logq_TV)
+
+
+def reference_pg_clip(rows: Rows) -> Tensor:
+    w_T = rows.at_target(rows.logq_TV).exp() / rows.at_target(rows.logold_TV).exp()
+    r_T = rows.at_target(rows.logbase_TV) - rows.at_target(rows.logold_TV)
+    return -torch.minimum(w_T * r_T, w_T.clamp(1 - CLIP, 1 + CLIP) * r_T)
+
+
 def nll(rows: Rows) -> Tensor:
     return -rows.at_target(rows.logq_TV)
 

@@ -100,7 +100,7 @@ def test_preset_vanishes_at_the_teacher_exactly_when_it_says_so(name):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_preset_has_an_example_that_builds(name):
     text = OmegaConf.load(EXAMPLES / f"{name}.yaml")
-    assert set(text) <= {"method", "rollout", "teacher", "data"}
+    assert set(text) <= {"method", "rollout", "teacher", "data", "reward"}
     options = OmegaConf.to_container(text.method)
     assert options["name"] == name
     example, default = build_method(**options), build_method(name)
