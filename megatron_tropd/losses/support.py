@@ -137,3 +137,39 @@ def kl_on_support(
     empty_T = first_tail_T.isneginf()
     first_tail_T, second_tail_T = first_tail_T.masked_fill(empty_T, 0.0), second_tail_T.masked_fill(empty_T, 0.0)
     return kl_T + (first_tail_T.exp() * (first_tail_T - second_tail_T)).to(dtype)
+
+
+def jsd_on_support(
+    teacher_TK: Tensor,
+    student_TK: Tensor,
+    *,
+    beta: float,
+    tail: Tail,
+    mask_TK: Tensor | None = None,
+    logtails: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return ``beta KL(p||m) + (1-beta) KL(q||m)``, ``m = beta p + (1-beta) q``, nats, ``[T]``; 0 < beta < 1.
+
+    Arguments as of ``kl_on_support``, the teacher's p first; the mixture is of the two as ``tail`` makes them.
+    """
+    check_tail(tail)
+    if tail == "renorm":
+        masses = (log_mass(x, mask_TK).to(x.dtype)[:, None] for x in (teacher_TK, student_TK))
+        teacher_TK, student_TK = (x - mass for x, mass in zip((teacher_TK, student_TK), masses, strict=True))
+    middle_TK = torch.logaddexp(teacher_TK + math.log(beta), student_TK + math.log1p(-beta))
+    middle = None
+    if logtails is not None:
+        # where both are empty they add nothing; -inf would give nan in backward
+        empty_T = logtails[0].isneginf() & logtails[1].isneginf()
+        safe = [x.masked_fill(empty_T, 0.0) for x in logtails]
+        middle = torch.logaddexp(safe[0] + math.log(beta), safe[1] + math.log1p(-beta)).masked_fill(empty_T, 0.0)
+    # renormalized already: what is left is a plain sum over A
+    kind: Tail = "none" if tail == "renorm" else tail
+    total_T = torch.zeros_like(teacher_TK[:, 0])
+    for share, own_TK, own_tail in (
+        (beta, teacher_TK, logtails and logtails[0]),
+        (1.0 - beta, student_TK, logtails and logtails[1]),
+    ):
+        tails = None if own_tail is None or middle is None else (own_tail, middle)
+        total_T = total_T + share * kl_on_support(own_TK, middle_TK, tail=kind, mask_TK=mask_TK, logtails=tails)
+    return total_T

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.losses.support import ReverseTail, Tail, check_tail, kl_on_support, required
+from megatron_tropd.losses.support import ReverseTail, Tail, check_tail, jsd_on_support, kl_on_support, required
 from megatron_tropd.types import Needs, StudentView, SupportKind, TeacherView
 
 _log = logging.getLogger(__name__)
@@ -235,6 +235,33 @@ def rkl_topk(*, k: int, tail: ReverseTail = "renorm", support: SupportKind = "te
         return kl_on_support(student_TK, teacher_TK, tail=tail, mask_TK=teacher.support_mask_TK, logtails=logtails)
 
     return _support_term("rkl_topk", loss, k=k, tail=tail, support=support)
+
+
+def jsd_topk(*, k: int, beta: float, tail: Tail = "renorm", support: SupportKind = "teacher") -> Term:
+    """Take the JSD on a support: ``beta KL(p||m) + (1-beta) KL(q||m)``, ``m = beta p + (1-beta) q``, all on A.
+
+    ``tail=renorm`` compares ``phat`` and ``qhat``; its gradient on A is
+    ``(1-beta) qhat_j (log(qhat_j/mhat_j) - KL(qhat||mhat))``. ``bucket`` makes the rest one category; ``none`` takes
+    the sum over A as it stands. The ends of beta are ``fkl_topk`` and ``rkl_topk``, as of ``jsd_full``.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ConfigError(f"jsd_topk needs beta in [0, 1], got {beta}.")
+    if beta in (0.0, 1.0):
+        return (fkl_topk if beta == 0.0 else rkl_topk)(k=k, tail=tail, support=support)
+
+    def loss(student: StudentView, teacher: TeacherView) -> Tensor:
+        student_TK, teacher_TK = _on_support(student, teacher)
+        tails = _tails(student, teacher) if tail == "bucket" else None
+        return jsd_on_support(
+            teacher_TK,
+            student_TK,
+            beta=beta,
+            tail=tail,
+            mask_TK=teacher.support_mask_TK,
+            logtails=tails and tails[::-1],
+        )
+
+    return _support_term("jsd_topk", loss, k=k, tail=tail, support=support)
 
 
 RATIO_CAP = 10.0

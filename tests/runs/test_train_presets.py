@@ -12,6 +12,7 @@ import pytest
 from megatron_tropd.methods import PRESETS as METHODS
 from megatron_tropd.methods import build_method
 from tests.support.run_inputs import (
+    ROOT,
     STUDENT,
     TEACHER,
     Job,
@@ -52,11 +53,10 @@ PRESETS: dict[str, list[str]] = {
     "local_support": ["method.name=local_support", "rollout.top_p=0.9"],
     "drift_gate": ["method.name=drift_gate", "train.minibatches=2"],
     "opsd": ["method.name=opsd", "teacher.model=student", *TOLD],
+    "sdft": ["method.name=sdft", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD],
     "prompt_distillation": ["method.name=prompt_distillation", *TOLD],
+    "grpo": ["method.name=grpo", f"reward.function={ROOT}/examples/rewards.py:digits", "reward.advantage=normalized"],
     # options that no preset has
-    "the student's average, told": [
-        *("method.name=opsd", "method.beta=0.2", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD),
-    ],
     "the student's present self, told": [
         *("method.name=opd", "method.ppo_clip=0.2", "teacher.update=live", "train.minibatches=2", *MOVING, *TOLD),
     ],

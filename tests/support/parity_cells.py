@@ -85,6 +85,7 @@ PROOFS: dict[str, tuple[Proof, ...]] = {
     "prefix_pg_scalar": (Proof(textbook=truth.prefix_pg_scalar),),
     "fkl_topk": (Proof(textbook=truth.fkl_topk),),
     "rkl_topk": (Proof(textbook=truth.rkl_topk),),
+    "jsd_topk": (Proof(textbook=truth.jsd_topk(0.3), options={"beta": 0.3}, name="jsd_topk, beta 0.3"),),
     "fkl_pg_scalar": (Proof(textbook=truth.fkl_pg_scalar),),
     "fkl_full": (Proof(textbook=truth.fkl_full),),
     "rkl_full": (Proof(textbook=truth.rkl_full),),

@@ -178,6 +178,29 @@ def rkl_topk(tail: str) -> Textbook:
     return lambda rows: on_support(rows.logq_TV, rows.logp_TV, rows.in_A_TV, tail)
 
 
+def jsd_topk(beta: float) -> Callable[[str], Textbook]:
+    """The same on A, after what the tail makes of either distribution: A alone, A renormalized, or A and the rest."""
+
+    def of_tail(tail: str) -> Textbook:
+        def jsd(rows: Rows) -> Tensor:
+            p_TV, q_TV = (x.exp() * rows.in_A_TV for x in (rows.logp_TV, rows.logq_TV))
+            if tail == "renorm":
+                p_TV, q_TV = (x / x.sum(-1, keepdim=True) for x in (p_TV, q_TV))
+            if tail == "bucket" and not rows.in_A_TV.all():
+                p_TV, q_TV = (
+                    torch.cat([x, log_sum(whole, ~rows.in_A_TV).exp()[:, None]], dim=1)
+                    for x, whole in ((p_TV, rows.logp_TV), (q_TV, rows.logq_TV))
+                )
+            m_TV = beta * p_TV + (1 - beta) * q_TV
+            here_TV = m_TV > 0
+            p_TV, q_TV, m_TV = (torch.where(here_TV, x, 1.0) for x in (p_TV, q_TV, m_TV))
+            return (here_TV * (beta * p_TV * (p_TV / m_TV).log() + (1 - beta) * q_TV * (q_TV / m_TV).log())).sum(-1)
+
+        return jsd
+
+    return of_tail
+
+
 def resopd(rows: Rows) -> Tensor:
     """The coarsened reverse KL; of y outside A also its own policy gradient instead of the tail's."""
     coarse_T = on_support(rows.logq_TV, rows.logp_TV, rows.in_A_TV, "bucket")

@@ -338,9 +338,15 @@ def test_gkd_at_beta_zero_is_forward_kl_and_at_one_reverse_kl():
     assert_same(build_method("gkd", beta=1.0), build_method("rkl"))
 
 
-def test_opsd_and_prompt_distillation_are_the_divergences_they_name():
+def test_opsd_at_the_ends_of_beta_and_on_all_ids_is_what_it_says():
     assert_same(build_method("opsd", beta=0.0), build_method("fkl"))
     assert_same(build_method("opsd", beta=0.3), build_method("gkd", beta=0.3, temperature=1, on_policy_fraction=1))
+    assert_same(build_method("opsd", form="topk", beta=1.0, k=5), build_method("rkl", form="topk", k=5))
+    assert_same(
+        build_method("sdft", beta=1.0, k=5, mismatch="none"), build_method("local_support", support="student", k=5)
+    )
+    for tail in ("none", "bucket", "renorm"):
+        assert_same(build_method("opsd", form="topk", k=V, tail=tail), build_method("opsd"))
     assert_same(build_method("prompt_distillation"), build_method("fkl"))
 
 
