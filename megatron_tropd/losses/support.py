@@ -153,23 +153,32 @@ def jsd_on_support(
     Arguments as of ``kl_on_support``, the teacher's p first; the mixture is of the two as ``tail`` makes them.
     """
     check_tail(tail)
+    dtype = student_TK.dtype
     if tail == "renorm":
-        masses = (log_mass(x, mask_TK).to(x.dtype)[:, None] for x in (teacher_TK, student_TK))
-        teacher_TK, student_TK = (x - mass for x, mass in zip((teacher_TK, student_TK), masses, strict=True))
-    middle_TK = torch.logaddexp(teacher_TK + math.log(beta), student_TK + math.log1p(-beta))
-    middle = None
-    if logtails is not None:
-        # where both are empty they add nothing; -inf would give nan in backward
-        empty_T = logtails[0].isneginf() & logtails[1].isneginf()
-        safe = [x.masked_fill(empty_T, 0.0) for x in logtails]
-        middle = torch.logaddexp(safe[0] + math.log(beta), safe[1] + math.log1p(-beta)).masked_fill(empty_T, 0.0)
-    # renormalized already: what is left is a plain sum over A
-    kind: Tail = "none" if tail == "renorm" else tail
-    total_T = torch.zeros_like(teacher_TK[:, 0])
-    for share, own_TK, own_tail in (
-        (beta, teacher_TK, logtails and logtails[0]),
-        (1.0 - beta, student_TK, logtails and logtails[1]),
-    ):
-        tails = None if own_tail is None or middle is None else (own_tail, middle)
-        total_T = total_T + share * kl_on_support(own_TK, middle_TK, tail=kind, mask_TK=mask_TK, logtails=tails)
-    return total_T
+        teacher_TK = teacher_TK - log_mass(teacher_TK, mask_TK).to(dtype)[:, None]
+        student_TK = student_TK - log_mass(student_TK, mask_TK).to(dtype)[:, None]
+    if mask_TK is not None:
+        teacher_TK, student_TK = (x.masked_fill(~mask_TK, 0.0) for x in (teacher_TK, student_TK))
+    jsd_T = _jsd_parts(teacher_TK, student_TK, beta).sum(-1)
+    if tail != "bucket":
+        return jsd_T
+    # an empty tail has no mass and no gradient; the log of what holds none is as good finite, and no source of nan
+    tails = (x.clamp(min=_LOG_NOTHING) for x in required(logtails, field="logtails", need="tail_mass"))
+    return jsd_T + _jsd_parts(*tails, beta).to(dtype)
+
+
+_LOG_NOTHING = -1e4
+
+
+def _jsd_parts(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """Return ``beta p log(p/m) + (1-beta) q log(q/m)`` entry by entry: exactly 0, gradient too, where both agree."""
+    log_ratio = logq - logp
+    of_teacher = logp.exp() * _log_mixed(log_ratio, beta)
+    of_student = logq.exp() * _log_mixed(-log_ratio, 1.0 - beta)
+    return -(beta * of_teacher + (1.0 - beta) * of_student)
+
+
+def _log_mixed(x: Tensor, share: float) -> Tensor:
+    """Return ``log(share + (1-share) exp(x))``, which keeps its digits at x = 0 and is finite for every x."""
+    below = torch.log1p((1.0 - share) * torch.expm1(x.clamp(max=0.0)))
+    return torch.where(x <= 0.0, below, x + torch.log1p(share * torch.expm1(-x.clamp(min=0.0))))

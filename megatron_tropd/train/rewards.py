@@ -49,16 +49,20 @@ class _Found:
     reward_PS: np.ndarray
     faults: Sequence[str]
     marks: np.ndarray | None = None
+    failed: bool = False  # whether the function failed for every prompt
 
 
-def reward_batch(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, step: int) -> BatchRewards:
+def reward_batch(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, step: int | None) -> BatchRewards:
     """Reward every answer, if the method looks at rewards. Collective; equal on every rank.
 
     All ranks have all answers, so that a group whose answers are learned from on several replicas is one group. Answers
     that begin with a teacher's prefix have a reward, which gates look at, but are in no group and have no advantage.
 
+    Args:
+        step: that learns from them; None: they are only shown.
+
     Raises:
-        DataError: the user's function failed for every prompt.
+        DataError: the user's function failed for every prompt of a step.
     """
     if not run.method.needs.reward:
         return BatchRewards()
@@ -69,8 +73,13 @@ def reward_batch(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout
             found = _by_grader(run, prompts, rollouts, own)
         else:
             found = _by_function(run, run.reward_function, prompts, answers, own)
+    if found.failed and step is not None:
+        raise DataError(
+            f"reward.function={run.reward.function} rewarded no answer to any of {len(prompts)} prompts: "
+            f"{found.faults[0]}. Mend the function; the run resumes from its newest checkpoint."
+        )
     if found.faults and dist.get_rank() == 0:
-        _name(found.faults, step)
+        _name(found.faults, "answers shown" if step is None else f"step {step + 1}")
     advantage_PS = advantages(found.reward_PS[:, :own], run.reward.advantage)
     ids_PS = np.array([[one.sequence_id for one in group] for group in answers])
     known_PS = ~np.isnan(found.reward_PS)
@@ -88,10 +97,10 @@ def _own_samples(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout
     return min(run.rollout.samples_per_prompt, len(rollouts) // len(prompts))
 
 
-def _name(faults: Sequence[str], step: int) -> None:
+def _name(faults: Sequence[str], where: str) -> None:
     """Say which answers have no reward, the first of them in words."""
     more = f"; and {len(faults) - 1} more faults" if len(faults) > 1 else ""
-    logger.warning("step %d: answers without a reward, which teach nothing of it: %s%s", step + 1, faults[0], more)
+    logger.warning("%s: answers without a reward, which teach nothing of it: %s%s", where, faults[0], more)
 
 
 # --------------------------------------------------------------------------- by the graders
@@ -130,11 +139,7 @@ def _place(prompt: Prompt) -> str:
 def _by_function(
     run: Run, function: RewardFunction, prompts: Sequence[Prompt], answers: Sequence[Sequence[Rollout]], own: int
 ) -> _Found:
-    """Call the user's function once per prompt, each rank for its share of them; every rank is told all results.
-
-    Raises:
-        DataError: no call gave rewards.
-    """
+    """Call the user's function once per prompt, each rank for its share of them; every rank is told all results."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = [_called(run, function, prompts[i], answers[i], own) for i in range(rank, len(prompts), world)]
     everyone: list[list[tuple[list[float] | None, list[str]]]] = [[]] * world
@@ -142,13 +147,9 @@ def _by_function(
     shares = [iter(share) for share in everyone]
     found = [next(shares[number % world]) for number in range(len(prompts))]
     faults = [fault for _, said in found for fault in said]
-    if all(rewards is None for rewards, _ in found):
-        raise DataError(
-            f"reward.function={function.written} rewarded no answer to any of {len(prompts)} prompts: {faults[0]}. "
-            "Mend the function; the run resumes from its newest checkpoint."
-        )
     unknown = [math.nan] * len(answers[0])
-    return _Found(np.array([unknown if rewards is None else rewards for rewards, _ in found]), faults)
+    reward_PS = np.array([unknown if rewards is None else rewards for rewards, _ in found])
+    return _Found(reward_PS, faults, failed=all(rewards is None for rewards, _ in found))
 
 
 def _called(
