@@ -5,7 +5,9 @@ A function is called once per prompt, with all responses to it, and returns a nu
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -29,6 +31,12 @@ def last_number(text: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def digits(responses: Sequence[str]) -> list[float]:
-    """Reward an answer by the share of its characters that are digits."""
-    return [sum(map(str.isdigit, response)) / max(len(response), 1) for response in responses]
+def varied(responses: Sequence[str]) -> list[float]:
+    """Reward an answer by the entropy of its characters, nats: one that repeats itself has little."""
+    return [entropy(list(Counter(response).values())) for response in responses]
+
+
+def entropy(counts: Sequence[int]) -> float:
+    """Return the entropy of frequencies, nats; 0 without any."""
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts)

@@ -25,6 +25,7 @@ from tests.support.tiny_models import random_rollouts
 VARIANTS = {"tropd at 0.8": {"name": "tropd", "temperature": 0.8}, "opd, union": {"name": "fkl", "support": "union"}}
 METHODS = {name: {"name": name} for name in PRESETS} | VARIANTS
 METHODS["opd, union"] |= {"form": "topk", "k": 5}
+METHODS["sdft"] |= {"k": 9}  # within the models' ids
 METHODS["right answers"] = {"name": "tropd", "gate": ["soft", "correct"], "k": 5}
 # of the eleven answers of a batch every second one is right, and one is not known
 REWARDS = BatchRewards(rewards={i: i % 2.0 for i in range(10)}, advantages={i: i % 2 - 0.5 for i in range(10)})

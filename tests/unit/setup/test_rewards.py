@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def test_the_example_rewards_what_it_says():
     given = {"responses": ["it is 1,042", "1042 or 7", "#### 1042"], "tokens": [10, 20, 30], "finished": [1, 1, 0]}
     assert found.call(answer="1042", **given) == pytest.approx([0.99, -0.02, -0.03])
     assert found.call(answer=None, **given) == [None] * 3
-    digits = reward_function(f"{ROOT}/examples/rewards.py:digits")
-    assert digits is not None and digits.call(responses=["1a2b", ""]) == [0.5, 0.0]
+    varied = reward_function(f"{ROOT}/examples/rewards.py:varied")
+    assert varied is not None
+    assert varied.call(responses=["abba", "aaa", ""]) == pytest.approx([math.log(2), 0.0, 0.0])
 
 
 def test_what_cannot_be_rewarded_is_refused_by_name(tmp_path: Path):
