@@ -55,7 +55,7 @@ PRESETS: dict[str, list[str]] = {
     "opsd": ["method.name=opsd", "teacher.model=student", *TOLD],
     "sdft": ["method.name=sdft", "teacher.update=ema", "teacher.ema_decay=0.7", *MOVING, *TOLD],
     "prompt_distillation": ["method.name=prompt_distillation", *TOLD],
-    "grpo": ["method.name=grpo", f"reward.function={ROOT}/examples/rewards.py:varied", "reward.advantage=normalized"],
+    "grpo": ["method.name=grpo", f"reward.function={ROOT}/examples/rewards.py:varied", "reward.advantage=raw"],
     # options that no preset has
     "the student's present self, told": [
         *("method.name=opd", "method.ppo_clip=0.2", "teacher.update=live", "train.minibatches=2", *MOVING, *TOLD),
