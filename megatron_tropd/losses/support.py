@@ -163,8 +163,9 @@ def jsd_on_support(
     if tail != "bucket":
         return jsd_T
     # an empty tail has no mass and no gradient; the log of what holds none is as good finite, and no source of nan
-    tails = (x.clamp(min=_LOG_NOTHING) for x in required(logtails, field="logtails", need="tail_mass"))
-    return jsd_T + _jsd_parts(*tails, beta).to(dtype)
+    teacher_T, student_T = required(logtails, field="logtails", need="tail_mass")
+    tail_T = _jsd_parts(teacher_T.clamp(min=_LOG_NOTHING), student_T.clamp(min=_LOG_NOTHING), beta)
+    return jsd_T + tail_T.to(dtype)
 
 
 _LOG_NOTHING = -1e4
