@@ -106,9 +106,7 @@ def _rewards(run: Run, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -
     return reward_batch(run, prompts, rollouts, step=None) if run.method.gate.needs.reward else BatchRewards()
 
 
-def _gate_by_sequence(
-    run: Run, rollouts: list[Rollout], *, step: int, rewards: BatchRewards
-) -> dict[int, np.ndarray]:
+def _gate_by_sequence(run: Run, rollouts: list[Rollout], *, step: int, rewards: BatchRewards) -> dict[int, np.ndarray]:
     """Compute, ``[response, 2]``, gate weight and log ratio of every token that carries loss, on every rank.
 
     ``step``: the training step whose gate is shown, as it would be with these rollouts for a batch.
