@@ -131,7 +131,7 @@ def tokens_of(problem: Problem, part: slice) -> TokenView:
         position_T=torch.arange(len(target_T)),
         target_T=target_T,
         rollout_logprob_T=torch.zeros(len(target_T)),
-        advantage_T=(target_T % 5) / 2 - 1,
+        advantage_T=truth.advantages(problem.tokens)[part],
     )
 
 
