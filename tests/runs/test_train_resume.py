@@ -256,7 +256,8 @@ def test_torn_checkpoints_are_passed_over_with_a_warning_that_names_them(task: T
 
     outcome = commands().run(*arguments(task, run_dir, *TP2), ranks=2).expect_success()
 
-    warnings = [line for line in outcome.output.splitlines() if line.startswith("WARNING")]
+    # an untrained model's responses are all cut off, which it is warned of, too
+    warnings = [line for line in outcome.output.splitlines() if line.startswith("WARNING: skipping")]
     assert len(warnings) == 2 and "WARNING" not in outcome.outputs[1], warnings
     assert (
         f"{checkpoint_of(run_dir, 6)} is torn: {shard.name} has {size - 1:,} bytes, {size:,} were written"

@@ -22,6 +22,7 @@ from megatron_tropd.data.table import table_of
 from megatron_tropd.errors import DataError
 from megatron_tropd.evaluate import suites as evaluation
 from megatron_tropd.evaluate.rules import GradingRule
+from megatron_tropd.methods import build_method
 from megatron_tropd.report.table import accuracy_table
 from megatron_tropd.train import sample_report as samples
 from megatron_tropd.types import Prompt, Rollout, RolloutRequest, SamplingParams, single_turn
@@ -233,7 +234,7 @@ def test_sampled_answers_stand_with_their_own_prompt_and_say_what_the_teacher_wr
     prompts = problems("ab", "cd", None, response_ids=np.array([1, 2, 3, 4, END]))
     run = SimpleNamespace(
         prompts=SimpleNamespace(first=lambda count: prompts[:count]),
-        method=SimpleNamespace(guided=True),
+        method=build_method("tropd"),
         rollout=SimpleNamespace(guided_per_prompt=1, max_new_tokens=9, temperature=1.0, top_p=1.0, top_k=0),
         train=SimpleNamespace(steps=6),
         data=DataConfig(prompts=(Path("p"),), grader="exact"),
