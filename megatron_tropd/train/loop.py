@@ -54,8 +54,7 @@ def train(
             queue.start(step, watch=watch)
             batch = queue.get(step, watch=watch, hooks=hooks)
             hooks.rollouts_ready(step + 1, batch.prompts, batch.scored.rollouts)
-            with watch("other"):
-                rewards = reward_batch(run, batch.prompts, batch.scored.rollouts, step=step)
+            rewards = reward_batch(run, batch.prompts, batch.scored.rollouts, step=step)
             minibatches = score_and_pack(run, batch.scored, step=step, watch=watch, rewards=rewards)
             hooks.batch_scored(step + 1, batch.prompts, batch.scored.rollouts)
             results = learn(run, queue, minibatches, step=step, watch=watch, hooks=hooks)
