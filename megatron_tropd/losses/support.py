@@ -101,6 +101,13 @@ def tail_beside(logtail_T: Tensor, logprob_T: Tensor, inside_T: Tensor) -> Tenso
     return torch.where(inside_T, logtail_T, torch.logaddexp(logtail_T, logprob_T))
 
 
+def _seen_on_support(logprob_TK: Tensor, mask_TK: Tensor | None, tail: Tail) -> Tensor:
+    """Return log-probs as ``tail`` makes them, ``[T, K]``: renormalized, or as they are; 0 where none counts."""
+    if tail == "renorm":
+        logprob_TK = logprob_TK - log_mass(logprob_TK, mask_TK).to(logprob_TK.dtype)[:, None]
+    return logprob_TK if mask_TK is None else logprob_TK.masked_fill(~mask_TK, 0.0)
+
+
 def kl_on_support(
     first_TK: Tensor,
     second_TK: Tensor,
@@ -123,12 +130,7 @@ def kl_on_support(
     """
     check_tail(tail)
     dtype = first_TK.dtype
-    if tail == "renorm":
-        first_TK = first_TK - log_mass(first_TK, mask_TK).to(dtype)[:, None]
-        second_TK = second_TK - log_mass(second_TK, mask_TK).to(dtype)[:, None]
-    if mask_TK is not None:
-        first_TK = first_TK.masked_fill(~mask_TK, 0.0)
-        second_TK = second_TK.masked_fill(~mask_TK, 0.0)
+    first_TK, second_TK = (_seen_on_support(x, mask_TK, tail) for x in (first_TK, second_TK))
     kl_T = (first_TK.exp() * (first_TK - second_TK)).sum(-1)
     if tail != "bucket":
         return kl_T
@@ -154,11 +156,7 @@ def jsd_on_support(
     """
     check_tail(tail)
     dtype = student_TK.dtype
-    if tail == "renorm":
-        teacher_TK = teacher_TK - log_mass(teacher_TK, mask_TK).to(dtype)[:, None]
-        student_TK = student_TK - log_mass(student_TK, mask_TK).to(dtype)[:, None]
-    if mask_TK is not None:
-        teacher_TK, student_TK = (x.masked_fill(~mask_TK, 0.0) for x in (teacher_TK, student_TK))
+    teacher_TK, student_TK = (_seen_on_support(x, mask_TK, tail) for x in (teacher_TK, student_TK))
     jsd_T = _jsd_parts(teacher_TK, student_TK, beta).sum(-1)
     if tail != "bucket":
         return jsd_T
