@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics
+from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics, train_each
 
 QUIET = ("report.html=false", "evaluate.prompts=null", "train.prompts_per_step=3", "checkpoint.keep=2")
 BESIDE = ("method.name=opd", "method.reward_weight=0.5", "reward.advantage=leave_one_out")
@@ -25,16 +25,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     save_model(made.student, STUDENT | {"num_hidden_layers": 1}, tied=True, seed=1)
     made.config.write_text(made.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", "name: opd"))
     return made
-
-
-def train_each(config: str, directory: str, cases: dict[str, list[str]]) -> None:
-    """On the rank: one training per case in the same process."""
-    from megatron_tropd.config.loading import load_config
-    from megatron_tropd.train.session import run_training
-
-    for name, changes in cases.items():
-        print(f"{name}:", flush=True)
-        run_training(load_config(config, [*changes, f"run_dir={directory}/{name}"]))
 
 
 def test_rewards_are_those_of_the_rollouts_whenever_they_are_computed(task: Task, tmp_path: Path):

@@ -14,7 +14,16 @@ import torch
 from megatron_tropd.config.loading import load_config
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.teacher.moving import MovingTeacher
-from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics, weights_of
+from tests.support.run_inputs import (
+    STUDENT,
+    Task,
+    commands,
+    make_task,
+    save_model,
+    steady_metrics,
+    train_each,
+    weights_of,
+)
 
 OWN = ('data.teacher_template="{{ prompt }}#### {{ answer }}"', "data.max_teacher_prompt_tokens=75")
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "train.prompts_per_step=1")
@@ -28,16 +37,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     save_model(made.student, STUDENT | {"num_hidden_layers": 2}, tied=False, seed=1)
     made.config.write_text(made.config.read_text().replace("name: tropd\n  k: 7\n  beta: 0.3", "name: opsd"))
     return made
-
-
-def train_each(config: str, directory: str, cases: dict[str, list[str]]) -> None:
-    """On the ranks: one training per case in the same processes."""
-    from megatron_tropd.config.loading import load_config
-    from megatron_tropd.train.session import run_training
-
-    for name, changes in cases.items():
-        print(f"{name}:", flush=True)
-        run_training(load_config(config, [*changes, f"run_dir={directory}/{name}"]))
 
 
 def train_all(task: Task, directory: Path, cases: dict[str, list[str]], *, ranks: int = 0) -> dict[str, Any]:

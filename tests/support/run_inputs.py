@@ -436,6 +436,16 @@ def commands(*preload: str) -> Commands:
     return server
 
 
+def train_each(config: str, directory: str, cases: dict[str, list[str]]) -> None:
+    """On the ranks: one training per case in the same processes."""
+    from megatron_tropd.config.loading import load_config
+    from megatron_tropd.train.session import run_training
+
+    for name, changes in cases.items():
+        print(f"{name}:", flush=True)
+        run_training(load_config(config, [*changes, f"run_dir={directory}/{name}"]))
+
+
 def torchrun(*argv: object, ranks: int, output: Path) -> subprocess.Popen[bytes]:
     """Starts the program exactly as the README says, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
