@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -25,11 +25,40 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class StepPlaces:
+    """The places of the walk that each step asks, one after the other over all steps.
+
+    A run that resumes with another number of prompts per step continues at the next place: what was asked before counts
+    in prompts, not in steps, so that nothing is skipped or comes twice.
+    """
+
+    changes: tuple[tuple[int, int, int], ...]  # ascending: a step, its first place, prompts per step from then on
+
+    @classmethod
+    def of(cls, size: int) -> StepPlaces:
+        """Return those of a run that asks ``size`` prompts in every step."""
+        return cls(((0, 0, size),))
+
+    def places(self, step: int) -> range:
+        """Return the places of ``step`` (from 0)."""
+        first, place, size = next(change for change in reversed(self.changes) if change[0] <= step)
+        start = place + (step - first) * size
+        return range(start, start + size)
+
+    def changed(self, step: int, size: int) -> StepPlaces:
+        """Return the same places before ``step``, and ``size`` of them per step from there on."""
+        earlier = tuple(change for change in self.changes if change[0] < step)
+        if earlier and earlier[-1][2] == size:
+            return StepPlaces(earlier)
+        return StepPlaces((*earlier, (step, self.places(step).start, size)))
+
+
+@dataclass(frozen=True, slots=True)
 class PromptStream:
     """An endless walk through the prompts; every epoch of a source visits each of its prompts once, in a new order.
 
-    ``batch`` is a pure function of (seed, step), so there is no position to save: a run resumes from its step number
-    alone. That holds as long as prompts, seed, batch size and weights stay the same over the run.
+    What stands at a place of the walk is a pure function of seed, prompts and weights. Which places a step has follows
+    from its number and from how many prompts a step asks (``StepPlaces``, where that has changed on resuming).
     """
 
     prompts: Sequence[Prompt]
@@ -58,7 +87,10 @@ class PromptStream:
         """
         if step < 0 or size < 1:
             raise ValueError(f"step {step} must be >= 0 and size {size} >= 1.")
-        places = range(step * size, (step + 1) * size)
+        return self.at(StepPlaces.of(size).places(step))
+
+    def at(self, places: Iterable[int]) -> list[Prompt]:
+        """Return the prompts at places of the walk, counted from 0 over all epochs."""
         return [self.prompts[self._row(place)] for place in places]
 
     def first(self, count: int) -> list[Prompt]:

@@ -158,7 +158,7 @@ def save(run: Run, queue: RolloutQueue, step: int) -> Path:
         run.student,
         run.trainer.optimization,
         step=step,
-        state={"run": run.identity},
+        state={"run": run.identity, **queue.state()},
         keep=run.checkpoint.keep,
         beside_it=partial(queue.save, step=step),
         average=None if run.moving is None else run.moving.average,

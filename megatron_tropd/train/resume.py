@@ -29,8 +29,6 @@ from megatron_tropd.train.rollout_queue import RolloutQueue
 
 # of what identifies a run (validate.identity), what a resumed run may change at its own risk
 _MAY_CHANGE = ("train.", "rollout.", "optimizer.")
-# prompts are walked through in steps of that many: with another number some would be skipped, or come twice
-_NOT_THESE = ("train.prompts_per_step",)
 _RESPELLED = {"normalise_experts": "normalize_experts"}
 # what no insisting helps with: the states of a checkpoint do not fit
 _MUST_AGREE = ("student.model", "student.lora", "optimizer.name", "optimizer.distributed")
@@ -97,10 +95,11 @@ def restore(run: Run, queue: RolloutQueue, checkpoint: Path | None) -> int:
     if checkpoint is None:
         return 0
     average = None if run.moving is None else run.moving.average
-    steps = int(load_checkpoint(checkpoint, run.student, run.trainer.optimization, average)["step"])
+    state = load_checkpoint(checkpoint, run.student, run.trainer.optimization, average)
+    steps = int(state["step"])
     if run.moving is not None:
         run.moving.restored()
-    queue.restore(checkpoint, steps)
+    queue.restore(checkpoint, steps, state)
     if run.world.is_first:
         remove_half_done(run.run_dir / CHECKPOINTS)
         drop_evaluations_after(run.run_dir, steps)
@@ -239,7 +238,7 @@ def _check_changes(checkpoint: Path, changed: dict[str, tuple[Any, Any]], *, ins
 
 
 def _is_tolerated(key: str) -> bool:
-    return key.startswith(_MAY_CHANGE) and key not in (*_MUST_AGREE, *_NOT_THESE)
+    return key.startswith(_MAY_CHANGE) and key not in _MUST_AGREE
 
 
 def _differences(changed: dict[str, tuple[Any, Any]], keys: list[str]) -> str:

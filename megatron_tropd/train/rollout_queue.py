@@ -9,15 +9,17 @@ trainer's own arithmetic: a batch that waited is to every method what the later 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_tropd.config.sections import RolloutConfig
+from megatron_tropd.data.stream import StepPlaces
 from megatron_tropd.data.tokenizer import Tokenizer
 from megatron_tropd.engine.context import own_valid_positions
 from megatron_tropd.engine.score import query_ids, score_packs
@@ -34,6 +36,7 @@ from megatron_tropd.train.hooks import Hooks
 from megatron_tropd.types import Pack, Prompt, Rollout, SamplingParams
 
 _FOLDER = "ahead"  # in a checkpoint: the batches that were sampled and not yet learned from
+_PLACES = "prompts"  # in a checkpoint's state: ``StepPlaces.changes``
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class RolloutQueue:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._ahead = run.rollout.ahead
+        self._places = StepPlaces.of(run.train.prompts_per_step)
         self._in_flight: dict[int, _InFlight] = {}
         self._ready: dict[int, Batch] = {}
         self._accounted = 0.0  # time.perf_counter() up to which overlap has been counted
@@ -72,7 +76,7 @@ class RolloutQueue:
         with watch("rollout"):
             for number in range(step, min(step + self._ahead + 1, self._run.train.steps)):
                 if number not in self._ready and number not in self._in_flight:
-                    self._in_flight[number] = _start(self._run, number)
+                    self._in_flight[number] = _start(self._run, number, self._places)
 
     def get(self, step: int, *, watch: Stopwatch, hooks: Hooks) -> Batch:
         """Wait for the batch of ``step`` and return it.
@@ -117,6 +121,10 @@ class RolloutQueue:
 
     # ----------------------------------------------------------------- kept with a checkpoint
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the walk through the prompts: ``restore`` is given it."""
+        return {_PLACES: self._places.changes}
+
     def save(self, checkpoint: Path, step: int) -> None:
         """Keep in a checkpoint of ``step`` finished steps what older weights have sampled for later steps."""
         for number in range(step, step + self._ahead):
@@ -127,16 +135,24 @@ class RolloutQueue:
                     write_rollouts(folder, number, self._ready[number].scored.rollouts)
                 self._write_scores(folder, number)
 
-    def restore(self, checkpoint: Path, step: int) -> None:
+    def restore(self, checkpoint: Path, step: int, state: Mapping[str, Any]) -> None:
         """Take up what ``save`` has left there; what it has not is sampled anew, with the present weights.
+
+        What has been sampled keeps the prompts that it was sampled for; from the next batch on there are as many
+        prompts as this run wants, beginning with the first that no batch has had.
+
+        Args:
+            state: of the checkpoint.
 
         Raises:
             CheckpointError: scores are missing.
         """
         folder = checkpoint / _FOLDER
+        self._places, unsampled = _places_of(checkpoint, state, self._run.train.prompts_per_step), step
         for number in range(step, min(step + self._ahead, self._run.train.steps)):
             if any(folder.glob(_scores_files(number))):
-                prompts, fraction = _prompts_of(self._run, number)
+                unsampled = number + 1
+                prompts, fraction = _prompts_of(self._run, number, self._places)
                 rollouts = with_teachers(read_rollouts(folder, number), prompts)
                 packs = packs_of(self._run, rollouts)
                 stored = _Stored(folder, number)
@@ -149,6 +165,7 @@ class RolloutQueue:
                     for part in packs
                 ]
                 self._ready[number] = Batch(prompts, fraction, scored_rollouts(self._run, rollouts, packs, scores))
+        self._places = self._places.changed(unsampled, self._run.train.prompts_per_step)
 
     def _write_scores(self, folder: Path, number: int) -> None:
         """Write this rank's part, a row per prediction: a layout that resumes finds its own among all ranks'."""
@@ -191,8 +208,8 @@ class _Written:
         return self.rollouts
 
 
-def _start(run: Run, number: int) -> _InFlight:
-    prompts, fraction = _prompts_of(run, number)
+def _start(run: Run, number: int, places: StepPlaces) -> _InFlight:
+    prompts, fraction = _prompts_of(run, number, places)
     rollout = run.rollout
     guided = rollout.guided_per_prompt if run.method.guided else 0
     requests = make_requests(
@@ -208,8 +225,25 @@ def _start(run: Run, number: int) -> _InFlight:
     return _InFlight(prompts, fraction, _Written(run.sampler.generate(requests, params, seed=seed, step=number)), at)
 
 
-def _prompts_of(run: Run, number: int) -> tuple[list[Prompt], float]:
-    prompts = list(run.prompts.batch(number, run.train.prompts_per_step))
+def _places_of(checkpoint: Path, state: Mapping[str, Any], size: int) -> StepPlaces:
+    """Read which prompts every step has had; of an earlier version's checkpoint, as many in each as its settings say.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        was = int(state.get("run", {}).get("train.prompts_per_step", size))
+        changes = state.get(_PLACES, StepPlaces.of(was).changes)
+        return StepPlaces(tuple((int(step), int(place), int(count)) for step, place, count in changes))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.absolute()} does not say which prompts its steps have had ({error}). Name another with "
+            "checkpoint.resume=PATH."
+        ) from error
+
+
+def _prompts_of(run: Run, number: int, places: StepPlaces) -> tuple[list[Prompt], float]:
+    prompts = run.prompts.at(places.places(number))
     return prompts, run.method.schedule.fraction(number, run.train.steps) if run.method.guided else 0.0
 
 

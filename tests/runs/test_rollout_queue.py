@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_tropd.errors import CheckpointError
 from megatron_tropd.report.stopwatch import Stopwatch
 from megatron_tropd.rollout.engines.recorded import read_rollouts, write_rollouts
 from megatron_tropd.storage.checksums import FileRecord
@@ -243,7 +244,7 @@ def test_what_is_written_is_handed_to_the_teacher_before_it_is_learnt_from_and_n
         rollout=rollout,
         train=train,
         seed=0,
-        prompts=SimpleNamespace(batch=lambda number, count: [number]),
+        prompts=SimpleNamespace(at=list),
         method=SimpleNamespace(guided=False),
         sampler=sampler(collected),
     )
@@ -259,3 +260,73 @@ def test_what_is_written_is_handed_to_the_teacher_before_it_is_learnt_from_and_n
     ahead.wait_for_all(step=0, watch=watch, hooks=hooks)  # before the weights change
     assert handed == [0, 1, 2]
     assert [ahead.get(n, watch=watch, hooks=hooks).prompts for n in range(3)] == [[0], [1], [2]]
+
+
+# --------------------------------------------------------------------------- resumed with other prompts per step
+
+
+def walking(prompts_per_step: int, *, ahead: int = 2, steps: int = 9) -> Any:
+    """A run whose prompts are their places, as far as a queue that nothing is sampled from looks at it."""
+    return SimpleNamespace(
+        rollout=SimpleNamespace(ahead=ahead),
+        train=SimpleNamespace(steps=steps, prompts_per_step=prompts_per_step),
+        prompts=SimpleNamespace(at=list),
+        method=SimpleNamespace(guided=False),
+        world=SimpleNamespace(student=None),
+        student=SimpleNamespace(device=None),
+        sampler=SimpleNamespace(generate=lambda *_, **__: []),
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    # the batches 4 and 5 had been written ahead, for five prompts each: they keep them
+    [((4, 5), {4: range(20, 25), 5: range(25, 30), 6: range(30, 33)}), ((), {4: range(20, 23), 6: range(26, 29)})],
+    ids=["ahead", "none"],
+)
+def test_a_resumed_queue_asks_the_next_prompts_and_what_was_written_ahead_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: tuple[int, ...], asked: dict[int, range]
+):
+    state = {"run": {"train.prompts_per_step": 5}, **json.loads(json.dumps(batches.RolloutQueue(walking(5)).state()))}
+    (tmp_path / "ahead").mkdir()
+    for number in written:
+        (tmp_path / "ahead" / f"scores-{number:08d}-00000.npz").touch()
+    for name in ("read_rollouts", "with_teachers", "packs_of", "make_requests", "sampling_params"):
+        monkeypatch.setattr(batches, name, lambda *_, **__: [])
+    for name in ("scored_rollouts", "_Stored", "score_rollouts"):
+        monkeypatch.setattr(batches, name, lambda *_, **__: None)
+    queue = batches.RolloutQueue(walking(3))
+    queue.restore(tmp_path, 4, state)
+    rollout = queue._run.rollout
+    rollout.guided_per_prompt, rollout.samples_per_prompt, rollout.max_new_tokens, rollout.record = 0, 1, 1, None
+    watch, hooks = Stopwatch(), Hooks()
+    queue.start(4, watch=watch)
+    assert {n: queue.get(n, watch=watch, hooks=hooks).prompts for n in asked} == {n: [*r] for n, r in asked.items()}
+    # the next checkpoint says it all, to a run that changes it once more
+    again = batches.RolloutQueue(walking(4, ahead=0))
+    again.restore(tmp_path, 7, json.loads(json.dumps(queue.state())))
+    again._run.rollout = rollout
+    again.start(7, watch=watch)
+    last = asked[6].stop
+    assert again.get(7, watch=watch, hooks=hooks).prompts == [*range(last, last + 4)]
+
+
+def test_an_epoch_over_a_change_of_prompts_per_step_asks_every_prompt_once(task: Task, tmp_path: Path):
+    ten = tmp_path / "ten.jsonl"
+    ten.write_text("".join(task.prompts.read_text().splitlines(keepends=True)[:10]))
+    few = (f"data.prompts={ten}", "rollout.max_new_tokens=2", "checkpoint.every=2")
+    train(task, tmp_path, *few, "train.steps=2", "train.prompts_per_step=3")
+    said = train(task, tmp_path, *few, "train.steps=4", "train.prompts_per_step=2")
+    assert "train.prompts_per_step was 3, is 2" in said
+    asked = [{one.prompt_index for one in read_rollouts(tmp_path / "rollouts", step)} for step in range(4)]
+    assert [len(rows) for rows in asked] == [3, 3, 2, 2] and set().union(*asked) == set(range(10))
+
+
+def test_a_checkpoint_that_does_not_say_which_prompts_its_steps_had_is_refused(tmp_path: Path):
+    earlier = {"run": {"train.prompts_per_step": 5}}  # of a version that counted steps
+    queue = batches.RolloutQueue(walking(5))
+    queue.restore(tmp_path, 4, earlier)
+    assert queue.state() == {"prompts": ((0, 0, 5),)}
+    with pytest.raises(CheckpointError, match="does not say which prompts its steps have had"):
+        queue.restore(tmp_path, 4, earlier | {"prompts": [[0, "x", 5]]})

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tropd.data import stream as streaming
-from megatron_tropd.data.stream import PromptStream, Share, Turns
+from megatron_tropd.data.stream import PromptStream, Share, StepPlaces, Turns
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.types import Prompt
 
@@ -44,6 +44,24 @@ def test_a_batch_depends_on_seed_and_step_only():
     shared = stream(11)
     assert walk(shared, range(19, 20), 4) + walk(shared, range(0, 1), 4) == whole[76:] + whole[:4]
     assert walk(stream(11, seed=4), range(20), 4) != whole
+
+
+def test_another_number_of_prompts_per_step_begins_at_the_next_place():
+    five = StepPlaces.of(5)
+    assert [five.places(step) for step in (0, 2)] == [range(0, 5), range(10, 15)]
+    three = five.changed(4, 3)  # after four steps of five
+    assert [three.places(step) for step in (3, 4, 6)] == [range(15, 20), range(20, 23), range(26, 29)]
+    seven = three.changed(6, 7)
+    assert [seven.places(step) for step in (5, 6, 7)] == [range(23, 26), range(26, 33), range(33, 40)]
+    assert seven.changed(9, 7) == seven and three.changed(4, 5) == five  # as many as before; the change taken back
+    assert three.changed(2, 4).places(5) == range(22, 26)  # from an earlier checkpoint, before the change
+
+
+def test_prompts_of_changed_steps_are_visited_once_per_epoch_of_every_source():
+    source = mixed([5, 8], [5, 8])
+    steps = StepPlaces.of(5).changed(1, 2).changed(3, 4)  # 5 + 2 + 2 + 4 = 13 prompts, an epoch
+    order = [prompt.index for step in range(4) for prompt in source.at(steps.places(step))]
+    assert sorted(order) == list(range(13)) and order == walk(source, range(13), 1)
 
 
 def test_first_places_are_uniform_over_prompts():
