@@ -20,7 +20,15 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.models.name_table import entries, hf_shapes
 from tests.support.distributed import run_on_ranks
 from tests.support.family_cases import NEW_TOKENS, ROLLOUTS, Case, furthest, logits_of, run_cases, whole_logits
-from tests.support.tiny_families import FAMILIES, MOE, SIZES, config_of, load_transformers, save_family
+from tests.support.tiny_families import (
+    FAMILIES,
+    MOE,
+    SIZES,
+    config_of,
+    load_transformers,
+    on_disk_gradients,
+    save_family,
+)
 from tests.support.tiny_models import relative_error
 
 TP2, TP2_SP, PP2, EP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"expert": 2}
@@ -99,11 +107,11 @@ def truth(root: Path) -> Callable[[Case], Truth]:
     def of(family: str, balance: float, replicas: int) -> Truth:
         model = load_transformers(root / family)
         logits, loss = differentiated(model, balance, replicas)
-        gradients = {name: gradient.clone() for name, gradient in on_disk_names(root / family, model).items()}
+        gradients = {name: gradient.clone() for name, gradient in on_disk_gradients(root / family, model).items()}
         model.zero_grad()
         nudge(model)
         differentiated(model, balance, replicas)
-        return Truth(logits, loss, gradients, on_disk_names(root / family, model))
+        return Truth(logits, loss, gradients, on_disk_gradients(root / family, model))
 
     return lambda case: of(case.family, case.balance, case.replicas if case.balance else 1)
 
@@ -146,25 +154,6 @@ def balancing_loss(routers: dict[int, list[Tensor]], config: Any, replicas: int)
             sizes.append(one.num_valid)
     weights = torch.tensor(sizes) / sum(one.num_valid for one in packs)
     return (torch.stack(losses) * weights).sum()
-
-
-def on_disk_names(directory: Path, model: Any) -> dict[str, Tensor]:
-    """Every parameter's gradient under the name it has on disk, where `transformers` does not stack experts."""
-    parameters = {name: p.grad for name, p in model.named_parameters()}
-    found = {}
-    for name in load_file(directory / "model.safetensors"):
-        parts = name.split(".experts.")
-        if len(parts) == 1:
-            found[name] = parameters[name.replace("block_sparse_moe.gate", "mlp.gate")]
-            continue
-        expert, matrix = parts[1].removesuffix(".weight").split(".")
-        stacked = parts[0].replace("block_sparse_moe", "mlp") + ".experts."
-        if matrix in ("down_proj", "w2"):
-            found[name] = parameters[stacked + "down_proj"][int(expert)]
-        else:
-            gate, up = parameters[stacked + "gate_up_proj"][int(expert)].chunk(2)
-            found[name] = gate if matrix in ("gate_proj", "w1") else up
-    return found
 
 
 # --------------------------------------------------------------------------- claims

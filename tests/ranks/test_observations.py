@@ -27,6 +27,7 @@ from megatron_tropd.types import LOSS_REGIONS, Pack, Region, Rollout
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import VOCAB, Case, assemble, batch_of, config_of, save_models, whole_gradients
 from tests.support.run_inputs import assert_metrics_agree, commands, make_task, steady_metrics
+from tests.support.tiny_families import load_transformers, on_disk_gradients, save_family
 from tests.support.tiny_models import Objective, Reference, hf_logprobs, load_hf, relative_error
 
 CASES = [
@@ -34,6 +35,22 @@ CASES = [
     Case(name="cut", ranks=2, turns=True, student={"context": 2}, teacher={"tensor": 2}, pack_tokens=64),
     Case(name="stages", ranks=2, turns=True, student={"pipeline": 2}, teacher={"context": 2}, pack_tokens=64),
     Case(name="shards", ranks=2, turns=True, student={"tensor": 2, "sequence": True}, teacher={"pipeline": 2}),
+]
+EXPERTS = ("experts", "teacher")
+BALANCE = 0.3  # large enough that a wrong share of it is no rounding
+# experts are spread over replicas, each of which balances the predictions of its own packs
+MIXTURES = [
+    Case(name="experts", turns=True, models=EXPERTS, balance=BALANCE),
+    Case(name="experts spread", ranks=2, turns=True, models=EXPERTS, balance=BALANCE, student={"expert": 2}),
+    Case(
+        name="experts shards",
+        ranks=2,
+        turns=True,
+        models=EXPERTS,
+        balance=BALANCE,
+        student={"tensor": 2, "sequence": True},
+    ),
+    Case(name="experts cut", ranks=2, turns=True, models=EXPERTS, balance=BALANCE, student={"context": 2}),
 ]
 BATCH = batch_of(CASES[0], 0)
 
@@ -82,14 +99,16 @@ def _gradients(case: Case, run: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
+    folder = save_models(tmp_path_factory.mktemp("models"))
+    save_family(folder / "experts", "qwen3-moe", sizes={"vocab_size": VOCAB})
+    return folder
 
 
 @pytest.fixture(scope="module")
 def measured(models: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for ranks in (1, 2):
-        chosen = [case for case in CASES if case.ranks == ranks]
+        chosen = [case for case in (*CASES, *MIXTURES) if case.ranks == ranks]
         found |= run_on_ranks(gradients, chosen, str(models), world_size=ranks)[0]
     return found
 
@@ -144,6 +163,61 @@ def test_hidden_states_that_predict_observations_have_a_gradient_of_exactly_0_an
         if len(loud):
             assert (actual[loud].abs().amax(-1) > 0).all()
             assert relative_error(actual.double(), expected) < 1e-5
+
+
+# --------------------------------------------------------------------------- mixtures of experts
+
+
+class WithRouters:
+    """A mixture of `transformers` that keeps what its routers say, by layer, of the last sequence."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, token_ids: Tensor) -> Any:
+        out = self.model(token_ids, output_router_logits=True)
+        self.routers = out.router_logits
+        return out
+
+
+def of_a_mixture(models: Path, replicas: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by plain autograd in fp64, with the balance over the predictions that carry loss alone."""
+    model = load_transformers(models / "experts").double()
+    student = WithRouters(model)
+    plain = Reference(student, load_hf(models / "teacher"), Objective(), VOCAB)
+    losses, probabilities = {}, {}
+    for one in BATCH:
+        with torch.no_grad():
+            old_LV = hf_logprobs(student, one.token_ids, VOCAB)
+        losses[one.sequence_id] = plain._token_losses(one, old_LV, 0)[0]
+        carrying = torch.from_numpy(np.isin(one.region_L[1:], LOSS_REGIONS))
+        probabilities[one.sequence_id] = [layer[:-1][carrying].softmax(-1) for layer in student.routers]
+    count, chosen, experts = (
+        len(torch.cat([*losses.values()])),
+        model.config.num_experts_per_tok,
+        model.config.num_experts,
+    )
+    balance: Any = 0.0
+    for [item] in pack(BATCH, max_tokens=4096, num_replicas=replicas):
+        for layer in zip(*(probabilities[i] for i in item.sequence_ids.tolist() if i >= 0), strict=True):
+            p_NE = torch.cat(layer)
+            assert len(p_NE) == item.num_valid
+            f_E = torch.bincount(p_NE.topk(chosen).indices.flatten(), minlength=experts) / (chosen * len(p_NE))
+            balance = balance + experts * (f_E * p_NE.mean(0)).sum() * len(p_NE) / count
+    loss = torch.cat([*losses.values()]).mean()
+    (loss + BALANCE * balance).backward()
+    return float(loss.detach()), on_disk_gradients(models / "experts", model)
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.name)
+def test_experts_are_balanced_over_what_models_wrote_and_observations_weigh_nothing(case, measured, models):
+    loss, weights = of_a_mixture(models, replicas=2 if "expert" in case.student else 1)
+    found = measured[case.name]
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert set(found["weights"]) == set(weights)
+    for name, expected in weights.items():
+        actual = found["weights"][name].double()
+        assert relative_error(actual, expected) < 1e-5, name
 
 
 # --------------------------------------------------------------------------- teachers

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 SIZES = {
     "vocab_size": 101,
@@ -92,3 +94,22 @@ def load_transformers(directory: Path, dtype: torch.dtype = torch.float64) -> An
 def config_of(directory: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return config
+
+
+def on_disk_gradients(directory: Path, model: Any) -> dict[str, Tensor]:
+    """Every parameter's gradient under the name it has on disk, where `transformers` does not stack experts."""
+    parameters = {name: p.grad for name, p in model.named_parameters()}
+    found = {}
+    for name in load_file(directory / "model.safetensors"):
+        parts = name.split(".experts.")
+        if len(parts) == 1:
+            found[name] = parameters[name.replace("block_sparse_moe.gate", "mlp.gate")]
+            continue
+        expert, matrix = parts[1].removesuffix(".weight").split(".")
+        stacked = parts[0].replace("block_sparse_moe", "mlp") + ".experts."
+        if matrix in ("down_proj", "w2"):
+            found[name] = parameters[stacked + "down_proj"][int(expert)]
+        else:
+            gate, up = parameters[stacked + "gate_up_proj"][int(expert)].chunk(2)
+            found[name] = gate if matrix in ("gate_proj", "w1") else up
+    return found
