@@ -734,7 +734,12 @@ class RolloutConfig(Section):
         "the models' positions.",
         ge=1,
     )
-    temperature: Real = key(1.0, "Sampling temperature. On-policy methods are derived for 1.", gt=0)
+    temperature: Real = key(
+        1.0,
+        "Sampling temperature. Terms that take tokens for the student's draws are derived for 1 (method.temperature), "
+        "and top_p 1, top_k 0; a run says once where they are biased.",
+        gt=0,
+    )
     top_p: Real = key(1.0, "Nucleus sampling: keep the smallest set with this probability.", gt=0, le=1)
     top_k: Whole = key(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
     ahead: Whole = key(0, "Steps that generation runs ahead of training (docs/vllm.md); 0 is synchronous.", ge=0)
@@ -887,7 +892,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "Decay from lr to min_lr.")
     warmup_steps: Whole = key(0, "Steps of linear warm-up from 0 to lr.", ge=0)
     min_lr: Real = key(0.0, "Learning rate at the end of a linear or cosine schedule.", ge=0)
-    weight_decay: Real = key(0.0, "Decoupled weight decay; norms and biases are exempt.", ge=0)
+    weight_decay: Real = key(0.0, "Decoupled weight decay, of either optimizer; norms and biases are exempt.", ge=0)
     beta1: Real = key(0.9, "Adam: decay of the mean of gradients.", ge=0, lt=1)
     beta2: Real = key(0.999, "Adam: decay of the mean of squared gradients.", ge=0, lt=1)
     # the smallest normal number of fp32: of less nothing is left, and Adam divides 0 by 0

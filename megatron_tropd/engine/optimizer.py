@@ -141,6 +141,32 @@ def fuse_adam(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
             group["fused"], group["foreach"] = True, False
 
 
+def decouple_decay(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's SGD shrink weights beside its step, as AdamW does.
+
+    By itself it adds the decay to the gradient, and so to the momentum, in which it lasts for many updates.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    decays: list[float] = []
+
+    @torch.no_grad()
+    def shrink(*_: Any) -> None:
+        decays[:] = [group["weight_decay"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+            group["weight_decay"] = 0.0
+
+    def restore(*_: Any) -> None:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+    optimizer.register_step_pre_hook(shrink)
+    optimizer.register_step_post_hook(restore)
+
+
 def _is_distributed_torch(part: Any) -> bool:
     """Say whether it shards the states of torch's Adam, for want of Apex and Transformer Engine."""
     return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)
@@ -219,6 +245,7 @@ def optimize(
             # gathers of checkpoints take host memory on one rank alone; the group has a gloo end for that
             part.data_parallel_group_gloo = part.data_parallel_group
         part.optimizer.register_step_pre_hook(lambda *_: states.check())
+        decouple_decay(part.optimizer)
         if _is_distributed_torch(part):
             load_without_steps(part)
         if part.init_state_fn is None:  # Megatron gives SGD none, and cannot load its state without

@@ -35,6 +35,7 @@ class Term:
     needs: Needs = field(default_factory=Needs)
     vanishes: bool = True  # loss gradient is 0 when teacher and student agree
     on_policy: bool = False  # its gradient is right only while the weights that learn are those that sampled
+    sampled: bool = False  # its gradient takes the token for a draw from the student's own distribution
     names_alternatives: bool = False  # it takes mass from a rejected token even where the student is certain of it
 
 
@@ -60,7 +61,7 @@ def policy_gradient(
         ratio_T = torch.exp(student.logprob_T - student.old_logprob_T.detach())
         return -torch.minimum(ratio_T * reward_T, ratio_T.clamp(1.0 - clip, 1.0 + clip) * reward_T)
 
-    return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes, on_policy=clip is None)
+    return Term(name=name, loss=loss, needs=needs or Needs(), vanishes=vanishes, on_policy=clip is None, sampled=True)
 
 
 RewardShape = Literal["ratio", "sign", "log"]
@@ -108,7 +109,7 @@ def k2() -> Term:
     def loss(student: StudentView, teacher: TeacherView) -> Tensor:
         return 0.5 * (teacher.logprob_T - student.logprob_T).square()
 
-    return Term(name="k2", loss=loss, on_policy=True)
+    return Term(name="k2", loss=loss, on_policy=True, sampled=True)
 
 
 K3_BOUND = 3.0
@@ -132,7 +133,7 @@ def k3(*, bound: float | None = K3_BOUND) -> Term:
         capped_T = ratio_T.clamp(max=bound)
         return torch.expm1(capped_T) - capped_T + math.expm1(bound) * (ratio_T - capped_T)
 
-    return Term(name="k3", loss=loss, on_policy=True)
+    return Term(name="k3", loss=loss, on_policy=True, sampled=True)
 
 
 def reward_pg(*, clip: float | None = None) -> Term:
@@ -152,7 +153,8 @@ def reward_pg(*, clip: float | None = None) -> Term:
         ratio_T = torch.exp(student.logprob_T - student.old_logprob_T.detach())
         return -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(1.0 - clip, 1.0 + clip) * advantage_T)
 
-    return Term(name="reward_pg", loss=loss, needs=Needs(reward=True), vanishes=False, on_policy=clip is None)
+    needs = Needs(reward=True)
+    return Term(name="reward_pg", loss=loss, needs=needs, vanishes=False, on_policy=clip is None, sampled=True)
 
 
 def reference_k3() -> Term:
@@ -167,7 +169,8 @@ def reference_k3() -> Term:
         base_T = required(teacher.base_logprob_T, field="TeacherView.base_logprob_T", need="base_model")
         return direct.loss(student, replace(teacher, logprob_T=base_T))
 
-    return Term(name="reference_k3", loss=loss, needs=Needs(base_model=True), vanishes=False, on_policy=True)
+    needs = Needs(base_model=True)
+    return Term(name="reference_k3", loss=loss, needs=needs, vanishes=False, on_policy=True, sampled=True)
 
 
 def reference_pg(*, clip: float | None = None) -> Term:
@@ -291,7 +294,7 @@ def _residual(coarse: Term) -> Term:
         residual_T = weight_T * (of_bucket_T - of_token_T)
         return coarse.loss(student, teacher) + residual_T.masked_fill(inside_T, 0.0).to(student.logprob_T.dtype)
 
-    return replace(coarse, name="rkl_topk_sampled", loss=loss)
+    return replace(coarse, name="rkl_topk_sampled", loss=loss, sampled=True)
 
 
 @cache
@@ -313,7 +316,7 @@ def fkl_pg_scalar(*, k: int, tail: Tail = "none", support: SupportKind = "teache
         advantage_T = -direct.loss(student, teacher).detach()
         return -advantage_T * student.logprob_T
 
-    return Term(name="fkl_pg_scalar", loss=loss, needs=direct.needs, on_policy=True)
+    return Term(name="fkl_pg_scalar", loss=loss, needs=direct.needs, on_policy=True, sampled=True)
 
 
 def _on_support(student: StudentView, teacher: TeacherView) -> tuple[Tensor, Tensor]:

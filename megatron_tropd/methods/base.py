@@ -87,8 +87,16 @@ class Method:
     @property
     def on_policy_terms(self) -> tuple[str, ...]:
         """Name the terms whose gradient takes the student's own tokens for samples of the weights that learn."""
-        continuation = (self.trusted, self.outlier, self.extra, self.reward, self.reference)
-        return tuple(dict.fromkeys(term.name for term in continuation if term.on_policy))
+        return tuple(dict.fromkeys(term.name for term in self._continuation if term.on_policy))
+
+    @property
+    def sampled_terms(self) -> tuple[str, ...]:
+        """Name the terms whose gradient takes the student's tokens for draws from its own distribution, as it is."""
+        return tuple(dict.fromkeys(term.name for term in self._continuation if term.sampled))
+
+    @property
+    def _continuation(self) -> tuple[Term, ...]:
+        return (self.trusted, self.outlier, self.extra, self.reward, self.reference)
 
     @property
     def distills(self) -> bool:

@@ -173,6 +173,22 @@ def _clips(method: Method) -> str:
     return f"Set {', '.join(dict.fromkeys(advice.get(name, other) for name in method.on_policy_terms))}, "
 
 
+def warn_of_biased_sampling(config: RunConfig, method: Method) -> None:
+    """Say when what the student writes is not drawn from the distribution that the objective takes it for."""
+    rollout, tempered = config.rollout, config.rollout.temperature != method.temperature
+    changed = [f"rollout.temperature={rollout.temperature:g}"] if tempered else []
+    changed += [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1.0 else []
+    changed += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k else []
+    if changed and method.sampled_terms:
+        logger.warning(
+            "%s: tokens are not drawn from the student's own distribution (temperature %g, nothing left out), but "
+            "method.name=%s takes them for such draws: the gradient of %s is biased. Set temperature %g, top_p 1 and "
+            "top_k 0 in rollout, or take terms that compare distributions, as fkl_topk and rkl_topk do.",
+            *(" and ".join(changed), method.temperature, config.method.name),
+            *(" and ".join(method.sampled_terms), method.temperature),
+        )
+
+
 def check_multiplier(config: RunConfig, method: Method) -> None:
     """Refuse a weight that looks at a whole sequence where context parallelism cuts sequences."""
     context, multiplier = config.student.parallel.context, method.settings.multiplier
@@ -473,6 +489,7 @@ CHECKS = (
     Check("attention kernels", ("config",), check_available),
     Check("engines and packages", ("config",), check_packages),
     Check("learning from rollouts of older weights", ("config", "method"), check_ahead),
+    Check("draws of the sampler", ("config", "method"), warn_of_biased_sampling),
     Check("checkpoints of Megatron", ("config",), check_checkpoints),
     Check("weights of tokens", ("config", "method"), check_multiplier),
     Check("sequences of a step", ("config", "method"), check_sequences),

@@ -138,3 +138,36 @@ def test_a_warm_up_of_steps_is_one_of_all_their_updates(tmp_path: Path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_after_a_checkpoint_is_that_of_an_unbroken_training(kind, found):
     assert found[kind]
+
+
+# --------------------------------------------------------------------------- weight decay
+
+
+def decayed(root: str) -> dict[str, list[set[float]]]:
+    """What all weights are that began as 1, matrices and norms by themselves, after each of two updates of SGD."""
+    device, groups = initialize_distributed(), GroupBuilder().build(Layout())
+    architecture = read_architecture(Path(root) / "model")
+    found: dict[str, list[set[float]]] = {"matrices": [], "norms": []}
+    model = build_model(architecture, groups, dtype=torch.float32, device=device, initialize=False)
+    for parameter in model.chunks[0].parameters():
+        parameter.data.fill_(1.0)
+    settings = OptimizerConfig(name="sgd", momentum=0.9, lr=0.1, weight_decay=0.5, clip_grad=0.0)
+    optimization = optimize(model, settings, steps=4)
+    for update, gradient in enumerate((0.5, 0.2)):
+        for parameter in model.chunks[0].parameters():
+            parameter.main_grad.fill_(gradient)
+        optimization.set_update(update)
+        with use_parallel_state(groups):
+            optimization.optimizer.step()
+        for name, dimensions in (("matrices", 2), ("norms", 1)):
+            weights = [p for p in model.chunks[0].parameters() if p.dim() == dimensions]
+            found[name].append({round(float(value), 5) for p in weights for value in p.detach().unique()})
+    return found
+
+
+def test_the_decay_of_sgd_is_beside_its_momentum_and_spares_norms(tmp_path):
+    save_family(tmp_path / "model", "qwen3")
+    [found] = run_on_ranks(decayed, str(tmp_path), world_size=1)
+    # by hand: the momentum is 0.5, then 0.9 * 0.5 + 0.2 = 0.65; matrices shrink by 0.1 * 0.5 of what they are
+    assert found["matrices"] == [{0.9}, {0.79}]  # 0.95 - 0.05; 0.9 * 0.95 - 0.065
+    assert found["norms"] == [{0.95}, {0.885}]
