@@ -99,8 +99,8 @@ def main() -> None:
     _say_repeated(sys.argv[1:])
     try:
         check_variables(os.environ)
-        heartbeat = Heartbeat(enabled=first and verb in _LONG)
-        with stoppable(_stop_word, spoken=first), heartbeat, Phase(f"tropd {verb}"):
+        phase = Phase(f"tropd {verb}") if verb in _LONG else contextlib.nullcontext()
+        with stoppable(_stop_word, spoken=first), Heartbeat(enabled=first), phase:
             app()
     except Stopped as stopped:
         if first:

@@ -246,6 +246,7 @@ class Trainer:
                 vocab_size=self._vocab_size,
                 temperature=self.method.temperature,
                 cache_bytes=self._keep_bytes,
+                end_ids=item.end_ids,
             )
 
         return divergence

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_tropd.losses.end_class import (
     at_ids,
-    class_divergence,
     class_entropy,
     represented,
     tail_outside,
@@ -152,8 +151,8 @@ def student_rows(
 ) -> StudentRows:
     """Build the student's rows from the log-probs of ``picked_ids``.
 
-    ``divergence`` is over all ids, each by itself; ``model_logprob_N`` the target's at temperature 1, where the
-    method's is another.
+    ``divergence`` is over all ids, those of ``item.end_ids`` for one; ``model_logprob_N`` the target's at temperature
+    1, where the method's is another.
     """
     target_N, ids_NK, ends = item.tokens.target_T, item.support.ids_NK, item.end_ids
     columns = out.logprob_TK.shape[1] - len(ends)
@@ -167,7 +166,6 @@ def student_rows(
         logprob_N, entropy_N = at_ids(logprob_N, target_N, ends, end_NX), class_entropy(entropy_N, end_NX)
         if ids_NK is not None:
             support_NK = at_ids(support_NK, ids_NK, ends, end_NX)
-        divergence = _of_the_class(divergence, end_NX, item.outputs)
     return StudentRows(
         logprob_N=logprob_N,
         entropy_N=entropy_N,
@@ -176,15 +174,6 @@ def student_rows(
         model_logprob_N=model_logprob_N,
         divergence=divergence,
     )
-
-
-def _of_the_class(
-    divergence: Divergence | None, student_NX: Tensor, outputs: TeacherOutputs | None
-) -> Divergence | None:
-    if divergence is None or outputs is None:
-        return None
-    teacher_NX = _given(outputs.end_logprob_NX)
-    return lambda kind, beta: class_divergence(divergence(kind, beta), student_NX, teacher_NX, kind=kind, beta=beta)
 
 
 def _outside(

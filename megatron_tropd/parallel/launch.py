@@ -13,6 +13,8 @@ _STARTERS = {
     "SLURM_NTASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun_rsh",
+    "JSM_NAMESPACE_SIZE": "jsrun",
 }
 
 
@@ -29,7 +31,7 @@ def check_variables(environment: Mapping[str, str]) -> None:
         return
     missing = [name for name in _PLACE if not environment.get(name)]
     if missing:
-        raise ConfigError(f"RANK={environment['RANK']} is set, but {' and '.join(missing)} is not. {_FIX}")
+        raise ConfigError(f"RANK={environment['RANK']} is set, but not {' and '.join(missing)}. {_FIX}")
     rank, world, port = numbers["RANK"], numbers["WORLD_SIZE"], numbers["MASTER_PORT"]
     if world < 1 or not 0 <= rank < world:
         raise ConfigError(f"RANK={rank} is none of the {world} ranks of WORLD_SIZE={world}. {_FIX}")

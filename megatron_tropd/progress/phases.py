@@ -1,15 +1,17 @@
 """Name what a program is doing, with counts, and say so whenever nothing was said for some seconds.
 
 Whatever may take long opens a ``Phase``; phases nest. They cost nothing and say nothing by themselves: a ``Heartbeat``,
-which the command line starts on one rank, prints a line of them where the program would otherwise be silent.
+which the command line starts on one rank, prints a line of them where the program would otherwise be silent. Libraries
+that are being imported are a phase without being opened as one.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from megatron_tropd.errors import printable
 
 Item = TypeVar("Item")
 
+_OURS = __name__.partition(".")[0]
 _running: list[Phase] = []  # outermost first
 
 
@@ -72,6 +75,8 @@ class Phase:
 class Heartbeat:
     """Print what is running, outer phases first, whenever nothing was said for ``seconds``. One is enough.
 
+    What the thread that makes it is importing is named, too; while the system maps one shared library nothing can be.
+
     Args:
         enabled: True on one rank only.
         seconds: of silence that are allowed, within a second.
@@ -83,6 +88,7 @@ class Heartbeat:
         self._enabled, self._seconds = enabled, seconds
         self.console = console or Console()
         self.heard_at = time.monotonic()
+        self._watched = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -102,10 +108,11 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
-            now, phases = time.monotonic(), tuple(_running)
-            if phases and now - self.heard_at >= self._seconds:
+            now, phases, library = time.monotonic(), tuple(_running), _library(sys._current_frames().get(self._watched))
+            if (phases or library) and now - self.heard_at >= self._seconds:
+                line = _line(phases, now, library, silent=now - self.heard_at)
                 self.heard_at = now
-                self.console.print(Text(printable(_line(phases, now))), soft_wrap=True)
+                self.console.print(Text(printable(line)), soft_wrap=True)
 
 
 def heard() -> None:
@@ -114,10 +121,23 @@ def heard() -> None:
         Heartbeat.speaking.heard_at = time.monotonic()
 
 
-def _line(phases: tuple[Phase, ...], now: float) -> str:
-    """Name the phases, but for the outermost one that all others are in."""
+def _line(phases: tuple[Phase, ...], now: float, library: str = "", *, silent: float = 0.0) -> str:
+    """Name the phases, but for the outermost one that all others are in; ``silent``: seconds, where there is none."""
     names = [phase.what for phase in phases]
-    return f"{', '.join(names[1:] or names)}: {phases[-1].counts(now)}"
+    inner = [*names[1:], f"loading {library}"] if library else names[1:]
+    counts = phases[-1].counts(now) if phases else f"{_duration(silent)} so far"
+    return f"{', '.join(inner or names)}: {counts}"
+
+
+def _library(frame: FrameType | None) -> str:
+    """Name what the code of a frame is importing: the first package that is not this one; empty where it is nothing."""
+    found = ""
+    while frame is not None:
+        if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            package = str(frame.f_locals["name"]).partition(".")[0]
+            found = package if package != _OURS or not found else found
+        frame = frame.f_back
+    return found
 
 
 def _duration(seconds: float) -> str:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.engine.decode import _logits
+from megatron_tropd.losses.end_class import at_ids, with_ends
 from megatron_tropd.losses.vocab_parallel import linear_divergence, linear_logprobs, linear_topk, projection
 from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
 from tests.support.precision import (
+    ENDS,
     GRADIENT_LIMIT,
     KINDS,
     KLS,
@@ -24,8 +26,10 @@ from tests.support.precision import (
     TOKENS,
     VOCAB,
     WORLDS,
+    Models,
     measured,
     models,
+    models_with_ends,
     of_plain_bf16,
     plain,
 )
@@ -149,12 +153,35 @@ def test_divergence_gradients_near_the_teacher_are_right_on_every_path(path: str
             assert error < GRADIENT_LIMIT, f"{name} of {kind}, {path}: {error:.1e}"
 
 
-def plain_gradient(kind: str) -> tuple[Tensor, Tensor]:
-    """Fp64 autograd of the textbook formula on the first five tokens."""
-    given = models(1e-5)
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_ends_that_are_far_apart_cost_no_digits_where_they_are_one_class(path: str, chunk_tokens: int | None) -> None:
+    """Student and teacher each end with an id that the other gives 25 nats less, and agree to 1e-5 nats otherwise."""
+    given = models_with_ends(1e-5)
+    student = [x.bfloat16().requires_grad_() for x in (given.student[0][:5], given.student[1])]
+    teacher = [given.teacher[0][:5].bfloat16(), given.teacher[1].bfloat16()]
+    options: dict[str, Any] = {"vocab_size": VOCAB, "chunk_tokens": chunk_tokens}
+    out = linear_logprobs(*student, with_ends(given.target_T[:5, None], ENDS), **options)
+    class_T = at_ids(out.logprob_TK[:, 0], torch.full((5,), ENDS[1]), ENDS, out.logprob_TK[:, 1:])
+    exact_T = (given.student[0][:5] @ given.student[1].t()).log_softmax(-1)[:, list(ENDS)].logsumexp(-1)
+    assert exact_T.max() > -1.0 > exact_T.min() and class_T.dtype == torch.float32
+    assert float((class_T.detach().double() - exact_T).abs().max()) < 2e-5, path
+    for kind in KINDS:
+        found = torch.autograd.grad(
+            linear_divergence(*student, *teacher, kind=kind, end_ids=ENDS, **options).mean(), student
+        )
+        for name, a, b in zip(("hidden", "weight"), found, plain_gradient(kind, given, ENDS), strict=True):
+            error = float((a.double() - b).norm() / b.norm())
+            assert error < GRADIENT_LIMIT, f"{name} of {kind}, {path}: {error:.1e}"
+
+
+def plain_gradient(kind: str, given: Models | None = None, ends: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Fp64 autograd of the textbook formula on the first five tokens, the columns of ``ends`` merged."""
+    given = given or models(1e-5)
     student = [given.student[0][:5].clone().requires_grad_(), given.student[1].clone().requires_grad_()]
-    logq_TV = (student[0] @ student[1].t()).log_softmax(-1)
-    logp_TV = (given.teacher[0][:5] @ given.teacher[1].t()).log_softmax(-1)
+    logq_TV, logp_TV = (
+        _merged((hidden @ weight.t()).log_softmax(-1), ends)
+        for hidden, weight in (student, (given.teacher[0][:5], given.teacher[1]))
+    )
     logm_TV = torch.logaddexp(logq_TV, logp_TV) - torch.tensor(2.0).log()
 
     def kl(a_TV: Tensor, b_TV: Tensor) -> Tensor:
@@ -166,6 +193,13 @@ def plain_gradient(kind: str) -> tuple[Tensor, Tensor]:
         "jsd": 0.5 * (kl(logp_TV, logm_TV) + kl(logq_TV, logm_TV)),
     }[kind]
     return torch.autograd.grad(loss_T.mean(), student)
+
+
+def _merged(log_TV: Tensor, ends: tuple[int, ...]) -> Tensor:
+    if not ends:
+        return log_TV
+    kept = [i for i in range(VOCAB) if i not in ends]
+    return torch.cat([log_TV[:, kept], log_TV[:, list(ends)].logsumexp(-1, keepdim=True)], dim=1)
 
 
 class _Chunk:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_tropd.rollout.engines.recorded import read_rollouts
-from tests.support.run_inputs import STUDENT, Task, commands, make_task, save_model, steady_metrics
+from tests.support.run_inputs import STUDENT, TEACHER, Task, commands, make_task, save_model, steady_metrics
 
 PAD, EOS = 0, 1  # of the demo's tokenizer: the teacher ends with the one, the student with the other
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0", "train.steps=2")
@@ -70,6 +70,25 @@ def trained(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     cases[f"{directory}/replay"] = [*METHODS["tropd"], f"teacher.recorded_from={directory}/scores"]
     outcome = commands().start_call(train_each, task.config, list(QUIET), cases).wait(290).expect_success()
     return directory, outcome.output
+
+
+def test_a_teacher_on_ranks_of_its_own_says_of_the_ends_what_a_shared_one_says(
+    task: Task, tmp_path_factory: pytest.TempPathFactory
+):
+    """With other weights, so that there is something to learn: bit for bit, as nothing is summed in another order."""
+    directory = tmp_path_factory.mktemp("apart")
+    other = save_model(directory / "teacher", TEACHER, tied=False, seed=3)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": PAD}))
+    own = {"rkl": METHODS["reverse KL, full"], "union": METHODS["reverse KL, top k of both"]}
+    settings = [*QUIET, f"teacher.model={other}"]
+    commands().call(train_each, task.config, settings, {f"{directory}/shared/{name}": own[name] for name in own})
+    for name, changes in own.items():
+        command = ("train", task.config, *settings, *changes, "teacher.ranks=1", f"run_dir={directory}/apart/{name}")
+        found = commands().run(*command, ranks=2, timeout_s=200).expect_success()
+        assert "they count as one token" in found.output
+    for name in own:
+        shared, apart = (steady_metrics(directory / where / name) for where in ("shared", "apart"))
+        assert apart == shared and shared[0]["reverse_kl"] > 0.1, name
 
 
 def of(trained: tuple[Path, str], mode: str, metric: str) -> dict[str, float]:

@@ -179,7 +179,7 @@ class Scores:
             linear_logprobs(*self._student, picked_ids(item), **self._options, tail=tail),
             item,
             divergence=lambda kind, beta: linear_divergence(
-                *self._student, *self._teacher, kind=kind, beta=beta, **self._options
+                *self._student, *self._teacher, kind=kind, beta=beta, end_ids=ends, **self._options
             ),
         )
         return views_of(item, rows)[:2]

@@ -66,6 +66,29 @@ def models(kl: float) -> Models:
     return Models((hidden_TD, weight_VD), teacher(low), target_T)
 
 
+ENDS = (7, 900)  # the student ends its responses with the first, the teacher with the second
+
+
+@cache
+def models_with_ends(kl: float) -> Models:
+    """The models, to which each other's end is some 25 nats less likely than their own, which is likely at every fourth
+    token; ``kl`` apart for the rest, whichever end is meant.
+    """
+    given = models(kl)
+    ends_here_T1 = torch.zeros(TOKENS, 1, dtype=torch.float64)
+    ends_here_T1[::4] = 1.0
+
+    def ending(model: tuple[Tensor, Tensor], own: int, other: int) -> tuple[Tensor, Tensor]:
+        hidden_TD, weight_VD = model[0], model[1].clone()
+        weight_VD[list(ENDS)] = 0.0
+        more_V2 = torch.zeros(VOCAB, 2, dtype=torch.float64)
+        more_V2[own, 0], more_V2[other, 1] = 11.0, -15.0
+        hidden_TE = torch.cat([hidden_TD, ends_here_T1, torch.ones(TOKENS, 1, dtype=torch.float64)], dim=1)
+        return hidden_TE, torch.cat([weight_VD, more_V2], dim=1)
+
+    return Models(ending(given.student, *ENDS), ending(given.teacher, *reversed(ENDS)), given.target_T)
+
+
 # --------------------------------------------------------------------------- the package's, on the ranks
 
 

@@ -8,7 +8,8 @@ With ``q`` the student's softmax, ``p`` the teacher's and ``z`` the student's lo
     jsd          b KL(p||m) + (1-b) KL(q||m),  m = b p + (1-b) q       (1-b) q_j (log q_j - log m_j - KL(q||m))
 
 The last gradient follows from dL/dq_j = (1-b) (log q_j - log m_j) + const, in which the two 1/m terms cancel. All three
-vanish exactly when both models make the same logits.
+vanish exactly when both models make the same logits. With ``end_ids``, these are one category of ``q``, ``p`` and ``m``
+(``end_columns.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.backends.protocol import Backend, DivergenceGradient, Kind
 from megatron_tropd.losses.vocab_parallel.checks import check_projection, check_temperature
+from megatron_tropd.losses.vocab_parallel.end_columns import ClassDivergence, EndColumns
 from megatron_tropd.losses.vocab_parallel.projection import Factors, Projection, ProjectionGradient
 from megatron_tropd.losses.vocab_parallel.statistics import KlStatistics, Normalizer, merge_kl_ranks, merge_ranks
 from megatron_tropd.losses.vocab_parallel.tiles import Tiles, plan_tiles, shard_of
@@ -45,16 +47,19 @@ def linear_divergence(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     cache_bytes: int = 0,
+    end_ids: Sequence[int] = (),
 ) -> Tensor:
     """Take the divergence of two softmaxes per token, ``loss_T``, nats, fp32; gradient to the student's two only.
 
-    Args and sharding as ``linear_logprobs``; one collective forward (two for the jsd), none backward.
+    Args and sharding as ``linear_logprobs``; one collective forward (two for the jsd, one more for ``end_ids``), none
+    backward.
         teacher_weight_vE: the teacher's output weight **cut by the student's partition**: row i of this rank is the
             same token as row i of ``student_weight_vD``. Its dtype and hidden size are its own.
         kind: ``forward_kl`` KL(teacher || student), ``reverse_kl`` KL(student || teacher), or ``jsd``.
         beta: weight of the teacher in the jsd's mixture, in [0, 1]; 0 is forward_kl and 1 is reverse_kl.
         vocab_size: true size that both share; each softmax runs over those ids only.
         cache_bytes: half of it for either model's logits.
+        end_ids: ids that count as one category of both softmaxes, such as all that end a response.
 
     Raises:
         ConfigError: an unknown kind, or sizes, dtypes or options that do not fit together.
@@ -83,6 +88,7 @@ def linear_divergence(
         group=group,
         backend=backend,
         cache_bytes=cache_bytes,
+        ends=EndColumns.of(end_ids, shard, vocab_size=vocab_size) if end_ids else None,
     )
     return _LinearDivergence.apply(
         student_hidden_TD, student_weight_vD, teacher_hidden_TE.detach(), teacher_weight_vE.detach(), plan
@@ -108,6 +114,7 @@ class _DivergencePlan:
     group: Group
     backend: Backend
     cache_bytes: int
+    ends: EndColumns | None
 
     def ordered(self, student: _X, teacher: _X) -> tuple[_X, _X]:
         """Return (the one the expectation is under, the other); its own inverse."""
@@ -137,7 +144,11 @@ class _LinearDivergence(torch.autograd.Function):
         pair = plan.projections(*factors, cache_bytes=plan.cache_bytes if any(ctx.needs_input_grad) else 0)
         value = _jsd_value if plan.kind == "jsd" else _kl_value
         student, teacher, loss_T, center_T = value(pair, plan)
-        numbers = (student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, center_T)
+        replaced_TX = None
+        if plan.ends is not None:
+            found = _with_ends(loss_T, center_T, list(zip(factors, (student, teacher), strict=True)), plan)
+            loss_T, center_T, replaced_TX = found.loss_T, found.center_T, found.replaced_TX
+        numbers = (student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, center_T, replaced_TX)
         ctx.num_cached = len(pair[0].cached_tiles)
         ctx.save_for_backward(*tensors, *numbers, *pair[0].cached_tiles, *pair[1].cached_tiles)
         ctx.plan = plan
@@ -146,8 +157,8 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, max_s_T, sumexp_s_T, max_t_T, sumexp_t_T, center_T = ctx.saved_tensors[:9]
-        cached_tiles, plan = ctx.saved_tensors[9:], ctx.plan
+        *tensors, max_s_T, sumexp_s_T, max_t_T, sumexp_t_T, center_T, replaced_TX = ctx.saved_tensors[:10]
+        cached_tiles, plan = ctx.saved_tensors[10:], ctx.plan
         student, teacher = Factors(*tensors[:2]), Factors(*tensors[2:])
         split = (cached_tiles[: ctx.num_cached], cached_tiles[ctx.num_cached :])
         gradient = DivergenceGradient(
@@ -168,7 +179,10 @@ class _LinearDivergence(torch.autograd.Function):
         pair = plan.projections(student, teacher, cached_tiles=split)
         dlogits = plan.backend.divergence_gradient(*pair, gradient)
         for tile in plan.tiles:
-            sums.add(tile, dlogits.at(tile))
+            dlogits_Rw = dlogits.at(tile)
+            if plan.ends is not None:
+                plan.ends.put(dlogits_Rw, tile, replaced_TX=replaced_TX, grad_T=grads[0])
+            sums.add(tile, dlogits_Rw)
         return *sums.result(), None, None, None
 
 
@@ -191,6 +205,15 @@ def _jsd_value(pair: _Pair, plan: _DivergencePlan) -> _Value:
     kl_2T = all_reduce_sum(_local_mixture_kl(pair, plan, student, teacher), plan.group)
     loss_T = plan.beta * kl_2T[0] + (1.0 - plan.beta) * kl_2T[1]
     return student, teacher, loss_T, kl_2T[1]
+
+
+def _with_ends(
+    loss_T: Tensor, center_T: Tensor, models: Sequence[tuple[Factors, Normalizer]], plan: _DivergencePlan
+) -> ClassDivergence:
+    """Put the class of ends into a value that counts its ids one by one."""
+    assert plan.ends is not None
+    both = plan.ends.logprobs(models, tiles=plan.tiles, temperature=plan.temperature, group=plan.group)
+    return ClassDivergence.of(loss_T, center_T, *both, kind=plan.kind, beta=plan.beta)
 
 
 def _local_statistics(first: Projection, second: Projection, plan: _DivergencePlan) -> KlStatistics:

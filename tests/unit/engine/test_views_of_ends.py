@@ -96,7 +96,8 @@ def seen(data: Rows, method: Method, tokens: TokenView) -> Views:
         logsumexp_T=torch.zeros(T),
         logtail_T=log_outside(q_TV, picked_TK) if method.needs.tail_mass else None,
     )
-    return views_of(item, student_rows(out, item, divergence=lambda kind, beta: divergence(q_TV, p_TV, kind, beta)))
+    both = [merged(logits_TV).log_softmax(-1) for logits_TV in (data.student_TV, data.teacher_TV)]
+    return views_of(item, student_rows(out, item, divergence=lambda kind, beta: divergence(*both, kind, beta)))
 
 
 def problem(seed: int) -> tuple[Rows, TokenView, TokenView]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import end_class
 from megatron_tropd.losses.support import first_of_each, kl_on_support
+from megatron_tropd.losses.vocab_parallel import linear_divergence
 
 T, V = 9, 13
 ENDS = (7, 2, 11)
@@ -187,6 +188,13 @@ def test_without_ends_nothing_is_picked_or_renamed():
 
 def test_the_ids_of_the_class_stand_behind_the_others():
     assert end_class.with_ends(SUPPORT[:2], ENDS).tolist() == [[2, 7, 0, 1, 7, 2, 11], [11, 3, 4, 5, 7, 2, 11]]
+
+
+@pytest.mark.parametrize("ends", [(2, 7, 2), (2, V), (-1, 2)])
+def test_ends_that_are_no_ids_of_the_vocabulary_or_twice_there_are_refused(ends: tuple[int, ...]):
+    hidden, weight = torch.zeros(3, 2), torch.zeros(V, 2)
+    with pytest.raises(ConfigError, match=r"end_ids=.* must be different ids below vocab_size=13"):
+        linear_divergence(hidden, weight, hidden, weight, kind="jsd", vocab_size=V, end_ids=ends)
 
 
 def test_an_unknown_divergence_is_named():

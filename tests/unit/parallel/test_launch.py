@@ -29,8 +29,8 @@ WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.
         ({"MASTER_PORT": "70000"}, r"MASTER_PORT=70000 is no port"),
         ({"RANK": "2"}, r"RANK=2 is none of the 2 ranks"),
         ({"RANK": "-1"}, r"RANK=-1 is none of the 2 ranks"),
-        ({"MASTER_ADDR": ""}, r"RANK=1 is set, but MASTER_ADDR is not"),
-        ({"MASTER_ADDR": None, "WORLD_SIZE": None}, r"RANK=1 is set, but WORLD_SIZE and MASTER_ADDR is not"),
+        ({"MASTER_ADDR": ""}, r"RANK=1 is set, but not MASTER_ADDR\."),
+        ({"MASTER_ADDR": None, "WORLD_SIZE": None}, r"RANK=1 is set, but not WORLD_SIZE and MASTER_ADDR\."),
         ({"RANK": None}, r"WORLD_SIZE=2 is set, but RANK is not"),
     ],
 )
@@ -46,7 +46,7 @@ def test_a_whole_set_of_variables_and_none_at_all_are_fine():
         check_launcher(environment)
 
 
-@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"])
 def test_one_of_several_tasks_without_torchrun_is_refused(name):
     with pytest.raises(ConfigError, match=rf"{name}=2, but RANK is not set.*torchrun"):
         check_launcher({name: "2"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,8 @@ from rich.console import Console
 
 from megatron_tropd.progress import phases
 from megatron_tropd.progress.phases import Heartbeat, Phase, heard
+
+WAITS: list[Callable[[], None]] = []  # what a library of a test does while it is imported
 
 
 def said(*, enabled: bool = True, seconds: float, work: Callable[[Console], None]) -> str:
@@ -40,6 +44,29 @@ def test_a_line_names_what_a_phase_is_part_of_but_not_the_program():
         phase.reach(12)
         text = said(seconds=0.01, work=until_said("so far"))
     assert text.startswith("step 3/8, rollouts, sampled: 12/36, 0 s so far")
+
+
+def test_a_library_that_is_being_loaded_is_named_with_and_without_a_phase(tmp_path, monkeypatch):
+    """By the package that our own code has asked for, however deep in it the import is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "slow_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("from slow_library import inner")
+    (package / "inner.py").write_text("import slower_library")
+    (tmp_path / "slower_library.py").write_text(f"from {__name__} import WAITS\nWAITS[0]()")
+
+    def load(console: Console) -> None:
+        WAITS[:] = [lambda: until_said("so far")(console)]
+        for name in ("slow_library", "slow_library.inner", "slower_library"):
+            sys.modules.pop(name, None)
+        importlib.import_module("slow_library")
+
+    assert said(seconds=0.01, work=load).startswith("loading slow_library: 0 s so far")
+    with Phase("tropd train"):
+        assert said(seconds=0.01, work=load).startswith("loading slow_library: 0 s so far")
+        with Phase("drawing the report"):
+            assert said(seconds=0.01, work=load).startswith("drawing the report, loading slow_library: 0 s so far")
+    assert said(seconds=0.01, work=lambda _: time.sleep(0.1)) == ""  # nothing is done that has a name
 
 
 def test_the_rest_takes_as_long_as_the_share_that_is_done_says():
