@@ -208,7 +208,7 @@ def _table_rows(file: Path, *, columns: Collection[str] | None, one_of: Collecti
     except (pyarrow.ArrowException, OSError) as error:
         kind = file.suffix.removeprefix(".").capitalize()
         after = f" after row {number}" if number else ""
-        raise DataError(f"{file} is torn or not a {kind} file{after}: {_one_line(error)}. Copy it anew.") from None
+        raise DataError(f"{file} is torn or no {kind} file{after}: {_one_line(error)}. Copy it anew.") from None
 
 
 def _batches(file: Path, *, columns: Collection[str] | None, one_of: Collection[str]) -> Iterator[Any]:

@@ -25,6 +25,13 @@ class Notes:
     def sentences(self, what: str) -> list[str]:
         """Return what is to be said, a sentence each. ``what``: where the rows are from."""
         return [
-            f"{what}: {count} row{'s' if count > 1 else ''} {sentence} (the first is {self._first[sentence]})"
+            f"{what}: {count} {_rows(sentence, count)} (the first is {self._first[sentence]})"
             for sentence, count in self._count.items()
         ]
+
+
+def _rows(sentence: str, count: int) -> str:
+    """Put the sentence's verb, its first word, into the singular where there is one row."""
+    verb, _, rest = sentence.partition(" ")
+    singular = {"have": "has", "are": "is"}.get(verb, f"{verb}s")
+    return f"rows {sentence}" if count > 1 else f"row {singular} {rest}"

@@ -29,7 +29,7 @@ _SIGNS = {
     "\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": r"\div ", "\u03c0": r"\pi ",
     "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ",
     "\u2229": r"\cap ", "\u221a": r"\sqrt ", "\u00b1": r"\pm ", "\u00b0": "", "\u202f": " ", "\u2009": " ",
-    "\u00a0": " ",
+    "\u00a0": " ", "\u00a3": "", "\u00a5": "", "\u20ac": "", "\u20b9": "",
 }  # fmt: skip
 _TIDY = (
     (re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\degree\b"), ""),
@@ -41,7 +41,10 @@ _TIDY = (
     (re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))"), ","),
     (re.compile(r"\\\$"), ""),
 )
-_DELIMITERS = ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$"))
+_DELIMITERS = (
+    *((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$")),
+    *((rf"\begin{{{name}}}", rf"\end{{{name}}}") for name in ("equation", "equation*", "displaymath", "math")),
+)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|boxed|fbox)\s?\{([^{}]*)\}")
 _BOX_PIECES = re.compile(r"\\(?:boxed|fbox)\s?\{|\\(?:boxed|fbox)\s([^\s{}\\$,.]+)|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"\\text\s?\{\s?(?:and|or)\s?\}|\\(?:quad|qquad|\)|\(|[,; ])|\band\b|\bor\b|[,;&$\s]")

@@ -438,7 +438,7 @@ INPUT_MISTAKES = [
     ("data.prompts=HOME/unknown_word.jsonl", "DataError: HOME/unknown_word.jsonl:1: tokenizer "),
     ("data.max_prompt_tokens=3", "DataError: no usable prompt in "),
     ("data.prompts=HOME/columns.parquet", "HOME/columns.parquet has no column 'prompt' or 'messages', only ['question"),
-    ("data.prompts=HOME/torn.parquet data.on_bad_row=skip", "DataError: HOME/torn.parquet is torn or not a Parquet"),
+    ("data.prompts=HOME/torn.parquet data.on_bad_row=skip", "DataError: HOME/torn.parquet is torn or no Parquet"),
     ("data.prompts=HOME/*.csv", "data.prompts = 'HOME/*.csv': there is nothing at HOME/*.csv"),
     ("data.template='{{question}}'", "train.jsonl:1: the template '{{question}}' fails: 'question' is undefined."),
     ("evaluate.prompts=HOME/unanswered.jsonl", "11 of 11 problems have no reference answer in column 'answer'"),

@@ -313,7 +313,7 @@ def test_a_torn_table_is_refused_with_its_name(tokenizer, tmp_path, suffix):
     for name, content in {"torn": whole[: len(whole) // 2], "empty": b"", "other": b'{"prompt": "a"}\n' * 9}.items():
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name}.{suffix} is torn or not a {suffix.capitalize()} file"):
+        with pytest.raises(DataError, match=rf"{name}.{suffix} is torn or no {suffix.capitalize()} file"):
             read_prompts(path, tokenizer, on_bad_row="skip")
 
 

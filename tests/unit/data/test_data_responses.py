@@ -171,7 +171,7 @@ def test_a_beginning_token_is_added_once(loaded, tmp_path: Path, caplog):
     plain = load_tokenizer(tokenizer.path, chat_template=False)
     first, second = read(tmp_path, plain, *rows).prompts
     assert both(plain, first) == both(plain, second) == "<|begin|>Rain?No.<|end_of_text|>"
-    assert caplog.text.count("1 row hold a text that begins with the beginning token") == 2
+    assert caplog.text.count("1 row holds a text that begins with the beginning token") == 2
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -243,7 +243,7 @@ def test_calls_and_thoughts_of_the_last_message_are_its_response_or_refused(tool
     talked = {"role": "assistant", "content": "Let me look.", "tool_calls": CALL}
     first, second = read(tmp_path, tooled, {"messages": [*QUESTION, called]}, {"messages": [*QUESTION, talked]}).prompts
     assert spelled(tooled, first.response_ids) == spelled(tooled, second.response_ids) == "CALL weather<|im_end|>"
-    assert "1 row end in a message with text beside tool calls, which the chat template leaves out" in caplog.text
+    assert "1 row ends in a message with text beside tool calls, which the chat template leaves out" in caplog.text
     with pytest.raises(DataError, match="holds 'tool_calls', which the chat template does not write"):
         read(tmp_path, loaded["chatml"], {"messages": [*QUESTION, talked]})
     thought = {"messages": [*QUESTION, {"role": "assistant", "content": "No.", "reasoning_content": "It is dry."}]}
@@ -302,7 +302,7 @@ def test_columns_that_nothing_reads_are_named(loaded, tmp_path: Path, caplog):
     rows = [{"prompt": "a", "system": "S", "responses": ["b"], "source": "x"}, {"prompt": "b", "system": "S"}]
     read(tmp_path, loaded["chatml"], *rows)
     assert "2 rows have a column 'system', which nothing reads" in caplog.text
-    assert "1 row have a column 'responses', which nothing reads; 'response' is the name that is read" in caplog.text
+    assert "1 row has a column 'responses', which nothing reads; 'response' is the name that is read" in caplog.text
     assert "'source'" not in caplog.text
     source = Source(paths=(tmp_path / "rows.jsonl",), template="{{ hint | default('') }}{{ system }} {{ prompt }}")
     caplog.clear()

@@ -95,8 +95,8 @@ def test_a_column_is_a_whole_prompt_and_rows_without_it_are_counted(chatting, tm
     found = read(chatting, tmp_path, *rows, columns=HINTED)
     assert [own for _, own in both(found)] == ["(u)a, b(a)", "(u)c(a)", None, None]
     said = " ".join(caplog.messages)
-    assert "1 row" in said and "have no 'hinted': the teacher reads the student's prompt" in said
-    assert "give the teacher the very prompt of the student" in said
+    assert "1 row" in said and "has no 'hinted': the teacher reads the student's prompt" in said
+    assert "gives the teacher the very prompt of the student" in said
     # the template goes around the column, where there is one
     found = read(chatting, tmp_path, *rows[::2], columns=HINTED, teacher_template="<{{ prompt }}>")
     assert [own for _, own in both(found)] == ["(u)<a, b>(a)", "(u)<c>(a)"]

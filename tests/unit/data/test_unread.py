@@ -46,7 +46,7 @@ CALL = [{"role": "user", "content": "Hi"}]
 @pytest.mark.parametrize("column", ["prompt", "messages"])
 def test_a_conversation_spelled_as_json_is_read_as_its_messages(tmp_path, tokenizer, caplog, column: str):
     assert asked(read(tmp_path, tokenizer, {column: json.dumps(CALL)}), tokenizer) == "[user]Hi<eos>[assistant]"
-    assert "1 row hold a conversation as JSON text: read as its messages" in caplog.text
+    assert "1 row holds a conversation as JSON text: read as its messages" in caplog.text
 
 
 def test_text_that_only_begins_like_json_stays_text(tmp_path, tokenizer):
@@ -56,13 +56,13 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "A", "messages": CALL}, "have a prompt and messages: the prompt is read"),
-        ({"prompt": "A", "input": "B"}, "have a column 'input', which nothing reads; data.columns.prompt or"),
-        ({"prompt": "A", "output": "B"}, "have a column 'output', which nothing reads; data.columns.response"),
-        ({"prompt": "A", "response": "B", "truncated": True}, "have a column 'truncated', which nothing reads"),
-        ({"prompt": "A", "response": "B", "finish_reason": "weird"}, "say finish_reason 'weird', which is not known"),
-        ({"messages": [{"role": "User", "content": "A"}]}, "have a message whose role is none of system, developer"),
-        ({"messages": [{"role": "user", "content": "A", "weight": 2}]}, "have a message with the field 'weight'"),
+        ({"prompt": "A", "messages": CALL}, "has a prompt and messages: the prompt is read"),
+        ({"prompt": "A", "input": "B"}, "has a column 'input', which nothing reads; data.columns.prompt or"),
+        ({"prompt": "A", "output": "B"}, "has a column 'output', which nothing reads; data.columns.response"),
+        ({"prompt": "A", "response": "B", "truncated": True}, "has a column 'truncated', which nothing reads"),
+        ({"prompt": "A", "response": "B", "finish_reason": "weird"}, "says finish_reason 'weird', which is not known"),
+        ({"messages": [{"role": "User", "content": "A"}]}, "has a message whose role is none of system, developer"),
+        ({"messages": [{"role": "user", "content": "A", "weight": 2}]}, "has a message with the field 'weight'"),
     ],
 )
 def test_what_nobody_reads_is_said(tmp_path, tokenizer, caplog, row, said: str):

@@ -46,7 +46,9 @@ def test_a_whole_set_of_variables_and_none_at_all_are_fine():
         check_launcher(environment)
 
 
-@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"])
+@pytest.mark.parametrize(
+    "name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"]
+)
 def test_one_of_several_tasks_without_torchrun_is_refused(name):
     with pytest.raises(ConfigError, match=rf"{name}=2, but RANK is not set.*torchrun"):
         check_launcher({name: "2"})
