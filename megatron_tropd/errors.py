@@ -81,6 +81,10 @@ class ServingError(TropdError, RuntimeError):
     """An inference engine or server cannot be used: unreachable, failing, answering nonsense, or with other weights."""
 
 
+class SandboxError(TropdError, RuntimeError):
+    """A program of a model could not be run at all, so that nothing is known of it."""
+
+
 class HealthError(TropdError, RuntimeError):
     """The machines are not fit to train on."""
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tropd.config.sections import CodeExecution
-from megatron_tropd.errors import ConfigError, DataError
+from megatron_tropd.errors import ConfigError, DataError, SandboxError
 from megatron_tropd.evaluate.code_tests import TYPING_PRELUDE, prelude_alone, read_code_reference
 from megatron_tropd.evaluate.rules import (
     CODE,
@@ -41,6 +41,7 @@ from megatron_tropd.evaluate.rules import (
 )
 from megatron_tropd.evaluate.runners import source_without_runners
 from megatron_tropd.evaluate.sandbox import (
+    Outcome,
     SandboxLimits,
     SandboxTask,
     detect_isolation,
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 _BOUNDED = ("final_number", "exact", "choice")
 _START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
 _MOST_WORKERS = 8
+_TRIES_AFTER_S = (0.0, 0.1, 1.0, 10.0)  # at a sandbox that cannot be set up: what others hold may come free
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "HOME", "PYTHONHOME", "VIRTUAL_ENV")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 Result = TypeVar("Result")
@@ -77,6 +79,7 @@ class Grade:
     timed_out: bool = False
     bad_reference: bool = False
     given_up: bool = False  # the grader had no answer in time, so that nobody knows; a program out of time is wrong
+    unrun: bool = False  # nobody knows, as the program could not be run here; it is given up, too
 
 
 class GraderPool:
@@ -92,6 +95,7 @@ class GraderPool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(self._count):
             self._idle.put(_Worker())
+        self._unrun = False  # the last program could not be started
         self._probed: dict[str, str] = {}  # by tests of programs: why they are of no use, empty when they are
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
@@ -116,6 +120,7 @@ class GraderPool:
 
         Raises:
             ConfigError: programs are to be run and that is not allowed, or not possible here.
+            SandboxError: one could not be run.
         """
         if rule.kind == CODE:
             check_code_allowed(self._allow_code)
@@ -141,17 +146,53 @@ class GraderPool:
         found, program = self._ask(item, "program")
         if not found.correct:
             return found
-        grade = _run_tests(item, program)
-        # tests are believed once they have failed
-        useless = self._check_slowly(item) if grade.correct else ""
+        try:
+            outcome = self._run(_tests_of(item, program), item.rule)
+            grade = Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
+            # tests are believed once they have failed
+            useless = self._check_slowly(item) if grade.correct else ""
+        except SandboxError as error:
+            return Grade(False, str(error), given_up=True, unrun=True)
         return Grade(False, useless, bad_reference=True) if useless else grade
 
     def _check_slowly(self, item: Item) -> str:
         if item.rule.kind != CODE:
             return self._ask(item, "check")[0].note
         if item.answer not in self._probed:
-            self._probed[item.answer] = _check_in_place(item) or _probe_tests(item)
+            self._probed[item.answer] = _check_in_place(item) or self._probe_tests(item)
         return self._probed[item.answer]
+
+    def _probe_tests(self, item: Item) -> str:
+        """Run tests after programs that must not pass; say which did."""
+        reference = read_code_reference(item.answer)
+        if not reference.probes:
+            return ""
+        prelude = TYPING_PRELUDE + _imports_of(reference.prelude)
+        task = SandboxTask(program="", prelude=prelude, tests=reference.tests, probes=reference.probes)
+        outcome = self._run(task, item.rule)
+        if outcome.ok or outcome.timed_out:
+            return ""
+        return f"the tests {item.answer[:80]!r} would let every program pass: {outcome.reason}."
+
+    def _run(self, task: SandboxTask, rule: GradingRule) -> Outcome:
+        """Run a program, trying again where it cannot be started.
+
+        Raises:
+            SandboxError: it never could.
+        """
+        limits = replace(SandboxLimits(), seconds=rule.seconds, cpu_seconds=max(1, int(rule.seconds)))
+        # where one has been waited for in vain, the others of a batch are not
+        for pause_s in (0.0,) if self._unrun else _TRIES_AFTER_S:
+            time.sleep(pause_s)
+            outcome = run_program(task, limits=limits)
+            if not outcome.unrun:
+                self._unrun = False
+                return outcome
+        self._unrun = True
+        raise SandboxError(
+            f"a program of a model could not be started ({outcome.reason}), so that nobody knows whether it is right. "
+            "Look at what this machine is short of (ulimit -u, df, free, /proc/sys/user), and start again."
+        )
 
     def _ask(self, item: Item, what: str) -> tuple[Grade, str]:
         worker = self._idle.get()
@@ -227,37 +268,19 @@ def _warn_of_missing_isolation() -> None:
         )
 
 
-def _run_tests(item: Item, program: str) -> Grade:
+def _tests_of(item: Item, program: str) -> SandboxTask:
+    """Return the program of a response and what proves it right."""
     reference = read_code_reference(item.answer)
     prelude = TYPING_PRELUDE + prelude_alone(reference.prelude)
     # a script may end as it likes; what tests follow must not end the process
     program = program if reference.cases else source_without_runners(program)
-    task = SandboxTask(program=program, prelude=prelude, tests=reference.tests, cases=reference.cases)
-    outcome = run_program(task, limits=_limits(item.rule))
-    return Grade(outcome.ok, outcome.reason, timed_out=outcome.timed_out)
-
-
-def _probe_tests(item: Item) -> str:
-    """Run tests after programs that must not pass; say which did."""
-    reference = read_code_reference(item.answer)
-    if not reference.probes:
-        return ""
-    prelude = TYPING_PRELUDE + _imports_of(reference.prelude)
-    task = SandboxTask(program="", prelude=prelude, tests=reference.tests, probes=reference.probes)
-    outcome = run_program(task, limits=_limits(item.rule))
-    if outcome.ok or outcome.timed_out:
-        return ""
-    return f"the tests {item.answer[:80]!r} would let every program pass: {outcome.reason}."
+    return SandboxTask(program=program, prelude=prelude, tests=reference.tests, cases=reference.cases)
 
 
 def _imports_of(prelude: str) -> str:
     """Return the imports of a prelude: its unfinished functions do not stand for an answer."""
     tree = ast.parse(prelude_alone(prelude))
     return "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
-
-
-def _limits(rule: GradingRule) -> SandboxLimits:
-    return replace(SandboxLimits(), seconds=rule.seconds, cpu_seconds=max(1, int(rule.seconds)))
 
 
 # --------------------------------------------------------------------------- workers

@@ -32,7 +32,7 @@ import psutil
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate.memory_limit import MemoryGroup, memory_of, open_group
-from megatron_tropd.evaluate.sandbox_child import SETUP_FAILED
+from megatron_tropd.evaluate.sandbox_child import STARTED
 from megatron_tropd.evaluate.syscall_filter import filter_for
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -42,6 +42,7 @@ _NOBODY = 65534
 _SET_DUMPABLE = 4  # linux/prctl.h
 _KEPT_OUTPUT = 4000  # bytes
 _LOOK_EVERY_S = 0.2  # at memory, of all processes together
+_SETUP_S = 60.0  # until a program is started: milliseconds, on a busy machine seconds
 _PROBE_SHARE = 0.25  # of the time, for each of the programs that tests must not let pass
 
 
@@ -87,6 +88,7 @@ class Outcome:
     reason: str = ""
     output: str = ""  # the end of what it printed
     timed_out: bool = False
+    unrun: bool = False  # the sandbox could not be set up: nothing is known of the program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ def run_program(
 ) -> Outcome:
     """Run a Python program to its end, or to its limits. Nothing of it is left when this returns.
 
+    Its time begins when it does. Where it cannot be started the outcome is ``unrun``.
+
     It is a real module, ``program``, which its tests run in as ``__main__``. There is nothing on its standard input
     but what a case gives.
 
@@ -114,15 +118,18 @@ def run_program(
     wanted = isolation or detect_isolation()
     task = program if isinstance(program, SandboxTask) else SandboxTask(program=program)
     content = asdict(task) | {"probe_seconds": limits.seconds * _PROBE_SHARE}
-    with tempfile.TemporaryDirectory(prefix="tropd-sandbox-") as directory, tempfile.TemporaryFile() as source:
-        source.write(json.dumps(content).encode())
-        source.seek(0)
-        group = open_group(limits.memory_bytes)
-        try:
-            return _Run(limits, wanted, directory, group).run(source)
-        finally:
-            if group is not None:
-                group.close()
+    try:
+        with tempfile.TemporaryDirectory(prefix="tropd-sandbox-") as directory, tempfile.TemporaryFile() as source:
+            source.write(json.dumps(content).encode())
+            source.seek(0)
+            group = open_group(limits.memory_bytes)
+            try:
+                return _Run(limits, wanted, directory, group).run(source)
+            finally:
+                if group is not None:
+                    group.close()
+    except OSError as error:  # no room for its directory, no process to be had
+        return Outcome(ok=False, reason=f"sandbox: {error}"[:200], unrun=True)
 
 
 @lru_cache(maxsize=1)
@@ -172,27 +179,33 @@ class _Run:
         self._limits, self._isolation, self._directory, self._group = limits, isolation, directory, group
         self._word = secrets.token_hex(16).encode()
         self._output = bytearray()
+        self._started = b""
 
     def run(self, source: IO[bytes]) -> Outcome:
         word_in, word_out = os.pipe()
         reply_in, reply_out = os.pipe()
+        started_in, started_out = os.pipe()
         try:
             os.write(word_out, self._word)
             # whoever reads second finds the end and not a wait
             os.close(word_out)
-            os.set_blocking(reply_in, False)
-            process = self._start(source, (reply_out, word_in))
+            for end in (reply_in, started_in):
+                os.set_blocking(end, False)
+            process = self._start(source, (reply_out, word_in), started_out)
             try:
-                stopped = self._watch(process)
+                stopped = self._watch(process, started_in)
             finally:
                 self._end(process)
             replied = _read(reply_in)
+            self._started += _read(started_in) or b""
         finally:
-            for end in (word_in, reply_in, reply_out):
+            for end in (word_in, reply_in, reply_out, started_in, started_out):
                 os.close(end)
+        if self._started != STARTED:
+            return self._unrun(process.returncode, stopped)
         return self._outcome(process.returncode, stopped, replied or b"")
 
-    def _start(self, source: IO[bytes], fds: tuple[int, int]) -> subprocess.Popen[bytes]:
+    def _start(self, source: IO[bytes], fds: tuple[int, int], started: int) -> subprocess.Popen[bytes]:
         calls = filter_for(os.uname().machine, network=self._isolation.namespaces) if self._isolation.filtered else None
         user = {"unique": 1_000_000_000 + secrets.randbelow(1_000_000_000), "nobody": _NOBODY, "same": 0}
         config = {
@@ -207,6 +220,7 @@ class _Run:
             "directory": self._directory,
             "driver": _DRIVER,
             "fds": fds,
+            "started": started,
         }
         # an interpreter may need it to find its own libraries; nothing else is handed on
         environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
@@ -218,28 +232,35 @@ class _Run:
             env=environment,
             cwd="/",
             start_new_session=True,
-            pass_fds=fds,
+            pass_fds=(*fds, started),
         )
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> str:
-        """Read output until the program ends; return why it must be ended, empty where it ends by itself."""
+    def _watch(self, process: subprocess.Popen[bytes], started: int) -> str:
+        """Read output until the program ends; return why it must be ended, empty where it ends by itself.
+
+        ``started``: where it is said that the program begins, and with it its time.
+        """
         assert process.stdout is not None
-        deadline, look = time.monotonic() + self._limits.seconds, time.monotonic() + _LOOK_EVERY_S
+        deadline, look = time.monotonic() + _SETUP_S, time.monotonic() + _LOOK_EVERY_S
         ended = os.pidfd_open(process.pid)
         try:
             os.set_blocking(process.stdout.fileno(), False)
             with selectors.DefaultSelector() as selector:
                 selector.register(process.stdout, selectors.EVENT_READ)
                 selector.register(ended, selectors.EVENT_READ)
+                selector.register(started, selectors.EVENT_READ)
                 while process.poll() is None:
                     now = time.monotonic()
                     if now >= deadline:
-                        return f"ran longer than {self._limits.seconds:g} s"
+                        return f"ran longer than {self._limits.seconds if self._started else _SETUP_S:g} s"
                     if now >= look:
                         look = now + _LOOK_EVERY_S
                         if self._is_full() or memory_of(process.pid) > self._limits.memory_bytes:
                             return self._too_much_memory
                     ready = [key.fileobj for key, _ in selector.select(timeout=min(deadline, look) - now)]
+                    if started in ready:
+                        self._started += _read(started) or b""
+                        deadline = time.monotonic() + self._limits.seconds
                     if process.stdout in ready and not self._take(process.stdout):
                         selector.unregister(process.stdout)  # it closed its output and continues
                     if len(self._output) > self._limits.output_bytes:
@@ -275,6 +296,11 @@ class _Run:
         assert process.stdout is not None
         process.stdout.close()
 
+    def _unrun(self, status: int, stopped: str) -> Outcome:
+        output = self._output[-_KEPT_OUTPUT:].decode("utf-8", "replace")
+        why = stopped or _first_line(output, backwards=True) or f"ended with status {status} before the program ran"
+        return Outcome(ok=False, reason=why[:200], output=output, unrun=True)
+
     def _outcome(self, status: int, stopped: str, replied: bytes) -> Outcome:
         output = self._output[-_KEPT_OUTPUT:].decode("utf-8", "replace")
         raised, printed = _first_line(replied.decode("utf-8", "replace")), _first_line(output, backwards=True)
@@ -282,8 +308,6 @@ class _Run:
             return Outcome(ok=False, reason=stopped, output=output, timed_out="longer" in stopped)
         if replied == self._word:
             return Outcome(ok=True, output=output)
-        if status == SETUP_FAILED and printed.startswith("sandbox: "):
-            return Outcome(ok=False, reason=printed, output=output)
         if self._is_full():
             return Outcome(ok=False, reason=self._too_much_memory, output=output)
         if status == 128 + signal.SIGXCPU or (status == 128 + signal.SIGKILL and not printed):

@@ -4,7 +4,7 @@ Only the standard library, because it runs with an empty environment and isolate
 control group where there is one, a new user where that is possible, new namespaces (user, mount, process, network, IPC)
 with a file system that shows the interpreter and nothing else, by this file or by bubblewrap, which runs this file
 again inside; limits, the filter of system calls, then ``exec``. Any step that fails ends it with ``SETUP_FAILED`` and
-one line.
+one line. Whether the program was started is written to a pipe of which no program ever has an end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 SETUP_FAILED = 125
+STARTED = b"started"  # written at the last moment before a program runs
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # linux/sched.h, sys/mount.h, sys/prctl.h
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -58,6 +59,8 @@ def main() -> None:
         _run(program, config, work)
     except OSError as error:
         print(f"sandbox: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # closed by then in all processes but the one that becomes the program
+            os.write(config["started"], b"not")
         os._exit(SETUP_FAILED)
 
 
@@ -207,6 +210,7 @@ def _run(program: bytes, config: dict[str, Any], work: str) -> None:
         file.write(program)
     child = os.fork()
     if child == 0:
+        os.set_inheritable(config["started"], False)  # the program must not say for us whether it was started
         os.setsid()
         _check(_LIBC.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         _limit(config)
@@ -216,7 +220,9 @@ def _run(program: bytes, config: dict[str, Any], work: str) -> None:
             os.dup2(nothing.fileno(), 0)
         command = [sys.executable, "-I", "-B", "-c", config["driver"], *map(str, config["fds"])]
         _filter_calls(bytes.fromhex(config["filter"]))
+        os.write(config["started"], STARTED)
         os.execve(sys.executable, command, environment)
+    os.close(config["started"])  # nor find it open here
     status = _wait_for(child)
     if not config["namespaces"]:
         _end_descendants()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tropd.config.sections import CodeExecution, DataConfig, SuiteConfig
 from megatron_tropd.data.tokenizer import Tokenizer
-from megatron_tropd.errors import DataError
+from megatron_tropd.errors import DataError, SandboxError
 from megatron_tropd.evaluate.grader_pool import Grade, Item, shared_pool
 from megatron_tropd.evaluate.intervals import accuracy_interval, pass_at_k_interval
 from megatron_tropd.evaluate.rules import GradingRule
@@ -111,13 +111,17 @@ def correctness(
     *,
     allow_code: CodeExecution,
 ) -> np.ndarray:
-    """Return ``[prompts, samples]`` of 0 and 1, by ``grades``; nan where the reference cannot be graded against."""
-    return marks_of(grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code), prompts=len(prompts))
+    """Return ``[prompts, samples]`` of 0 and 1, by ``grades``; nan as ``marks_of`` has it."""
+    found = grades(rollouts, prompts, tokenizer, rule, allow_code=allow_code)
+    unrun = [grade.note for grade in found if grade.unrun]
+    if unrun and _is_first():
+        logger.warning("%d of %d answers count neither as right nor as wrong: %s", len(unrun), len(found), unrun[0])
+    return marks_of(found, prompts=len(prompts))
 
 
 def marks_of(found: Sequence[Grade], *, prompts: int) -> np.ndarray:
-    """Return ``[prompts, samples]`` of 0 and 1; nan where the reference cannot be graded against."""
-    marks = [np.nan if grade.bad_reference else float(grade.correct) for grade in found]
+    """Return ``[prompts, samples]`` of 0 and 1; nan where the reference cannot be graded against, or a program run."""
+    marks = [np.nan if grade.bad_reference or grade.unrun else float(grade.correct) for grade in found]
     return np.array(marks, dtype=np.float64).reshape(prompts, -1)
 
 
@@ -147,7 +151,11 @@ def answer_suite(
     seed: int,
     allow_code: CodeExecution = False,
 ) -> Answered:
-    """Sample and grade the answers of one complete suite (``setup.datasets.complete_suites``). Collective."""
+    """Sample and grade the answers of one complete suite (``setup.datasets.complete_suites``). Collective.
+
+    Raises:
+        SandboxError: on every rank, when a program could not be run.
+    """
     assert suite.max_new_tokens is not None and suite.grader is not None
     budget = suite.max_new_tokens
     requests = make_requests(problems, samples=suite.samples, guided=0, fraction=0.0, max_new_tokens=budget)
@@ -166,6 +174,7 @@ def answer_suite(
     rule = GradingRule(kind=suite.grader, extract=suite.extract, seconds=suite.timeout_s, blocks=blocks)
     with Phase(f"grading the suite {suite.name!r}"):
         found = grades(rollouts, problems, tokenizer, lambda _: rule, allow_code=allow_code)
+    _check_all_ran(suite.name, found)
     _warn_of_ungraded(suite.name, found)
     return Answered(
         right=np.array([grade.correct for grade in found], dtype=np.float64).reshape(len(problems), -1),
@@ -201,6 +210,12 @@ def _answer_records(
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _check_all_ran(suite: str, found: Sequence[Grade]) -> None:
+    unrun = [grade.note for grade in found if grade.unrun]
+    if unrun:
+        raise SandboxError(f"{suite}: of {len(found)} answers {len(unrun)} cannot be graded: {unrun[0]}")
 
 
 def _warn_of_ungraded(suite: str, found: Sequence[Grade]) -> None:

@@ -75,11 +75,12 @@ def why_not_ours(directory: Path) -> str | None:
 def remove_files(directory: Path, names: Iterable[str]) -> list[str]:
     """Remove the files named and the directories that are then empty; what is left, relative to ``directory``.
 
-    Links are left alone, and what they point to.
+    Links are left alone, and what they point to. What says that the directory is ours goes last: killed in between,
+    the next process still knows.
     """
     if directory.is_symlink() or not directory.is_dir():
         return [] if not directory.exists() else [directory.name]
-    for name in names:
+    for name in sorted(names, key=lambda name: name in (MARKER, UNFINISHED)):
         path = directory / name
         if path.is_file() and not path.is_symlink():
             path.unlink()

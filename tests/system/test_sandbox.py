@@ -23,6 +23,7 @@ import pytest
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate import grader_pool, sandbox
+from megatron_tropd.evaluate.memory_limit import MemoryGroup
 from megatron_tropd.evaluate.sandbox import Isolation, Outcome, SandboxLimits, run_program
 from tests.support.two_nodes import NAMESPACES_REQUIRED
 
@@ -394,6 +395,40 @@ def test_without_namespaces_limits_hold_and_what_is_missing_is_said():
     ):
         outcome = run_program(program, limits=limits, isolation=PLAIN)
         assert (outcome.ok, outcome.reason) == (ok, reason)
+
+
+@pytest.mark.parametrize("fault", ["no group", "no bubblewrap", "no process", "no directory"])
+def test_a_program_whose_sandbox_cannot_be_set_up_is_not_said_to_have_failed(fault, isolated, monkeypatch):
+    choice, reason = isolated, r"^sandbox: \[Errno 2\]"
+    if fault == "no group":  # the first step of the child
+        nowhere = MemoryGroup(Path(tempfile.gettempdir()) / "no-group", legacy=True)
+        monkeypatch.setattr(sandbox, "open_group", lambda memory_bytes: nowhere)
+    elif fault == "no bubblewrap":
+        choice, reason = replace(isolated, bubblewrap="/bin/false"), "^ended with status 1 before the program ran$"
+    elif fault == "no process":  # an argument longer than the kernel takes
+        monkeypatch.setattr(sandbox, "_DRIVER", "#" * (1 << 18))
+        reason = r"^sandbox: \[Errno 7\]"
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir() + "/nowhere")
+    outcome = run_program("pass", limits=ROOMY, isolation=choice)
+    assert outcome.unrun and not outcome.ok and re.search(reason, outcome.reason), outcome
+
+
+def test_no_program_can_pass_for_one_that_was_not_started(isolation):
+    """It may end as setting up ends, and write to whatever is open in it and in the process that waits for it."""
+    program = """
+        import os
+        for process in (os.getpid(), os.getppid()):
+            for number in range(64):
+                try:
+                    os.write(os.open(f"/proc/{process}/fd/{number}", os.O_WRONLY | os.O_NONBLOCK), b"not")
+                except OSError:
+                    pass
+        print("sandbox: no such thing", flush=True)
+        os._exit(125)
+    """
+    outcome = run_program(textwrap.dedent(program), limits=MANY, isolation=isolation)
+    assert not outcome.unrun and not outcome.ok, outcome
 
 
 def test_a_machine_that_can_confine_nothing_runs_nothing(monkeypatch):

@@ -11,9 +11,11 @@ import time
 import psutil
 import pytest
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.errors import ConfigError, SandboxError
+from megatron_tropd.evaluate import grader_pool
 from megatron_tropd.evaluate.grader_pool import GraderPool, Item
 from megatron_tropd.evaluate.rules import GradingRule
+from megatron_tropd.evaluate.sandbox import Outcome
 
 
 def items(*rows: tuple[str, str, str], **options: object) -> list[Item]:
@@ -144,6 +146,50 @@ def test_grading_works_off_the_main_thread(pool):
     thread.start()
     thread.join()
     assert results == [True]
+
+
+# --------------------------------------------------------------------------- sandboxes that cannot be set up
+
+RIGHT = ("code", "def f(): return 1", "assert f() == 1")
+UNRUN = Outcome(ok=False, reason="sandbox: no processes left", unrun=True)
+
+
+@pytest.fixture
+def sandboxes(monkeypatch):
+    """What sandboxes do in their order, the last one for ever; the programs that were given to them."""
+    outcomes, given = [UNRUN], []
+
+    def run(task, *, limits):
+        given.append(task)
+        return outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
+
+    monkeypatch.setattr(grader_pool, "run_program", run)
+    monkeypatch.setattr(grader_pool, "check_code_allowed", lambda allowed: None)
+    monkeypatch.setattr(grader_pool, "_TRIES_AFTER_S", (0.0, 0.0, 0.0))
+    return outcomes, given
+
+
+def test_a_sandbox_that_cannot_be_set_up_is_tried_again_and_then_no_answer_is_wrong(pool, sandboxes):
+    outcomes, given = sandboxes
+    grades = pool.grade(items(RIGHT))
+    assert len(given) == 3
+    assert [(g.correct, g.unrun, g.given_up, g.bad_reference, g.timed_out) for g in grades] == [
+        (False, True, True, False, False)
+    ]
+    assert "could not be started (sandbox: no processes left)" in grades[0].note
+    assert pool.grade(items(RIGHT))[0].unrun and len(given) == 4  # where one has waited in vain, others do not
+    outcomes[:] = [UNRUN, Outcome(ok=True)]
+    pool._unrun = False
+    assert pool.grade(items(RIGHT))[0].correct
+
+
+def test_tests_that_could_not_be_tried_are_neither_good_nor_bad(pool, sandboxes):
+    outcomes, _ = sandboxes
+    reference = "assert f() == 2"
+    with pytest.raises(SandboxError, match="nobody knows whether it is right"):
+        pool.check(GradingRule(kind="code"), [reference])
+    outcomes[:] = [Outcome(ok=True)]
+    assert pool.check(GradingRule(kind="code"), [reference]) == [""]
 
 
 def test_programs_run_only_where_that_is_allowed():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -178,6 +179,30 @@ def test_a_directory_of_ours_is_replaced_in_one_rename_with_nothing_left(tmp_pat
     target = ours(tmp_path / "out", old="1", gone="2")
     replace_directory(ours(tmp_path / "out.partial", old="3"), target)
     assert {name: text for name, text in tree(tmp_path).items() if MARKER not in name} == {"out/old": b"3"}
+
+
+def test_removing_what_was_left_half_done_can_be_cut_short_anywhere(tmp_path, monkeypatch):
+    """Killed between two removals, the next process still knows that the rest is this program's."""
+    unlink = Path.unlink
+    for most in range(4):  # the note and three files
+        place = tmp_path / f"{most}.partial"
+        start_unfinished(place, "a checkpoint")
+        for name in (".hidden", "common.pt", "model.distcp"):
+            (place / name).write_text(name)
+        left = iter(range(most))
+
+        def removed(path: Path, *, missing_ok: bool = False, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", removed)
+            discard_unfinished(place, lambda name: True)
+        assert len(list(place.iterdir())) == 4 - most
+        check_target(tmp_path / str(most), name="the target", protected={})
+        discard_unfinished(place, lambda name: True)
+        assert not place.exists()
 
 
 def spoil(directory: Path, how: str) -> str:
