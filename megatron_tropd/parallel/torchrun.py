@@ -1,7 +1,8 @@
 """torchrun without its traceback: what went wrong has been said by the rank that it went wrong on.
 
 ``python -m megatron_tropd.parallel.torchrun OPTIONS -m megatron_tropd VERB ...`` takes torchrun's options, starts ranks
-as torchrun does, and ends with the status of the rank that failed first. ``tropd launch`` is the same.
+as torchrun does, and ends with the status of the rank that failed first. ``tropd launch`` is the same, and so does
+torchrun itself end, where this package is installed (``megatron_tropd_torchrun``).
 """
 
 from __future__ import annotations
@@ -28,26 +29,44 @@ _DEFAULTS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shu
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun's own main with these arguments; return the exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    # what it says of a rank that failed is said here, in one line
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # five lines on OMP_NUM_THREADS
+    be_quiet()
     try:
         torchrun([*_DEFAULTS, *arguments])
-    except ChildFailedError as error:
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        return status
+    return 0
+
+
+def be_quiet() -> None:
+    """Have torchrun not say of a rank that failed what ``status_of`` says in a line, nor of OMP_NUM_THREADS."""
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the exit status for what torchrun raises, with a line where no rank has said why; None for other errors.
+
+    Ranks that are still there are ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
         rank, failure = error.get_first_failure()
         status = int(failure.exitcode)
         if status not in _SAID:
             how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             print(f"rank {rank} (process {failure.pid}) {how}", file=sys.stderr, flush=True)
         return status if status >= 0 else 128 - status
-    except SignalException as error:
+    if isinstance(error, SignalException):
         _end(_children(os.getpid()))  # there are some when a second signal has come while the first was passed on
         return 128 + int(error.sigval)
-    return 0
+    return None
 
 
 def run_ranks(options: Sequence[str], command: Sequence[str], *, environment: Mapping[str, str], cwd: Path) -> int:

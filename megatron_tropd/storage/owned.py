@@ -80,16 +80,22 @@ def remove_files(directory: Path, names: Iterable[str]) -> list[str]:
     """
     if directory.is_symlink() or not directory.is_dir():
         return [] if not directory.exists() else [directory.name]
-    for name in sorted(names, key=lambda name: name in (MARKER, UNFINISHED)):
-        path = directory / name
-        if path.is_file() and not path.is_symlink():
-            path.unlink()
+    notes = (MARKER, UNFINISHED)
+    listed = [*names]
+    _unlink(directory / name for name in listed if name not in notes)
     for folder in sorted((path for path in directory.rglob("*") if _is_plain_folder(path)), reverse=True):
         with suppress(OSError):  # not empty
             folder.rmdir()
+    _unlink(directory / name for name in listed if name in notes)
     with suppress(OSError):
         directory.rmdir()
     return list(files_below(directory)) if directory.exists() else []
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def remove_owned(directory: Path) -> None:

@@ -129,6 +129,10 @@ GUARDS: dict[tuple[str, str], Guard] = {
         "plain files of a list, one by one; directories once they are empty; links never",
         _ASIDE + "test_what_was_left_half_done_goes_but_for_what_is_not_ours",
     ),
+    ("storage/owned.py", "_unlink"): Guard(
+        "of these lists, plain files; the note that says whose a directory is goes last",
+        _ASIDE + "test_removing_what_was_left_half_done_can_be_cut_short_anywhere",
+    ),
     ("storage/locks.py", "take_lock"): Guard(
         "a file that is new or says that it is a lock of this program",
         _LOCKS + "test_a_file_of_the_users_is_no_lock_and_stays",

@@ -6,11 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
+import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
+from megatron_tropd_torchrun import launches_us
 from tests.support.run_inputs import ROOT, make_task, steady_metrics
 
 SCRIPTS = sorted([*(ROOT / "examples").glob("*/*.sh"), *(ROOT / "examples").glob("slurm/*.sbatch")])
@@ -52,6 +56,41 @@ def test_the_single_node_script_checks_the_machine_and_trains(tmp_path: Path):
     assert called.returncode == 0, called.stdout + called.stderr
     assert "1 rank(s); all-reduce" in called.stdout
     assert [row["step"] for row in steady_metrics(task.directory / "run")] == [1, 2]
+
+
+def test_an_error_of_the_configuration_under_torchrun_itself_is_one_line(tmp_path: Path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    group = "torchrun.handlers"
+    if not entry_points(group=group).select(name="megatron_tropd"):  # installed before it had one
+        folder = tmp_path / "plugin-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+        lines = [f"{name} = {place}" for name, place in project["entry-points"][group].items()]
+        (folder / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+    called = shell(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"),
+        *("-m", "megatron_tropd", "train", tmp_path / "none.yaml"),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}",
+    )
+    assert called.returncode == 2
+    said = [line for line in called.stderr.splitlines() if " so far" not in line]
+    assert len(said) == 1 and said[0].startswith("ConfigError: ") and "none.yaml" in said[0], called.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("python -m torch.distributed.run --standalone -m megatron_tropd train a.yaml", True),
+        ("/v/bin/python /v/bin/torchrun --nproc-per-node=2 --module megatron_tropd check a.yaml", True),
+        ("/v/bin/python /v/bin/torchrun --no-python /v/bin/tropd train a.yaml", True),
+        ("/v/bin/python /v/bin/torchrun train.py -m other", False),
+        ("/v/bin/python /v/bin/torchrun -m other --data megatron_tropd", False),
+        ("python -u -m megatron_tropd train a.yaml", False),
+        ("python -c pass", False),
+    ],
+)
+def test_torchrun_is_quiet_for_this_program_alone(line: str, ours: bool):
+    assert launches_us(line.split()) == ours
 
 
 # --------------------------------------------------------------------------- with vLLM servers

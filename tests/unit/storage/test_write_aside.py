@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -183,26 +183,29 @@ def test_a_directory_of_ours_is_replaced_in_one_rename_with_nothing_left(tmp_pat
 
 def test_removing_what_was_left_half_done_can_be_cut_short_anywhere(tmp_path, monkeypatch):
     """Killed between two removals, the next process still knows that the rest is this program's."""
-    unlink = Path.unlink
-    for most in range(4):  # the note and three files
+    removals = {name: getattr(Path, name) for name in ("unlink", "rmdir")}
+    for most in range(6):  # three files, a folder, the note, the directory
         place = tmp_path / f"{most}.partial"
         start_unfinished(place, "a checkpoint")
-        for name in (".hidden", "common.pt", "model.distcp"):
+        (place / "hf").mkdir()
+        for name in (".hidden", "common.pt", "hf/config.json"):
             (place / name).write_text(name)
-        left = iter(range(most))
+        done: list[Path] = []
 
-        def removed(path: Path, *, missing_ok: bool = False, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
+        def remove(path: Path, name: str, *, most: int = most, done: list[Path] = done, **options: bool) -> None:
+            if len(done) == most:
                 raise KeyboardInterrupt
-            unlink(path, missing_ok=missing_ok)
+            removals[name](path, **options)
+            done.append(path)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, "unlink", removed)
+            for name in removals:
+                patch.setattr(Path, name, partialmethod(remove, name))
             discard_unfinished(place, lambda name: True)
-        assert len(list(place.iterdir())) == 4 - most
+        assert len(done) == most
         check_target(tmp_path / str(most), name="the target", protected={})
         discard_unfinished(place, lambda name: True)
-        assert not place.exists()
+        assert not place.exists() or not any(place.iterdir())
 
 
 def spoil(directory: Path, how: str) -> str:
