@@ -19,8 +19,9 @@ from rich.console import Console
 
 from megatron_tropd.config.sections import DataConfig, SourceConfig, SuiteConfig
 from megatron_tropd.data.table import table_of
-from megatron_tropd.errors import DataError
+from megatron_tropd.errors import DataError, SandboxError
 from megatron_tropd.evaluate import suites as evaluation
+from megatron_tropd.evaluate.grader_pool import Grade
 from megatron_tropd.evaluate.rules import GradingRule
 from megatron_tropd.methods import build_method
 from megatron_tropd.report.table import accuracy_table
@@ -321,3 +322,13 @@ def test_an_answer_to_a_useless_reference_cannot_be_told_in_training():
     rollouts = Says(["c", "c"]).generate(requests, SamplingParams(max_new_tokens=9), seed=0, step=0)
     right = evaluation.correctness(rollouts, prompts, Letters(), lambda _: GradingRule(), allow_code=False)
     np.testing.assert_array_equal(right, [[0], [np.nan]])
+
+
+def test_an_answer_whose_program_could_not_run_is_not_wrong(monkeypatch, caplog):
+    unrun = Grade(False, "a program could not be started", given_up=True, unrun=True)
+    monkeypatch.setattr(evaluation, "grades", lambda *_, **__: [Grade(True), unrun])
+    with pytest.raises(SandboxError, match="of 2 answers 1 cannot be graded: a program could not be started"):
+        evaluation.answer_suite(Says(["ab", "ab"]), suite(), problems("ab", "ab"), Letters(), seed=0)
+    right = evaluation.correctness([], problems("a", "b"), Letters(), lambda _: GradingRule(), allow_code=True)
+    np.testing.assert_array_equal(right, [[1], [np.nan]])
+    assert "1 of 2 answers count neither as right nor as wrong: a program could not be started" in caplog.text
