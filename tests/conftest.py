@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_tropd.losses.vocab_parallel.backends.triton import kernels
+from tests.support.long import LONG
 
 # as in an activated environment: scripts under test call python, torchrun and shellcheck by name
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -57,8 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         item.add_marker(item.path.relative_to(here).parts[0])
     mine = of_this_device(items, on_gpu=ON_GPU)
+    if not LONG:
+        mine = [item for item in mine if item.get_closest_marker("long") is None]
     if len(mine) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu") is None])
+        kept = set(mine)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = mine
     seed = config.getoption("shuffle")
     if seed is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.support.adapter_cases import ALPHA, RANK, STEP, Case, run_cases, whole_matrices
 from tests.support.distributed import run_on_ranks
 from tests.support.family_cases import ROLLOUTS, furthest, logits_of, whole_logits
+from tests.support.long import few
 from tests.support.tiny_families import config_of, load_transformers, save_family
 from tests.support.tiny_models import relative_error
 
@@ -32,7 +33,7 @@ FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "qwen3-moe": (ATTENTION, {}),
 }
 WORLD = 4  # ranks; what a layout leaves of them are replicas
-CASES = [
+ALL = [
     Case(family="llama2"),
     Case(family="llama2", recompute="full"),
     Case(family="qwen3", layout=TP2),
@@ -46,6 +47,11 @@ CASES = [
     Case(family="qwen2-tied", layout=TP2_SP),
     Case(family="qwen3-moe", layout=TP2_SP | {"expert": 2}),
 ]
+CASES = few(
+    ALL,
+    *("llama2-replicas", "llama2-te4-se1", "llama2-te2-se1-pi2-full", "llama2-pi2-vi2", "llama2-co2"),
+    *("qwen2-tied-te2-se1", "qwen3-te2", "qwen3-moe-te2-se1-ex2"),
+)
 DROPPED = [
     Case(family="llama2"),
     Case(family="llama2", shared=True),

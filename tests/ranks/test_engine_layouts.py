@@ -25,6 +25,7 @@ from tests.support.layout_cases import (
     self_checks,
     student_directory,
 )
+from tests.support.long import few
 from tests.support.tiny_models import (
     Objective,
     Reference,
@@ -128,7 +129,20 @@ FOUR_RANKS = [
     Case(name="tp2-dp2", ranks=4, student=TP2_SP, teacher=PP2, minibatches=2, pack_tokens=64),
     Case(name="pp2-dp2-opd-tied", ranks=4, student=PP2, teacher=TP2_PP2, objective=OPD, tied=True, pack_tokens=64),
 ]
-CASES = ONE_RANK + TWO_RANKS + FOUR_RANKS
+CASES = few(
+    ONE_RANK + TWO_RANKS + FOUR_RANKS,
+    # what is compared with, and what one rank can do wrong by itself
+    *("tp1", "tp1-tied", "tp1-opd", "tp1-opd-tied", "small-packs", "recompute-full", "minibatches", "one-sequence"),
+    *("tp1-fkl", "bf16", "deep-tied", "student-top", "union", "union-minibatches", "exopd", "exopd-based"),
+    *("ends-opd", "ends-rkl-minibatches"),
+    # every axis of either model, every kind of support, tied and untied heads, one sequence for two ranks
+    *("tp2-sp-tied-full", "pp2-opd-tied", "pp2-selective-minibatches", "dp2-distributed-optimizer"),
+    *("tp2-sp-fkl-teacher-pp2", "cp2-tied-small-packs", "cp2-one-sequence", "vpp2-one-pack-tied"),
+    *("student-top-tp2-teacher-pp2", "union-dp2-teacher-tp2", "exopd-tp2-teacher-pp2", "bf16-tp2-sp"),
+    *("ends-opd-pp2-teacher-cp2", "ends-rkl-pp2-minibatches"),
+    # and their products
+    *("tp2-sp-cp2", "tp2-sp-vpp2", "union-pp2-dp2", "pp2-dp2-opd-tied"),
+)
 ALL_TRUSTED = Case(name="all-trusted", method={"name": "tropd", "gate": "all", "prefix_schedule": "none"})
 # here the sampled token, random in the self check, is mostly in no top k: each side's tail must leave it out by itself
 BUCKET_AND_SAMPLED = {"name": "rkl", "form": "topk", "k": 5, "support": "teacher_and_sampled", "tail": "bucket"}

@@ -20,6 +20,7 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.models.name_table import entries, hf_shapes
 from tests.support.distributed import run_on_ranks
 from tests.support.family_cases import NEW_TOKENS, ROLLOUTS, Case, furthest, logits_of, run_cases, whole_logits
+from tests.support.long import few
 from tests.support.tiny_families import (
     FAMILIES,
     MOE,
@@ -33,7 +34,7 @@ from tests.support.tiny_models import relative_error
 
 TP2, TP2_SP, PP2, EP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"expert": 2}
 DENSE = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "r1-distill-qwen", "r1-distill-llama"]
-CASES = [
+ALL = [
     *(Case(family=family) for family in FAMILIES),
     *(Case(family=family, ranks=2, layout=layout) for family in DENSE for layout in (TP2, PP2)),
     *(
@@ -51,6 +52,14 @@ CASES = [
     Case(family="qwen3-moe", ranks=4, layout=TP2_SP | EP2, balance=0.3),
     Case(family="mixtral", ranks=4, layout=PP2 | EP2),
 ]
+CASES = few(
+    ALL,
+    # every family by itself, every axis for those with and without experts, tied and untied
+    *(Case(family=family).name for family in FAMILIES),
+    *("llama3-te2-2", "qwen3-te2-2", "qwen2-pi2-2"),
+    *("llama3-tied-pi2-2", "qwen2-tied-te2-se1-2", "mixtral-ex2-2", "qwen3-moe-te2-se1-2", "qwen3-moe-raw-ex2-2"),
+    *("mixtral-alone-2", "mixtral-ex2-2-balanced", "qwen3-moe-te2-se1-ex2-4-balanced", "mixtral-pi2-ex2-4"),
+)
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

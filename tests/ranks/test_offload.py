@@ -17,6 +17,7 @@ from megatron_tropd.engine.offload import OffloadedTensors, OffloadStats, device
 from megatron_tropd.errors import ConfigError, EngineError
 from tests.support.distributed import run_on_ranks
 from tests.support.layout_cases import Case, save_models
+from tests.support.long import few
 from tests.support.offload_cases import compare
 from tests.support.run_inputs import Task, commands, make_task, split_prompts, steady_metrics, weights_of
 from tests.support.tiny_families import save_family
@@ -88,7 +89,7 @@ def test_what_is_away_is_refused_by_name():
 TP2, PP2, TP2_SP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}
 VPP2 = PP2 | {"virtual_pipeline": 2}
 OPD, FULL, EXOPD = Objective(name="opd"), Objective(name="fkl"), Objective(name="exopd")
-CASES = [
+ALL = [
     Case(name="tp2-tied-minibatches", ranks=2, student=TP2_SP, teacher=PP2, tied=True, minibatches=2, pack_tokens=64),
     Case(name="pp2-tied-distributed", ranks=2, student=PP2, teacher=TP2, tied=True, distributed_optimizer=True),
     Case(name="dp2-distributed-bf16", ranks=2, distributed_optimizer=True, dtype="bf16", objective=OPD),
@@ -97,6 +98,9 @@ CASES = [
     Case(name="base", ranks=2, student=PP2, base=TP2, objective=EXOPD),
     Case(name="experts", ranks=2, student={"expert": 2}, models=("moe", "teacher"), distributed_optimizer=True),
 ]
+
+
+CASES = few(ALL, "tp2-tied-minibatches", "pp2-tied-distributed", "vpp2-bf16", "base", "experts")
 
 
 @pytest.fixture(scope="module")

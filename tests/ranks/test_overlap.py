@@ -30,6 +30,7 @@ from tests.support.layout_cases import (
     save_models,
     whole_gradients,
 )
+from tests.support.long import few
 from tests.support.tiny_families import save_family
 from tests.support.tiny_models import STUDENT, random_rollouts, relative_error
 
@@ -43,7 +44,7 @@ def case(name: str, **facts: Any) -> Case:
     return Case(name=name, overlap=True, pack_tokens=64, adam_eps=1e-5, **facts)
 
 
-CASES = [
+ALL = [
     case("dp2", ranks=2, tied=True),
     case("dp2-distributed-offload", ranks=2, distributed_optimizer=True, minibatches=2, offload=True),
     case("ep2-distributed", ranks=2, student=EP2, models=EXPERTS, distributed_optimizer=True, minibatches=2),
@@ -54,6 +55,9 @@ CASES = [
     case("vpp2-dp2", ranks=4, student=VPP2, deep=True, tied=True),
     case("vpp2-dp2-distributed", ranks=4, student=VPP2, deep=True, distributed_optimizer=True, minibatches=2),
 ]
+
+
+CASES = few(ALL, "dp2-distributed-offload", "ep2-distributed", "tp2-dp2", "vpp2-dp2-distributed")
 
 
 def alone(one: Case) -> Case:

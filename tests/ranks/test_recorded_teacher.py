@@ -220,10 +220,12 @@ def test_a_replay_of_rollouts_and_grades_has_the_metrics_of_the_run(task: Task, 
     ("layout", "graded"),
     [
         (("student.parallel.tensor=2", "student.parallel.sequence=true", "teacher.parallel.pipeline=2"), False),
-        (("train.pack_tokens=90", "train.minibatches=1", "student.recompute=full"), False),
-        (("student.parallel.tensor=2", "student.parallel.sequence=true"), True),
+        pytest.param(
+            ("train.pack_tokens=90", "train.minibatches=1", "student.recompute=full"), False, marks=pytest.mark.long
+        ),
+        pytest.param(("student.parallel.tensor=2", "student.parallel.sequence=true"), True, marks=pytest.mark.long),
         (("student.parallel.context=2",), True),
-        (("train.pack_tokens=90",), True),
+        pytest.param(("train.pack_tokens=90",), True, marks=pytest.mark.long),
     ],
     ids=[
         "sequence-parallel",

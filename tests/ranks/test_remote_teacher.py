@@ -82,7 +82,7 @@ def with_method(task: Task, name: str) -> Task:
         ("rkl", ("dtype=bf16",), (), (), 3),
         # a base model, which stays on the student's ranks; rows of a pack lie on several ranks of both
         ("exopd", (), ("context=2",), ("tensor=2",), 2),
-        ("local_support", (), ("pipeline=2",), ("context=2",), 2),
+        pytest.param("local_support", (), ("pipeline=2",), ("context=2",), 2, marks=pytest.mark.long),
     ],
     ids=["asked ids", "hidden states", "base model", "context"],
 )
@@ -168,6 +168,7 @@ def test_either_part_may_be_asked_to_stop_and_takes_the_other_along(
     assert steady_metrics(tmp_path) == unbroken
 
 
+@pytest.mark.long  # torchrun starts other tests' runs, and these ranks other launchers'
 def test_it_runs_under_torchrun(task: Task, tmp_path: Path):
     output = tmp_path / "output"
     run = tmp_path / "run"

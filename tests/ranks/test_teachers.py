@@ -181,7 +181,9 @@ def command(task: Task, run_dir: Path, *, second: str = "", teachers: str = "", 
 _AHEAD = {"method.support": "union", "method.ppo_clip": 0.2, "train.minibatches": 2, "rollout.ahead": 1}
 
 
-@pytest.mark.parametrize(("method", "changes"), [("tropd", {}), ("tropd", _AHEAD), ("exopd", {})])
+@pytest.mark.parametrize(
+    ("method", "changes"), [pytest.param("tropd", {}, marks=pytest.mark.long), ("tropd", _AHEAD), ("exopd", {})]
+)
 def test_two_teachers_that_are_the_same_model_are_one_teacher(task, tmp_path, method, changes):
     if method != "tropd":
         task = replace(task, directory=shutil.copytree(task.directory, tmp_path / "task"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.long import few
 from tests.support.run_inputs import (
     POSITIONS,
     Task,
@@ -50,7 +51,7 @@ def alone(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     return run_dir, train(task, run_dir)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", few(LAYOUTS, "PP2 VPP2 EP2"))
 def test_experts_on_several_ranks_train_as_on_one(name, task, alone, tmp_path):
     ranks, overrides = LAYOUTS[name]
     assert_metrics_agree(train(task, tmp_path, *overrides, ranks=ranks), alone[1])

@@ -126,7 +126,7 @@ def wait_until(
 def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbroken_one(
     task: Task, unbroken: Path, tmp_path: Path
 ):
-    run_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    run_dir = tmp_path / "run"
     command = arguments(task, run_dir, *TP2)
 
     # in the second step, before there is any checkpoint
@@ -142,12 +142,12 @@ def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbro
     assert lines(run_dir) == 2
 
     # in the fourth step: the checkpoint after the second exists, the third has left its line in the metrics
-    with launched(command, output) as process:
-        wait_until(lambda: lines(run_dir) == 3, process, output)
-        # the two ranks: nothing that would outlive them
-        assert len(psutil.Process(process.pid).children(recursive=True)) == 2
+    job = commands().start(*command, ranks=2)
+    job.until(lambda: lines(run_dir) == 3)
+    # nothing that would outlive the two ranks
+    assert [psutil.Process(pid).children(recursive=True) for pid in job.pids] == [[], []]
+    assert "(2 steps done)" in job.kill().output
     assert checkpoint_of(run_dir, 2).exists() and not checkpoint_of(run_dir, 4).exists()
-    assert "(2 steps done)" in output.read_text()
 
     # while the checkpoint after the fourth step is being written
     partial = checkpoint_of(run_dir, 4).with_suffix(".partial")
@@ -157,9 +157,8 @@ def test_a_run_killed_in_a_step_in_a_checkpoint_and_after_one_ends_like_an_unbro
     assert partial.exists() and not checkpoint_of(run_dir, 4).exists()
     assert lines(run_dir) == 4
 
-    with launched(command, output) as process:
-        assert process.wait(timeout=400) == 0, output.read_text()
-    assert "(2 steps done)" in output.read_text()
+    outcome = commands().run(*command, ranks=2).expect_success()
+    assert "(2 steps done)" in outcome.output
     assert_same_outcome(run_dir, unbroken)
     assert not list((run_dir / "checkpoints").glob("*.partial"))
 

@@ -128,7 +128,8 @@ def test_a_config_cannot_be_changed(config_path: Path):
         ("zzz=1", "zzz is not a key. Valid keys of the config: run_dir, seed, dtype, "),
         (
             "export.qqqq=1",
-            "export.qqqq is not a key. Valid keys of export: hf, adapter, push_to_hub, private, every, keep, best.",
+            "export.qqqq is not a key. Valid keys of export: hf, adapter, megatron, megatron_layout, push_to_hub, "
+            "private, every, keep, best.",
         ),
         ("dtype=bf15", "dtype = 'bf15': must be one of fp32, bf16. Did you mean bf16?"),
         ("rollout.engine=12", f"rollout.engine = 12: must be one of {', '.join(get_args(RolloutEngine))}."),
@@ -369,7 +370,7 @@ OPTIONS = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(OPTIONS)
 @example("${seed}")
 @example("a\\${seed}")
@@ -410,6 +411,11 @@ def test_a_bare_off_is_the_word_and_not_the_truth_value_that_yaml_reads():
         (["export.best=true"], ("export.best = true", "evaluate.every")),
         (["train.stop_after_no_gain=2"], ("train.stop_after_no_gain = 2", "evaluate.every")),
         (["evaluate.best_by=other"], ("best_by = 'other'", "'greedy'")),
+        (["export.megatron_layout=bridge"], ("megatron_layout = bridge is not read", "set megatron")),
+        (
+            ["export.megatron=out", "student.lora.rank=4"],
+            ("export.megatron = 'out'", "convert hf-to-megatron DIR TARGET"),
+        ),
         (["export.push_to_hub=own/new"], ("push_to_hub = 'own/new'", "Set hf")),
         (["export.push_to_hub=new", "export.hf=out"], ("'new' is no name on the hub", "owner/name")),
     ],

@@ -73,7 +73,7 @@ else:
     ("kind", "number", "statuses"),
     [
         ("stop", signal.SIGTERM, {75}),
-        ("stop", signal.SIGINT, {-signal.SIGINT, 130}),
+        pytest.param("stop", signal.SIGINT, {-signal.SIGINT, 130}, marks=pytest.mark.long),
         ("any other command", signal.SIGINT, {-signal.SIGINT}),
     ],
 )
