@@ -195,6 +195,12 @@ class RunConfig(Section):
                 f"export.adapter = '{self.export.adapter}' has nothing to write: the student has no adapters. Set "
                 "student.lora.rank to train some, or export.adapter to null."
             )
+        if self.export.megatron is not None and self.student.lora is not None:
+            raise ValueError(
+                f"export.megatron = '{self.export.megatron}' writes whole models, and the student has adapters. Set "
+                "export.hf for the merged model, and convert that: tropd convert hf-to-megatron DIR TARGET --layout "
+                f"{self.export.megatron_layout}."
+            )
         return self
 
     @model_validator(mode="after")

@@ -72,6 +72,7 @@ Grader = Literal["final_number", "exact", "math", "choice", "regex", "code"]
 CodeExecution = bool | Literal["unconfined"]  # may programs of a model be run; also where nothing confines them
 RolloutEngine = Literal["megatron", "vllm", "vllm_server", "recorded"]
 TeacherEngine = Literal["megatron", "vllm", "vllm_server"]
+MegatronLayout = Literal["megatron-lm", "bridge"]
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
@@ -1095,6 +1096,14 @@ class ExportConfig(Section):
     adapter: UserPath | None = key(
         None, "Directory for the trained adapters of `student.lora`, as `peft` loads them; null writes none."
     )
+    megatron: UserPath | None = key(
+        None,
+        "Directory for the trained student as a checkpoint that Megatron-LM or Megatron-Bridge loads, in shards as the "
+        "run has them; null writes none.",
+    )
+    megatron_layout: MegatronLayout = key(
+        "megatron-lm", "Whose: `megatron-lm` (--load DIR --finetune) or `bridge` (run_config.yaml beside the weights)."
+    )
     push_to_hub: str | None = key(
         None, "Name on the hub, `owner/name`, to which the directory of `hf` is pushed at the end of the run."
     )
@@ -1107,6 +1116,15 @@ class ExportConfig(Section):
         False,
         "Keep the weights that answered best so far (evaluate.best_by) in RUN/exports/best; needs evaluate.every.",
     )
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        if self.megatron is None and self.megatron_layout != "megatron-lm":
+            raise ValueError(
+                f"megatron_layout = {self.megatron_layout} is not read without megatron. Leave it out, or set megatron "
+                "to a directory."
+            )
+        return self
 
     @model_validator(mode="after")
     def _pushes_what_is_exported(self, info: ValidationInfo) -> Self:

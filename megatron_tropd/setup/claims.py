@@ -103,7 +103,7 @@ def _make(claim: Claim) -> None:
 
 def exports_of(section: ExportConfig) -> dict[str, Path]:
     """Return the directories that a run exports to, by the keys that name them."""
-    named = {"export.hf": section.hf, "export.adapter": section.adapter}
+    named = {"export.hf": section.hf, "export.adapter": section.adapter, "export.megatron": section.megatron}
     return {key: path for key, path in named.items() if path is not None}
 
 

@@ -1,4 +1,4 @@
-"""The student as Hugging Face directories: at the end, every so many steps, and the best so far."""
+"""The student in files of others: at the end, every so many steps, and the best so far."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.config.sections import ExportConfig
+from megatron_tropd.convert.companions import companions_of
 from megatron_tropd.convert.peft import write_peft
 from megatron_tropd.convert.writer import HFWriter
 from megatron_tropd.engine.adapters import adapter_tensors
+from megatron_tropd.engine.megatron_layout import save_for_megatron
 from megatron_tropd.engine.weights import hf_rows
 from megatron_tropd.errors import StorageError
 from megatron_tropd.models.name_table import hf_shapes
@@ -63,6 +65,8 @@ class Exporter:
             self.to(self._section.hf, step)
         if self._section.adapter is not None:
             self._adapter(self._section.adapter)
+        if self._section.megatron is not None:
+            self._megatron(self._section.megatron)
 
     def _adapter(self, target: Path) -> None:
         """Write the student's adapters as `peft` reads them."""
@@ -74,6 +78,14 @@ class Exporter:
                     held[name] = tensor.cpu()
             if self._run.world.is_first:
                 write_peft(target, held, student.adapters.spec, base=self._base)
+
+    def _megatron(self, target: Path) -> None:
+        """Write the student as other trainers on Megatron-Core load it, each rank its own shards."""
+        if self._run.world.is_first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        layout, companions = self._section.megatron_layout, companions_of(self._companions)
+        with Phase(f"exporting to {target}"):
+            save_for_megatron(target, self._run.student, layout=layout, companions=companions)
 
     def to(self, target: Path, step: int) -> None:
         """Write the student as a Hugging Face directory, with the tokenizer and config it came with."""

@@ -463,6 +463,9 @@ def _conclude(config: RunConfig) -> None:
         say(f"trained student: {config.export.hf}", console=console)
     if config.export.adapter is not None:
         say(f"trained adapters: {config.export.adapter}", console=console)
+    if config.export.megatron is not None:
+        layout = config.export.megatron_layout
+        say(f"trained student, as a checkpoint for {layout}: {config.export.megatron}", console=console)
     if config.report.html:
         with Phase("drawing the report"):
             page = write_report(config.run_dir)
