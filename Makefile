@@ -78,8 +78,8 @@ test-fast: $(STAMP) ## run the tests of single rooms alone, under two minutes
 
 test-long: export MEGATRON_TROPD_TEST_LONG := 1
 test-long: export OMP_NUM_THREADS := $(THREADS)
-test-long: $(STAMP) ## run what the suite repeats in part in full: twenty steps of every preset under three layouts
-	$(BIN)/python -m pytest $(or $(ARGS),tests/runs/test_train_presets.py)
+test-long: $(STAMP) ## run the suite with every row of its tables, and twenty steps of every preset
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(ARGS)
 
 # other instructions add up in another order: what is rounding differs, and what a limit must allow with it
 PORTABLE_TESTS := tests/unit/engine/test_engine_attention.py tests/ranks/test_losses_parity.py tests/ranks/test_layout_invariance.py \
