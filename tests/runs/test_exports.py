@@ -41,7 +41,7 @@ def test_a_run_without_gain_ends_and_leaves_its_exports_and_the_best(task: Task,
 
 def test_the_student_comes_out_as_a_checkpoint_for_megatrons_own_trainers(task: Task, tmp_path: Path):
     """The same bits as in the Hugging Face directory, which is compared with `transformers` elsewhere."""
-    quiet = ("train.steps=1", "checkpoint.every=0", "report.samples=0", "report.html=false", "evaluate.prompts=null")
+    quiet = ("train.steps=2", "checkpoint.every=0", "report.samples=0", "report.html=false", "evaluate.prompts=null")
     parallel = ("student.parallel.tensor=2", "student.parallel.pipeline=2", "teacher.parallel.tensor=2")
     for layout in ("megatron-lm", "bridge"):
         run_dir = tmp_path / layout
