@@ -204,8 +204,8 @@ GUARDS: dict[tuple[str, str], Guard] = {
         "in that directory", _PUBLISH + "test_weights_are_gone_with_the_process_that_published_them"
     ),
     ("commands/demo.py", "student_server"): Guard("appends to `RUN/server.log`", ""),
-    ("commands/health.py", "_offer"): Guard("in a new folder whose name holds 128 random bits", ""),
-    ("commands/health.py", "_try_shared"): Guard("that folder", ""),
+    ("commands/health.py", "_offer"): Guard("in a new folder whose name holds 128 random bits", _ATTACK),
+    ("commands/health.py", "_try_shared"): Guard("that folder", _ATTACK),
     ("data/template_worker.py", "main"): Guard("/dev/null", ""),
     ("data/synthetic.py", "write_prompts"): Guard("the demo's own data, by examples alone", ""),
     ("evaluate/grader_worker.py", "main"): Guard("/dev/null", ""),
@@ -219,3 +219,39 @@ GUARDS: dict[tuple[str, str], Guard] = {
     ("evaluate/sandbox_driver.py", "main"): Guard("in a new temporary directory", _SANDBOX),
     ("evaluate/sandbox_driver.py", "probe"): Guard("in a new temporary directory", _SANDBOX),
 }
+
+
+# --------------------------------------------------------------------------- the list, for people
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+HEADING = "## Every place that changes a path"
+_ABOVE = f"""{HEADING}
+
+Written by `python -m tests.support.path_changes`, and compared with the source by
+`tests/unit/storage/test_path_changes.py`. *attack* is `python tools/attack.py paths`, in which a
+file of a user's lies in the way and must survive.
+
+| place | calls | what keeps it from a user's files | tried by |
+|---|---|---|---|
+"""
+
+
+def section() -> str:
+    """The last section of docs/reliability.md."""
+    rows = []
+    for place in places():
+        guard = GUARDS[place.module, place.function]
+        name = guard.proof.rpartition("::")[2]
+        tried = "*attack*" if guard.proof == _ATTACK else f"`{name}`" if name else "nothing of a user's is there"
+        calls = ", ".join(dict.fromkeys(place.calls))
+        rows.append(f"| `{place.module}` `{place.function}` | {calls} | {guard.why} | {tried} |")
+    return _ABOVE + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Write the section anew."""
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").partition(HEADING)[0] + section(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,8 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from tests.support.attacks import Attack, Hole
 
@@ -169,7 +171,23 @@ def _lock(directory: Path) -> str:
     return refused(take)
 
 
+def _shared(directory: Path) -> str:
+    from megatron_tropd.commands import health
+
+    users(directory, "notes.txt", ".tropd-health-0/token", ".tropd-health-mine")
+    alone: dict[str, Any] = {}
+    meeting = SimpleNamespace(
+        rank=0, tell=alone.__setitem__, hear=lambda name, rank: alone[name], hear_all=lambda name: [alone[name]]
+    )
+    if problems := health._try_shared(directory, meeting):  # type: ignore[arg-type]
+        raise Hole("; ".join(problems))
+    if len(left := sorted(path.name for path in directory.iterdir())) != 3:
+        raise Hole(f"left {left}")
+    return "a folder of its own, which it takes away again"
+
+
 ATTACKS = (
+    survives("files in the directory that `tropd health --shared` tries", _shared),
     survives("a file in the target of an export", lambda directory: _export(directory, place="out")),
     survives("a file in `TARGET.partial`", lambda directory: _export(directory, place="partial")),
     survives("a file in `TARGET.replaced`", lambda directory: _export(directory, place="replaced")),

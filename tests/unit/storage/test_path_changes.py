@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.path_changes import GUARDS, changes, places
+from tests.support.path_changes import GUARDS, HEADING, PAGE, changes, places, section
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,6 +27,11 @@ def test_every_proof_is_a_test():
             file, _, name = guard.proof.partition("::")
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, guard.proof
+
+
+def test_the_page_lists_them():
+    written = "".join(PAGE.read_text(encoding="utf-8").partition(HEADING)[1:])
+    assert written == section(), "run `python -m tests.support.path_changes`"
 
 
 @pytest.mark.parametrize(
