@@ -48,7 +48,7 @@ _KEPT = {
 # how long a rank that failed waits for the first one to have said why
 _PATIENCE_S = 3.0
 # verbs that end by themselves, but may take long
-_LONG = ("train", "generate", "score", "evaluate", "check", "convert", "report")
+_LONG = ("train", "init", "generate", "score", "evaluate", "check", "convert", "report")
 
 Config = Annotated[Path, typer.Argument(help="YAML file; relative paths are relative to the current directory.")]
 Words = Annotated[

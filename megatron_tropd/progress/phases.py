@@ -87,7 +87,7 @@ class Heartbeat:
     def __init__(self, *, enabled: bool = True, console: Console | None = None, seconds: float = 6.0) -> None:
         self._enabled, self._seconds = enabled, seconds
         self.console = console or Console()
-        self.heard_at = time.monotonic()
+        self.heard_at = self._started = time.monotonic()
         self._watched = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -110,7 +110,7 @@ class Heartbeat:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             now, phases, library = time.monotonic(), tuple(_running), _library(sys._current_frames().get(self._watched))
             if (phases or library) and now - self.heard_at >= self._seconds:
-                line = _line(phases, now, library, silent=now - self.heard_at)
+                line = _line(phases, now, library, spent=now - self._started)
                 self.heard_at = now
                 self.console.print(Text(printable(line)), soft_wrap=True)
 
@@ -121,11 +121,11 @@ def heard() -> None:
         Heartbeat.speaking.heard_at = time.monotonic()
 
 
-def _line(phases: tuple[Phase, ...], now: float, library: str = "", *, silent: float = 0.0) -> str:
-    """Name the phases, but for the outermost one that all others are in; ``silent``: seconds, where there is none."""
+def _line(phases: tuple[Phase, ...], now: float, library: str = "", *, spent: float = 0.0) -> str:
+    """Name the phases, but for the outermost one that all others are in; ``spent``: seconds, where there is none."""
     names = [phase.what for phase in phases]
     inner = [*names[1:], f"loading {library}"] if library else names[1:]
-    counts = phases[-1].counts(now) if phases else f"{_duration(silent)} so far"
+    counts = phases[-1].counts(now) if phases else f"{_duration(spent)} so far"
     return f"{', '.join(inner or names)}: {counts}"
 
 
