@@ -74,7 +74,7 @@ test: $(STAMP) ## run the test suite: ARGS="tests/unit/config/test_config.py -k 
 
 test-fast: export OMP_NUM_THREADS := $(THREADS)
 test-fast: $(STAMP) ## run the tests of single rooms alone, under two minutes
-	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m unit $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "unit and not slow" $(ARGS)
 
 test-long: export MEGATRON_TROPD_TEST_LONG := 1
 test-long: export OMP_NUM_THREADS := $(THREADS)

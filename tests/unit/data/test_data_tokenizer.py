@@ -340,6 +340,7 @@ def test_a_tokenizer_that_brings_its_own_code_is_refused_and_the_code_does_not_r
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_importing_the_room_does_not_import_transformers():
     code = (
         "import sys, megatron_tropd.data.tokenizer, megatron_tropd.data.prompts; print('transformers' in sys.modules)"

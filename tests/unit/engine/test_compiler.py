@@ -26,6 +26,7 @@ print([name for name in ("torch._dynamo", "torch._inductor", "tensorboard") if n
 """
 
 
+@pytest.mark.slow
 def test_a_check_starts_without_the_compiler():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)

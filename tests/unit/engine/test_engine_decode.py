@@ -269,6 +269,7 @@ def on_two_ranks(model: Path) -> list[list[dict[str, Any]]]:
     return run_on_ranks(generate_all, str(model), [(1, 5), (2, 100)], world_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [0, 1], ids=["two replicas", "tensor parallel"])
 def test_every_layout_of_the_sampler_writes_the_same(layout, on_two_ranks, rollouts, rounding):
     coldest = min(case.params.temperature or 1.0 for case in CASES)

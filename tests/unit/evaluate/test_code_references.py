@@ -102,6 +102,7 @@ def correct(pool: GraderPool, reference: str, *responses: str) -> list[bool]:
     return [one.correct for one in pool.grade([Item(rule=RULE, response=r, answer=reference) for r in responses])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_that_is_accepted_tells_wrong_from_right(pool, name):
     assert pool.check(RULE, [FORMS[name]]) == [""]

@@ -28,6 +28,7 @@ IN_PLACE_KINDS = {"choice": "B", "exact": "x", "final_number": "3"}
 IN_PLACE = (chosen_letter, final_answer, plain_number, final_part, last_box, tidied, exact_number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [*IN_PLACE, blocks_of], ids=lambda function: function.__name__)
 def test_time_grows_with_the_length_alone(function):
     """Twelve times the text takes far less than the 144 times of a quadratic rule, whatever is repeated."""

@@ -310,6 +310,7 @@ def test_topk_of_rising_plateaus_cuts_lists_and_blocks_that_tie_with_each_other(
     assert found == full_sort(torch.cat(tiles, dim=1), 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["distinct", "ties", "rising plateaus"])
 @pytest.mark.parametrize("capacity", [8, 64])
 def test_statistics_beside_the_top_k_are_of_all_other_columns(capacity: int, pattern: str) -> None:
@@ -500,6 +501,7 @@ kernels.serve(torch.device("cpu"), torch.float32)
     assert "ConfigError: MEGATRON_TROPD_KERNELS=interpret came too late" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_every_kernel_compiles_for_hopper_with_wide_loads_and_without_spilling(tmp_path: Path) -> None:
     done = run_python(

@@ -176,6 +176,7 @@ def test_ablations_change_outliers_only():
     close(clipped[outlier_T], expected_TV[outlier_T])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tropd", "tropd_rkl"])
 def test_soft_gate_is_the_mean_of_the_bernoulli_gate_in_loss_and_gradient(name):
     data = rows()

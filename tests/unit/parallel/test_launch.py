@@ -69,6 +69,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number", "statuses"),
     [

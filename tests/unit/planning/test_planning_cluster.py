@@ -70,6 +70,7 @@ def test_the_ranking_gives_a_teacher_alone_more_of_its_gpus():
     assert best(job_of(load_config(path, check_paths=False), CLUSTER))[0].teacher.tensor == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_of_scale_fits_its_cluster(name):
     job = job_of(load_config(SCALE / f"{name}.yaml", check_paths=False), cluster_of(name))
@@ -231,6 +232,7 @@ CASES: list[Case] = [
 ] + [(WIDE, Layout(tensor=2), "float32", "none", LENGTHS), (MIXED, Layout(expert=2), "float32", "none", LENGTHS)]
 
 
+@pytest.mark.slow
 def test_planned_activations_are_what_autograd_keeps():
     measured = run_on_ranks(kept, CASES, world_size=2)[-1]  # the last stage
     for (a, layout, _, recompute, lengths), found in zip(CASES, measured, strict=True):

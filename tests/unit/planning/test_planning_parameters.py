@@ -108,6 +108,7 @@ def bytes_of_states(optimizer: Any, weights: set[int]) -> int:
     return sum(t.numel() * t.element_size() for t in (*kept, *fresh) if t.dim())
 
 
+@pytest.mark.slow
 def test_planned_states_are_what_megatron_allocates():
     every = run_on_ranks(held_by_megatron, CASES, world_size=4, timeout_s=240)
     for number, (architecture, layout, bf16, distributed, name, adapters) in enumerate(CASES):

@@ -352,6 +352,7 @@ def rollouts(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_run_on_grades_of_recorded_rollouts_is_the_live_run_step_by_step(task: Task, rollouts: Path, tmp_path: Path):
     replay = ("rollout.engine=recorded", f"rollout.recorded_from={rollouts}/rollouts", *QUIET)
     errors = {}
