@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -742,6 +743,18 @@ def test_a_file_of_the_right_size_that_begins_otherwise_is_not_gone_on_with(heal
     first.write_bytes(bytes(first.stat().st_size))
     done = writer_of(target, healthy, 250, resume_from="a").done
     assert done and "rows" not in done
+
+
+def test_half_a_file_is_not_gone_on_with(healthy, tmp_path):
+    target = tmp_path / "out"
+    writer_of(target, healthy, 250, resume_from="a").write(tensors(0)[:3])
+    first = min((tmp_path / "out.partial").glob("model-*.safetensors"))
+    os.truncate(first, first.stat().st_size - 1)
+    again = writer_of(target, healthy, 250, resume_from="a")
+    assert again.done and "rows" not in again.done
+    again.write((name, tensor) for name, tensor in tensors(0) if name not in again.done)
+    weights = HFWeights(again.finish())
+    assert all(weights[name][:].equal(tensor) for name, tensor in tensors(0))
 
 
 @pytest.mark.parametrize("max_file_bytes", [1, 10**6])
