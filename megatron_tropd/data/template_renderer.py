@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import json
-import os
-import selectors
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.data.line_process import LineProcess
 from megatron_tropd.errors import ModelFileError, TokenizerError
 
 SECONDS = 10.0  # for one conversation; a long one takes milliseconds
 _START_S = 120.0  # importing the library takes seconds, on a busy machine many
 _LONGEST = 1 << 24  # characters of a text, or ten times those of the conversation
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "PYTHONHOME", "VIRTUAL_ENV", "TZ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +45,7 @@ class TemplateRenderer:
     def __init__(self, *, seconds: float = SECONDS) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._process = LineProcess("megatron_tropd.data.template_worker", environment={"HF_HUB_OFFLINE": "1"})
         self._known: set[str] = set()
 
     def render(self, request: ChatRequest) -> str:
@@ -81,8 +74,12 @@ class TemplateRenderer:
 
     def _ask(self, request: ChatRequest) -> dict[str, Any] | None:
         """Return the reply; None when there is none in time, and no process either then."""
-        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-            self._start()
+        if self._process.start():
+            self._known = set()
+            if self._process.exchange(b"", _START_S) is None:
+                raise TokenizerError(
+                    "the process that renders chat templates did not start. Try again, or see ulimit -a."
+                )
         definition = request.definition
         name = hashlib.sha256(definition.encode()).hexdigest()
         task = {
@@ -94,67 +91,14 @@ class TemplateRenderer:
             "longest": max(_LONGEST, 10 * sum(len(str(message)) for message in request.messages)),
             **({} if name in self._known else {"define": json.loads(definition)}),
         }
-        reply = self._exchange(json.dumps(task, default=str).encode() + b"\n", self._seconds)
-        if reply is None:
-            self.close()
-        else:
+        reply = self._process.exchange(json.dumps(task, default=str).encode() + b"\n", self._seconds)
+        if reply is not None:
             self._known.add(name)
-        return reply
-
-    def _start(self) -> None:
-        self.close()
-        self._known, self._owner = set(), os.getpid()
-        paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_tropd.data.template_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={
-                **{name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-                "PYTHONPATH": os.pathsep.join(paths),
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-            start_new_session=True,
-        )
-        if self._exchange(b"", _START_S) is None:
-            self.close()
-            raise TokenizerError("the process that renders chat templates did not start. Try again, or see ulimit -a.")
-
-    def _exchange(self, message: bytes, seconds: float) -> dict[str, Any] | None:
-        """Send a line and read one; None when that takes too long, or the process ends."""
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        deadline = time.monotonic() + seconds
-        parts: list[bytes] = []
-        try:
-            self._process.stdin.write(message)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not parts or not parts[-1].endswith(b"\n"):
-                if not selector.select(timeout=max(deadline - time.monotonic(), 0.0)):
-                    return None
-                part = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not part:
-                    return None
-                parts.append(part)
-        reply: dict[str, Any] = json.loads(b"".join(parts))
         return reply
 
     def close(self) -> None:
         """End the process, if there is one and it is ours: a forked process shares it with its parent."""
-        process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):  # what was not taken any more
-                stream.close()
+        self._process.end()
 
 
 RENDERER = TemplateRenderer()

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import ast
 import atexit
-import contextlib
 import json
 import logging
 import os
 import queue
-import selectors
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_tropd.config.sections import CodeExecution
+from megatron_tropd.data.line_process import LineProcess
 from megatron_tropd.errors import ConfigError, DataError, SandboxError
 from megatron_tropd.evaluate.code_tests import TYPING_PRELUDE, prelude_alone, read_code_reference
 from megatron_tropd.evaluate.rules import (
@@ -56,8 +52,6 @@ _BOUNDED = ("final_number", "exact", "choice")
 _START_S = 60.0  # a worker's first task: importing the mathematics takes seconds, on a busy machine many
 _MOST_WORKERS = 8
 _TRIES_AFTER_S = (0.0, 0.1, 1.0, 10.0)  # at a sandbox that cannot be set up: what others hold may come free
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "HOME", "PYTHONHOME", "VIRTUAL_ENV")
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 Result = TypeVar("Result")
 
 
@@ -290,7 +284,7 @@ class _Worker:
     """A process that runs ``grader_worker``, replaced after it had to be ended."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = LineProcess("megatron_tropd.evaluate.grader_worker", environment={"OPENBLAS_NUM_THREADS": "1"})
 
     def ask(self, item: Item, what: str) -> tuple[Grade, str]:
         """Have a response graded, its reference checked, or its program found, which is returned, too."""
@@ -306,7 +300,7 @@ class _Worker:
 
     def _try(self, item: Item, what: str) -> dict[str, Any] | None:
         # its own limits first; what they cannot interrupt, its watchdog; and in the end we
-        patience = item.rule.seconds + 3.0 + (0.0 if self._is_running() else _START_S)
+        patience = item.rule.seconds + 3.0 + (0.0 if self._process.is_running() else _START_S)
         task = {
             "do": what,
             "kind": item.rule.kind,
@@ -316,63 +310,9 @@ class _Worker:
             "response": item.response,
             "answer": item.answer,
         }
-        reply = self._ask(json.dumps(task).encode() + b"\n", patience)
-        if reply is None:
-            self.end()
-        return reply
+        self._process.start()
+        return self._process.exchange(json.dumps(task).encode() + b"\n", patience)
 
     def end(self) -> None:
-        """Kill the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                assert stream is not None
-                with contextlib.suppress(BrokenPipeError):  # what was not taken any more
-                    stream.close()
-            self._process = None
-
-    def _is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def _ask(self, task: bytes, seconds: float) -> dict[str, Any] | None:
-        """Send a task and return the reply; None when there is none in time."""
-        if not self._is_running():
-            self.end()
-            self._process = _start_worker()
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        deadline, line = time.monotonic() + seconds, b""
-        try:
-            self._process.stdin.write(task)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(timeout=max(deadline - time.monotonic(), 0.0)):
-                    return None
-                part = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not part:
-                    return None
-                line += part
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-
-def _start_worker() -> subprocess.Popen[bytes]:
-    paths = [_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "megatron_tropd.evaluate.grader_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        # programs may run beside it: it has no keys to lose
-        env={
-            **{name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        },
-        start_new_session=True,
-    )
+        """End the process, if there is one."""
+        self._process.end()

@@ -591,10 +591,10 @@ def test_a_hidden_process_is_closed_to_others_of_its_user():
 
 def test_workers_have_no_keys(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "s3cret")
-    worker = grader_pool._start_worker()
+    worker = grader_pool._Worker()
     try:
-        environment = Path(f"/proc/{worker.pid}/environ").read_bytes()
+        assert worker._process.start()
+        environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
     finally:
-        worker.kill()
-        worker.communicate()
+        worker.end()
     assert b"PYTHONPATH" in environment and b"s3cret" not in environment
