@@ -62,6 +62,7 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+Project = Annotated[str | None, BeforeValidator(_bool_to_project)]
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 UserPath = Annotated[Path, BeforeValidator(_path)]
@@ -1074,9 +1075,10 @@ class ReportConfig(Section):
 
     html: bool = key(True, "Write RUN/report.html at the end.")
     tensorboard: bool = key(False, "Write TensorBoard events to RUN/tensorboard.")
-    wandb: Annotated[str | None, BeforeValidator(_bool_to_project)] = key(
-        None, "Weights & Biases project; `true` names it megatron_tropd, null or `false` is off."
-    )
+    wandb: Project = key(None, "Weights & Biases project; `true` names it megatron_tropd, null or `false` is off.")
+    mlflow: Project = key(None, "MLflow experiment, the same way; `MLFLOW_TRACKING_URI` says where.")
+    trackio: Project = key(None, "Trackio project, the same way.")
+    swanlab: Project = key(None, "SwanLab project, the same way.")
     samples: Whole = key(4, "Answers before and after training to show in the report.", ge=0)
     samples_every: Whole = key(
         0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -26,6 +25,7 @@ from megatron_tropd.report.html import (
 )
 from megatron_tropd.report.metrics import METRICS
 from megatron_tropd.report.records import AFTER, BEFORE, TEACHER, Evaluation, read_evaluations
+from megatron_tropd.report.settings import flat
 from megatron_tropd.storage.write_aside import write_aside
 
 MOST_RUNS = len(SERIES)
@@ -109,15 +109,6 @@ def _read(run_dir: Path, name: str, number: int) -> ComparedRun:
         after=by_model[AFTER],
         teacher=by_model[TEACHER],
     )
-
-
-def flat(tree: Any, start: str = "") -> dict[str, str]:
-    """Write a tree of settings as text by dotted key."""
-    if not isinstance(tree, dict) or not tree:
-        return {start: "null" if tree is None else str(tree)} if start else {}
-    return {
-        key: value for name, part in tree.items() for key, value in flat(part, f"{start}.{name}".lstrip(".")).items()
-    }
 
 
 def differences(configs: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:

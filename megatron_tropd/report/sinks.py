@@ -1,4 +1,4 @@
-"""Where metrics go: ``RUN/metrics.jsonl`` always, TensorBoard and Weights & Biases on request. One rank writes."""
+"""Where metrics go: ``RUN/metrics.jsonl`` always, TensorBoard and services on request. One rank writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Any, Protocol, Self, SupportsFloat
 
 from megatron_tropd.errors import ConfigError, DataError
 from megatron_tropd.report.metrics import unknown_names
+from megatron_tropd.report.trackers import open_tracker
 from megatron_tropd.storage.write_aside import make_directory, storage_errors, write_aside
 
 logger = logging.getLogger(__name__)
@@ -145,9 +145,13 @@ def _finite(value: SupportsFloat | None) -> Number:
 
 
 def open_sinks(
-    run_dir: str | Path, *, tensorboard: bool = False, wandb: str | None = None, config: Mapping[str, Any] | None = None
+    run_dir: str | Path, *, tensorboard: bool = False, config: Mapping[str, Any] | None = None, **projects: str | None
 ) -> list[Sink]:
-    """Open the optional sinks requested: TensorBoard events in ``RUN/tensorboard``, a run in the W&B project ``wandb``.
+    """Open the optional sinks requested: TensorBoard events in ``RUN/tensorboard``, a run in each service's project.
+
+    Args:
+        config: what a service shows as the run's configuration.
+        projects: by name of ``trackers.TRACKERS``; None: not requested.
 
     Raises:
         ConfigError: a package that is needed is not installed.
@@ -155,8 +159,9 @@ def open_sinks(
     sinks: list[Sink] = []
     if tensorboard:
         sinks.append(TensorBoardSink(Path(run_dir) / "tensorboard"))
-    if wandb is not None:
-        sinks.append(WandbSink(Path(run_dir), project=wandb, config=config or {}))
+    for name, project in projects.items():
+        if project is not None:
+            sinks.append(open_tracker(name, Path(run_dir), project, config or {}))
     return sinks
 
 
@@ -189,34 +194,3 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
-
-
-class WandbSink:
-    """A Weights & Biases run that a restarted process finds again by the id kept in ``RUN/wandb_id``."""
-
-    def __init__(self, run_dir: Path, *, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found,unused-ignore]
-        except ImportError as error:
-            raise ConfigError(
-                f"report.wandb = {project!r} needs the package wandb, which is not installed. "
-                "Run `pip install wandb`, or set report.wandb=null."
-            ) from error
-        kept = run_dir / "wandb_id"
-        identity = kept.read_text(encoding="utf-8").strip() if kept.exists() else uuid.uuid4().hex[:8]
-        make_directory(run_dir)
-        write_aside(kept, identity + "\n")
-        self._run = wandb.init(
-            project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir), config=dict(config)
-        )
-
-    def write(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Log the numbers that are there."""
-        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-
-    def truncate_after(self, step: int) -> None:
-        """Do nothing: the service keeps its first value of a step, and a repeated step has the same values."""
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()

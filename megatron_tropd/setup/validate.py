@@ -29,6 +29,7 @@ from megatron_tropd.losses.multipliers import WHOLE_SEQUENCE
 from megatron_tropd.losses.terms import NONE
 from megatron_tropd.methods import Method, method_of
 from megatron_tropd.report.terminal import say
+from megatron_tropd.report.trackers import TRACKERS
 from megatron_tropd.rollout.engines.checks import check_logprobs
 from megatron_tropd.rollout.engines.recorded import check_recorded
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
@@ -211,11 +212,12 @@ def check_packages(config: RunConfig) -> None:
             "process only one can leave the GPU while it has nothing to do. Set teacher.vllm.sleep=false, or have "
             "servers for one of them."
         )
-    for name, wanted in (("tensorboard", config.report.tensorboard), ("wandb", config.report.wandb is not None)):
-        if wanted and importlib.util.find_spec(name) is None:
+    clients = {name: (row.package, row.install) for name, row in TRACKERS.items()}
+    for name, (package, install) in {"tensorboard": ("tensorboard", "tensorboard"), **clients}.items():
+        if getattr(config.report, name) and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"report.{name} needs the package {name}, which is not installed. "
-                f"Run `pip install {name}`, or take report.{name} out of the config."
+                f"report.{name} needs the package {install}, which is not installed. "
+                f"Run `pip install {install}`, or take report.{name} out of the config."
             )
 
 

@@ -25,6 +25,9 @@ RESULTS = (
     "wandb_id",
     "wandb",
     "mlflow_id",
+    "trackio_id",
+    "swanlab_id",
+    "swanlog",
 )
 MEASURED = ("metrics.jsonl", EVALUATION_FILE)
 _ASIDE = "earlier-run"

@@ -39,6 +39,7 @@ from megatron_tropd.report.sample_text import print_samples
 from megatron_tropd.report.sinks import MetricsWriter, open_sinks
 from megatron_tropd.report.table import print_accuracies
 from megatron_tropd.report.terminal import say
+from megatron_tropd.report.trackers import TRACKERS, versions
 from megatron_tropd.rollout.engines.megatron import MegatronSampler
 from megatron_tropd.rollout.engines.registry import ROLLOUT_ENGINES
 from megatron_tropd.rollout.protocol import Sampler
@@ -292,8 +293,8 @@ def _metrics_writer(config: RunConfig, first_step: int, *, enabled: bool) -> Ite
     sinks = open_sinks(
         config.run_dir,
         tensorboard=config.report.tensorboard,
-        wandb=config.report.wandb,
-        config=config.named.model_dump(mode="json"),
+        config=config.named.model_dump(mode="json") | {"versions": versions()},
+        **{name: getattr(config.report, name) for name in TRACKERS},
     )
     with MetricsWriter(config.run_dir / "metrics.jsonl", sinks=sinks) as writer:
         writer.truncate_after(first_step if first_step else -1)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.errors import DataError, StorageError
-from megatron_tropd.report.comparison import MOST_RUNS, differences, flat, write_comparison
+from megatron_tropd.report.comparison import MOST_RUNS, differences, write_comparison
 from megatron_tropd.report.html import write_report
 from megatron_tropd.report.records import AFTER, BEFORE, Evaluation, record_evaluations
+from megatron_tropd.report.settings import flat
 from megatron_tropd.report.watch import signature, watch
 
 
