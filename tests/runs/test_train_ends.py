@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_tropd.rollout.engines.recorded import read_rollouts
-from tests.support.run_inputs import STUDENT, TEACHER, Task, commands, make_task, save_model, steady_metrics
+from tests.support.run_inputs import ROOT, STUDENT, TEACHER, Task, commands, make_task, save_model, steady_metrics
 
 PAD, EOS = 0, 1  # of the demo's tokenizer: the teacher ends with the one, the student with the other
 QUIET = ("report.samples=0", "report.html=false", "evaluate.prompts=null", "checkpoint.every=0", "train.steps=2")
@@ -89,6 +89,37 @@ def test_a_teacher_on_ranks_of_its_own_says_of_the_ends_what_a_shared_one_says(
     for name in own:
         shared, apart = (steady_metrics(directory / where / name) for where in ("shared", "apart"))
         assert apart == shared and shared[0]["reverse_kl"] > 0.1, name
+
+
+def test_a_base_student_learns_to_stop_from_a_teacher_that_ends_otherwise(tmp_path: Path):
+    """The demo's student, which ends with ``<pad>`` and not as surely as the teacher with ``<eos>``: told apart, it has
+    unlearned to end after four such steps (less than a fifth of its responses do).
+    """
+    from safetensors.torch import load_file, save_file
+
+    demo = ROOT / "examples" / "demo"
+    base = shutil.copytree(demo / "student", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[[PAD, EOS]] = embedding[[EOS, PAD]]
+    embedding[PAD] *= 0.3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": PAD}))
+    changes = ["method.name=opd", "optimizer.lr=1e-3", "optimizer.warmup_steps=1", "train.prompts_per_step=8"]
+    changes += ["rollout.samples_per_prompt=2", "rollout.max_new_tokens=48", "export.hf=null", UNGUIDED, *QUIET]
+    changes += ["train.steps=16", "student.parallel.tensor=1", "teacher.parallel.tensor=1", f"student.model={base}"]
+    train = (f"data.prompts={demo}/data/train.jsonl", f"teacher.model={demo}/teacher", f"run_dir={tmp_path}/run")
+    job = commands().start("train", demo / "demo.yaml", *changes, *train, cwd=ROOT)
+    job.until(lambda: lines_of(tmp_path / "run" / "metrics.jsonl") >= 5)
+    job.kill()
+    finished = [row["finished_fraction"] for row in steady_metrics(tmp_path / "run")[:5]]
+    assert finished[0] < 0.9 and np.mean(finished[3:]) > 0.8, finished
+
+
+def lines_of(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def of(trained: tuple[Path, str], mode: str, metric: str) -> dict[str, float]:
