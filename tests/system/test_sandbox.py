@@ -23,7 +23,7 @@ import pytest
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.evaluate import grader_pool, sandbox
-from megatron_tropd.evaluate.memory_limit import MemoryGroup
+from megatron_tropd.evaluate.memory_limit import MemoryGroup, open_group
 from megatron_tropd.evaluate.sandbox import Isolation, Outcome, SandboxLimits, run_program
 from tests.support.two_nodes import NAMESPACES_REQUIRED
 
@@ -533,6 +533,23 @@ def test_memory_in_files_without_a_name_counts(isolated, grouped, monkeypatch):
         time.sleep(600)
     """
     limits = replace(TIGHT, file_bytes=32 << 20)
+    outcome = run_program(textwrap.dedent(hides), limits=limits, isolation=replace(isolated, filtered=False))
+    assert outcome.reason == "used more than 256 MiB of memory"
+
+
+def test_a_control_group_ends_what_looking_does_not_see(isolated, monkeypatch):
+    probe = open_group(1 << 20)
+    if probe is None:
+        pytest.skip("no control group that counts memory can be made by this user on this machine")
+    probe.close()
+    monkeypatch.setattr(sandbox, "memory_of", lambda pid: 0)
+    hides = """
+        import os, time
+        for _ in range(40):
+            os.write(os.memfd_create("x"), bytes(16 << 20))
+        time.sleep(600)
+    """
+    limits = replace(TIGHT, seconds=60.0, file_bytes=32 << 20)
     outcome = run_program(textwrap.dedent(hides), limits=limits, isolation=replace(isolated, filtered=False))
     assert outcome.reason == "used more than 256 MiB of memory"
 

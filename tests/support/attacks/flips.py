@@ -167,7 +167,7 @@ def checkpoint(directory: Path) -> Path:
 
 
 def read_checkpoint(root: Path) -> Any:
-    """What every start does with a checkpoint before anything of it is loaded."""
+    """What every start does with a checkpoint before anything of it is loaded, and what it would load then."""
     from megatron_tropd.engine import checkpoint as module
 
     alone = SimpleNamespace(
@@ -178,7 +178,7 @@ def read_checkpoint(root: Path) -> Any:
     with mock.patch.object(module, "dist", alone):
         state = module.read_state(root)
         module.check_contents(root)
-    return sorted(state.items())
+    return sorted(state.items()), [(name, (root / name).read_bytes()) for name in sorted(state["files"])]
 
 
 def latest(directory: Path) -> Path:
