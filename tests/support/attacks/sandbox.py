@@ -173,7 +173,8 @@ def attempts(*, unconfined: bool, quick: bool | None) -> dict[str, tuple[bool, s
                 continue
             values = {"pid": target.pid, "port": target.port, "name": target.name, "file": target.file, "key": _KEY}
             outcome = run_program(_CALL + textwrap.dedent(source).format(**values), limits=limits)
-            found[name] = (not outcome.ok, outcome.reason[:100])
+            # one that was not run shows nothing
+            found[name] = (not outcome.ok and not outcome.unrun, outcome.reason[:100])
     return found
 
 
