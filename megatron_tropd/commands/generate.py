@@ -361,7 +361,9 @@ def _build_sampler(job: _Job, sampling: Sampling, groups: Groups, device: torch.
     with Phase(f"starting {sampling.engine}"):
         sampler = ROLLOUT_ENGINES[sampling.engine].build(context)
     weights = open_weights(job.model)
-    sampler.update_weights(((name, weights[name][:].to(dtype)) for name in weights), version=0)
+    with Phase("handing on the weights", total=len(weights)) as phase:
+        named = phase.watch((name, weights[name][:].to(dtype)) for name in weights)
+        sampler.update_weights(named, version=0)
     return sampler
 
 

@@ -394,7 +394,8 @@ def load_model(source: ModelPath, groups: Groups, *, dtype: torch.dtype, device:
     """
     architecture, weights = source_architecture(source), open_weights(source)
     check_weights(weights, architecture)  # a wrong config.json may give a model of any size
-    model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False, **options)
+    with Phase("building the model"):
+        model = build_model(architecture, groups, dtype=dtype, device=device, initialize=False, **options)
     load_weights(model, weights)
     return model
 
