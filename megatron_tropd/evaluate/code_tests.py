@@ -33,6 +33,7 @@ class _Nothing:
 class _Name(_Nothing):
     def __bool__(self): return True
 """
+_EXITS = ("exit", "quit", "sys.exit", "os._exit", "SystemExit")
 _FORMS = (
     "assertions, HumanEval's check(candidate) with code.entry_point, pytest functions, unittest classes, a JSON list "
     "of assertions, or JSON of inputs and outputs"
@@ -142,8 +143,16 @@ def _object_tests(tree: Mapping[str, Any], entry_point: str) -> CodeReference:
             raise _refused(json.dumps(tree), "has inputs and outputs of different number, or none")
         if name:
             return _call_tests(name, [(_as_arguments(i), o) for i, o in zip(inputs, outputs, strict=True)])
+        if any(isinstance(given, list) and not all(isinstance(line, str) for line in given) for given in inputs):
+            raise _refused(
+                json.dumps(tree),
+                "has arguments as inputs, and no name of what to call: give its column as code.entry_point",
+            )
         return _printing_tests(list(zip(inputs, outputs, strict=True)))
     if "input" in tree and "output" in tree:
+        given, printed = tree["input"], tree["output"]
+        if isinstance(given, list) and isinstance(printed, list) and len(given) == len(printed) and not name:
+            return _object_tests({"inputs": given, "outputs": printed}, name)  # of CodeContests: a list of each
         return _case_tests([tree], name)
     raise _refused(json.dumps(tree), f"is a JSON object with {sorted(tree)}")
 
@@ -228,7 +237,7 @@ def _python_tests(source: str, entry_point: str) -> CodeReference:
         raise _refused(
             source, "runs doctest.testmod(), the examples of the answer's own docstrings: without any it passes"
         )
-    removed = without_runners(tree)
+    removed = without_runners(tree) | _without_exits(tree, source)
     forms, calls = _calls(tree, source, entry_point)
     called = ast.parse("\n".join(calls))
     if not any(_can_fail(node) for node in _reached([*tree.body, *called.body], tree)):
@@ -239,6 +248,42 @@ def _python_tests(source: str, entry_point: str) -> CodeReference:
         tests=(ast.unparse(tree) if removed else source, "\n".join(calls)),
         wanted=frozenset(wanted - _harness(tree)),
     )
+
+
+def _without_exits(tree: ast.Module, source: str) -> bool:
+    """Take an exit of status 0 off the end of tests, in place; say whether there was one.
+
+    Raises:
+        DataError: they end the process elsewhere than where they fail: what ends early is not seen to pass.
+    """
+    bodies = [
+        tree.body,
+        *(node.body for node in tree.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)),
+    ]
+    found = False
+    for body in bodies:
+        if body and _succeeds(body[-1]):
+            body[-1], found = ast.copy_location(ast.Pass(), body[-1]), True
+    always = [node for body in bodies for node in body if _exit_arguments(node) is not None]
+    early = [node for node in ast.walk(tree) if _succeeds(node)]
+    for node in (*always, *early):
+        raise _refused(
+            source, f"ends the process by {ast.unparse(node)[:40]!r}, by which no program is seen to pass: use assert"
+        )
+    return found
+
+
+def _succeeds(node: ast.AST) -> bool:
+    arguments = _exit_arguments(node)
+    return arguments is not None and all(isinstance(one, ast.Constant) and not one.value for one in arguments)
+
+
+def _exit_arguments(node: ast.AST) -> list[ast.expr] | None:
+    """Return what a statement that ends the process gives as its status; None for other nodes."""
+    call = node.value if isinstance(node, ast.Expr) else node.exc if isinstance(node, ast.Raise) else None
+    if isinstance(call, ast.Call) and ast.unparse(call.func) in _EXITS:
+        return call.args
+    return [] if isinstance(node, ast.Raise) and isinstance(call, ast.Name) and call.id == "SystemExit" else None
 
 
 def _calls(tree: ast.Module, source: str, entry_point: str) -> tuple[list[str], list[str]]:
@@ -296,7 +341,9 @@ def _run_unittest(*classes):
 
 def _class_calls(node: ast.ClassDef, tree: ast.Module) -> tuple[str, list[str]] | None:
     tests = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
-    tests = [part for part in tests if part.name.startswith("test")]
+    tests = [part for part in tests if part.name.startswith("test") and not _is_skipped(part)]
+    if _is_skipped(node):
+        return None
     if _is_test_case(node, tree):
         if not tests and not any(_is_test_case(other, tree) for other in _bases(node, tree)):
             return None
@@ -314,6 +361,10 @@ def _class_calls(node: ast.ClassDef, tree: ast.Module) -> tuple[str, list[str]] 
         call = f"_instance.{part.name}()"
         lines.append(f"__import__('asyncio').run({call})" if isinstance(part, ast.AsyncFunctionDef) else call)
     return "pytest classes", lines
+
+
+def _is_skipped(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(_called(one) == "skip" for one in node.decorator_list)
 
 
 def _is_test_case(node: ast.ClassDef, tree: ast.Module) -> bool:

@@ -19,6 +19,9 @@ BlockRule = Literal["definitions", "last", "first", "all", "response"]
 _PYTHON = ("python", "python3", "py", "py3", "python2", "pycon", "sage")
 _FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*\{?[ \t]*\.?(?P<language>[\w+-]*)(?P<rest>[^\n`]*)$")
 _STARTS = re.compile(r"^(?:def|class|import|from|@\w|async def|for|while|if|try|with)\b|^\w+ ?=|^print\(|^@")
+_QUOTE = re.compile(r"^ {0,3}> ?")
+_QUOTED_FENCE = re.compile(r"^ {0,3}> ?(?:`{3}|~{3})")
+_INVISIBLE = {0xA0: " ", 0x202F: " ", 0xFEFF: None, 0x200B: None, ord("\r"): None}  # of pages that were copied
 _MOST_TRIES = 8  # ends of a block, and places in a text, at which a program may end or begin
 _LONGEST = 200_000  # characters; a longer response holds no program
 
@@ -50,12 +53,26 @@ def program_of(response: str, *, rule: BlockRule = "definitions", wanted: Collec
         return None
     if rule == "response":
         return response if response.strip() else None
+    response = _plain(response)
     blocks = _candidates(blocks_of(response))
     if not blocks:
         return _bare_code(response)
     if rule in ("last", "first"):
         return blocks[-1 if rule == "last" else 0]
     return "\n".join(blocks) if rule == "all" else _that_define(blocks, wanted)
+
+
+def _plain(response: str) -> str:
+    """Return a response without what stands around all of it: invisible characters, a language that the prompt's fence
+    awaited, a quotation's marks, an indentation."""
+    text = response.translate(_INVISIBLE)
+    first, _, rest = text.lstrip("\n").partition("\n")
+    if first.strip().lower() in _PYTHON and not first[:1].isspace():
+        return rest
+    lines = text.split("\n")
+    if any(_QUOTED_FENCE.match(line) for line in lines):
+        return "\n".join(_QUOTE.sub("", line) for line in lines)
+    return text
 
 
 def blocks_of(response: str) -> list[CodeBlock]:
@@ -171,9 +188,10 @@ def _reads_input(tree: ast.Module) -> bool:
 def _bare_code(response: str) -> str | None:
     """Return the code in a text without fences: the first stretch of lines that compiles, as long as it can be."""
     text = response.replace("```", "").replace("~~~", "") if len(response.splitlines()) == 1 else response
-    if _is_code(text):
-        return text
-    lines = text.split("\n")
+    for whole in (text, textwrap.dedent(text)):
+        if _is_code(whole):
+            return whole
+    lines = _indented_block(text.split("\n"))
     starts = [row for row, line in enumerate(lines) if _STARTS.match(line)][:_MOST_TRIES]
     for start in starts:
         end = len(lines)
@@ -186,6 +204,16 @@ def _bare_code(response: str) -> str | None:
         if end > start and _is_code(code):
             return code + "\n"
     return None
+
+
+def _indented_block(lines: list[str]) -> list[str]:
+    """Return the lines of a text, with those that four spaces or a tab make a block of Markdown set off by as many.
+
+    Only where no line without them begins like code: there the indentation is Python's.
+    """
+    if any(_STARTS.match(line) for line in lines):
+        return lines
+    return [line.removeprefix("\t") if line.startswith("\t") else line.removeprefix("    ") for line in lines]
 
 
 # --------------------------------------------------------------------------- looking at code

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -148,6 +149,22 @@ def test_evaluate_grades_both_models_and_leaves_the_results_of_a_training_run_al
     assert "100.0" in again.output and "is left as it is" in again.output
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == recorded
     assert again.outputs[1] == ""
+
+
+def test_a_teacher_with_another_template_answers_in_a_run_s_evaluation_as_it_does_alone(task: Task, tmp_path: Path):
+    teacher = tmp_path / "other"
+    shutil.copytree(task.teacher, teacher)
+    settings = json.loads((teacher / "tokenizer_config.json").read_text())
+    settings["chat_template"] = settings["chat_template"].replace("<|user|>", "<|user|>9: ")
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"name: greedy\nprompts: {task.directory}/heldout.jsonl\nmax_new_tokens: 11\nmax_problems: 3\n")
+    commands().run("evaluate", teacher, "--suite", suite, "--out", tmp_path, "--dtype", "fp32").expect_success()
+    here = (f"teacher.model={teacher}", f"run_dir={tmp_path}/run", f"evaluate.suites=[{{file: {suite}}}]")
+    outcome = commands().run("evaluate", task.config, *here).expect_success()
+    assert "has another chat template" not in outcome.output  # nothing is scored here
+    alone, beside = tmp_path / "answers-other-greedy.jsonl", tmp_path / "run" / "answers-teacher-greedy.jsonl"
+    assert alone.read_text() == beside.read_text() and len(read_rows(alone)) == 3
 
 
 def test_a_problem_is_solved_when_one_of_its_answers_is_right():

@@ -12,6 +12,7 @@ from megatron_tropd.evaluate.grader_pool import GraderPool, Item
 from megatron_tropd.evaluate.rules import GradingRule, check_reference
 
 WRONG, RIGHT = (f"```python\ndef add(a, b):\n    return {body}\n```" for body in ("0", "a + b"))
+EMPTY = "```python\npass\n```"
 READS = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 PRINTS = "```python\nprint(0)\n```"
 TEST = "assert add(1, 2) == 3"
@@ -43,6 +44,10 @@ FORMS = {
     "from __future__ first": f"from __future__ import annotations\n{TEST}",
     "raises": "if add(1, 2) != 3:\n    raise ValueError('wrong')",
     "a function that is called": f"def run():\n    {TEST}\nrun()",
+    "exit at the end": f"import sys\n{TEST}\nsys.exit(0)",
+    "guarded exit": f"def main():\n    {TEST}\nif __name__ == '__main__':\n    main()\n    exit()",
+    "exit where it is wrong": "import sys\nif add(1, 2) != 3:\n    sys.exit('wrong')",
+    "a class of which one test is skipped": UNIT + "    @unittest.skip('no')\n    def test_b(self):\n        pass\n",
     "a loop": "for a in range(3):\n    assert add(a, 1) == a + 1",
 }
 PRINTED = {
@@ -50,6 +55,7 @@ PRINTED = {
     "lines in lists": {"inputs": [["1 2", ""]], "outputs": [["3"]]},
     "JSON list of stdin cases": [{"input": "1 2", "output": "3"}],
     "stdin cases with a type": [{"type": "stdin_stdout", "input": "1 2", "output": " 3.0 \n\n"}],
+    "lists of CodeContests": {"input": ["1 2\n", "3 4\n"], "output": ["3\n", "7\n"]},
     "JSON in the tests": {"tests": json.dumps({"inputs": ["1 2"], "outputs": ["3"]})},
 }
 REFUSED = {
@@ -79,6 +85,17 @@ REFUSED = {
         "give its column as code.entry_point",
     ),
 }
+REFUSED |= {
+    "arguments without a name": (json.dumps({"inputs": [[1, 2]], "outputs": [3]}), "no name of what to call"),
+    "a computed status": ("exit(add(1, 2) != 3)", "by which no program is seen to pass"),
+    "an early exit": ("import sys\nif add(1, 2) == 3:\n    sys.exit(0)\nassert False", "is seen to pass"),
+    "always exit 1": (f"{TEST}\nraise SystemExit(1)", "is seen to pass"),
+    "every test is skipped": (
+        UNIT.replace("    def", "    @unittest.skip('no')\n    def"),
+        "asserts nothing that is run",
+    ),
+    "the class is skipped": (UNIT.replace("class", "@unittest.skip('no')\nclass"), "asserts nothing that is run"),
+}
 # found by running them only
 USELESS = {
     "caught": f"try:\n    {TEST}\nexcept Exception:\n    pass",
@@ -106,7 +123,7 @@ def correct(pool: GraderPool, reference: str, *responses: str) -> list[bool]:
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_that_is_accepted_tells_wrong_from_right(pool, name):
     assert pool.check(RULE, [FORMS[name]]) == [""]
-    assert correct(pool, FORMS[name], WRONG, RIGHT) == [False, True]
+    assert correct(pool, FORMS[name], EMPTY, WRONG, RIGHT) == [False, False, True]
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -115,7 +132,7 @@ def test_cases_of_input_and_output_tell_wrong_from_right(pool, name):
     assert pool.check(RULE, [reference]) == [""]
     guarded = "```python\nimport sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n"
     guarded += "if __name__ == '__main__':\n    import threading\n    threading.Thread(target=main).start()\n```"
-    assert correct(pool, reference, PRINTS, READS, guarded) == [False, True, True]
+    assert correct(pool, reference, EMPTY, PRINTS, READS, guarded) == [False, False, True, True]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -46,6 +46,12 @@ FORMS = {
     "List without its import": f"{FENCE}def add(a: List[int], b) -> Optional[int]:\n    return a + b\n```",
     "a second attempt": f"{FENCE}def add(a, b):\n    return a\n```\nThat is wrong:\n{FENCE}{CODE}```",
     "a shell block behind it": f"{FENCE}{CODE}```\nRun it:\n```bash\npython add.py\n```",
+    "the prompt opened the fence, and the language is the response's": f"python\n{CODE}```\nThis adds.",
+    "a quotation": "> ```python\n> def add(a, b):\n>     return a + b\n> ```\n> It adds.",
+    "an indented block": "So:\n\n    def add(a, b):\n        return a + b\n\nIt adds.",
+    "bare code, all of it indented": "    def add(a, b):\n        return a + b\n",
+    "lines as another system ends them": f"{FENCE}{CODE}```\n".replace("\n", "\r\n"),
+    "spaces that do not break, a mark of byte order": f"\ufeff{FENCE}\ufeff{CODE}```".replace("    ", "\u00a0" * 4),
     "a demonstration at its end": f"{FENCE}{CODE}if __name__ == '__main__':\n    print(add(input(), input()))\n```",
 }
 MODULES = {

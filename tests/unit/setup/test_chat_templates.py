@@ -81,3 +81,18 @@ def test_options_that_no_template_reads_are_named(config: Any, tmp_path: Path, c
     assert "data.template_options sets thinking: the student's chat template does not read them" in caplog.text
     chat_templates.warn_of_unread_options(config, load_tokenizer(tmp_path / "plain"))
     assert "sets role, thinking: the student's chat template has none" in caplog.text
+
+
+def test_a_teacher_of_the_same_template_with_other_ends_is_evaluated_by_its_own(config: Any, tmp_path: Path):
+    plain = "{% for m in messages %}[{{m['role']}}]{{m['content']}}{% endfor %}"
+    for name, end in (("base", "<eos>"), ("instruct", "<turn>")):
+        specials = ("<pad>", "<eos>", "<turn>")
+        save_byte_tokenizer(tmp_path / name, specials=specials, template=plain, eos_token=end)
+    student = load_tokenizer(tmp_path / "base")
+    config.teacher = config.teacher.model_copy(update={"model": tmp_path / "instruct"})
+    suites = datasets.complete_suites(config.evaluate, config.data, budget=9)
+    problems = datasets.read_problems(suites, config.data, student, allow_code=False)
+    own, _ = chat_templates.teacher_problems(config, suites, student, problems)
+    assert [own.token_text(i) for i in own.eos_ids] == ["<turn>"]
+    (found,) = chat_templates.template_differences(config, student)
+    assert not found.prompts and found.ends == ("<eos>", "<turn>")
