@@ -34,7 +34,13 @@ _ANOTHER = re.compile(
 )
 _FONT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathsf|bf) ?\{([^{}]{0,40})\}")
 _SMALL = re.compile(r"(?m:^\W{0,3}\(([a-j])\)\W{0,3}$)|(?i:\banswer|\bchoice|\boption)(?: is)?:? \(([a-j])\)")
-_NAMED = re.compile(rf"(?i:\banswer|\bchoice|\boption)[*_]{{0,2}} ?{_LETTER}{_NOT_A_WORD}")
+_NAMED = (
+    re.compile(rf"(?i:\banswer|\bchoice|\boption)[*_]{{0,2}} ?{_LETTER}{_NOT_A_WORD}"),
+    # "It is B." at the end of a clause
+    re.compile(
+        rf"\b(?i:it is|it['\u2019]s|it has to be|it should be) {_LETTER}(?=[*_\"')\]}}$]{{0,4}}(?:[.,;:!\n]|$))"
+    ),
+)
 _BEGINS = re.compile(r"^\W{0,3}([A-J])(?:[.):]|\W{0,3}$)")
 _LINE = re.compile(r"(?m:^\W{0,3}([A-J])\W{0,3}$)")
 
@@ -43,14 +49,14 @@ def chosen_letter(response: str) -> str | None:
     """Return the letter, A to J, that a response settles on; None where it settles on none.
 
     Believed in this order, the last one of a kind: ``\\\\boxed{B}``, also ``\\\\boxed{B. 42}``; ``#### B``; a statement
-    ("the answer is (B)", "B is correct", "I choose B"); one that is named ("option B"); a response that begins with the
-    letter ("B) because ..."); a line that holds nothing else. Outside a box only capital letters count, or small ones
-    in parentheses: "a" is mostly a word. One that another is named beside ("A or B") settles on none.
+    ("the answer is (B)", "B is correct", "I choose B"); one that is named ("option B", "it is B."); a response that
+    begins with the letter ("B) because ..."); a line that holds nothing else. Outside a box only capital letters count,
+    or small ones in parentheses: "a" is mostly a word. One that another is named beside ("A or B") settles on none.
     """
     # runs of white space become one character: every pattern then looks at a bounded stretch of text
     text = re.sub(r"\s+", lambda run: "\n" if "\n" in run.group() else " ", response.strip())
     text = _FONT.sub(r"\1", text)
-    for patterns in ((_BOX,), (_MARKED,), _STATED, (_NAMED,), (_BEGINS,), (_LINE,), (_SMALL,)):
+    for patterns in ((_BOX,), (_MARKED,), _STATED, _NAMED, (_BEGINS,), (_LINE,), (_SMALL,)):
         stated = [match for pattern in patterns for match in _last(pattern, text)]
         if stated:
             return _settled(max(stated, key=lambda match: match.end()))

@@ -47,7 +47,10 @@ _DELIMITERS = (
 )
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|boxed|fbox)\s?\{([^{}]*)\}")
 _BOX_PIECES = re.compile(r"\\(?:boxed|fbox)\s?\{|\\(?:boxed|fbox)\s([^\s{}\\$,.]+)|\\.|[{}]", re.DOTALL)
-_JOINT = re.compile(r"\\text\s?\{\s?(?:and|or)\s?\}|\\(?:quad|qquad|\)|\(|[,; ])|\band\b|\bor\b|[,;&$\s]")
+_JOINT = re.compile(
+    r"\\text\s?\{\s?(?:and|or)\s?\}|\\(?:quad|qquad|\)|\(|[,; ])|\band\b|\bor\b"
+    r"|\b[a-zA-Z](?:_\{?\w\}?)? ?=|[,;&$\s]"  # "x = 1 or x = 2": the name of a variable joins, too
+)
 _JOINS = re.compile(r"and|or|[,;&]")
 _DECIMAL = re.compile(
     r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:[eE]([-+]?\d{1,4})|\\times10\^\{?([-+]?\d{1,4})\}?)?"
