@@ -254,7 +254,7 @@ def _without_exits(tree: ast.Module, source: str) -> bool:
     """Take an exit of status 0 off the end of tests, in place; say whether there was one.
 
     Raises:
-        DataError: they end the process elsewhere than where they fail: what ends early is not seen to pass.
+        DataError: they end the process elsewhere than where they fail: what ends early never passes.
     """
     bodies = [
         tree.body,
@@ -267,9 +267,7 @@ def _without_exits(tree: ast.Module, source: str) -> bool:
     always = [node for body in bodies for node in body if _exit_arguments(node) is not None]
     early = [node for node in ast.walk(tree) if _succeeds(node)]
     for node in (*always, *early):
-        raise _refused(
-            source, f"ends the process by {ast.unparse(node)[:40]!r}, by which no program is seen to pass: use assert"
-        )
+        raise _refused(source, f"ends the process by {ast.unparse(node)[:40]!r}, so that no program passes: use assert")
     return found
 
 

@@ -191,6 +191,10 @@ def test_a_bad_override_is_named_with_key_value_and_rule(config_path: Path, over
         (["train.minibatches=641"], "train.minibatches = 641 is more than the 640 sequences of a step."),
         (["optimizer.warmup_steps=200"], "optimizer.warmup_steps = 200 never ends: train.steps = 200."),
         (["optimizer.min_lr=1"], "optimizer: min_lr = 1.0 is above lr = 5e-06."),
+        (["optimizer.momentum=0.9"], "momentum = 0.9 is not read with name = adam."),
+        (["optimizer.name=sgd", "optimizer.beta1=0.8"], "beta1 = 0.8 is not read with name = sgd."),
+        (["optimizer.min_lr=1e-7"], "min_lr = 1e-07 is not read with schedule = constant."),
+        (["optimizer.eps=1e-50"], "optimizer.eps = 1e-50: must be"),  # 0 in fp32: Adam would divide 0 by 0
         (["optimizer.name=sgd", "optimizer.distributed=true"], "Set distributed to false, or name to adam."),
         (["export.hf=./student"], "export.hf = 'student' is student.model, which would be overwritten."),
         (["export.hf=${teacher.model}"], "export.hf = 'teacher' is teacher.model, which would be overwritten."),

@@ -322,3 +322,13 @@ def test_a_system_message_that_the_template_drops_is_said(loaded, tmp_path: Path
 def test_every_family_differs_where_it_should():
     ends: dict[str, Family] = FAMILIES
     assert len({family.template for family in ends.values()}) >= 10
+
+
+def test_marks_that_are_special_stand_in_an_answer_s_text_and_its_end_does_not(tmp_path: Path):
+    marks = ("<think>", "</think>")
+    save_byte_tokenizer(tmp_path / "special", specials=("<pad>", "<eos>", *marks))
+    save_byte_tokenizer(tmp_path / "plain", extra=marks)
+    for name in ("special", "plain"):
+        tokenizer = load_tokenizer(tmp_path / name)
+        ids = tokenizer.encode("<think>x</think>y<eos>z")
+        assert tokenizer.response_text(ids) == "<think>x</think>y"

@@ -87,9 +87,9 @@ REFUSED = {
 }
 REFUSED |= {
     "arguments without a name": (json.dumps({"inputs": [[1, 2]], "outputs": [3]}), "no name of what to call"),
-    "a computed status": ("exit(add(1, 2) != 3)", "by which no program is seen to pass"),
-    "an early exit": ("import sys\nif add(1, 2) == 3:\n    sys.exit(0)\nassert False", "is seen to pass"),
-    "always exit 1": (f"{TEST}\nraise SystemExit(1)", "is seen to pass"),
+    "a computed status": ("exit(add(1, 2) != 3)", "so that no program passes"),
+    "an early exit": ("import sys\nif add(1, 2) == 3:\n    sys.exit(0)\nassert False", "so that no program passes"),
+    "always exit 1": (f"{TEST}\nraise SystemExit(1)", "so that no program passes"),
     "every test is skipped": (
         UNIT.replace("    def", "    @unittest.skip('no')\n    def"),
         "asserts nothing that is run",
