@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_tropd.convert import writer as writing
 from megatron_tropd.convert.companions import check_companions, companions_of, copy_companions
 from megatron_tropd.convert.hf import HFWeights, read_architecture
 from megatron_tropd.data.tokenizer import load_tokenizer
@@ -73,3 +76,23 @@ def test_an_export_whose_tokenizer_is_not_the_one_it_came_with_does_not_count_as
         (target / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer of the export|has no tokenizer that loads"):
         check_companions(source, target)
+
+
+def test_a_writer_loads_the_tokenizer_again_before_its_export_is_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    def forgets(source: Path, target: Path) -> None:
+        copy_companions(source, target)
+        (target / "tokenizer.json").unlink()
+
+    source = tmp_path / "source"
+    source.mkdir()
+    copy_companions(DEMO, source)
+    tensors = {"model.norm.weight": torch.ones(3)}
+    for copied, fits in ((forgets, False), (copy_companions, True)):
+        monkeypatch.setattr(writing, "copy_companions", copied)
+        writer = writing.HFWriter(
+            tmp_path / "target", companions_from=source, tensors={"model.norm.weight": (3,)}, dtype=torch.float32
+        )
+        writer.write(tensors.items())
+        with nullcontext() if fits else pytest.raises(CheckpointError, match="has no tokenizer that loads"):
+            writer.finish()
+        assert (tmp_path / "target").exists() == fits

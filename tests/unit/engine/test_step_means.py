@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from megatron_tropd.engine.step import StepResult, _Sums, means_over_tokens
+from megatron_tropd.engine.step import StepResult, Trainer, _Sums, means_over_tokens
 
 
 def test_minibatches_of_unequal_sizes_give_the_mean_over_tokens_not_over_minibatches():
@@ -39,3 +42,11 @@ def test_a_statistic_with_weights_of_its_own_is_a_mean_under_them_over_packs_and
 
 def test_a_minibatch_without_tokens_counts_for_nothing():
     assert means_over_tokens([StepResult(0.0, 0.0, 0.0, {})]) == (0.0, {})
+
+
+@pytest.mark.parametrize(("weight", "said"), [(1.0, "No weight was changed"), (float("nan"), "not a number since")])
+def test_an_update_that_fails_over_weights_that_are_no_numbers_does_not_say_that_none_was_changed(weight, said):
+    layer = torch.nn.Linear(2, 2)
+    layer.bias.data[1] = weight
+    trainer: Any = SimpleNamespace(model=SimpleNamespace(chunks=[layer]))
+    assert said in Trainer._blame(trainer, 3)
