@@ -6,6 +6,7 @@ With the ends for one token there is nothing to learn, whatever the objective; t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ METHODS: dict[str, list[str]] = {
     "reverse KL, top k of both": ["method.name=rkl", "method.form=topk", "method.k=6", "method.support=union"],
 }
 Metrics = dict[str, list[dict[str, Any]]]
+
+# Two passes over the same weights may add up in another order. A log-prob is a sum over the 219 ids, of terms as large
+# as it is: rounded 219 times by half a step of fp32 up or down, which together is sqrt(219)/2 = 8 steps
+APART = 8 * 2.0**-23 * math.log(219)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,7 @@ def of(trained: tuple[Path, str], mode: str, metric: str) -> dict[str, float]:
 
 
 def test_with_one_end_nothing_is_left_to_learn_whatever_the_objective(trained):
-    for metric, rounding in (("reverse_kl", 1e-6), ("loss", 1e-6), ("grad_norm", 2e-5), ("outlier_fraction", 1e-5)):
+    for metric, rounding in (("reverse_kl", APART), ("loss", APART), ("grad_norm", 2e-5), ("outlier_fraction", 1e-5)):
         assert {k: v for k, v in of(trained, "class", metric).items() if not v < rounding} == {}, metric
     # the comparison sees something
     assert min(of(trained, "exact", "reverse_kl").values()) > 1e-2
