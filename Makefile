@@ -152,7 +152,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) pybind11 setuptools wheel
-	$(PIP) --no-build-isolation --editable '.[dev,tensorboard]'
+	$(PIP) --no-build-isolation --editable '.[dev,tensorboard,mlflow]'
 	@ls megatron_tropd/_C.*.so >/dev/null 2>&1 || echo "The C++ extension was not built: the packer runs in plain Python," \
 	  "with the same result. For the fast one install a C++17 compiler and say make clean install." >&2
 	@touch $@

@@ -223,15 +223,7 @@ class HuggingFaceTokenizer:
         return _digest([str(self.path), rules, template, marks, self.eos_ids, self.turn_end, self.bos_id, self.pad_id])
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except BaseException as error:  # the Rust library raises plain Exception, or panics
-            _raise_if_ours(error)
-            _refuse_halves(text)
-            raise TokenizerError(
-                f"tokenizer {self.path} cannot encode {text[:200]!r}: {error}. "
-                "Its vocabulary may be closed (words it does not know have no token)."
-            ) from error
+        return _encoded(self.path, self._tokenizer, text, add_special_tokens=add_special_tokens)
 
 
 def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Mapping[str, Any]) -> HuggingFaceTokenizer:
@@ -245,7 +237,7 @@ def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Map
     chat, turn_end = None, None
     if chat_template and tokenizer.chat_template:
         chat = ChatTemplate(path, dict(template_options), tokenizer)
-        turn_end = _turn_end(tokenizer, chat.turn_tail, eos_ids)
+        turn_end = _turn_end(path, tokenizer, chat.turn_tail, eos_ids)
     if turn_end is not None:
         sources = {**sources, TEMPLATE: (turn_end,)}
     return HuggingFaceTokenizer(
@@ -261,10 +253,22 @@ def _load_hugging_face(path: Path, *, chat_template: bool, template_options: Map
     )
 
 
-def _turn_end(tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None:
+def _encoded(path: Path, tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    except BaseException as error:  # the Rust library raises plain Exception, or panics
+        _raise_if_ours(error)
+        _refuse_halves(text)
+        raise TokenizerError(
+            f"tokenizer {path} cannot encode {text[:200]!r}: {error}. "
+            "Its vocabulary may be closed (words it does not know have no token)."
+        ) from error
+
+
+def _turn_end(path: Path, tokenizer: Any, tail: str, eos_ids: Collection[int]) -> int | None:
     """Return the first end token, or else mark, that a template writes behind an answer; None where there is none."""
     added = tokenizer.added_tokens_decoder
-    ids = [i for i in tokenizer.backend_tokenizer.encode(tail, add_special_tokens=False).ids if i in added]
+    ids = [i for i in _encoded(path, tokenizer, tail, add_special_tokens=False) if i in added]
     if tokenizer.bos_token_id not in eos_ids:
         ids = [i for i in ids if i != tokenizer.bos_token_id]
     special = [i for i in ids if added[i].special or i in eos_ids]

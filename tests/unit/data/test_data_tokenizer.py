@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tropd.data import tokenizer as tokenizer_module
+from megatron_tropd.data.prompts import read_prompts
 from megatron_tropd.data.synthetic import problems, sft_examples, solution
 from megatron_tropd.data.tokenizer import HuggingFaceTokenizer, Tokenizer, check_same_vocabulary, load_tokenizer
 from megatron_tropd.errors import TokenizerError
@@ -127,6 +128,17 @@ def test_a_word_without_a_token_is_an_error_not_damage(demo):
         demo.encode("Zebra runs")
 
 
+def test_a_template_that_writes_what_has_no_token_is_an_error_that_quotes_it(tmp_path):
+    words = tokenizers.Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "user": 2}, unk_token="<none>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} ~fin~ {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match=r"cannot encode '[^']*~fin~"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_template_that_refuses_is_reported_with_its_reason(demo):
     with pytest.raises(TokenizerError, match="roles are user and assistant, not system"):
         demo.render_prompt([{"role": "system", "content": "x"}])
@@ -169,6 +181,19 @@ def test_the_chat_template_ends_a_base_models_answer_too(tmp_path):
     assert tokenizer.eos_ids == (0, 2, 1) and tokenizer.turn_end == 2
     # where prompts are plain text, nothing is rendered that would end a turn
     assert load_tokenizer(directory, chat_template=False).eos_ids == (0, 1)
+
+
+def test_where_the_template_writes_no_end_it_is_the_tokenizers_own(tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    for own, other in ((2, 0), (0, 2)):
+        name = {0: "<|endoftext|>", 2: "<|im_end|>"}[own]
+        generation = {"eos_token_id": [other, own]}
+        directory = save_byte_bpe(tmp_path / str(own), eos_token=name, generation=generation, chat_template=template)
+        tokenizer = load_tokenizer(directory)
+        assert set(tokenizer.eos_ids) == {0, 2} and tokenizer.turn_end == own
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "Tom", "response": "has 3"}\n')
+        (prompt,) = read_prompts(tmp_path / "rows.jsonl", tokenizer).prompts
+        assert prompt.response_ids[-1] == own and other not in prompt.response_ids
 
 
 def test_an_end_token_named_in_config_json_alone_is_enough(tmp_path):
