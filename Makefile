@@ -21,8 +21,9 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install -c con
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_TESTS := tests/vllm
 
-# one process per core, never very many: a test may itself start four ranks
-PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+# one process per core, never very many: a test may itself start four ranks. In the order of the folders: files of few
+# tests are the long ones, and by their number would come last, one worker waiting for the other
+PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # TRL, which a benchmark compares with, has its own too
 TRL_VENV := .venv-trl
