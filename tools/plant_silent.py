@@ -212,8 +212,8 @@ SILENT = (
         "a class of ends is in a divergence's gradient before it is rounded",
         "its columns keep the gradient of ids by themselves",
         "losses/vocab_parallel/divergence.py",
-        "            if plan.ends is not None:\n                plan.ends.put(",
-        "            if plan.ends is not None and not tile:\n                plan.ends.put(",
+        "            if plan.ends is not None and of_ends_TX is not None:\n                plan.ends.put(",
+        "            if plan.ends is not None and not tile and of_ends_TX is not None:\n                plan.ends.put(",
         "ranks/test_losses_precision.py::test_ends_that_are_far_apart_cost_no_digits_where_they_are_one_class",
     ),
     row(

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_tropd.errors import ConfigError
-
 
 def is_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
     """Mark the ids of the class, bool of the shape of ``ids``."""
@@ -73,36 +71,3 @@ def class_entropy(entropy_T: Tensor, end_TX: Tensor) -> Tensor:
     """Return the entropy with the class as one category: ``H + sum_E q_e log q_e - q(E) log q(E)``, ``[T]``."""
     class_T = class_logprob(end_TX)
     return entropy_T + (end_TX.exp() * end_TX).sum(-1) - class_T.exp() * class_T
-
-
-def class_divergence(loss_T: Tensor, student_TX: Tensor, teacher_TX: Tensor, *, kind: str, beta: float) -> Tensor:
-    """Return a full divergence with the class as one category, ``[T]``: the shares of its ids are replaced by its own.
-
-    ``forward_kl``: ``p log(p/q)``; ``reverse_kl``: ``q log(q/p)``; ``jsd``: ``beta p log(p/m) + (1-beta) q log(q/m)``,
-    ``m = beta p + (1-beta) q``.
-
-    Args:
-        loss_T: the divergence over all ids.
-        student_TX: log q of the class's ids.
-        teacher_TX: log p of them.
-        kind: as of ``linear_divergence``.
-        beta: of the jsd.
-
-    Raises:
-        ConfigError: unknown kind.
-    """
-    apart_T = _share(student_TX, teacher_TX, kind, beta).sum(-1)
-    return loss_T - apart_T + _share(class_logprob(student_TX), class_logprob(teacher_TX), kind, beta)
-
-
-def _share(logq: Tensor, logp: Tensor, kind: str, beta: float) -> Tensor:
-    """Return the contribution of one category to a divergence."""
-    if kind == "forward_kl":
-        return logp.exp() * (logp - logq)
-    if kind == "reverse_kl":
-        return logq.exp() * (logq - logp)
-    if kind != "jsd":
-        raise ConfigError(f"kind={kind!r} must be one of forward_kl, reverse_kl, jsd.")
-    weight_p, weight_q = logp.new_tensor(beta).log(), logp.new_tensor(1.0 - beta).log()
-    logm = torch.logaddexp(logp + weight_p, logq + weight_q)
-    return beta * logp.exp() * (logp - logm) + (1.0 - beta) * logq.exp() * (logq - logm)

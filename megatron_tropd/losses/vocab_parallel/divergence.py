@@ -25,7 +25,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.vocab_parallel.backends import choose_backend
 from megatron_tropd.losses.vocab_parallel.backends.protocol import Backend, DivergenceGradient, Kind
 from megatron_tropd.losses.vocab_parallel.checks import check_projection, check_temperature
-from megatron_tropd.losses.vocab_parallel.end_columns import ClassDivergence, EndColumns
+from megatron_tropd.losses.vocab_parallel.end_columns import EndColumns, gradient_of_ids
 from megatron_tropd.losses.vocab_parallel.projection import Factors, Projection, ProjectionGradient
 from megatron_tropd.losses.vocab_parallel.statistics import KlStatistics, Normalizer, merge_kl_ranks, merge_ranks
 from megatron_tropd.losses.vocab_parallel.tiles import Tiles, plan_tiles, shard_of
@@ -127,12 +127,16 @@ class _DivergencePlan:
         *,
         cache_bytes: int = 0,
         cached_tiles: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+        ends_nTX: Tensor | None = None,
     ) -> _Pair:
-        """Project both models' hidden states; the cache is shared half and half."""
+        """Project both models' hidden states; the cache is shared half and half. ``ends_nTX``: products of the ends."""
         shape: dict[str, Any] = {"tiles": self.tiles, "temperature": self.temperature, "cache_bytes": cache_bytes // 2}
+        class_columns: list[Sequence[tuple[int, Tensor]]] = [(), ()]
+        if ends_nTX is not None and self.ends is not None:
+            class_columns = [self.ends.replaced(ends_TX, temperature=self.temperature) for ends_TX in ends_nTX]
         return (
-            Projection(student, cached_tiles=cached_tiles[0], **shape),
-            Projection(teacher, cached_tiles=cached_tiles[1], **shape),
+            Projection(student, cached_tiles=cached_tiles[0], replaced=class_columns[0], **shape),
+            Projection(teacher, cached_tiles=cached_tiles[1], replaced=class_columns[1], **shape),
         )
 
 
@@ -141,14 +145,14 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, plan = args
         factors = (Factors(*tensors[:2]), Factors(*tensors[2:]))
-        pair = plan.projections(*factors, cache_bytes=plan.cache_bytes if any(ctx.needs_input_grad) else 0)
+        ends_nTX = None
+        if plan.ends is not None:
+            ends_nTX = plan.ends.products(factors, tiles=plan.tiles, group=plan.group)
+        cache_bytes = plan.cache_bytes if any(ctx.needs_input_grad) else 0
+        pair = plan.projections(*factors, cache_bytes=cache_bytes, ends_nTX=ends_nTX)
         value = _jsd_value if plan.kind == "jsd" else _kl_value
         student, teacher, loss_T, center_T = value(pair, plan)
-        replaced_TX = None
-        if plan.ends is not None:
-            found = _with_ends(loss_T, center_T, list(zip(factors, (student, teacher), strict=True)), plan)
-            loss_T, center_T, replaced_TX = found.loss_T, found.center_T, found.replaced_TX
-        numbers = (student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, center_T, replaced_TX)
+        numbers = (student.max_T, student.sumexp_T, teacher.max_T, teacher.sumexp_T, center_T, loss_T, ends_nTX)
         ctx.num_cached = len(pair[0].cached_tiles)
         ctx.save_for_backward(*tensors, *numbers, *pair[0].cached_tiles, *pair[1].cached_tiles)
         ctx.plan = plan
@@ -157,8 +161,8 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, max_s_T, sumexp_s_T, max_t_T, sumexp_t_T, center_T, replaced_TX = ctx.saved_tensors[:10]
-        cached_tiles, plan = ctx.saved_tensors[10:], ctx.plan
+        *tensors, max_s_T, sumexp_s_T, max_t_T, sumexp_t_T, center_T, loss_T, ends_nTX = ctx.saved_tensors[:11]
+        cached_tiles, plan = ctx.saved_tensors[11:], ctx.plan
         student, teacher = Factors(*tensors[:2]), Factors(*tensors[2:])
         split = (cached_tiles[: ctx.num_cached], cached_tiles[ctx.num_cached :])
         gradient = DivergenceGradient(
@@ -176,12 +180,13 @@ class _LinearDivergence(torch.autograd.Function):
             needs_hidden=ctx.needs_input_grad[0],
             needs_weight=ctx.needs_input_grad[1],
         )
-        pair = plan.projections(student, teacher, cached_tiles=split)
+        pair = plan.projections(student, teacher, cached_tiles=split, ends_nTX=ends_nTX)
+        of_ends_TX = None if ends_nTX is None else _gradient_of_ends(ends_nTX, gradient, loss_T, plan)
         dlogits = plan.backend.divergence_gradient(*pair, gradient)
         for tile in plan.tiles:
             dlogits_Rw = dlogits.at(tile)
-            if plan.ends is not None:
-                plan.ends.put(dlogits_Rw, tile, replaced_TX=replaced_TX, grad_T=grads[0])
+            if plan.ends is not None and of_ends_TX is not None:
+                plan.ends.put(dlogits_Rw, tile, gradient_TX=of_ends_TX)
             sums.add(tile, dlogits_Rw)
         return *sums.result(), None, None, None
 
@@ -207,13 +212,14 @@ def _jsd_value(pair: _Pair, plan: _DivergencePlan) -> _Value:
     return student, teacher, loss_T, kl_2T[1]
 
 
-def _with_ends(
-    loss_T: Tensor, center_T: Tensor, models: Sequence[tuple[Factors, Normalizer]], plan: _DivergencePlan
-) -> ClassDivergence:
-    """Put the class of ends into a value that counts its ids one by one."""
-    assert plan.ends is not None
-    both = plan.ends.logprobs(models, tiles=plan.tiles, temperature=plan.temperature, group=plan.group)
-    return ClassDivergence.of(loss_T, center_T, *both, kind=plan.kind, beta=plan.beta)
+def _gradient_of_ends(ends_nTX: Tensor, of: DivergenceGradient, loss_T: Tensor, plan: _DivergencePlan) -> Tensor:
+    """Return d loss / d logits of the ends' ids, ``[T, X]``, times the gradient of the loss."""
+    both = [
+        ends_TX / plan.temperature - one.max_T.unsqueeze(-1) - one.sumexp_T.log().unsqueeze(-1)
+        for ends_TX, one in zip(ends_nTX, (of.student, of.teacher), strict=True)
+    ]
+    values = {"loss_T": loss_T, "center_T": of.center_T}
+    return gradient_of_ids(*both, **values, kind=plan.kind, beta=plan.beta) * of.grad_T.unsqueeze(-1)
 
 
 def _local_statistics(first: Projection, second: Projection, plan: _DivergencePlan) -> KlStatistics:

@@ -88,10 +88,15 @@ class Projection:
         temperature: float,
         cache_bytes: int = 0,
         cached_tiles: Sequence[Tensor] = (),
+        replaced: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
-        """Prepare the tiles. ``cached_tiles``: those that another projection of the same tensors cached, in their
-        order.
+        """Prepare the tiles.
+
+        Args:
+            cached_tiles: those that another projection of the same tensors cached, in their order.
+            replaced: columns of this shard, and the ``[T]`` products that stand for theirs.
         """
+        self._replaced = replaced
         self._factors, self._left = factors, cache_bytes
         self.tiles, self.dtype, self.device = tiles, factors.product_dtype, factors.device
         self.scale = 1.0 / temperature  # of the logits, still to be applied to a product
@@ -120,7 +125,11 @@ class Projection:
         else:
             self._left = 0  # the first ones are cached, not whichever fit
         rows, columns = tile
-        return multiply(self._factors.hidden(rows), self._factors.weight(columns).t(), out=product_Rw)
+        multiply(self._factors.hidden(rows), self._factors.weight(columns).t(), out=product_Rw)
+        for column, product_T in self._replaced:
+            if columns.start <= column < columns.stop:
+                product_Rw[:, column - columns.start] = product_T[rows]
+        return product_Rw
 
     def logits(self, tile: Tile) -> Tensor:
         """Return the tile's logits ``[R, w]`` in the product's dtype, valid until the next call; free to overwrite."""
