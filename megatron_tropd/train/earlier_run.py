@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_tropd.report.records import EVALUATION_FILE, PROVENANCE_FILE, SAMPLES_FILE
 from megatron_tropd.report.terminal import say
+from megatron_tropd.report.trackers import TRACKERS
 from megatron_tropd.storage.owned import free_name
 from megatron_tropd.storage.write_aside import storage_errors, sync_directory, write_aside
 
@@ -22,11 +23,8 @@ RESULTS = (
     "config.yaml",
     PROVENANCE_FILE,
     "tensorboard",
-    "wandb_id",
+    *(f"{name}_id" for name in TRACKERS),
     "wandb",
-    "mlflow_id",
-    "trackio_id",
-    "swanlab_id",
     "swanlog",
 )
 MEASURED = ("metrics.jsonl", EVALUATION_FILE)

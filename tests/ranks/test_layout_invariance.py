@@ -1,4 +1,4 @@
-"""The same training under any layout: what docs/correctness.md says of it, repeated for some of its rows."""
+"""The same training under any layout: what docs/correctness.md says of it, repeated for a row of it."""
 
 from __future__ import annotations
 

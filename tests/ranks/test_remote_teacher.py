@@ -168,7 +168,7 @@ def test_either_part_may_be_asked_to_stop_and_takes_the_other_along(
     assert steady_metrics(tmp_path) == unbroken
 
 
-@pytest.mark.long  # torchrun starts other tests' runs, and these ranks other launchers'
+@pytest.mark.long  # runs under torchrun are other tests', and teachers with ranks of their own all others of this file
 def test_it_runs_under_torchrun(task: Task, tmp_path: Path):
     output = tmp_path / "output"
     run = tmp_path / "run"
